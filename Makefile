@@ -1,0 +1,27 @@
+# make demo: set up, then a ViT teaches a small CNN on embedded images (offline once set up).
+# make test: set up, then lint, types and all tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+
+.PHONY: demo test setup clean
+
+demo: setup
+	$(RUN)/scalekd demo --out runs/demo
+
+test: setup
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist worksteal
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "scalekd needs Python 3.10 or later; make PYTHON=python3.12 names another")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

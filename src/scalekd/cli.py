@@ -1,0 +1,203 @@
+"""The command line: one sub-command is one function call; what is slow to import is imported inside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"scalekd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nscalekd: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `scalekd recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scalekd", description="Distil vision transformers into small models.")
+    parser.add_argument("--version", action="version", version=f"scalekd {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command("train", _train, "train a student from a recipe; started again, it goes on where it stopped")
+    sub.add_argument("recipe", help="a shipped recipe's name (`scalekd recipes`) or a YAML file")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3 losses.kd.temperature=2 losses.kd=off"
+    )
+    sub.add_argument("--data", metavar="DIR", help="a folder with train/ and val/, or with one folder per class")
+    sub.add_argument(
+        "--teacher", metavar="MODEL", help="a timm name; pre-trained unless teacher.weights says otherwise"
+    )
+    sub.add_argument("--student", metavar="MODEL", help="a timm name")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    sub.add_argument("--dry-run", action="store_true", help="build everything, run the pre-flight, write nothing")
+    sub.add_argument("--no-preflight", action="store_true", help="start at once")
+
+    sub = command("evaluate", _evaluate, "top-1 and top-5 of an exported student")
+    sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
+    )
+    sub.add_argument("--device")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("export", _export, "the student of a run as safetensors for timm, and as ONNX")
+    sub.add_argument("run_folder", type=Path)
+    sub.add_argument("--checkpoint", choices=["best", "last"], default="last")
+    sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
+
+    sub = command("demo", _demo, "a ViT teaches a small CNN on embedded real images, offline, in minutes")
+    sub.add_argument("--seeds", type=int, default=1, help="seeds per method")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+
+    sub = command("methods", _methods, "the distillation methods with their options")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` prints one")
+    sub.add_argument("show", nargs="*", metavar="show NAME")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("doctor", _doctor, "what this machine has, and whether it works")
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .config import load_recipe
+    from .parallel import processes
+    from .runs import execute
+
+    config = load_recipe(args.recipe, [*_shortcuts(args), *args.overrides])
+    folder = args.out or Path("runs") / config.name
+    with processes(args.device) as device:
+        summary = execute(config, folder, device, Console(), dry_run=args.dry_run, check=not args.no_preflight)
+    if summary and int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"top-1 {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
+        )
+
+
+def _shortcuts(args: argparse.Namespace) -> list[str]:
+    overrides = []
+    if args.data:
+        root = Path(args.data)
+        val = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+        if (root / "train").is_dir() and val:
+            overrides += [f"data.train={json.dumps(str(root / 'train'))}", f"data.val={json.dumps(str(val))}"]
+        else:
+            overrides += [f"data.train={json.dumps(args.data)}", "data.val=null"]
+    if args.teacher:
+        overrides += [f"teacher.model={args.teacher}", "teacher.weights=pretrained"]
+    if args.student:
+        overrides.append(f"student.model={args.student}")
+    return overrides
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .runs import evaluate_student
+
+    result = evaluate_student(args.student, args.data, args.device)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  on {result['images']:.0f} images"
+        )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .runs import export_run
+
+    export_run(args.run_folder, args.checkpoint, args.onnx, Console())
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo.demo import demo
+
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: one or more")
+    demo(args.out, range(args.seeds))
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from .config import options_of
+    from .methods import METHODS
+
+    listed: list[dict[str, Any]] = []
+    for name, method in METHODS.items():
+        doc = (method.__doc__ or "").strip().split("\n\n")[0]
+        options = {k: p.default for k, p in options_of(method).items()}
+        listed.append({"name": name, "summary": " ".join(doc.split()), "options": options})
+    if args.json:
+        print(json.dumps(listed, indent=2))
+        return
+    for entry in listed:
+        print(f"{entry['name']:9} {entry['summary']}")
+        if entry["options"]:
+            print(f"{'':9} {', '.join(f'{k}={v!r}' for k, v in entry['options'].items())}")
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from .config import parse_yaml, recipe_names, recipe_text
+
+    if args.show:
+        if len(args.show) != 2 or args.show[0] != "show":
+            raise UserError("write `scalekd recipes` or `scalekd recipes show NAME`")
+        print(recipe_text(args.show[1]), end="")
+        return
+    listed = []
+    for name in recipe_names():
+        text = recipe_text(name)
+        header = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")]
+        recipe = parse_yaml(text, name)
+        listed.append(
+            {
+                "name": name,
+                "summary": header[0] if header else "",
+                "student": recipe["student"]["model"],
+                "teacher": (recipe.get("teacher") or {}).get("model"),
+                "losses": recipe["losses"],
+            }
+        )
+    if args.json:
+        print(json.dumps(listed, indent=2))
+        return
+    width = max(len(entry["name"]) for entry in listed)
+    for entry in listed:
+        print(f"{entry['name']:{width}}  {entry['summary']}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return examine(as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

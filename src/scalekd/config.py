@@ -1,0 +1,393 @@
+"""A run, described: YAML recipe + `key=value` overrides -> `Config`, with all errors told at once."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from .errors import UserError, nearest
+
+RECIPES = resources.files("scalekd") / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Data(Section):
+    train: str
+    """Where the training images are: a folder with one sub-folder per class, or a named source (docs/own-data.md)."""
+    val: str | None = None
+    """Validation images, same forms. Without it `val_fraction` of `train` is held out."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    limit: Positive | None = None
+    """Use only so many training images, the same number per class, chosen by `seed`."""
+    seed: int = 0
+    """Chooses the held-out images and the `limit`; apart from the run's seed so that seeds share their data."""
+    image_size: Positive | tuple[Positive, Positive] = 224
+    """Pixels, square or (height, width). The student sees this size."""
+    channels: Literal[1, 3] = 3
+    workers: Annotated[int, Field(ge=0)] = 4
+
+
+class Augment(Section):
+    crop: Literal["random_resized", "pad", "none"] = "random_resized"
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    """Area range of `crop: random_resized`."""
+    pad: Annotated[int, Field(ge=0)] = 4
+    """Pixels of zero padding on each side for `crop: pad`, which then cuts out `image_size`."""
+    flip: Share = 0.5
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    auto_augment: str | None = None
+    """timm's notation, such as rand-m7-mstd0.5."""
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _readable(cls, policy: str | None) -> str | None:
+        from timm.data import create_transform
+
+        try:
+            create_transform(32, is_training=True, auto_augment=policy)
+        except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"timm cannot read `{policy}` ({error or type(error).__name__}); write such as rand-m7-mstd0.5"
+            ) from None
+        return policy
+
+    erase: Share = 0.0
+    """Probability of random erasing, filled with normal noise in the student's normalised space."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Validation: the image is resized to image_size / crop_pct and its centre is cut out."""
+
+
+class Model(Section):
+    model: str
+    """A timm model name."""
+    weights: str | None = None
+    """`pretrained` (timm's own), the path of a .safetensors or .pt file, or `random` / nothing for the initial values."""
+    kwargs: dict[str, Any] = {}
+    """Passed to `timm.create_model`."""
+    cuts: tuple[int, int, int, int] | None = None
+    """Plain ViTs and MLPs: the blocks after which stages 1 to 4 end. Quarters of the depth unless given."""
+    image_size: Positive | tuple[Positive, Positive] | None = None
+    """Teachers: the size the teacher sees, if not the student's; resized from the same augmented pixels."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """Statistics of the model's input for pixels in [0, 1]; timm's own for that model unless given."""
+    top1: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        import timm
+
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model `{name}`.{nearest(name.split('.')[0], timm.list_models())}")
+        return name
+
+
+class Train(Section):
+    epochs: Positive
+    batch_size: Positive
+    """Global: over all processes and accumulated steps."""
+    accumulate: Positive = 1
+    """Micro-batches per optimiser step."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    channels_last: bool = False
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the exponential moving average of the student's weights, which is then evaluated and exported."""
+    sync_batchnorm: bool = False
+    eval_every: Positive = 1
+    """Epochs between validations."""
+    log_every: Positive = 50
+    """Steps between log lines; losses are read from the device only then."""
+
+
+class Optim(Section):
+    name: str = "adamw"
+    """A timm optimiser name."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from timm.optim import list_optimizers
+
+        if name not in list_optimizers():
+            raise ValueError(f"timm has no optimiser `{name}`.{nearest(name, list_optimizers())}")
+        return name
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    momentum: Share = 0.9
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    decay_norm_and_bias: bool = False
+    """Apply weight decay to biases and normalisation layers too."""
+    projector_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the method's own parameters, as a multiple of `lr`."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "multistep"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    milestones: tuple[Positive, ...] = (30, 60, 90)
+    """Epochs at which `multistep` multiplies the rate by `decay_rate`."""
+    decay_rate: Share = 0.1
+
+
+class Config(Section):
+    name: str
+    seed: int = 0
+    data: Data
+    augment: Augment = Augment()
+    student: Model
+    teacher: Model | None = None
+    losses: dict[str, dict[str, Any]]
+    """Method name -> its options, and `weight` (1 unless given)."""
+    train: Train
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _complete_losses(cls, losses: Any) -> Any:
+        if not isinstance(losses, dict):
+            raise ValueError("losses: a mapping of method names to options, such as {ce: {}, kd: {temperature: 1.0}}")
+        kept = {name: options or {} for name, options in losses.items() if options is not False}
+        problems = [line for name, options in kept.items() for line in _method_problems(name, options)]
+        if not kept:
+            problems.append("losses: none at all; name at least one, such as ce")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return {name: _typed_options(name, options) for name, options in kept.items()}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        from .methods import METHODS
+
+        problems = []
+        needing = [n for n in self.losses if getattr(METHODS[n], "needs_teacher", True)]
+        if needing and self.teacher is None:
+            problems.append(
+                f"losses: {', '.join(needing)} need(s) a teacher; add `teacher: {{model: ..., weights: ...}}`"
+            )
+        if not needing and self.teacher is not None:
+            problems.append("teacher: no loss uses it; add one (kd, scalekd, ...) or remove the teacher")
+        if self.train.batch_size % self.train.accumulate:
+            problems.append(
+                f"train.batch_size {self.train.batch_size} is not a multiple of train.accumulate {self.train.accumulate}"
+            )
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            problems.append(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}"
+            )
+        problems += _ignored(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _ignored(config: Config) -> list[str]:
+    """Values that were changed and that nothing would read."""
+    from timm.optim import get_optimizer_info
+
+    augment, optim, schedule = config.augment, config.optim, config.schedule
+    info = get_optimizer_info(optim.name)
+    idle: list[tuple[bool, str, Section, str]] = [
+        (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
+        (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
+        (
+            augment.auto_augment is not None,
+            "augment.color_jitter",
+            augment,
+            "no augment.auto_augment, which brings its own",
+        ),
+        (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
+        (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
+        (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
+        (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
+        (not info.has_betas, "optim.betas", optim, "an optimiser with betas"),
+        (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
+        (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
+        (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
+        (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
+        (True, "student.top1", config.student, "a teacher"),
+    ]
+    return [
+        f"{name}: has no effect here; it goes with {needs}"
+        for unread, name, section, needs in idle
+        if unread and _changed(section, name.split(".")[1])
+    ]
+
+
+def _changed(section: Section, field: str) -> bool:
+    return getattr(section, field) != type(section).model_fields[field].default
+
+
+# ---------------------------------------------------------------- method options
+
+
+def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword options of a method, annotations resolved; the one place where its defaults live."""
+    function = method.__init__ if inspect.isclass(method) else method  # type: ignore[misc]
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _method_problems(name: str, options: Any) -> list[str]:
+    from .methods import METHODS
+
+    if name not in METHODS:
+        return [f"losses.{name}: unknown method.{nearest(name, METHODS)}"]
+    if not isinstance(options, dict):
+        return [
+            f"losses.{name}: options are a mapping, not {options!r}; write {{}} for none, or losses.{name}=off to leave it out"
+        ]
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": float}
+    problems = [f"losses.{name}.{k}: unknown option.{nearest(k, known)}" for k in options if k not in known]
+    for key, value in options.items():
+        try:
+            if key in known:
+                TypeAdapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            problems += [f"losses.{name}.{key}: {e['msg']} (given {value!r})" for e in error.errors()[:1]]
+    return problems
+
+
+def _typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from .methods import METHODS
+
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": float}
+    return {k: TypeAdapter(known[k]).validate_python(v) for k, v in options.items()}
+
+
+# ---------------------------------------------------------------- YAML and overrides
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """The YAML of a shipped recipe's name or of a file."""
+    if recipe in recipe_names():
+        return (RECIPES / f"{recipe}.yaml").read_text()
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(
+            f"no recipe `{recipe}`: neither a file nor a shipped one.{nearest(recipe, recipe_names())} "
+            "`scalekd recipes` lists them."
+        )
+    try:
+        return path.read_text()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{recipe} cannot be read as text: {error}") from None
+
+
+def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
+    """A shipped recipe's name or a YAML file, with `section.key=value` overrides (values are YAML).
+
+    Raises `UserError` that lists every problem, each with the nearest valid name.
+    """
+    values = parse_yaml(recipe_text(recipe), recipe)
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
+    for override in overrides:
+        _override(values, override)
+    return check_config(values, recipe)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"`{override}` is not an override: write key=value, such as optim.lr=1e-3")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"`{override}`: {parent} is a value, it has no `{last}`")
+        values = inner
+    values[last] = parse_yaml(text, f"`{override}`")
+
+
+def check_config(values: dict[str, Any], where: str) -> Config:
+    """Validates plain values; `UserError` with all problems at once."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in _describe(dict(e))]
+    raise UserError(
+        f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)
+    )
+
+
+def _describe(error: dict[str, Any]) -> list[str]:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return [f"{where}: unknown.{nearest(path[-1], _fields_at(path[:-1]))}"]
+    if error["type"] == "missing":
+        return [f"{where}: missing"]
+    if error["type"] == "value_error":
+        whole = where in ("", "losses")  # those name the place themselves
+        return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
+    return [f"{where}: {error['msg']} (given {error['input']!r})"]
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = next(
+            (a for a in (annotation, *typing.get_args(annotation)) if inspect.isclass(a) and issubclass(a, Section)),
+            Config,
+        )
+    return list(section.model_fields)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

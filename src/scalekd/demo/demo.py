@@ -1,0 +1,168 @@
+"""`scalekd demo`: a ViT teaches a small CNN on real images that come with the package.
+
+One recipe, `demo`, three ways: without a teacher, with its logits (KD), and with ScaleKD. All get the
+same images, steps and schedule.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Config, load_recipe, to_yaml
+from ..data import eval_batches
+from ..distiller import Distiller
+from ..engine import build
+from ..evaluate import evaluate
+from ..export import export_onnx, load_student
+from ..parallel import pick_device
+from ..report import ReportRun, write_report
+from ..runlog import duration, read_log
+from ..runs import execute, facts
+
+METHODS = {
+    "baseline": ["teacher=null", "losses.kd=off", "losses.scalekd=off", "losses.ce.weight=1"],
+    "kd": ["losses.scalekd=off"],
+    "scalekd": [],
+}
+NAMES = {"baseline": "no teacher", "kd": "KD", "scalekd": "ScaleKD"}
+
+
+def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs every method with every seed into `folder`; writes report.html and summary.json there and returns the summary.
+
+    Runs that `folder` already holds are read, not repeated.
+    """
+    console = Console()
+    device = pick_device()
+    began = time.perf_counter()
+    recipe = load_recipe("demo", [f"seed={seeds[0]}"])
+    console.print(
+        f"A ViT teaches a small CNN: {recipe.data.limit:,} labelled Fashion-MNIST images, tested on 10,000. "
+        f"All on this machine ({device}).\n",
+        highlight=False,
+    )
+    execute(recipe, folder, device, console, dry_run=True)
+    run = build(recipe, device)
+    teacher_top1 = _teacher_top1(run.distiller, eval_batches(run.val_images, 256, 0, False), device)
+    console.print(f"  teacher on all {len(run.val_images):,} test images: {teacher_top1:.2f} %\n", highlight=False)
+
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for seed in seeds:
+        for name, overrides in METHODS.items():
+            config = load_recipe("demo", [f"name=demo-{name}", f"seed={seed}", *overrides])
+            results[name].append(
+                _run_or_read(config, folder / f"{name}-seed{seed}", device, console, f"{NAMES[name]:10} seed {seed}")
+            )
+
+    top1 = {name: [r["top1"] for r in runs] for name, runs in results.items()}
+    console.print(_table(teacher_top1, results))
+    console.print(_verdict(top1), highlight=False)
+    exported = folder / f"scalekd-seed{seeds[0]}" / "student.safetensors"
+    student, card = load_student(exported)
+    differences = {
+        "timm": results["scalekd"][0]["reload_difference"],
+        "onnxruntime": export_onnx(student, exported.with_suffix(".onnx"), card),
+    }
+    summary = {
+        "top1": {"teacher": round(teacher_top1, 2)}
+        | {name: round(statistics.mean(values), 2) for name, values in top1.items()},
+        "top1_by_seed": top1,
+        "seeds": list(seeds),
+        "seconds": round(time.perf_counter() - began, 1),
+        "seconds_by_run": {name: [r["seconds"] for r in runs] for name, runs in results.items()},
+        "largest_difference_of_logits": differences,
+        "facts": facts(run),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _report(folder, results, seeds, teacher_top1, facts(run))
+    console.print(
+        f"\nstudent  {exported}  timm loads it with a largest difference of logits of {differences['timm']:.1e}\n"
+        f"         {exported.with_suffix('.onnx')}  onnxruntime: {differences['onnxruntime']:.1e}\n"
+        f"report   {folder / 'report.html'}\nsummary  {folder / 'summary.json'}   ({duration(summary['seconds'])})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return summary
+
+
+def _run_or_read(config: Config, folder: Path, device: torch.device, console: Console, title: str) -> dict[str, Any]:
+    finished, recipe = folder / "summary.json", folder / "recipe.yaml"
+    if finished.is_file() and recipe.is_file() and recipe.read_text() == to_yaml(config):
+        summary = json.loads(finished.read_text())
+        console.print(f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})", highlight=False)
+        return summary
+    return execute(config, folder, device, console, check=False, title=title)
+
+
+def _teacher_top1(distiller: Distiller, batches: Any, device: torch.device) -> float:
+    assert distiller.teacher_view is not None
+    return evaluate(distiller.teacher_view.model, batches, distiller.teacher_mean, distiller.teacher_std, device)[
+        "top1"
+    ]
+
+
+def _table(teacher_top1: float, results: dict[str, list[dict[str, Any]]]) -> Table:
+    table = Table(box=None, padding=(0, 2))
+    for column in ("", "top-1 %", "gain", "seconds a run"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    table.add_row("teacher (ViT)", f"{teacher_top1:.2f}", "", "")
+    base = statistics.mean(r["top1"] for r in results["baseline"])
+    for name, runs in results.items():
+        values = [r["top1"] for r in runs]
+        mean = statistics.mean(values)
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        table.add_row(
+            f"CNN, {NAMES[name]}",
+            f"{mean:.2f}{spread}",
+            f"{mean - base:+.2f}" if name != "baseline" else "",
+            f"{statistics.mean(r['seconds'] for r in runs):.0f}",
+        )
+    return table
+
+
+def _verdict(top1: dict[str, list[float]]) -> str:
+    gains = [s - b for s, b in zip(top1["scalekd"], top1["baseline"])]
+    if len(gains) == 1:
+        return f"\nScaleKD against no teacher: {gains[0]:+.2f} points on one seed; `scalekd demo --seeds 5` shows the spread."
+    spread = max(statistics.stdev(values) for values in (top1["scalekd"], top1["baseline"]))
+    return (
+        f"\nScaleKD against no teacher: {statistics.mean(gains):+.2f} points over {len(gains)} seeds "
+        f"(smallest {min(gains):+.2f}, largest {max(gains):+.2f}); the spread of one method over seeds is {spread:.2f}."
+    )
+
+
+def _report(
+    folder: Path,
+    results: dict[str, list[dict[str, Any]]],
+    seeds: Sequence[int],
+    teacher_top1: float,
+    told: dict[str, str],
+) -> None:
+    runs = []
+    for name, summaries in results.items():
+        config = load_recipe("demo", METHODS[name])
+        runs.append(
+            ReportRun(
+                NAMES[name],
+                read_log(folder / f"{name}-seed{seeds[0]}"),
+                [s["top1"] for s in summaries],
+                [s["seconds"] for s in summaries],
+                config.losses,
+            )
+        )
+    write_report(
+        folder / "report.html",
+        title="scalekd demo",
+        runs=runs,
+        facts=told | {"seeds": ", ".join(map(str, seeds))},
+        teacher_top1=teacher_top1,
+    )

@@ -1,0 +1,140 @@
+"""One trainable module: the student and the methods' own parameters. The teacher is held outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .clock import Stopwatch
+from .errors import UserError, nearest
+from .methods import METHODS
+from .stages import Features, StageView
+
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
+class Distiller(nn.Module):
+    """Student + method parameters, and a frozen teacher that is in no `parameters()`, `state_dict()` or DDP bucket.
+
+    student, teacher: timm models. The teacher is frozen and stays in eval mode. It may be None when
+      no loss needs one.
+    losses: method name -> options and `weight`, as in a recipe: `{"ce": {}, "kd": {"temperature": 2.0}}`.
+      A method of your own goes in as a callable in place of the options.
+    image_size: (height, width) in pixels of what the student sees.
+    teacher_size: what the teacher sees, if another: resized from the same pixels.
+    student_stats, teacher_stats: (mean, std) per channel for pixels in [0, 1]; timm's own unless given.
+    student_cuts, teacher_cuts: see `StageView`.
+
+    Raises `UserError` for an unknown method or option and for a pair that a method cannot serve.
+    """
+
+    student_mean: Tensor  # (1, C, 1, 1), as the three below
+    student_std: Tensor
+    teacher_mean: Tensor
+    teacher_std: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        losses: Mapping[str, Any],
+        *,
+        image_size: tuple[int, int],
+        teacher_size: tuple[int, int] | None = None,
+        student_stats: Statistics | None = None,
+        teacher_stats: Statistics | None = None,
+        student_cuts: Sequence[int] | None = None,
+        teacher_cuts: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.student_view = StageView(student, name=_name(student), image_size=image_size, cuts=student_cuts)
+        self.teacher_view: StageView | None = None
+        self.teacher_size = teacher_size or image_size
+        self.resize_teacher = self.teacher_size != image_size
+        _add_statistics(self, "student", student, student_stats)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            self.teacher_view = StageView(teacher, name=_name(teacher), image_size=self.teacher_size, cuts=teacher_cuts)
+            _add_statistics(self, "teacher", teacher, teacher_stats)
+        self.weights = {
+            name: float(options.get("weight", 1.0)) if isinstance(options, Mapping) else 1.0
+            for name, options in losses.items()
+        }
+        self.methods = nn.ModuleDict({name: self._build(name, options) for name, options in losses.items()})
+        self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
+        self.teacher_clock = Stopwatch()
+
+    def _build(self, name: str, options: Any) -> nn.Module:
+        method: Callable[..., nn.Module]
+        if isinstance(options, Mapping):
+            if name not in METHODS:
+                raise UserError(f"unknown method `{name}`.{nearest(name, METHODS)}")
+            method, options = METHODS[name], {k: v for k, v in options.items() if k != "weight"}
+        else:
+            method, options = options, {}
+        student, teacher = self.student_view.shapes, self.teacher_view and self.teacher_view.shapes
+        if getattr(method, "needs_teacher", True) and teacher is None:
+            raise UserError(f"losses.{name} needs a teacher")
+        if getattr(method, "needs_maps", True):
+            for view in (self.student_view, self.teacher_view):
+                if view is not None and view.refusal:
+                    raise UserError(f"losses.{name}: {view.refusal}")
+        try:
+            return method(student, teacher, **options)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"losses.{name}: {error}") from None
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """images (B, C, H, W), uint8 or float in [0, 1]; targets (B,) indices or (B, classes) probabilities.
+
+        Returns scalars: every weighted loss term by name, and their sum as `total`.
+        """
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        teacher = self._teacher_features(pixels)
+        student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
+        losses: dict[str, Tensor] = {}
+        for name, method in self.methods.items():
+            for term, value in method(student, teacher, targets).items():
+                losses[name if term == name else f"{name}.{term}"] = self.weights[name] * value
+        losses["total"] = torch.stack(list(losses.values())).sum()
+        return losses
+
+    def _teacher_features(self, pixels: Tensor) -> Features | None:
+        if self.teacher_view is None:
+            return None
+        with self.teacher_clock.timing(pixels.device), torch.no_grad():
+            if self.resize_teacher:
+                pixels = F.interpolate(pixels, self.teacher_size, mode="bicubic", antialias=True).clamp(0, 1)
+            return self.teacher_view(
+                (pixels - self.teacher_mean) / self.teacher_std,
+                maps=self.needs_maps,
+                resumable=self.needs_maps and self.teacher_view.shapes.can_resume,
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        # .to(device) takes the teacher along although it is not a sub-module
+        super()._apply(fn, recurse)
+        if self.teacher_view is not None:
+            self.teacher_view.model._apply(fn)
+        return self
+
+
+def dead_parameters(distiller: Distiller) -> list[str]:
+    """After a backward pass: names of trainable parameters that received no gradient."""
+    return [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def _add_statistics(module: nn.Module, role: str, model: nn.Module, given: Statistics | None) -> None:
+    own = resolve_model_data_config(model)
+    for kind, values in zip(("mean", "std"), given or (own["mean"], own["std"])):
+        module.register_buffer(f"{role}_{kind}", torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__

@@ -1,0 +1,19 @@
+"""Mistakes that a person can mend: printed without a trace, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One or two lines: what is wrong, where, and the way out."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean `x`?' for the closest valid name, or the names if there are few, or ''."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return " Did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
+    return f" Valid: {', '.join(names)}." if 0 < len(names) <= 25 else ""

@@ -1,0 +1,91 @@
+"""The student alone, as files that timm and onnxruntime load, and the proof that they give the same outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import UserError
+from .models import sha256_of
+
+ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
+
+
+def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
+    """Writes `path` (.safetensors) and, beside it, the card as JSON; loads it back with timm.
+
+    card: model, kwargs, classes, mean, std, image_size, ... as `student_card` makes it.
+    Returns the largest difference between the logits of the student and of the file loaded back.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+    path.write_bytes(save(state, metadata={"format": "pt", "scalekd": json.dumps(card)}))
+    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
+    images = example_images(card)
+    return _difference(_logits(student, images), _logits(load_student(path)[0], images))
+
+
+def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(the student in eval mode, its card) from an exported .safetensors file or a run's folder. Raises `UserError`."""
+    file = path / "student.safetensors" if path.is_dir() else path
+    card_file = file.with_suffix(".json")
+    if not file.is_file() or not card_file.is_file():
+        raise UserError(f"{path}: no student.safetensors with its .json there; `scalekd export RUN_FOLDER` makes them")
+    try:
+        card = json.loads(card_file.read_text())
+        model = timm.create_model(card["model"], checkpoint_path=str(file), **card["kwargs"])
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{file} does not fit its card {card_file.name}: {str(error).splitlines()[0][:300]}") from None
+    return model.eval(), card
+
+
+def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
+    """Writes ONNX with a free batch size; returns the largest difference of logits under onnxruntime.
+
+    Input: normalised images (B, C, H, W), as the timm model's. Raises `UserError` if the extra is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError(ONNX_MISSING) from None
+    images = example_images(card)
+    student = student.cpu().eval()
+    program = torch.onnx.export(
+        student,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # another batch size than the exporter saw, so that a fixed one would show
+    again = torch.cat([images, images.flip(0)])
+    return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+
+
+def example_images(card: dict[str, Any]) -> Tensor:
+    height, width = card["image_size"]
+    return torch.randn(4, len(card["mean"]), height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    was_training = model.training
+    device = next(model.parameters()).device
+    logits = model.eval()(images.to(device)).float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()

@@ -1,0 +1,266 @@
+"""ScaleKD (Fan et al., NeurIPS 2024, arXiv:2411.06786): `cap`, `dfm`, `tpp` and `scalekd`.
+
+One class with the paper's switches. The four functions below it are what a recipe can name: each offers
+the options that mean something for it, and no others.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..stages import Features, Shapes
+from .features import (
+    ALPHA,
+    Reduction,
+    check_features,
+    normalized_distance,
+    only_direct,
+    remove_direct,
+)
+from .logits import full_precision
+from .projectors import CrossAttentionProjector, Norm
+
+BETA = 0.571  # released configurations: 0.08 / (0.08 + 0.06); the paper's best is 0.6 (Fig. 4)
+
+TwoViews = Literal["dual_path", "all_alt", "dir_alt"]
+
+VIEWS = {  # the names of the views; the first has weight beta, the second 1 - beta
+    "single": ("ori",),
+    "dual_path": ("ori", "ori2"),
+    "all_alt": ("ori", "alt"),
+    "dir_alt": ("dir", "alt"),
+}
+TRANSFORMS = {"ori": full_precision, "ori2": full_precision, "alt": remove_direct, "dir": only_direct}
+
+
+class ScaleKD(nn.Module):
+    """Mimic the teacher's final map, in up to two views and along up to two paths.
+
+    Student path (eq. 1): student stage 4 -> CAP. Proxy path (`tpp`, eq. 4): student stage 3 -> CAP with
+    learned queries, shaped like teacher stage 3 -> the teacher's own frozen last stage. Both are compared
+    with the teacher's final map by `normalized_distance`. Every view has CAPs of its own (eq. 3), and all
+    views go through the teacher's last stage as one batch. Terms: the view's name for the student path,
+    `proxy_` and the name for the proxy path.
+
+    Args:
+        views: `single`: the original features. `all_alt` (DFM): the original features, and the features
+            without direct component. `dir_alt` (Table 17): the direct component alone, and the features
+            without it. `dual_path` (Table 9c): the original features twice.
+        tpp: add the proxy path.
+        adaptive_queries: the proxy path's output, not detached, is the query of the student path's CAP
+            (Table 9d); else that has learned queries. With `tpp` only, where None means True.
+        alpha: weight of each path. Default 0.14 (released configurations; the paper's text says 1).
+        beta: share of the first view, in [0, 1]; the second has 1 - beta. A view without weight is not
+            built. With two views only, where None means 0.571 (released; the paper says 0.6).
+        heads: attention heads of the CAPs at (stage 3, stage 4) with `tpp`, else of (stage 4,). None: head
+            size as near to 64 as can be. The authors: Swin-S 3, 6; Swin-B 8, 16; Swin-L 16, 24, and 8, 8
+            for a ViT-B student.
+        norm: norm of the CAPs' student branch; the authors take `layer` for ConvNeXt students.
+        reduction: `mean` (default): 49 x the mean over positions, so that `alpha` is the released weight
+            on any grid. `sum`: the sum over positions, as released; the same at 7x7.
+
+    Raises:
+        ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a view
+            without direct component on a 1x1 grid; an option out of range, or one that would be ignored.
+    """
+
+    def __init__(
+        self,
+        student: Shapes,
+        teacher: Shapes | None,
+        *,
+        views: Literal["single", "dual_path", "all_alt", "dir_alt"] = "all_alt",
+        tpp: bool = True,
+        adaptive_queries: bool | None = None,
+        alpha: float = ALPHA,
+        beta: float | None = None,
+        heads: tuple[int, ...] | None = None,
+        norm: Norm = "batch",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        teacher = check_features(student, teacher, alpha, reduction)
+        assert student.final is not None and teacher.final is not None
+        self.weights = _view_weights(views, alpha, beta)
+        if tpp and not teacher.can_resume:
+            raise ValueError(
+                f"tpp and scalekd run the teacher's last stage, and {teacher.model} cannot be resumed there. "
+                "Use dfm, cap, fd or kd with this teacher"
+            )
+        if "alt" in self.weights and teacher.final[1] * teacher.final[2] == 1:
+            raise ValueError(
+                f"{teacher.model} has a 1x1 final map: nothing is left without its direct component. "
+                "Use larger images, or cap or tpp"
+            )
+        if adaptive_queries is not None and not tpp:
+            raise ValueError("adaptive_queries goes with tpp only")
+        paths = 2 if tpp else 1
+        if heads is not None and len(heads) != paths:
+            raise ValueError(f"heads is {list(heads)}; with tpp it is (stage 3, stage 4), else (stage 4,)")
+
+        self.adaptive = tpp and adaptive_queries is not False
+        self.reduction: Reduction = reduction
+        heads_3, heads_4 = (None, None) if heads is None else (heads[0], heads[-1])
+        self.student_caps = nn.ModuleDict(
+            {
+                view: CrossAttentionProjector(
+                    student.final, teacher.final, heads=heads_4, norm=norm, learned_queries=not self.adaptive
+                )
+                for view in self.weights
+            }
+        )
+        self.proxy_caps = nn.ModuleDict(
+            {
+                view: CrossAttentionProjector(student.maps[2], teacher.maps[2], heads=heads_3, norm=norm)
+                for view in (self.weights if tpp else ())
+            }
+        )
+
+    def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
+        """One scalar per view and path, weights applied. Targets are not looked at."""
+        assert teacher is not None and teacher.final is not None and student.final is not None
+        proxies = self._proxies(student, teacher)
+        losses = {}
+        for view, weight in self.weights.items():
+            transform = TRANSFORMS[view]
+            target = transform(teacher.final.detach())
+            queries = proxies[view] if self.adaptive else None
+            mimic = self.student_caps[view](student.final, queries)
+            losses[view] = weight * normalized_distance(transform(mimic), target, self.reduction)
+            if view in proxies:
+                distance = normalized_distance(transform(proxies[view]), target, self.reduction)
+                losses[f"proxy_{view}"] = weight * distance
+        return losses
+
+    def _proxies(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """The proxy path's final map `(B, dt, H, W)` for each view; none without `tpp`."""
+        if not self.proxy_caps:
+            return {}
+        assert teacher.resume is not None
+        stage_3 = torch.cat([cap(student.maps[2]) for cap in self.proxy_caps.values()])
+        final = teacher.resume(3, stage_3)  # one pass for all views
+        return dict(zip(self.proxy_caps, final.chunk(len(self.proxy_caps)), strict=True))
+
+
+def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
+    """The weight of each view that has any. Raises ValueError."""
+    if views not in VIEWS:
+        raise ValueError(f"views is {views!r}; it can be {', '.join(VIEWS)}")
+    if views == "single":
+        if beta is not None:
+            raise ValueError("beta goes with two views only")
+        return {"ori": alpha}
+    beta = BETA if beta is None else beta
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; it is in [0, 1]")
+    first, second = VIEWS[views]
+    weights = {first: alpha * beta, second: alpha * (1 - beta)}
+    return {view: weight for view, weight in weights.items() if weight > 0}
+
+
+def cap(
+    student: Shapes,
+    teacher: Shapes | None,
+    *,
+    alpha: float = ALPHA,
+    heads: int | None = None,
+    norm: Norm = "batch",
+    reduction: Reduction = "mean",
+) -> ScaleKD:
+    """`cap`: stage 4 through a cross attention projector (eq. 1). `heads`: of that CAP. See `ScaleKD`."""
+    return ScaleKD(
+        student,
+        teacher,
+        views="single",
+        tpp=False,
+        alpha=alpha,
+        heads=None if heads is None else (heads,),
+        norm=norm,
+        reduction=reduction,
+    )
+
+
+def dfm(
+    student: Shapes,
+    teacher: Shapes | None,
+    *,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    views: TwoViews = "all_alt",
+    heads: int | None = None,
+    norm: Norm = "batch",
+    reduction: Reduction = "mean",
+) -> ScaleKD:
+    """`dfm`: CAP in two views (eq. 3). `heads`: of each CAP. See `ScaleKD`."""
+    _refuse_single("dfm", views)
+    return ScaleKD(
+        student,
+        teacher,
+        views=views,
+        tpp=False,
+        alpha=alpha,
+        beta=beta,
+        heads=None if heads is None else (heads,),
+        norm=norm,
+        reduction=reduction,
+    )
+
+
+def tpp(
+    student: Shapes,
+    teacher: Shapes | None,
+    *,
+    alpha: float = ALPHA,
+    adaptive_queries: bool = True,
+    heads: tuple[int, int] | None = None,
+    norm: Norm = "batch",
+    reduction: Reduction = "mean",
+) -> ScaleKD:
+    """`tpp`: CAP and the proxy path in one view (eq. 4). `heads`: (stage 3, stage 4). See `ScaleKD`."""
+    return ScaleKD(
+        student,
+        teacher,
+        views="single",
+        tpp=True,
+        adaptive_queries=adaptive_queries,
+        alpha=alpha,
+        heads=heads,
+        norm=norm,
+        reduction=reduction,
+    )
+
+
+def scalekd(
+    student: Shapes,
+    teacher: Shapes | None,
+    *,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    views: TwoViews = "all_alt",
+    adaptive_queries: bool = True,
+    heads: tuple[int, int] | None = None,
+    norm: Norm = "batch",
+    reduction: Reduction = "mean",
+) -> ScaleKD:
+    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms). See `ScaleKD`."""
+    _refuse_single("scalekd", views)
+    return ScaleKD(
+        student,
+        teacher,
+        views=views,
+        tpp=True,
+        adaptive_queries=adaptive_queries,
+        alpha=alpha,
+        beta=beta,
+        heads=heads,
+        norm=norm,
+        reduction=reduction,
+    )
+
+
+def _refuse_single(method: str, views: str) -> None:
+    if views == "single":
+        raise ValueError(f"{method} has two views. For one, use {'cap' if method == 'dfm' else 'tpp'}")

@@ -1,0 +1,65 @@
+"""Parameter groups, optimiser and schedule, through timm's factories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from .config import Config
+from .distiller import Distiller
+
+
+def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:
+    """The student at `optim.lr`, the methods' own parameters at `optim.projector_lr` times that."""
+    optim = config.optim
+    groups = _groups(distiller.student, config, optim.lr) + _groups(
+        distiller.methods, config, optim.lr * optim.projector_lr
+    )
+    info = get_optimizer_info(optim.name)
+    extra: dict[str, Any] = ({"betas": optim.betas} if info.has_betas else {}) | (
+        {"eps": optim.eps} if info.has_eps else {}
+    )
+    return create_optimizer_v2(
+        groups,
+        opt=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=False,
+        **extra,
+    )
+
+
+def _groups(module: nn.Module, config: Config, lr: float) -> list[dict[str, Any]]:
+    decay = config.optim.weight_decay
+    if config.optim.decay_norm_and_bias:
+        groups = [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": decay}]
+    else:
+        exempt = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        groups = param_groups_weight_decay(module, decay, no_weight_decay_list=exempt)
+    return [group | {"lr": lr} for group in groups if group["params"]]
+
+
+def make_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule, counted in steps: call `schedule.step_update(step)` before each step."""
+    s, epochs = config.schedule, config.train.epochs
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=s.name,
+        num_epochs=epochs,
+        warmup_epochs=s.warmup_epochs,
+        warmup_lr=s.warmup_lr,
+        warmup_prefix=False,
+        min_lr=s.min_lr,
+        decay_milestones=list(s.milestones),
+        decay_rate=s.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    assert schedule is not None
+    return schedule

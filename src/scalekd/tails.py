@@ -1,0 +1,120 @@
+"""Tails: how a frozen teacher is run on from the middle, by timm model class.
+
+A tail takes `(model, index, x, prefix)`: the model in eval mode, timm's number of one of its features,
+that feature's map `(B, D, H, W)`, and the class or register tokens beside it `(B, P, D)` or None. It
+gives the final map `(B, D', H', W')`, the one the model's head is given: from the model's own map, what
+the model's own forward pass gives. The gradient flows to `x`.
+
+To add a class, write its tail and one line in `TEACHER_TAILS`, and add a model to `tests/test_stages.py`.
+A subclass needs a line of its own, as it may run its blocks differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm import models
+from torch import Tensor, nn
+
+
+def to_tokens(x: Tensor, prefix: Tensor | None) -> Tensor:
+    """(B, D, H, W), (B, P, D) -> (B, P + H*W, D)"""
+    tokens = x.flatten(2).transpose(1, 2)
+    return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+def to_map(tokens: Tensor, prefix_tokens: int, grid: Sequence[int]) -> Tensor:
+    """(B, P + H*W, D) -> (B, D, H, W)"""
+    return tokens[:, prefix_tokens:].transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def _vit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    tokens = model.norm(model.blocks[index + 1 :](to_tokens(x, prefix)))
+    return to_map(tokens, model.num_prefix_tokens, x.shape[-2:])
+
+
+def _beit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    tokens = to_tokens(x, prefix)
+    bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+    for block in model.blocks[index + 1 :]:
+        tokens = block(tokens, shared_rel_pos_bias=bias)
+    return to_map(model.norm(tokens), model.num_prefix_tokens, x.shape[-2:])
+
+
+def _eva_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    tokens = to_tokens(x, prefix)
+    grid = x[:1].detach().permute(0, 2, 3, 1)  # its values do not matter: the model reads the rotation off it
+    _, rope = model._pos_embed(grid if model.dynamic_img_size else grid.flatten(1, 2))
+    for i in range(index + 1, len(model.blocks)):
+        per_block = getattr(model, "rope_mixed", False) and rope is not None
+        tokens = model.blocks[i](tokens, rope=rope[i] if per_block else rope)
+    return to_map(model.norm(tokens), model.num_prefix_tokens, x.shape[-2:])
+
+
+def _mixer_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    tokens = model.norm(model.blocks[index + 1 :](to_tokens(x, None)))
+    return to_map(tokens, 0, x.shape[-2:])
+
+
+def _swin_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    x = model.layers[index + 1 :](x.permute(0, 2, 3, 1))
+    return model.norm(x).permute(0, 3, 1, 2)
+
+
+def _convnext_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    return model.norm_pre(model.stages[index + 1 :](x))
+
+
+def _metaformer_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    return model.stages[index + 1 :](x)
+
+
+def _resnet_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    for i in range(index + 1, 5):  # feature 0 is the stem
+        x = getattr(model, f"layer{i}")(x)
+    return x
+
+
+def _regnet_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    for i in range(index + 1, 5):
+        x = getattr(model, f"s{i}")(x)
+    return model.final_conv(x)
+
+
+def _maxvit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    return model.norm(model.stages[index:](x))  # feature 0 is the stem
+
+
+def _byobnet_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    return model.final_conv(model.stages[model.stage_ends[index] :](x))
+
+
+def _efficientnet_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    x = model.blocks[model.stage_ends[index] :](x)
+    return model.bn2(model.conv_head(x))
+
+
+def _mobilenetv3_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
+    return model.blocks[model.stage_ends[index] :](x)
+
+
+TEACHER_TAILS: dict[type[nn.Module], Callable[[nn.Module, int, Tensor, Tensor | None], Tensor]] = {
+    models.VisionTransformer: _vit_tail,
+    models.VisionTransformerDistilled: _vit_tail,
+    models.Beit: _beit_tail,
+    models.Eva: _eva_tail,
+    models.MlpMixer: _mixer_tail,
+    models.SwinTransformer: _swin_tail,
+    models.SwinTransformerV2: _swin_tail,
+    models.ConvNeXt: _convnext_tail,
+    models.ResNet: _resnet_tail,
+    models.RegNet: _regnet_tail,
+    models.MaxxVit: _maxvit_tail,
+    models.MetaFormer: _metaformer_tail,
+    models.RepVit: _metaformer_tail,
+    models.EfficientNet: _efficientnet_tail,
+    models.MobileNetV3: _mobilenetv3_tail,
+    models.ByobNet: _byobnet_tail,
+}

@@ -1,0 +1,66 @@
+"""A small pair with grids that differ and are not square, and random features of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalekd.stages import Features, Shapes
+
+CLASSES = 5
+
+
+class Tail(nn.Module):
+    """A frozen last stage that halves the grid, as a Swin's does: conv, GELU, linear, norm."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, 2, stride=2)
+        self.linear = nn.Linear(after, after)
+        self.norm = nn.LayerNorm(after)
+        self.batches: list[int] = []
+        self.double().requires_grad_(False)
+
+    def forward(self, k: int, x: Tensor) -> Tensor:
+        assert k == 3
+        self.batches.append(len(x))
+        x = F.gelu(self.conv(x)).permute(0, 2, 3, 1)
+        return self.norm(self.linear(x)).permute(0, 3, 1, 2)
+
+
+@dataclass
+class Pair:
+    student: Shapes
+    teacher: Shapes
+    tail: Tail
+
+    def features(
+        self, batch: int = 3, dtype: torch.dtype = torch.float64
+    ) -> tuple[Features, Features, Tensor]:
+        """Student and teacher features, all leaves that ask for a gradient, and class indices."""
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, dtype=dtype, requires_grad=True)
+
+        def of(shapes: Shapes) -> Features:
+            assert shapes.final is not None
+            return Features(
+                random(shapes.classes), tuple(random(*m) for m in shapes.maps), random(*shapes.final)
+            )
+
+        student, teacher = of(self.student), of(self.teacher)
+        self.tail.to(dtype)
+        teacher.resume = self.tail
+        return student, teacher, torch.randint(0, CLASSES, (batch,))
+
+
+@pytest.fixture
+def pair() -> Pair:
+    torch.manual_seed(0)
+    student = Shapes("student", ((4, 8, 6), (4, 8, 6), (6, 4, 3), (8, 2, 3)), (8, 2, 3), CLASSES)
+    teacher = Shapes("teacher", ((4, 16, 12), (6, 8, 6), (8, 6, 4), (12, 3, 2)), (12, 3, 2), CLASSES, True)
+    return Pair(student, teacher, Tail(8, 12))

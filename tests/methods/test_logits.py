@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr, softmax
+
+from scalekd.methods import METHODS
+from scalekd.methods.logits import KD, BinaryCrossEntropy, CrossEntropy
+from scalekd.stages import Features, Shapes
+
+S3 = Shapes("s", (), None, 3)
+PROBABILITIES = Features(torch.tensor([[log(1), log(2), log(5)]]))  # softmax: 1/8, 2/8, 5/8
+SIGMOIDS = Features(torch.tensor([[log(3), -log(4), 0.0]]))  # sigmoid: 3/4, 1/5, 1/2
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "targets", "expected"),
+    [
+        (0.0, torch.tensor([2]), -log(5 / 8)),
+        (0.3, torch.tensor([2]), -(0.1 * log(1 / 8) + 0.1 * log(2 / 8) + 0.8 * log(5 / 8))),
+        (0.0, torch.tensor([[0.5, 0.5, 0.0]]), -(0.5 * log(1 / 8) + 0.5 * log(2 / 8))),
+        (0.3, torch.tensor([[0.5, 0.5, 0.0]]), -(0.45 * log(1 / 8) + 0.45 * log(2 / 8) + 0.1 * log(5 / 8))),
+    ],
+)
+def test_ce_by_hand(smoothing, targets, expected):
+    loss = CrossEntropy(S3, smoothing=smoothing)(PROBABILITIES, None, targets)
+    assert loss["ce"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_ce_is_averaged_over_the_batch():
+    logits = torch.tensor([[log(1), log(3)], [log(1), log(1)]])
+    loss = CrossEntropy(S3)(Features(logits), None, torch.tensor([0, 1]))
+    assert loss["ce"].item() == pytest.approx((log(4) + log(2)) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "targets", "per_class"),
+    [
+        (0.0, torch.tensor([0]), [-log(3 / 4), -log(4 / 5), -log(1 / 2)]),
+        (
+            0.3,
+            torch.tensor([0]),
+            [-(0.8 * log(3 / 4) + 0.2 * log(1 / 4)), -(0.1 * log(1 / 5) + 0.9 * log(4 / 5)), -log(1 / 2)],
+        ),
+        (
+            0.0,
+            torch.tensor([[0.4, 0.6, 0.0]]),
+            [-(0.4 * log(3 / 4) + 0.6 * log(1 / 4)), -(0.6 * log(1 / 5) + 0.4 * log(4 / 5)), -log(1 / 2)],
+        ),
+    ],
+)
+def test_bce_by_hand(smoothing, targets, per_class):
+    mean = BinaryCrossEntropy(S3, smoothing=smoothing)(SIGMOIDS, None, targets)
+    total = BinaryCrossEntropy(S3, smoothing=smoothing, reduction="sum")(SIGMOIDS, None, targets)
+    assert mean["bce"].item() == pytest.approx(sum(per_class) / 3, rel=1e-6)
+    assert total["bce"].item() == pytest.approx(sum(per_class), rel=1e-6)
+
+
+def test_bce_sum_is_averaged_over_the_batch():
+    twice = Features(SIGMOIDS.logits.repeat(2, 1))
+    method = BinaryCrossEntropy(S3, reduction="sum")
+    one, two = method(SIGMOIDS, None, torch.tensor([1])), method(twice, None, torch.tensor([1, 1]))
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd_against_scipy(pair, temperature):
+    student, teacher, targets = pair.features(batch=7)
+    s = softmax(student.logits.detach().numpy() / temperature, axis=1)
+    t = softmax(teacher.logits.detach().numpy() / temperature, axis=1)
+    expected = temperature**2 * rel_entr(t, s).sum(axis=1).mean()
+    loss = KD(pair.student, pair.teacher, temperature=temperature)(student, teacher, targets)["kd"]
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
+
+
+def test_kd_default_temperature_is_1(pair):
+    batch = pair.features()
+    default, one = KD(pair.student, pair.teacher), KD(pair.student, pair.teacher, temperature=1.0)
+    assert torch.equal(default(*batch)["kd"], one(*batch)["kd"])
+
+
+def test_kd_gradient(pair):
+    student, teacher, targets = pair.features()
+    method = KD(pair.student, pair.teacher, temperature=2.0)
+
+    def loss(logits):
+        return method(Features(logits), teacher, targets)["kd"]
+
+    assert torch.autograd.gradcheck(loss, student.logits)
+    loss(student.logits).backward()
+    assert teacher.logits.grad is None
+
+
+@pytest.mark.parametrize("name", ["ce", "bce", "kd"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_float32_for_half_precision_logits(pair, name, autocast):
+    student, teacher, targets = pair.features(dtype=torch.bfloat16)
+    full = [Features(f.logits.float()) for f in (student, teacher)]
+    method = METHODS[name](pair.student, pair.teacher)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = method(student, teacher, targets)[name]
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, method(*full, targets)[name])
+
+
+def test_large_logits_stay_finite():
+    student = Features(torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True))
+    teacher = Features(torch.tensor([[-1e4, 1e4, 0.0]]))
+    loss = KD(S3, S3)(student, teacher, torch.tensor([0]))["kd"]
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4)
+    assert student.logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda s: CrossEntropy(dataclasses.replace(s, classes=0)), "no classes"),
+        (lambda s: BinaryCrossEntropy(dataclasses.replace(s, classes=0)), "no classes"),
+        (lambda s: CrossEntropy(s, smoothing=1.0), "smoothing"),
+        (lambda s: BinaryCrossEntropy(s, smoothing=-0.1), "smoothing"),
+        (lambda s: BinaryCrossEntropy(s, reduction="none"), "reduction"),
+        (lambda s: KD(s, None), "needs a teacher"),
+        (lambda s: KD(s, dataclasses.replace(s, classes=0)), "no classifier"),
+        (lambda s: KD(s, dataclasses.replace(s, model="other", classes=7)), "s has 3 classes and other 7"),
+        (lambda s: KD(s, s, temperature=0.0), "temperature"),
+    ],
+)
+def test_refusals(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(S3)

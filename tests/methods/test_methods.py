@@ -1,0 +1,133 @@
+"""What every entry of METHODS must do, and what the two documents on methods say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from scalekd.methods import METHODS
+from scalekd.stages import Features, Shapes
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+VARIANTS = [
+    *((name, {}) for name in METHODS),
+    *(
+        ("fd", {"stages": (1, 2, 3, 4), "projector": projector, "norm": norm})
+        for projector, norm in [
+            ("linear", None),
+            ("conv", "batch"),
+            ("conv", "layer"),
+            ("cap", "batch"),
+            ("cap", "layer"),
+        ]
+    ),
+]
+
+
+def options_of(method) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(method).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_contract(pair, name, options):
+    """Scalars with a gradient for the student and every parameter, and none for the teacher."""
+    method = METHODS[name](pair.student, pair.teacher, **options).double()
+    student, teacher, indices = pair.features()
+    needs_teacher = getattr(METHODS[name], "needs_teacher", True)
+    probabilities = torch.nn.functional.one_hot(indices, pair.student.classes).double()
+    if not getattr(METHODS[name], "needs_maps", True):
+        student, teacher = Features(student.logits), Features(teacher.logits)
+    losses = method(student, teacher if needs_teacher else None, indices)
+    assert losses and all(v.shape == () and v.isfinite() and v > 0 for v in losses.values())
+    for key, value in method(student, teacher if needs_teacher else None, probabilities).items():
+        torch.testing.assert_close(value, losses[key])
+
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in method.parameters())
+    reached = [
+        x for x in (student.logits, student.final, *student.maps) if x is not None and x.grad is not None
+    ]
+    assert reached and all(x.grad.abs().sum() > 0 for x in reached)
+    assert all(x is None or x.grad is None for x in (teacher.logits, teacher.final, *teacher.maps))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_signature(name):
+    """student, teacher, then keyword options with annotation and default."""
+    parameters = list(inspect.signature(METHODS[name]).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["student", "teacher"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[2:])
+    assert all(p.annotation is not p.empty and p.default is not p.empty for p in parameters[2:])
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if getattr(m, "needs_teacher", True)])
+def test_a_teacher_is_asked_for(pair, name):
+    with pytest.raises(ValueError, match="needs a teacher"):
+        METHODS[name](pair.student, None)
+
+
+# ---------------------------------------------------------------- docs
+
+
+def test_options_table_has_the_options_and_their_defaults():
+    rows = re.findall(
+        r"^\| (\w+) \| (\w+) \| (\S.*?) \| \S.*\|$", (DOCS / "methods.md").read_text(), re.MULTILINE
+    )
+    documented = {
+        (method, option): ast.literal_eval(default) for method, option, default in rows if method in METHODS
+    }
+    actual = {(name, o): p.default for name, m in METHODS.items() for o, p in options_of(m).items()}
+    assert documented == actual
+
+
+def losses_of(document: str) -> list[str]:
+    return re.findall(r"losses: \{.*\}", (DOCS / document).read_text())
+
+
+def tupled(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("line", losses_of("methods.md"))
+def test_recipe_lines_can_be_built(line):
+    student = Shapes("s", ((4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)), (8, 2, 2), 5)
+    teacher = Shapes("t", ((4, 8, 8), (4, 8, 8), (48, 4, 4), (96, 2, 2)), (96, 2, 2), 5, can_resume=True)
+    losses = yaml.safe_load(line)["losses"]
+    for name, options in losses.items():
+        weight = options.pop("weight", 1.0)
+        assert weight > 0
+        METHODS[name](student, teacher, **{k: tupled(v) for k, v in options.items()})
+
+
+def test_every_ablation_row_has_its_losses():
+    table = (DOCS / "methods.md").read_text().split("## The ablations")[1]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    lines = [losses for row in rows for losses in re.findall(r"losses: \{.*\}", row)]
+    assert len(lines) == len(rows) == len(set(lines))
+
+
+def test_the_example_method_runs(monkeypatch, pair):
+    """docs/add-a-method.md, taken literally."""
+    module, line, test = re.findall(r"```python\n(.*?)```", (DOCS / "add-a-method.md").read_text(), re.DOTALL)
+    names: dict = {"__name__": "attention"}
+    exec(module, names)  # our own document
+    for name, method in eval("{" + line + "}", names).items():  # noqa: S307
+        monkeypatch.setitem(METHODS, name, method)
+    tests: dict = {}
+    exec(test, tests)
+    tests["test_at_by_hand"]()
+
+    (recipe,) = losses_of("add-a-method.md")
+    options = yaml.safe_load(recipe)["losses"]["at"]
+    options.pop("weight")
+    batch = pair.features()
+    losses = METHODS["at"](pair.student, pair.teacher, **{k: tupled(v) for k, v in options.items()})(*batch)
+    assert list(losses) == ["s3", "s4"] and all(v.isfinite() and v > 0 for v in losses.values())

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.fft import dctn
+
+from scalekd.methods.scalekd import ScaleKD, cap, dfm, scalekd, tpp
+from scalekd.stages import Features, Shapes
+
+# ---------------------------------------------------------------- a plain, slow ScaleKD
+
+
+def mean_map(x):
+    return x.sum(dim=3).sum(dim=2)[:, :, None, None] / (x.shape[2] * x.shape[3]) * torch.ones_like(x)
+
+
+VIEW = {
+    "ori": lambda x: x,
+    "ori2": lambda x: x,
+    "alt": lambda x: x - mean_map(x),
+    "dir": mean_map,
+}
+
+
+def slow_distance(a, t, reduction):
+    """Sample by sample, position by position."""
+    total = 0
+    for b in range(len(a)):
+        for i in range(a.shape[2]):
+            for j in range(a.shape[3]):
+                u, v = a[b, :, i, j], t[b, :, i, j]
+                total = total + ((u / u.square().sum().sqrt() - v / v.square().sum().sqrt()) ** 2).sum()
+    total = total / len(a)
+    return total if reduction == "sum" else total * 49 / (a.shape[2] * a.shape[3])
+
+
+def slow_losses(method, student, teacher, weights, with_tpp, adaptive, reduction):
+    """View by view, each with a pass of its own through the teacher's last stage."""
+    losses = {}
+    for view, weight in weights.items():
+        target = VIEW[view](teacher.final.detach())
+        queries = None
+        if with_tpp:
+            proxy = teacher.resume(3, method.proxy_caps[view](student.maps[2]))
+            losses[f"proxy_{view}"] = weight * slow_distance(VIEW[view](proxy), target, reduction)
+            queries = proxy if adaptive else None
+        mimic = method.student_caps[view](student.final, queries)
+        losses[view] = weight * slow_distance(VIEW[view](mimic), target, reduction)
+    return losses
+
+
+TWO = {"all_alt": ("ori", "alt"), "dir_alt": ("dir", "alt"), "dual_path": ("ori", "ori2")}
+
+
+def weights_by_hand(views, alpha=0.14, beta=0.571):
+    if views == "single":
+        return {"ori": alpha}
+    return dict(zip(TWO[views], (alpha * beta, alpha * (1 - beta)), strict=True))
+
+
+CASES = [
+    (cap, {}, weights_by_hand("single"), False, False),
+    (cap, {"alpha": 2.0, "norm": "layer"}, {"ori": 2.0}, False, False),
+    (dfm, {}, weights_by_hand("all_alt"), False, False),
+    (dfm, {"views": "dual_path", "beta": 0.5, "alpha": 1.0}, {"ori": 0.5, "ori2": 0.5}, False, False),
+    (dfm, {"views": "dir_alt"}, weights_by_hand("dir_alt"), False, False),
+    (dfm, {"beta": 1.0}, {"ori": 0.14}, False, False),
+    (dfm, {"beta": 0.0}, {"alt": 0.14}, False, False),
+    (tpp, {}, weights_by_hand("single"), True, True),
+    (tpp, {"adaptive_queries": False, "norm": "layer"}, weights_by_hand("single"), True, False),
+    (scalekd, {}, weights_by_hand("all_alt"), True, True),
+    (scalekd, {"adaptive_queries": False}, weights_by_hand("all_alt"), True, False),
+    (scalekd, {"views": "dir_alt", "norm": "layer"}, weights_by_hand("dir_alt"), True, True),
+    (scalekd, {"views": "dual_path", "beta": 0.25}, weights_by_hand("dual_path", beta=0.25), True, True),
+    (scalekd, {"beta": 1.0}, {"ori": 0.14}, True, True),
+    (scalekd, {"beta": 0.0}, {"alt": 0.14}, True, True),
+]
+IDS = ["-".join([f.__name__, *(f"{k}={v}" for k, v in options.items())]) for f, options, *_ in CASES]
+cases = pytest.mark.parametrize(("build", "options", "weights", "with_tpp", "adaptive"), CASES, ids=IDS)
+
+
+def randomised(method):
+    """Float64, every parameter random: large enough that ReLUs open and shut from position to position."""
+    for p in method.double().parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return method
+
+
+def gradients(losses, inputs):
+    return torch.autograd.grad(sum(losses.values()), inputs)
+
+
+@cases
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_against_the_slow_version(pair, build, options, weights, with_tpp, adaptive, reduction):
+    method = randomised(build(pair.student, pair.teacher, reduction=reduction, **options))
+    student, teacher, targets = pair.features()
+    fast = method(student, teacher, targets)
+    slow = slow_losses(method, student, teacher, weights, with_tpp, adaptive, reduction)
+    assert fast.keys() == slow.keys()
+    for name, value in fast.items():
+        assert value.shape == ()
+        torch.testing.assert_close(value, slow[name], rtol=1e-10, atol=0)
+    # The gradient tells whether the queries of the student path are detached: they must not be.
+    inputs = [student.final, student.maps[2]] if with_tpp else [student.final]
+    inputs += method.parameters()
+    for x, y in zip(gradients(fast, inputs), gradients(slow, inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-12)
+
+
+@cases
+def test_no_dead_parameter_and_no_gradient_for_the_teacher(pair, build, options, weights, with_tpp, adaptive):
+    method = randomised(build(pair.student, pair.teacher, **options))
+    student, teacher, targets = pair.features()
+    sum(method(student, teacher, targets).values()).backward()
+    for name, p in method.named_parameters():
+        assert p.grad is not None, name
+        if not zero_by_theory(name, p, method):
+            assert p.grad.abs().max() > 1e-9, name
+    assert student.final.grad.abs().max() > 0
+    assert (student.maps[2].grad is not None) == with_tpp
+    assert teacher.final.grad is None and teacher.logits.grad is None
+    assert all(m.grad is None for m in teacher.maps)
+    assert all(p.grad is None for p in pair.tail.parameters())
+
+
+def zero_by_theory(name: str, p: torch.Tensor, method: torch.nn.Module) -> bool:
+    """Shifts that what follows takes out again: softmax, BatchNorm, and phi after the last layer."""
+    batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in method.modules())
+    return (
+        name.endswith(".k.bias")
+        or (batch_norm and name.endswith(".conv.bias"))
+        or name == "student_caps.alt.ffn.2.bias"
+    )
+
+
+@pytest.mark.parametrize(("views", "count"), [("single", 1), ("all_alt", 2), ("dir_alt", 2)])
+def test_teachers_last_stage_runs_once(pair, views, count):
+    method = ScaleKD(pair.student, pair.teacher, views=views).double()
+    method(*pair.features(batch=3))
+    assert pair.tail.batches == [count * 3]
+
+
+def test_alternative_view_sees_no_constant_shift_and_the_original_does(pair):
+    student, teacher, targets = pair.features()
+    method = dfm(pair.student, pair.teacher).double()
+    before = method(student, teacher, targets)
+    teacher.final = teacher.final + torch.arange(12.0)[:, None, None]
+    after = method(student, teacher, targets)
+    torch.testing.assert_close(before["alt"], after["alt"])
+    assert (before["ori"] - after["ori"]).abs() > 1e-3
+
+
+def test_alternative_view_against_scipys_dct(pair):
+    student, teacher, targets = pair.features()
+    method = dfm(pair.student, pair.teacher, alpha=1.0, beta=0.4, reduction="sum").double()
+    mimic = method.student_caps["alt"](student.final)
+    z = [dctn(x.detach().numpy(), axes=(2, 3), norm="ortho") for x in (mimic, teacher.final)]
+    for x in z:
+        x[:, :, 0, 0] = 0
+    a, t = (dctn(x, type=3, axes=(2, 3), norm="ortho") for x in z)
+    a, t = (x / np.sqrt((x**2).sum(axis=1, keepdims=True)) for x in (a, t))
+    expected = 0.6 * ((a - t) ** 2).sum() / len(a)
+    assert method(student, teacher, targets)["alt"].item() == pytest.approx(expected, rel=1e-10)
+
+
+@cases
+def test_bf16_autocast(pair, build, options, weights, with_tpp, adaptive):
+    method = build(pair.student, pair.teacher, **options)
+    batch = pair.features(dtype=torch.float32)
+    full = method(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = method(*batch)
+    for name, value in low.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(full[name].item(), rel=0.05)
+
+
+def test_grids_of_7x7_and_16x16():
+    """ResNet-50's grid and a ViT-L/14's, whose stages all have the same."""
+    student = Shapes("cnn", ((4, 28, 28), (4, 28, 28), (6, 14, 14), (8, 7, 7)), (8, 7, 7), 0)
+    teacher = Shapes("vit", ((16, 16, 16),) * 4, (16, 16, 16), 0, can_resume=True)
+    torch.manual_seed(0)
+    method = scalekd(student, teacher)
+
+    def features(shapes):
+        return Features(
+            torch.empty(2, 0), tuple(torch.randn(2, *m) for m in shapes.maps), torch.randn(2, *shapes.final)
+        )
+
+    s, t = features(student), features(teacher)
+    t.resume = lambda k, x: x.roll(1, dims=1)
+    released = scalekd(student, teacher, reduction="sum")
+    released.load_state_dict(method.state_dict())
+    for name, value in method(s, t, torch.tensor([0, 0])).items():
+        torch.testing.assert_close(released(s, t, torch.tensor([0, 0]))[name], value * 256 / 49)
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"), [(None, {"proxy": 12, "student": 24}), ((16, 24), {"proxy": 16, "student": 24})]
+)
+def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
+    student = Shapes(
+        "resnet50", ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)), (2048, 7, 7), 1000
+    )
+    teacher = Shapes(
+        "swin_l", ((192, 56, 56), (384, 28, 28), (768, 14, 14), (1536, 7, 7)), (1536, 7, 7), 1000, True
+    )
+    with torch.device("meta"):
+        method = scalekd(student, teacher, heads=heads)
+        assert all(c.heads == expected["proxy"] for c in method.proxy_caps.values())
+        assert all(c.heads == expected["student"] for c in method.student_caps.values())
+        assert cap(student, teacher, heads=8).student_caps["ori"].heads == 8
+        assert dfm(student, teacher, heads=8).student_caps["alt"].heads == 8
+    assert sum(p.numel() for p in method.parameters()) == 175_958_016
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": "triple"}, "single, dual_path, all_alt, dir_alt"),
+        ({"views": "single", "beta": 0.5}, "beta goes with two views"),
+        ({"beta": 1.5}, "beta is 1.5"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"reduction": "max"}, "reduction"),
+        ({"norm": "group"}, "norm"),
+        ({"tpp": False, "adaptive_queries": True}, "adaptive_queries goes with tpp"),
+        ({"tpp": False, "adaptive_queries": False}, "adaptive_queries goes with tpp"),
+        ({"tpp": False, "heads": (4, 4)}, "heads"),
+        ({"heads": (4,)}, "heads"),
+        ({"heads": (3, 4)}, "3 does not divide the teacher's 8"),
+    ],
+)
+def test_refusals(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        ScaleKD(pair.student, pair.teacher, **options)
+
+
+@pytest.mark.parametrize(("build", "instead"), [(dfm, "use cap"), (scalekd, "use tpp")])
+def test_two_view_methods_refuse_one(pair, build, instead):
+    with pytest.raises(ValueError, match=instead):
+        build(pair.student, pair.teacher, views="single")
+
+
+def test_refusals_of_the_pair(pair):
+    stuck = dataclasses.replace(pair.teacher, model="stuck", can_resume=False)
+    for build in (tpp, scalekd):
+        with pytest.raises(ValueError, match=r"stuck cannot be resumed there. Use dfm, cap, fd or kd"):
+            build(pair.student, stuck)
+    for build in (cap, dfm):
+        assert build(pair.student, stuck)
+
+    point = dataclasses.replace(pair.teacher, model="point", final=(12, 1, 1))
+    for build in (dfm, scalekd):
+        with pytest.raises(ValueError, match="point has a 1x1 final map"):
+            build(pair.student, point)
+    for build in (cap, tpp):
+        assert build(pair.student, point)
+
+    blind = dataclasses.replace(pair.student, model="blind", maps=(), final=None)
+    with pytest.raises(ValueError, match="blind gives logits only"):
+        scalekd(blind, pair.teacher)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        scalekd(pair.student, None)

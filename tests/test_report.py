@@ -1,0 +1,236 @@
+"""The HTML report: numbers, drawing, escaping, and logs that are short, resumed or broken."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from scalekd.report import (
+    LEFT,
+    RIGHT,
+    Axis,
+    ReportRun,
+    accuracy_points,
+    escape,
+    events_of,
+    log_ticks,
+    loss_points,
+    nice_ticks,
+    thin,
+    tick_text,
+    time_use,
+    value_axis,
+    write_report,
+)
+
+NO_END_TAG = {"meta", "br", "link", "img", "hr"}
+
+
+def step(at: int, speed: float = 1000.0, data: float = 0.25, teacher: float = 0.5, **losses: float) -> dict[str, Any]:
+    return {"event": "step", "step": at, "losses": losses or {"ce": 1.0, "total": 1.0}, "images_per_s": speed,
+            "data_share": data, "teacher_share": teacher}
+
+
+def validation(epoch: int, top1: float) -> dict[str, Any]:
+    return {"event": "validation", "step": epoch * 10, "epoch": epoch, "epochs": 4, "top1": top1, "top5": 99.0}
+
+
+def run(label: str, events: list[dict[str, Any]] | None = None, top1: tuple[float, ...] = (90.0,)) -> ReportRun:
+    return ReportRun(label, events or [], list(top1), [100.0] * len(top1), {"ce": {}})
+
+
+def write(tmp_path: Path, runs: list[ReportRun], **options: Any) -> str:
+    path = tmp_path / "new" / "report.html"
+    write_report(path, **({"title": "Runs", "runs": runs, "facts": {"student": "resnet10t"}} | options))
+    return path.read_text(encoding="utf-8")
+
+
+class Balance(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in NO_END_TAG:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        """Closes itself."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def well_formed(page: str) -> list[ElementTree.Element]:
+    """Checks the tags and the numbers of the drawings; returns the figures."""
+    parser = Balance()
+    parser.feed(page)
+    parser.close()
+    assert not parser.open
+    figures = [ElementTree.fromstring(s) for s in re.findall(r'<svg class="figure".*?</svg>(?=<ul)', page, re.DOTALL)]
+    assert len(figures) == page.count('<svg class="figure"')
+    for swatch in re.findall(r'<svg width.*?</svg>(?=[^<]*</li>)', page):
+        ElementTree.fromstring(swatch)
+    assert not re.search(r"\b(nan|inf)\b", "".join(ElementTree.tostring(f, "unicode") for f in figures))
+    return figures
+
+
+def cells(page: str) -> list[list[str]]:
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def lines(figure: ElementTree.Element) -> list[list[tuple[float, float]]]:
+    found = (e.attrib["points"].split() for e in figure.iter("polyline"))
+    return [[(float(x), float(y)) for x, y in (p.split(",") for p in points)] for points in found]
+
+
+def test_table(tmp_path):
+    # mean 92, deviations -1, 0, +1: sample standard deviation 1; gain 92 - 90
+    kd = run("kd", [step(10, speed=1234.0)], (91.0, 92.0, 93.0))
+    kd.losses, kd.seconds = {"ce": {}, "kd": {"temperature": 2.0, "weight": 0.5}}, [3600.0, 3700.0, 3800.0]
+    page = write(tmp_path, [run("baseline"), kd], teacher_top1=94.806)
+    well_formed(page)
+    assert cells(page) == [
+        ["run", "top-1 (%)", "gain (points)", "time", "images/s", "seeds", "losses"],
+        ["teacher", "94.81", "–", "–", "–", "–", "–"],  # noqa: RUF001
+        ["baseline", "90.00", "–", "1.7 min", "–", "1", "ce"],  # noqa: RUF001
+        ["kd", "92.00 ± 1.00", "+2.00", "1 h 01 min", "1,234", "3", "ce, kd (temperature 2.0, weight 0.5)"],
+    ]
+    assert "<dt>student</dt><dd>resnet10t</dd>" in page
+
+
+def test_a_known_value_has_its_place_in_the_drawing(tmp_path):
+    events = [validation(1, 82.0), validation(2, 85.0), validation(4, 90.0)]
+    page = write(tmp_path, [run("baseline", events)], teacher_top1=90.0)
+    teacher, curve = lines(well_formed(page)[0])
+    # horizontal: 0 to 4 epochs; vertical: 82 to 90 %, with ticks every 2 % from y = 222 up to y = 40
+    assert curve == [pytest.approx((LEFT + (RIGHT - LEFT) * e / 4, 222 - 182 * (t - 82) / 8), abs=0.06)
+                     for e, t in ((1, 82), (2, 85), (4, 90))]
+    assert teacher == [(LEFT, 40.0), (RIGHT, 40.0)]
+    assert "teacher 90.00 %" in page
+
+
+def test_bars_are_as_long_as_the_time(tmp_path):
+    page = write(tmp_path, [run("a", [step(10, 1000.0, 0.25, 0.5)]), run("b", [step(10, 500.0, 0.0, 0.0)])])
+    bars = [e for e in well_formed(page)[-1].iter("rect") if e.get("height") == "20.0"]
+    unit = (RIGHT - 12) / 2  # 2 ms per image is the whole width
+    widths = [(e.get("class"), float(e.attrib["width"])) for e in bars]
+    assert widths == [("data", pytest.approx(unit / 4, abs=0.1)), ("teacher", pytest.approx(unit / 2, abs=0.1)),
+                      ("rest", pytest.approx(unit / 4, abs=0.1)), ("data", 0.0), ("teacher", 0.0),
+                      ("rest", pytest.approx(2 * unit, abs=0.1))]
+    assert "data 25.0%, teacher 50.0%, rest 25.0%" in page
+
+
+def test_time_shares_are_weighted_by_time():
+    # 10 steps at 1000 images/s, then 30 at 500: one and six parts of the time
+    seconds, shares = time_use([step(10, 1000.0, 0.7, 0.0), step(40, 500.0, 0.0, 0.7)])
+    assert shares == pytest.approx((0.1, 0.6, 0.3))
+    assert sum(shares) == pytest.approx(1)
+    assert seconds == pytest.approx((10 / 1000 + 30 / 500) / 40)
+
+
+def test_overlapping_times_are_scaled_to_the_whole():
+    _, shares = time_use([step(10, data=0.6, teacher=0.9)])
+    assert shares == pytest.approx((0.4, 0.6, 0.0))
+
+
+def test_intervals_without_numbers_are_left_out_of_the_time():
+    assert time_use([step(10, speed=0.0), step(20, data=math.nan), {"event": "step", "step": 30}]) is None
+    assert time_use([step(10, speed=math.inf), step(20, 100.0)]) == (0.01, pytest.approx((0.25, 0.5, 0.25)))
+
+
+def test_a_resumed_run_goes_back_to_its_checkpoint():
+    events = [step(10), step(20, ce=5.0), step(30), step(20, ce=2.0), validation(2, 80.0), step(40)]
+    assert [e["step"] for e in events_of(events, "step")] == [10, 20, 40]
+    assert loss_points(events)["ce"][1] == (20, 2.0)
+
+
+def test_non_finite_numbers_are_left_out_of_curves(tmp_path):
+    events = [step(1, ce=1.0, kd=math.nan), step(2, ce=math.inf, kd=3.0), validation(1, math.nan), validation(2, 80.0)]
+    assert loss_points(events) == {"ce": [(1, 1.0)], "kd": [(2, 3.0)]}
+    assert accuracy_points(events) == [(2, 80.0)]
+    assert "teacher nan" not in write(tmp_path, [run("a", events)], teacher_top1=math.nan)
+    well_formed(write(tmp_path, [run("a", events)]))
+
+
+def test_the_total_is_left_out_where_it_repeats_the_only_term():
+    assert list(loss_points([step(1, ce=1.0, total=1.0)])) == ["ce"]
+    assert list(loss_points([step(1, ce=1.0, kd=1.0, total=2.0)])) == ["ce", "kd", "total"]
+
+
+@pytest.mark.parametrize("events", [[], [{"event": "finished"}], [validation(1, 50.0)], [step(1)], [step(1), validation(1, 0.0)],
+                                    [step(1, ce=0.0, kd=-2.0), step(2, ce=1e-12, kd=1e30)]])
+def test_short_logs(tmp_path, events):
+    for runs in ([run("a", events)], [run("a", events, ()), run("b")]):
+        page = write(tmp_path, runs)
+        well_formed(page)
+        assert ("No validation was logged." in page) == (not accuracy_points(events))
+        assert ("No training step was logged." in page) == (not loss_points(events))
+
+
+def test_no_runs(tmp_path):
+    well_formed(write(tmp_path, [], facts={}))
+
+
+def test_everything_from_outside_is_escaped(tmp_path):
+    bad = "<script>alert('1')</script>&\"\x00\ud800"
+    events = [step(1, **{bad: 1.0, "ce": 2.0}), validation(1, 50.0)]
+    odd = ReportRun(bad, events, [50.0], [1.0], {bad: {bad: bad}})
+    page = write(tmp_path, [odd], title=bad + "%STYLE%", facts={bad: bad})
+    well_formed(page)
+    assert "<script" not in page
+    assert page.count(escape(bad)) >= 10
+    assert "\x00" not in page
+
+
+def test_offline_and_small(tmp_path):
+    terms = ["ce", "kd", "scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.proxy_alt", "total"]
+    events = [step(i, **{name: 1 + 0.5 * math.sin(i) for name in terms}) for i in range(1, 3000)]
+    events += [validation(e, 50 + e / 10) for e in range(1, 301)]
+    page = write(tmp_path, [run(f"run {i}", events) for i in range(16)])
+    assert len(page.encode()) < 500_000
+    assert "http" not in page.replace("http-equiv", "")
+    assert not re.search(r"<(script|link|img|iframe)|\ssrc=|@import|url\((?!#)", page)
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_ticks():
+    assert nice_ticks(0, 30) == [0, 10, 20, 30]
+    assert nice_ticks(82.3, 94.8) == [80, 85, 90, 95]
+    assert nice_ticks(0, 2, least_step=1) == [0, 1, 2]
+    assert log_ticks(0.002, 3.0) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
+    assert log_ticks(0.3, 15.0) == pytest.approx([0.2, 0.5, 1, 2, 5, 10, 20])
+    assert [tick_text(v) for v in (0, 0.05, 1500, 20000, 1.5e6, -2000)] == ["0", "0.05", "1.5k", "20k", "1.5M", "-2k"]
+
+
+@pytest.mark.parametrize("low, high", [(0, 0), (5, 5), (-3, 7), (1e-9, 2e-9), (1.0, 1.0 + 1e-15), (0, 1e7), (99.9, 100)])
+def test_ticks_enclose_the_values(low, high):
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] < ticks[-1]
+    assert ticks[0] <= low + 1e-12
+    assert ticks[-1] >= high - 1e-12
+
+
+def test_axes():
+    assert not value_axis([1.0, 20.0]).log
+    assert not value_axis([0.0, 200.0]).log
+    assert value_axis([0.01, 1.0]).log
+    assert Axis([1, 10, 100], 200, 0, log=True).at(10) == pytest.approx(100)
+
+
+def test_thin_keeps_means_and_the_last_point():
+    points = [(float(i), 2.0 * i) for i in range(1001)]
+    few = thin(points, 100)
+    assert len(few) <= 102
+    assert few[0] == (5.0, 10.0)
+    assert few[-1] == points[-1]
+    assert thin(points[:100], 100) == points[:100]
