@@ -12,29 +12,28 @@ from xml.etree import ElementTree
 import pytest
 
 from scalekd.report import (
-    LEFT,
-    RIGHT,
-    Axis,
     ReportRun,
     accuracy_points,
-    escape,
     events_of,
-    log_ticks,
     loss_points,
-    nice_ticks,
     thin,
-    tick_text,
     time_use,
-    value_axis,
     write_report,
 )
+from scalekd.svg import LEFT, RIGHT, Axis, escape, log_ticks, nice_ticks, tick_text, value_axis
 
 NO_END_TAG = {"meta", "br", "link", "img", "hr"}
 
 
 def step(at: int, speed: float = 1000.0, data: float = 0.25, teacher: float = 0.5, **losses: float) -> dict[str, Any]:
-    return {"event": "step", "step": at, "losses": losses or {"ce": 1.0, "total": 1.0}, "images_per_s": speed,
-            "data_share": data, "teacher_share": teacher}
+    return {
+        "event": "step",
+        "step": at,
+        "losses": losses or {"ce": 1.0, "total": 1.0},
+        "images_per_s": speed,
+        "data_share": data,
+        "teacher_share": teacher,
+    }
 
 
 def validation(epoch: int, top1: float) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def well_formed(page: str) -> list[ElementTree.Element]:
     assert not parser.open
     figures = [ElementTree.fromstring(s) for s in re.findall(r'<svg class="figure".*?</svg>(?=<ul)', page, re.DOTALL)]
     assert len(figures) == page.count('<svg class="figure"')
-    for swatch in re.findall(r'<svg width.*?</svg>(?=[^<]*</li>)', page):
+    for swatch in re.findall(r"<svg width.*?</svg>(?=[^<]*</li>)", page):
         ElementTree.fromstring(swatch)
     assert not re.search(r"\b(nan|inf)\b", "".join(ElementTree.tostring(f, "unicode") for f in figures))
     return figures
@@ -111,8 +110,10 @@ def test_a_known_value_has_its_place_in_the_drawing(tmp_path):
     page = write(tmp_path, [run("baseline", events)], teacher_top1=90.0)
     teacher, curve = lines(well_formed(page)[0])
     # horizontal: 0 to 4 epochs; vertical: 82 to 90 %, with ticks every 2 % from y = 222 up to y = 40
-    assert curve == [pytest.approx((LEFT + (RIGHT - LEFT) * e / 4, 222 - 182 * (t - 82) / 8), abs=0.06)
-                     for e, t in ((1, 82), (2, 85), (4, 90))]
+    assert curve == [
+        pytest.approx((LEFT + (RIGHT - LEFT) * e / 4, 222 - 182 * (t - 82) / 8), abs=0.06)
+        for e, t in ((1, 82), (2, 85), (4, 90))
+    ]
     assert teacher == [(LEFT, 40.0), (RIGHT, 40.0)]
     assert "teacher 90.00 %" in page
 
@@ -122,9 +123,14 @@ def test_bars_are_as_long_as_the_time(tmp_path):
     bars = [e for e in well_formed(page)[-1].iter("rect") if e.get("height") == "20.0"]
     unit = (RIGHT - 12) / 2  # 2 ms per image is the whole width
     widths = [(e.get("class"), float(e.attrib["width"])) for e in bars]
-    assert widths == [("data", pytest.approx(unit / 4, abs=0.1)), ("teacher", pytest.approx(unit / 2, abs=0.1)),
-                      ("rest", pytest.approx(unit / 4, abs=0.1)), ("data", 0.0), ("teacher", 0.0),
-                      ("rest", pytest.approx(2 * unit, abs=0.1))]
+    assert widths == [
+        ("data", pytest.approx(unit / 4, abs=0.1)),
+        ("teacher", pytest.approx(unit / 2, abs=0.1)),
+        ("rest", pytest.approx(unit / 4, abs=0.1)),
+        ("data", 0.0),
+        ("teacher", 0.0),
+        ("rest", pytest.approx(2 * unit, abs=0.1)),
+    ]
     assert "data 25.0%, teacher 50.0%, rest 25.0%" in page
 
 
@@ -165,8 +171,17 @@ def test_the_total_is_left_out_where_it_repeats_the_only_term():
     assert list(loss_points([step(1, ce=1.0, kd=1.0, total=2.0)])) == ["ce", "kd", "total"]
 
 
-@pytest.mark.parametrize("events", [[], [{"event": "finished"}], [validation(1, 50.0)], [step(1)], [step(1), validation(1, 0.0)],
-                                    [step(1, ce=0.0, kd=-2.0), step(2, ce=1e-12, kd=1e30)]])
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [{"event": "finished"}],
+        [validation(1, 50.0)],
+        [step(1)],
+        [step(1), validation(1, 0.0)],
+        [step(1, ce=0.0, kd=-2.0), step(2, ce=1e-12, kd=1e30)],
+    ],
+)
 def test_short_logs(tmp_path, events):
     for runs in ([run("a", events)], [run("a", events, ()), run("b")]):
         page = write(tmp_path, runs)
@@ -211,7 +226,9 @@ def test_ticks():
     assert [tick_text(v) for v in (0, 0.05, 1500, 20000, 1.5e6, -2000)] == ["0", "0.05", "1.5k", "20k", "1.5M", "-2k"]
 
 
-@pytest.mark.parametrize("low, high", [(0, 0), (5, 5), (-3, 7), (1e-9, 2e-9), (1.0, 1.0 + 1e-15), (0, 1e7), (99.9, 100)])
+@pytest.mark.parametrize(
+    "low, high", [(0, 0), (5, 5), (-3, 7), (1e-9, 2e-9), (1.0, 1.0 + 1e-15), (0, 1e7), (99.9, 100)]
+)
 def test_ticks_enclose_the_values(low, high):
     ticks = nice_ticks(low, high)
     assert 2 <= len(ticks) <= 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,23 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:
-        scratch.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}. What was saved before is untouched; "
             "free some space and start the same command again."
         ) from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Reads tensors and plain values only: no code from the file is run. Raises `UserError` for a damaged file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} in it has changed since it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{path} is not a whole checkpoint: {reason}\nRemove it to start this run anew, or put back a copy."

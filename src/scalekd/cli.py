@@ -16,7 +16,12 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; `scalekd COMMAND --help` lists those there are")
+    if rest:
+        args.overrides += rest  # argparse leaves those over that follow an option
     try:
         return args.run(args) or 0
     except UserError as error:

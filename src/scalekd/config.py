@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import reprlib
 import typing
 from collections.abc import Callable, Iterable
 from importlib import resources
@@ -11,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UserError, nearest
 
@@ -21,8 +32,21 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:  # one for each form; people want one
+        raise ValueError(f"pixels, such as 224 or [192, 256] for height and width (given {_short(value)})") from None
+
+
+ImageSize = Annotated[Positive | tuple[Positive, Positive], WrapValidator(_one_message)]
+LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
@@ -35,7 +59,7 @@ class Data(Section):
     """Use only so many training images, the same number per class, chosen by `seed`."""
     seed: int = 0
     """Chooses the held-out images and the `limit`; apart from the run's seed so that seeds share their data."""
-    image_size: Positive | tuple[Positive, Positive] = 224
+    image_size: ImageSize = 224
     """Pixels, square or (height, width). The student sees this size."""
     channels: Literal[1, 3] = 3
     workers: Annotated[int, Field(ge=0)] = 4
@@ -57,8 +81,13 @@ class Augment(Section):
     def _readable(cls, policy: str | None) -> str | None:
         from timm.data import create_transform
 
+        if policy is None:
+            return None
         try:
             create_transform(32, is_training=True, auto_augment=policy)
+            ignored = [part for part in policy.split("-")[1:] if not re.match(r"t|[a-z]+\d", part)]
+            if ignored or not policy:
+                raise ValueError(f"it would ignore `{'-'.join(ignored)}`")
         except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"timm cannot read `{policy}` ({error or type(error).__name__}); write such as rand-m7-mstd0.5"
@@ -79,11 +108,11 @@ class Model(Section):
     """A timm model name."""
     weights: str | None = None
     """`pretrained` (timm's own), the path of a .safetensors or .pt file, or `random` / nothing for the initial values."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, JsonValue] = {}
     """Passed to `timm.create_model`."""
     cuts: tuple[int, int, int, int] | None = None
     """Plain ViTs and MLPs: the blocks after which stages 1 to 4 end. Quarters of the depth unless given."""
-    image_size: Positive | tuple[Positive, Positive] | None = None
+    image_size: ImageSize | None = None
     """Teachers: the size the teacher sees, if not the student's; resized from the same augmented pixels."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -154,7 +183,8 @@ class Schedule(Section):
 
 
 class Config(Section):
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
+    """The run's; its folder is runs/NAME unless --out says otherwise."""
     seed: int = 0
     data: Data
     augment: Augment = Augment()
@@ -171,7 +201,7 @@ class Config(Section):
     def _complete_losses(cls, losses: Any) -> Any:
         if not isinstance(losses, dict):
             raise ValueError("losses: a mapping of method names to options, such as {ce: {}, kd: {temperature: 1.0}}")
-        kept = {name: options or {} for name, options in losses.items() if options is not False}
+        kept = {name: {} if options is None else options for name, options in losses.items() if options is not False}
         problems = [line for name, options in kept.items() for line in _method_problems(name, options)]
         if not kept:
             problems.append("losses: none at all; name at least one, such as ce")
@@ -228,6 +258,12 @@ def _ignored(config: Config) -> list[str]:
         (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
         (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
         (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
+        (
+            config.data.val is not None and config.data.limit is None,
+            "data.seed",
+            config.data,
+            "data.limit or no data.val; a run's own seed is `seed`",
+        ),
         (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
         (True, "student.top1", config.student, "a teacher"),
     ]
@@ -247,7 +283,7 @@ def _changed(section: Section, field: str) -> bool:
 
 def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword options of a method, annotations resolved; the one place where its defaults live."""
-    function = method.__init__ if inspect.isclass(method) else method  # type: ignore[misc]
+    function = method.__init__ if inspect.isclass(method) else method
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -257,26 +293,26 @@ def _method_problems(name: str, options: Any) -> list[str]:
     from .methods import METHODS
 
     if name not in METHODS:
-        return [f"losses.{name}: unknown method.{nearest(name, METHODS)}"]
+        return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
     if not isinstance(options, dict):
         return [
-            f"losses.{name}: options are a mapping, not {options!r}; write {{}} for none, or losses.{name}=off to leave it out"
+            f"losses.{name}: options are a mapping, not {_short(options)}; write {{}} for none, or losses.{name}=off to leave it out"
         ]
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": float}
-    problems = [f"losses.{name}.{k}: unknown option.{nearest(k, known)}" for k in options if k not in known]
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
+    problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
         try:
             if key in known:
                 TypeAdapter(known[key]).validate_python(value)
         except ValidationError as error:
-            problems += [f"losses.{name}.{key}: {e['msg']} (given {value!r})" for e in error.errors()[:1]]
+            problems += [f"losses.{name}.{key}: {e['msg']} (given {_short(value)})" for e in error.errors()[:1]]
     return problems
 
 
 def _typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from .methods import METHODS
 
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": float}
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
     return {k: TypeAdapter(known[k]).validate_python(v) for k, v in options.items()}
 
 
@@ -302,7 +338,12 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.MarkedYAMLError as error:
+        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(f"{where} is not valid YAML: {error.problem}{place}") from None
+    except RecursionError:
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # PyYAML's own, for a false !!bool and such
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -375,7 +416,13 @@ def _describe(error: dict[str, Any]) -> list[str]:
     if error["type"] == "value_error":
         whole = where in ("", "losses")  # those name the place themselves
         return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
-    return [f"{where}: {error['msg']} (given {error['input']!r})"]
+    if error["type"] == "model_type":
+        return [f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {_short(error['input'])})"]
+    return [f"{where}: {error['msg']} (given {_short(error['input'])})"]
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def _fields_at(path: list[str]) -> list[str]:

@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -276,14 +275,18 @@ def _by_class(targets: Sequence[int], seed: int) -> list[int]:
 
 def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Iterator[Batch]:
     """The micro-batches of a whole run. Raises `UserError` for an image that cannot be read."""
-    return _checked(DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin))
+    return _checked(
+        DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin)
+    )
 
 
 def eval_batches(
     images: Images, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     sampler = _EvalSampler(len(images), batch_size, rank, world)
-    return _checked(DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin))
+    return _checked(
+        DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin)
+    )
 
 
 def _workers(asked: int) -> int:

@@ -25,6 +25,7 @@ def examine(as_json: bool) -> int:
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
     }
     found |= {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    found["torch"] = torch.__version__  # with the build: +cpu, +cu126, ...
     found["gpus"] = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
         for i in range(torch.cuda.device_count())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import checkpoint, parallel
-from .clock import Stopwatch
 from .config import Config
 from .data import (
     Batch,
@@ -36,6 +33,7 @@ from .data import (
 from .distiller import Distiller
 from .errors import UserError
 from .evaluate import evaluate
+from .meter import Meter, refuse_non_finite
 from .models import Loaded, build_model, statistics
 from .optim import make_optimizer, make_schedule
 from .runlog import RunLog
@@ -108,7 +106,9 @@ def build(config: Config, device: torch.device) -> Run:
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
-    distiller.to(device, memory_format=torch.channels_last) if train.channels_last else distiller.to(device)
+    distiller.to(device)
+    if train.channels_last:
+        distiller.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config, distiller)
     steps_per_epoch = len(images) // train.batch_size
     return Run(
@@ -148,17 +148,19 @@ def _check_batch(config: Config, images: int) -> None:
 # ---------------------------------------------------------------- one step
 
 
-def train_step(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], run: Run) -> dict[str, Tensor]:
+def train_step(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], run: Run, step: int) -> dict[str, Tensor]:
     """One optimiser step over the micro-batches. Returns the mean of each loss term, on the device.
 
     model: the distiller, or its DDP wrapper. batches: (images uint8 or [0, 1], targets) on the device.
+    step: how many came before; the average of weights forgets faster in the beginning.
     """
     train, distiller = run.config.train, run.distiller
     sums: dict[str, Tensor] = {}
     for i, (images, targets) in enumerate(batches):
         last = i == len(batches) - 1
-        joined = contextlib.nullcontext() if last or model is distiller else model.no_sync()
-        with joined:
+        # the processes' gradients are averaged once, with the last micro-batch
+        alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with alone:
             with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
                 losses = model(images, targets)
             run.scaler.scale(losses["total"] / len(batches)).backward()
@@ -171,7 +173,7 @@ def train_step(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], run: 
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.ema:
-        run.ema.update(distiller.student)
+        run.ema.update(distiller.student, step=step)
     return sums
 
 
@@ -194,10 +196,10 @@ def train(run: Run, folder: Path, log: RunLog) -> dict[str, Any]:
     """
     config, distiller = run.config, run.distiller
     last, best = folder / "last.pt", folder / "best.pt"
-    step, best_top1, history, elapsed = 0, -1.0, [], 0.0
+    step, best_top1, elapsed = 0, -1.0, 0.0
+    history: list[dict[str, Any]] = []
     if last.exists():
-        state = checkpoint.load(last)
-        step, best_top1, history, elapsed = restore(run, state)
+        step, best_top1, history, elapsed = restore(run, last)
         log.say(f"{log.label} goes on from step {step} of {run.total_steps}")
     model: nn.Module = distiller
     if parallel.world() > 1:
@@ -222,24 +224,21 @@ def train(run: Run, folder: Path, log: RunLog) -> dict[str, Any]:
         # the step's own randomness (mixup, drop path) follows from its number, as the samples' does
         seed_everything(config.seed, step, parallel.rank())
         run.schedule.step_update(step)
-        losses = train_step(model, [on_device(b, run) for b in micro], run)
+        losses = train_step(model, [on_device(b, run) for b in micro], run, step)
         step += 1
         meter.add(step, losses)
-        if (
-            step % run.steps_per_epoch == 0
-            and (step // run.steps_per_epoch) % config.train.eval_every == 0
-            or step == run.total_steps
-        ):
+        if step % (run.steps_per_epoch * config.train.eval_every) == 0 or step == run.total_steps:
             meter.flush(step)
             result = _validate(run)
+            refuse_non_finite({"validation": result["loss"]}, f"after step {step}")
             history.append({"epoch": step // run.steps_per_epoch, "step": step} | result)
             improved, best_top1 = result["top1"] > best_top1, max(best_top1, result["top1"])
             log.validation(epochs=config.train.epochs, best=best_top1, elapsed_s=meter.elapsed(), **history[-1])
             if parallel.rank() == 0:
                 state = snapshot(run, step, best_top1, history, meter.elapsed())
-                checkpoint.save(last, state)
-                if improved:
+                if improved:  # before last.pt: a run stopped between the two repeats the steps to both
                     checkpoint.save(best, {"student": state["deployed"], "step": step, "top1": best_top1})
+                checkpoint.save(last, state)
             parallel.wait_for_all()
             meter.resume()
     summary = {
@@ -257,6 +256,7 @@ def train(run: Run, folder: Path, log: RunLog) -> dict[str, Any]:
 
 def _validate(run: Run) -> dict[str, float]:
     d = run.distiller
+    parallel.copy_buffers_of_first(run.deployed)
     batches = eval_batches(
         run.val_images,
         max(1, min(256, len(run.val_images))),
@@ -284,69 +284,22 @@ def snapshot(run: Run, step: int, best_top1: float, history: list[dict[str, Any]
     }
 
 
-def restore(run: Run, state: dict[str, Any]) -> tuple[int, float, list[dict[str, Any]], float]:
-    run.distiller.student.load_state_dict(state["student"])
-    run.distiller.methods.load_state_dict(state["methods"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    if run.ema:
-        run.ema.load_state_dict(state["ema"])
-    return state["step"], state["best_top1"], state["history"], state["elapsed"]
-
-
-class Meter:
-    """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
-
-    def __init__(self, run: Run, log: RunLog, step: int, elapsed: float):
-        self.run, self.log, self.data = run, log, Stopwatch()
-        self.sums: dict[str, Tensor] = {}
-        self.first, self.before = step, elapsed
-        self.began = self.window = time.perf_counter()
-        run.distiller.teacher_clock.seconds()
-
-    def elapsed(self) -> float:
-        return self.before + time.perf_counter() - self.began
-
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        if (step - self.first) >= self.run.config.train.log_every:
-            self.flush(step)
-
-    def resume(self) -> None:
-        """Leaves validation out of the speed."""
-        self.window = time.perf_counter()
-
-    def flush(self, step: int) -> None:
-        if step == self.first:
-            return
-        steps = step - self.first
-        means = {name: value.item() / steps for name, value in self.sums.items()}  # waits for the device, here only
-        now = time.perf_counter()
-        seconds = now - self.window
-        _refuse_non_finite(means, self.first, step)
-        self.log.step(
-            step=step,
-            steps=self.run.total_steps,
-            epoch=step / self.run.steps_per_epoch,
-            losses=means,
-            lr=self.run.optimizer.param_groups[0]["lr"],
-            images_per_s=steps * self.run.config.train.batch_size / seconds,
-            data_share=self.data.seconds() / seconds,
-            teacher_share=self.run.distiller.teacher_clock.seconds() / seconds,
-            left_s=seconds / steps * (self.run.total_steps - step),
-        )
-        self.sums, self.first, self.window = {}, step, now
-
-
-def _refuse_non_finite(means: dict[str, float], first: int, last: int) -> None:
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        terms = [name for name in bad if name != "total"] or bad
+def restore(run: Run, path: Path) -> tuple[int, float, list[dict[str, Any]], float]:
+    """Step, best top-1, history and seconds so far. Raises `UserError` for a checkpoint that is not this run's."""
+    state = checkpoint.load(path)
+    try:
+        run.distiller.student.load_state_dict(state["student"])
+        run.distiller.methods.load_state_dict(state["methods"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        if run.ema:
+            run.ema.load_state_dict(state["ema"])
+        return state["step"], state["best_top1"], state["history"], state["elapsed"]
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the loss is not finite: {', '.join(terms)} between steps {first + 1} and {last}. The last checkpoint is from "
-            "before. Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
-        )
+            f"{path} is not of this recipe's run: {str(error).splitlines()[0][:200]}\n"
+            "Remove it to start this run anew, or put back a copy."
+        ) from None
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -39,8 +41,9 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         card = json.loads(card_file.read_text())
         model = timm.create_model(card["model"], checkpoint_path=str(file), **card["kwargs"])
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{file} does not fit its card {card_file.name}: {str(error).splitlines()[0][:300]}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{file} does not fit its card {card_file.name}: {reason}") from None
     return model.eval(), card
 
 
@@ -55,7 +58,7 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     except ImportError:
         raise UserError(ONNX_MISSING) from None
     images = example_images(card)
-    student = student.cpu().eval()
+    student = copy.deepcopy(student).cpu().eval()
     program = torch.onnx.export(
         student,
         (images,),

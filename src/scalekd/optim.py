@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
@@ -40,7 +41,7 @@ def _groups(module: nn.Module, config: Config, lr: float) -> list[dict[str, Any]
     if config.optim.decay_norm_and_bias:
         groups = [{"params": [p for p in module.parameters() if p.requires_grad], "weight_decay": decay}]
     else:
-        exempt = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        exempt: Iterable[str] = getattr(module, "no_weight_decay", tuple)()
         groups = param_groups_weight_decay(module, decay, no_weight_decay_list=exempt)
     return [group | {"lr": lr} for group in groups if group["params"]]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from .errors import UserError
@@ -39,13 +39,15 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
 def pick_device(device: str | None = None) -> torch.device:
     """The named device, else this process's GPU, else the CPU. `UserError` if the named one is not there."""
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: no such kind of device; write cpu, cuda or cuda:1") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no usable GPU; leave --device out to run on the CPU")
+    if chosen == torch.device("cuda"):
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
     return chosen
@@ -55,6 +57,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def copy_buffers_of_first(module: nn.Module) -> None:
+    """Gives every process the first one's buffers, such as the running statistics of batch norms."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wait_for_all() -> None:

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from .runlog import duration
-
-Point = tuple[float, float]
-NONE = "\N{EN DASH}"  # an empty cell of the table
-INK = -1  # the style of what is no run and no single term: the teacher, the total loss
-
-# Dash patterns and markers tell curves apart in greyscale. Six colours against five dashes: 30 styles before one repeats.
-DASHES = ("", "8 3", "2 3", "9 3 2 3", "5 2")
-MARKERS = (
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
-    "M-3.5-3.5h7v7h-7z",
-    "M0-5l5 8.5h-10z",
-    "M0-5l5 5l-5 5l-5-5z",
-    "M-4-4l8 8m0-8l-8 8",
+from .svg import (
+    INK,
+    LEFT,
+    PALETTE,
+    PALETTE_DARK,
+    RIGHT,
+    Axis,
+    Curve,
+    Point,
+    chart,
+    escape,
+    finite,
+    keys,
+    legend,
+    nice_ticks,
+    svg_figure,
+    text_at,
+    value_axis,
+    x_axis,
 )
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
-PALETTE_DARK = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#f0e442")  # the same set, brighter ones first
+
+NONE = "\N{EN DASH}"  # an empty cell of the table
+
 PARTS = (
     ("data", "waiting for data"),
     ("teacher", "teacher forward"),
     ("rest", "everything else: student, method, optimiser"),
 )
 
-WIDTH, HEIGHT = 440, 270  # SVG units; text of 14 units is about 11 px on a phone
-LEFT, RIGHT, TOP, BOTTOM = 50, 418, 40, 222
 MOST_POINTS = 20_000  # of all curves together: about 250 KB
 
 
@@ -53,18 +57,11 @@ class ReportRun:
     losses: dict[str, Any]
 
 
-@dataclass
-class Curve:
-    points: list[Point]
-    label: str
-    style: int
-
-
 def write_report(
     path: Path, *, title: str, runs: list[ReportRun], facts: dict[str, str], teacher_top1: float | None = None
 ) -> None:
     """Writes one self-contained HTML file; the first run is the baseline that gains are measured against."""
-    teacher_top1 = teacher_top1 if _finite(teacher_top1) else None
+    teacher_top1 = teacher_top1 if finite(teacher_top1) else None
     sections = [
         _table(runs, teacher_top1),
         _accuracy_figure(runs, teacher_top1),
@@ -76,11 +73,6 @@ def write_report(
     path.write_text(_page(escape(title), sections), encoding="utf-8")
 
 
-def escape(text: object) -> str:
-    """For HTML and XML; characters that neither allows (control characters, lone surrogates) become spaces."""
-    return html.escape("".join(c if c.isprintable() else " " for c in str(text)))
-
-
 # ---------------------------------------------------------------- numbers from the events
 
 
@@ -88,7 +80,7 @@ def events_of(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any
     """Events of a kind by step. A resumed run repeats the steps after its checkpoint: the later events count."""
     kept: list[dict[str, Any]] = []
     for event in events:
-        if event.get("event") == kind and _finite(event.get("step")):
+        if event.get("event") == kind and finite(event.get("step")):
             while kept and kept[-1]["step"] >= event["step"]:
                 kept.pop()
             kept.append(event)
@@ -98,7 +90,7 @@ def events_of(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any
 def accuracy_points(events: Iterable[dict[str, Any]]) -> list[Point]:
     """(epoch, top-1 in %) of every validation."""
     pairs = [(e.get("epoch"), e.get("top1")) for e in events_of(events, "validation")]
-    return [(float(x), float(y)) for x, y in pairs if _finite(x) and _finite(y)]
+    return [(float(x), float(y)) for x, y in pairs if finite(x) and finite(y)]
 
 
 def loss_points(events: Iterable[dict[str, Any]]) -> dict[str, list[Point]]:
@@ -106,7 +98,7 @@ def loss_points(events: Iterable[dict[str, Any]]) -> dict[str, list[Point]]:
     terms: dict[str, list[Point]] = {}
     for event in events_of(events, "step"):
         for name, value in (event.get("losses") or {}).items():
-            if _finite(value):
+            if finite(value):
                 terms.setdefault(name, []).append((float(event["step"]), float(value)))
     if len(terms) == 2:
         terms.pop("total", None)
@@ -124,7 +116,7 @@ def time_use(events: Iterable[dict[str, Any]]) -> tuple[float, tuple[float, floa
     for event in events_of(events, "step"):
         count, before = event["step"] - before, event["step"]
         speed, waiting, teaching = (event.get(k) for k in ("images_per_s", "data_share", "teacher_share"))
-        if _finite(speed) and speed > 0 and _finite(waiting) and _finite(teaching):
+        if finite(speed) and speed > 0 and finite(waiting) and finite(teaching):
             steps, time = steps + count, time + count / speed
             data, teacher = data + waiting * count / speed, teacher + teaching * count / speed
     if not time:
@@ -140,141 +132,6 @@ def thin(points: list[Point], most: int) -> list[Point]:
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
     return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups] + points[-1:]
-
-
-def _finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-# ---------------------------------------------------------------- axes
-
-
-@dataclass
-class Axis:
-    """Maps values to SVG units: the first tick lies at `start`, the last one at `end`."""
-
-    ticks: list[float]
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.log else v for v in (self.ticks[0], self.ticks[-1], value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-
-def nice_ticks(low: float, high: float, most: int = 5, least_step: float = 0.0) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that enclose low and high; two at least."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        margin = max(abs(high) * 0.05, least_step) or 1.0
-        low, high = low - margin, high + margin
-    raw = max((high - low) / most, least_step)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that enclose low and high; only powers where those are more than seven."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [m * 10.0**k for k in range(first, last + 1) for m in (1, 2, 5)]
-    start, end = max(t for t in ticks if t <= low), min(t for t in ticks if t >= high)
-    ticks = [t for t in ticks if start <= t <= end]
-    stride = math.ceil((last - first) / 6)
-    return ticks if len(ticks) <= 7 else [10.0**k for k in range(first, last + stride, stride)]
-
-
-def value_axis(values: Sequence[float]) -> Axis:
-    """Vertical; logarithmic where positive values lie more than a factor of 30 apart."""
-    low, high = min(values), max(values)
-    log = low > 0 and high / low > 30
-    return Axis(log_ticks(low, high) if log else nice_ticks(low, high), BOTTOM, TOP, log)
-
-
-def tick_text(value: float) -> str:
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if size <= abs(value) < size * 1e4:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-# ---------------------------------------------------------------- SVG
-
-
-def _svg(parts: Iterable[str], height: float, label: str) -> str:
-    box = f"0 0 {WIDTH} {height:g}"
-    return f'<svg class="figure" role="img" viewBox="{box}" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _x_axis(axis: Axis, top: float, bottom: float, label: str) -> list[str]:
-    ticks = [
-        f'<path class="grid" d="M{axis.at(t):.1f} {top:g}V{bottom:g}"/>'
-        + _text(axis.at(t), bottom + 19, tick_text(t), "middle")
-        for t in axis.ticks
-    ]
-    return [*ticks, _text((axis.start + axis.end) / 2, bottom + 40, label, "middle")]
-
-
-def _y_axis(axis: Axis, label: str) -> list[str]:
-    ticks = [
-        f'<path class="grid" d="M{LEFT} {axis.at(t):.1f}H{RIGHT}"/>'
-        + _text(LEFT - 6, axis.at(t) + 5, tick_text(t), "end")
-        for t in axis.ticks
-    ]
-    return [*ticks, _text(4, 14, label + (", logarithmic" if axis.log else ""))]
-
-
-def _line(points: Sequence[Point], style: int, marked: Iterable[int]) -> str:
-    """A polyline in SVG units with markers at some of its points."""
-    if style == INK:
-        name, dash, shape = "ink", "", ""
-    else:
-        name, dash, shape = f"s{style % len(PALETTE)}", DASHES[style % len(DASHES)], MARKERS[style % len(MARKERS)]
-    where = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    line = f'<polyline class="line {name}" points="{where}"' + (f' stroke-dasharray="{dash}"/>' if dash else "/>")
-    shape = shape or (MARKERS[0] if len(points) == 1 else "")  # a lone point would not show as a line
-    marks = [
-        f'<path class="mark {name}" transform="translate({x:.1f} {y:.1f})" d="{shape}"/>'
-        for x, y in (points[i] for i in marked)
-        if shape
-    ]
-    return line + "".join(marks)
-
-
-def chart(
-    curves: Sequence[Curve], x: Axis, y: Axis, x_label: str, y_label: str, level: tuple[float, str] | None = None
-) -> str:
-    """Curves over axes; `level` is a horizontal line and its text. What lies outside the axes is cut off."""
-    parts = _x_axis(x, TOP, BOTTOM, x_label) + _y_axis(y, y_label)
-    box = f"{LEFT - 6} {TOP - 6} {RIGHT - LEFT + 12} {BOTTOM - TOP + 12}"
-    left, top, width, height = box.split()
-    parts.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{box}">')
-    if level:
-        parts.append(_line([(LEFT, y.at(level[0])), (RIGHT, y.at(level[0]))], INK, ()))
-    for curve in sorted(curves, key=lambda c: c.style != INK):  # the total goes beneath the terms
-        count, every = len(curve.points), math.ceil(len(curve.points) / 8)
-        marked = {*range(min(max(curve.style, 0), count - 1) % every, count, every), count - 1}
-        parts.append(_line([(x.at(a), y.at(b)) for a, b in curve.points], curve.style, sorted(marked)))
-    parts.append("</svg>")
-    if level:
-        parts.append(_text(LEFT + 6, y.at(level[0]) - 6, level[1]))
-    return _svg(parts, HEIGHT, f"{y_label} against {x_label}: {', '.join(c.label for c in curves)}")
-
-
-def _legend(curves: Sequence[Curve]) -> str:
-    return _keys((_line([(1, 7), (22, 7), (43, 7)], c.style, [1]), escape(c.label)) for c in curves)
-
-
-def _keys(keys: Iterable[tuple[str, str]]) -> str:
-    items = (
-        f'<li><svg width="44" height="14" viewBox="0 0 44 14" aria-hidden="true">{drawing}</svg>{text}</li>'
-        for drawing, text in keys
-    )
-    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 # ---------------------------------------------------------------- parts of the page
@@ -334,7 +191,7 @@ def _accuracy_figure(runs: Sequence[ReportRun], teacher_top1: float | None) -> s
     figure = chart(curves, x, value_axis(shown), "epoch", "top-1 (%)", level)
     return _section(
         "Validation accuracy",
-        f"<figure>{figure}{_legend(curves)}</figure>",
+        f"<figure>{figure}{legend(curves)}</figure>",
         "One seed per run. Early epochs may lie below the axis.",
     )
 
@@ -349,7 +206,7 @@ def _loss_figures(runs: Sequence[ReportRun]) -> str:
         if curves:
             x = Axis(nice_ticks(0, max(c.points[-1][0] for c in curves)), LEFT, RIGHT)
             figure = chart(curves, x, value_axis([y for c in curves for _, y in c.points]), "step", "loss")
-            figures.append(f"<figure><h3>{escape(run.label)}</h3>{figure}{_legend(curves)}</figure>")
+            figures.append(f"<figure><h3>{escape(run.label)}</h3>{figure}{legend(curves)}</figure>")
     content = f'<div class="panels">{"".join(figures)}</div>' if figures else "<p>No training step was logged.</p>"
     return _section(
         "Loss terms",
@@ -366,19 +223,19 @@ def _time_figure(runs: Sequence[ReportRun]) -> str:
     x = Axis(nice_ticks(0, max(1000 * seconds for _, (seconds, _) in uses)), 12, RIGHT)
     row = 72
     bottom = row * len(uses) + 4
-    parts = _x_axis(x, 4, bottom, "milliseconds per training image")
+    parts = x_axis(x, 4, bottom, "milliseconds per training image")
     for i, (label, (seconds, shares)) in enumerate(uses):
         short = label if len(label) <= 44 else label[:43] + "…"
         parts += [
-            _text(12, row * i + 20, short),
+            text_at(12, row * i + 20, short),
             *_bar(x, row * i + 27, seconds, shares),
-            _text(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for (name, _), share in zip(PARTS, shares))),
+            text_at(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for (name, _), share in zip(PARTS, shares))),
         ]
-    keys = _keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in PARTS)
-    figure = _svg([HATCH, *parts], bottom + 48, "Training time per image")
+    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in PARTS)
+    drawing = svg_figure([HATCH, *parts], bottom + 48, "Training time per image")
     return _section(
         "Where the time went",
-        f"<figure>{figure}{keys}</figure>",
+        f"<figure>{drawing}{colours}</figure>",
         "Training steps alone, without validation. One seed per run.",
     )
 

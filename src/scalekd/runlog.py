@@ -20,6 +20,8 @@ class RunLog:
         self.active = parallel.rank() == 0
         self.console = console or Console()
         self.label = label
+        if self.active:
+            _end_last_line(folder / "log.jsonl")
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if self.active else None
         self.progress: Progress | None = None
         self.last_line = 0.0
@@ -76,6 +78,13 @@ class RunLog:
         if self.file:
             self.file.close()
             self.file = None
+
+
+def _end_last_line(path: Path) -> None:
+    """A run that was killed may have left half a line; the next event goes on a line of its own."""
+    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

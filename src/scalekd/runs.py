@@ -18,7 +18,7 @@ from .config import Config, to_yaml
 from .engine import Run, build, train
 from .errors import UserError
 from .export import export_student
-from .models import build_model
+from .memory import keep_freed_memory
 from .preflight import preflight
 from .report import ReportRun, write_report
 from .runlog import RunLog, read_log
@@ -42,6 +42,9 @@ def execute(
     """
     if not dry_run:
         open_folder(folder, config)
+        parallel.wait_for_all()  # rank 0 writes into the folder below
+    if device.type == "cpu":
+        keep_freed_memory()
     run = build(config, device)
     if check or dry_run:
         preflight(run, console)
@@ -219,6 +222,8 @@ def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
     run.distiller.student.load_state_dict(state["deployed" if which == "last" else "student"])
     top1 = state["history"][-1]["top1"] if which == "last" else state["top1"]
     card = student_card(run, {"top1": top1})
+    if (folder / "provenance.json").is_file():  # of the training, not of this command
+        card["provenance"] = json.loads((folder / "provenance.json").read_text())
     file = folder / "student.safetensors"
     console.print(
         f"{file}  timm loads it back: largest difference of logits {export_student(run.distiller.student, file, card):.1e}",
@@ -247,7 +252,9 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
             f"--data has other classes than the student knows: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
             f"against {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
         )
-    data = Data(train=source_text, image_size=tuple(card["image_size"]), channels=len(card["mean"]))
+    data = Data.model_validate(
+        {"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])}
+    )
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))

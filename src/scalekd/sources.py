@@ -7,6 +7,7 @@ A source is map-style: `len()`, `source[i] -> (PIL image, class index)`, `.class
 from __future__ import annotations
 
 import gzip
+import inspect
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -32,9 +33,10 @@ FASHION_CLASSES = [
 
 
 class Source(Protocol):
-    classes: Sequence[str]
-    targets: Sequence[int]
-
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def targets(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> tuple[Image.Image, int]: ...
     def where(self, i: int) -> str: ...
@@ -106,6 +108,8 @@ class _Arrays:
         self.targets = _read_idx(f"{prefix}-labels-idx1-ubyte", 1, key).tolist()
         if len(self.images) != len(self.targets):
             raise UserError(f"{key}: {prefix} has {len(self.images)} images and {len(self.targets)} labels")
+        if not self.targets:
+            raise UserError(f"{key}: {prefix} holds no images")
         self.classes = classes or [str(c) for c in range(max(self.targets) + 1)]
 
     def __len__(self) -> int:
@@ -138,23 +142,33 @@ class _TorchVision:
 
         name, _, rest = text.partition(":")
         split, _, root = rest.partition(":")
-        if name not in datasets.__all__:
-            raise UserError(f"{key}: torchvision has no data set `{name}`.{nearest(name, datasets.__all__)}")
+        names = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
+        if name not in names:
+            raise UserError(f"{key}: torchvision has no data set `{name}`.{nearest(name, names)}")
         if split not in ("train", "test", "val") or not root:
             raise UserError(f"{key}: write torchvision:{name}:train:/folder or torchvision:{name}:test:/folder")
         maker: Any = getattr(datasets, name)
-        choice = {"train": split == "train"} if "train" in maker.__init__.__code__.co_varnames else {"split": split}
+        if "train" in inspect.signature(maker).parameters:
+            if split == "val":
+                raise UserError(f"{key}: torchvision's {name} has train and test, and no val")
+            choice: dict[str, Any] = {"train": split == "train"}
+        else:
+            choice = {"split": split}
         try:
             self.images = maker(root, **choice)
-        except (RuntimeError, TypeError, ValueError, FileNotFoundError) as error:
-            raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {error}") from None
+        except (RuntimeError, TypeError, ValueError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {reason}") from None
         self.name = f"{name} {split}"
-        labels = next(
+        labels: Any = next(
             (getattr(self.images, a) for a in ("targets", "labels", "_labels") if hasattr(self.images, a)), None
         )
-        if labels is None:
-            raise UserError(f"{key}: torchvision's {name} does not list its labels; export it to class folders")
-        self.targets = [int(label) for label in labels]
+        try:
+            self.targets = [int(label) for label in labels]
+        except (TypeError, ValueError):  # none at all, or not one class per image
+            raise UserError(
+                f"{key}: torchvision's {name} does not list one class per image; export it to class folders"
+            ) from None
         self.classes = [str(c) for c in getattr(self.images, "classes", range(max(self.targets) + 1))]
 
     def __len__(self) -> int:

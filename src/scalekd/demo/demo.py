@@ -83,6 +83,7 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "facts": facts(run),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "summary.md").write_text(markdown(summary))
     _report(folder, results, seeds, teacher_top1, facts(run))
     console.print(
         f"\nstudent  {exported}  timm loads it with a largest difference of logits of {differences['timm']:.1e}\n"
@@ -92,6 +93,34 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         soft_wrap=True,
     )
     return summary
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The summary as a Markdown table, as the README shows it."""
+    by_seed, seconds = summary["top1_by_seed"], summary["seconds_by_run"]
+    lines = [
+        "| | top-1 % | gain over no teacher | seconds a run |",
+        "|---|---|---|---|",
+        f"| the teacher, a ViT | {summary['top1']['teacher']:.2f} | | |",
+    ]
+    for name, values in by_seed.items():
+        gains = [a - b for a, b in zip(values, by_seed["baseline"])]
+        lines.append(
+            f"| CNN, {NAMES[name]} | {_mean_and_spread(values)} | "
+            f"{'' if name == 'baseline' else _mean_and_spread(gains, '+')} | {statistics.mean(seconds[name]):.0f} |"
+        )
+    machine = summary["facts"]["machine"]
+    lines += [
+        "",
+        f"Mean ± standard deviation over {len(summary['seeds'])} seeds; gains are paired by seed. {machine}. "
+        f"Command: `scalekd demo --seeds {len(summary['seeds'])}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
 def _run_or_read(config: Config, folder: Path, device: torch.device, console: Console, title: str) -> dict[str, Any]:
@@ -118,12 +147,10 @@ def _table(teacher_top1: float, results: dict[str, list[dict[str, Any]]]) -> Tab
     base = statistics.mean(r["top1"] for r in results["baseline"])
     for name, runs in results.items():
         values = [r["top1"] for r in runs]
-        mean = statistics.mean(values)
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         table.add_row(
             f"CNN, {NAMES[name]}",
-            f"{mean:.2f}{spread}",
-            f"{mean - base:+.2f}" if name != "baseline" else "",
+            _mean_and_spread(values),
+            f"{statistics.mean(values) - base:+.2f}" if name != "baseline" else "",
             f"{statistics.mean(r['seconds'] for r in runs):.0f}",
         )
     return table

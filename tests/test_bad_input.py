@@ -1,0 +1,363 @@
+"""Mistakes end with exit code 2 and up to three lines that name the way out, and leave every file as it was."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import write_images
+from safetensors.torch import save_file
+
+from scalekd import checkpoint, engine
+
+TINY_VIT = {"depth": 4, "img_size": 32, "num_classes": 3}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file and folder below, with a checksum."""
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(cli, recipe_file, tmp_path) -> Callable[..., str]:
+    """`refused("key=value", ...)` -> the message of a `train` that starts nothing and changes no file."""
+
+    def refused(*args: object, recipe: object = recipe_file, out: Path = tmp_path / "run") -> str:
+        before = contents(tmp_path)
+        told = message_of(cli("train", recipe, "--out", out, *args))
+        assert contents(tmp_path) == before
+        return told
+
+    return refused
+
+
+def message_of(result) -> str:
+    assert result.code == 2, result
+    assert result.err.startswith("scalekd: ") and len(result.err.splitlines()) <= 3, result.err
+    return result.err
+
+
+# Recipes and models
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("student.model=test_resnt", "Did you mean `test_resnet`"),
+        ("losses.scalkd={}", "losses.scalkd: unknown method. Did you mean `scalekd`?"),
+        ("losses.kd.temprature=2", "losses.kd.temprature: unknown option. Did you mean `temperature`?"),
+        ("losses.fd.stages=[5]", "losses.fd: fd: stages is [5]; name each of the stages 1 to 4"),
+        ("student.kwargs.num_classes=5", "num_classes is that of the data, which is 3; leave it out"),
+        ("student.kwargs.in_chans=1", "in_chans is data.channels, which is 3; leave it out"),
+        ("teacher.kwargs.num_classes=5", "kd: test_resnet has 3 classes and test_vit 5. Use a teacher of the same"),
+        ("teacher.kwargs.dpeth=4", "teacher.kwargs: test_vit does not take them"),
+        ("teacher.kwargs.depth=3", "it has 3 blocks, four are needed"),
+        ("student.kwargs.block=5", "student: timm cannot build test_resnet"),
+        ("teacher.cuts=[0, 1, 2]", "teacher.cuts"),
+        ("teacher.kwargs.embed_dim=7", "teacher: timm cannot build test_vit"),
+        ("teacher.mean=[0.5]", "teacher.mean: 1 values for data.channels=3"),
+        ("train.batch_size=1", "batch normalisation needs two or more; raise train.batch_size"),
+        ("train.batch_size=25", "train.batch_size 25 is more than the 24 training images; lower it"),
+        ("teacher.weights=pretrained", "teacher.weights=/path/to/model.safetensors"),
+        ("student.weights=pretrained", "student.weights=/path/to/model.safetensors"),
+    ],
+)
+def test_recipe(refused, override, told):
+    assert told in refused(override)
+
+
+@pytest.mark.xfail(raises=ValueError, strict=True, reason="Distiller lets StageView's ValueError through")
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("data.image_size=7", "test_vit cannot be used at 7x7"),
+        ("teacher.cuts=[0, 1, 2, 4]", "give four block indices from 0, increasing, the last 3"),
+        ("student.cuts=[0, 1, 2, 3]", "test_resnet has stages of its own, only a plain model is cut"),
+    ],
+)
+def test_a_model_that_cannot_be_seen_as_asked(refused, override, told):
+    assert told in refused(override)
+
+
+def test_a_teacher_that_cannot_be_resumed(refused):
+    model = ["teacher.model=ghostnet_050", "teacher.kwargs={}", "data.image_size=64"]
+    assert "Use dfm, cap, fd or kd with this teacher" in refused(*model)
+
+
+def test_a_teacher_without_maps(refused):
+    told = refused("teacher.model=shvit_s1", "teacher.kwargs={}", "data.image_size=128")
+    assert "shvit_s1" in told and "gives no stage maps" in told and "Logit methods (ce, kd) work with it" in told
+
+
+def test_mixup_needs_pairs(refused):
+    assert "3 per process and step is odd; change train.batch_size" in refused("train.batch_size=3", "augment.mixup=1")
+
+
+def test_weights_that_nobody_named(refused):
+    told = refused("teacher.weights=null")
+    assert "teacher weights: none are named. Set teacher.weights=pretrained, or to a file" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(refused):
+    assert "--device cuda: this machine has no usable GPU; leave --device out" in refused("--device", "cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x"])
+def test_no_such_device(refused, device):
+    assert f"--device {device}: no such kind of device; write cpu, cuda or cuda:1" in refused("--device", device)
+
+
+# Images
+
+
+def test_a_missing_folder_and_its_nearest_neighbour(refused, image_folder):
+    told = refused(f"data.train={image_folder / 'trian'}")
+    assert "data.train: no folder" in told and "Did you mean `train`?" in told
+    assert "data.val: no folder" in refused(f"data.val={image_folder / 'nowhere' / 'val'}")
+    assert "no folder" in refused("--data", image_folder / "train" / "ant" / "0.png")
+
+
+def test_a_folder_without_classes(refused, tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "0.png").write_bytes(b"")
+    assert "has no class folders; it needs one sub-folder of images per class" in refused(f"data.train={tmp_path / 'flat'}")
+
+
+def test_an_empty_class(refused, image_folder):
+    (image_folder / "train" / "dog").mkdir()
+    (image_folder / "train" / "dog" / "notes.txt").write_text("no image")
+    assert "has class folders without images: dog. Fill or remove them" in refused()
+
+
+def test_other_classes_in_validation(refused, image_folder):
+    (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
+    assert "not in both: cat, cow. Give both the same class folders" in refused()
+
+
+def test_too_few_images_to_hold_some_out(refused, tmp_path):
+    write_images(tmp_path / "few", per_class=1)
+    told = refused("--data", tmp_path / "few", "train.batch_size=2")
+    assert "has 3 images, too few to hold out 3 for validation; name a data.val" in told
+
+
+def damage(file: Path, how: str) -> None:
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_that_cannot_be_read(refused, image_folder, split, how):
+    bad = image_folder / split / "bee" / "2.png"
+    damage(bad, how)
+    told = refused("train.batch_size=24")  # one batch has all images
+    assert f"cannot read {bad}: " in told and "Remove or replace that file" in told
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_that_cannot_be_read_by_a_worker(cli, recipe_file, image_folder, tmp_path, split):
+    bad = image_folder / split / "bee" / "2.png"
+    damage(bad, "truncated")
+    before = contents(image_folder)
+    told = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "--no-preflight", "data.workers=2"))
+    assert f"cannot read {bad}: " in told and contents(image_folder) == before
+
+
+def write_idx(prefix: Path, images: int, labels: int, cut: int = 0) -> None:
+    data = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (images, 4, 4)) + bytes(16 * images)
+    Path(f"{prefix}-images-idx3-ubyte").write_bytes(data[: len(data) - cut])
+    data = bytes([0, 0, 8, 1]) + labels.to_bytes(4, "big") + bytes(i % 3 for i in range(labels))
+    Path(f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+@pytest.mark.parametrize(
+    "images, labels, cut, told",
+    [
+        (9, 8, 0, "has 9 images and 8 labels"),
+        (9, 9, 5, "is not a whole IDX file"),
+        (9, 9, 16 * 9 + 10, "is not a whole IDX file"),
+        (0, 0, 0, "holds no images"),
+    ],
+)
+def test_idx_files(refused, tmp_path, images, labels, cut, told):
+    write_idx(tmp_path / "small", images, labels, cut)
+    assert told in refused(f"data.train=idx:{tmp_path / 'small'}")
+
+
+def test_idx_files_of_another_kind(refused, tmp_path):
+    write_idx(tmp_path / "small", 9, 9)
+    images, labels = tmp_path / "small-images-idx3-ubyte", tmp_path / "small-labels-idx1-ubyte.gz"
+    images.write_bytes(gzip.decompress(labels.read_bytes()))
+    assert "first bytes are 00000801" in refused(f"data.train=idx:{tmp_path / 'small'}")
+    write_idx(tmp_path / "small", 9, 9)
+    labels.write_bytes(labels.read_bytes()[:-9])
+    assert "is not a whole IDX file" in refused(f"data.train=idx:{tmp_path / 'small'}")
+    labels.unlink()
+    assert "labels-idx1-ubyte.gz is there" in refused(f"data.train=idx:{tmp_path / 'small'}")
+
+
+@pytest.mark.parametrize(
+    "source, told",
+    [
+        ("fashion-mnist:valid", "write fashion-mnist:train or fashion-mnist:test"),
+        ("torchvision:CIFAR11:train:/nowhere", "torchvision has no data set `CIFAR11`. Did you mean `CIFAR10`"),
+        ("torchvision:CIFAR10:training:/nowhere", "write torchvision:CIFAR10:train:/folder"),
+        ("torchvision:CIFAR10:train", "write torchvision:CIFAR10:train:/folder"),
+        ("torchvision:CIFAR10:train:/nowhere", "torchvision cannot open CIFAR10 (train) under /nowhere"),
+        ("torchvision:CIFAR10:val:/nowhere", "CIFAR10 has train and test, and no val"),
+        ("torchvision:VisionDataset:train:/nowhere", "torchvision cannot open VisionDataset"),
+        ("torchvision:wrap_dataset_for_transforms_v2:train:/nowhere", "torchvision has no data set"),
+        ("torchvision:Kinetics:train:/nowhere", "torchvision cannot open Kinetics (train) under /nowhere"),
+    ],
+)
+def test_named_sources(refused, source, told):
+    assert told in refused(f"data.train={source}")
+
+
+# Weights
+
+
+def test_a_missing_file(refused, tmp_path):
+    (tmp_path / "teacher.safetensors").write_bytes(b"")
+    told = refused(f"teacher.weights={tmp_path / 'techer.safetensors'}")
+    assert "teacher.weights: no file" in told and "Did you mean `teacher.safetensors`?" in told
+
+
+def test_weights_of_another_model(refused, tmp_path):
+    path = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    told = refused(f"teacher.weights={path}")
+    assert "does not fit teacher.model and its kwargs" in told and "missing" in told and "left over" in told
+    path = tmp_path / "vit.pt"
+    torch.save(timm.create_model("test_vit", **TINY_VIT | {"num_classes": 4}).state_dict(), path)
+    told = refused(f"teacher.weights={path}")
+    assert "head.bias is (4,) in the file, (3,) in the model" in told and "class count" in told
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.pt", "teacher.pth"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_damaged_weights(refused, tmp_path, name, how):
+    path, state = tmp_path / name, timm.create_model("test_vit", **TINY_VIT).state_dict()
+    save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
+    damage(path, how)
+    told = refused(f"teacher.weights={path}")
+    assert f"teacher.weights: {path} " in told
+
+
+@pytest.mark.parametrize("value", [[1, 2], "text", {"head": 3}, {1: 2}, None, torch.ones(2)], ids=repr)
+def test_files_that_hold_no_weights(refused, tmp_path, value):
+    torch.save(value, tmp_path / "teacher.pt")
+    assert "teacher.weights: " in refused(f"teacher.weights={tmp_path / 'teacher.pt'}")
+
+
+class Payload:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+def test_code_in_a_weights_file_is_not_run(refused, tmp_path, write):
+    trace, path = tmp_path / "trace", tmp_path / "teacher.pt"
+    write({"head": Payload(trace)}, path)
+    assert f"teacher.weights: {path} " in refused(f"teacher.weights={path}")
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert trace.exists()  # the file does hold code
+
+
+def test_weights_that_were_never_trained(refused, tmp_path):
+    path = tmp_path / "fresh.safetensors"
+    save_file(timm.create_model("test_vit", **TINY_VIT).state_dict(), path)
+    told = refused(f"teacher.weights={path}")
+    assert "biases and norms are at their initial values" in told and "never trained; give others" in told
+
+
+# The run's folder
+
+
+def test_folders_that_hold_something_else(refused, tmp_path):
+    folder = tmp_path / "run"
+    folder.write_text("a file")
+    assert f"{folder} is a file; give --out a folder" in refused()
+    assert "cannot write to" in refused(out=folder / "inside")
+    assert "cannot write to" in refused(out=Path("/proc/scalekd/run"))
+    folder.unlink()
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert f"{folder} is not empty and holds no run; give --out another folder" in refused()
+
+
+def test_folders_that_hold_another_or_a_finished_run(cli, refused, recipe_file, tmp_path):
+    assert cli("train", recipe_file, "--out", tmp_path / "run").code == 0
+    told = refused("optim.lr=2e-3")
+    assert "a run of another recipe (first difference: `lr: 0.001` there, `lr: 0.002` now)" in told
+    assert "holds this run, finished. Give --out another folder" in refused()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_a_damaged_checkpoint(cli, refused, recipe_file, tmp_path, how):
+    cli("train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null")
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed before the end
+    damage(tmp_path / "run" / "last.pt", how)
+    last = (tmp_path / "run" / "last.pt").read_bytes()
+    told = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null"))
+    assert "last.pt" in told and "Remove it to start this run anew, or put back a copy" in told
+    assert (tmp_path / "run" / "last.pt").read_bytes() == last
+
+
+# Losses that are not finite
+
+
+def test_a_learning_rate_that_explodes(cli, recipe_file, tmp_path):
+    told = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "optim.lr=1e30"))
+    assert "the loss is not finite: " in told and "Lower optim.lr" in told
+
+
+def test_the_last_checkpoint_is_from_before(cli, recipe_file, tmp_path, monkeypatch):
+    whole, taken = engine.train_step, []
+
+    def failing(*args):
+        taken.append(whole(*args))
+        return taken[-1] if len(taken) < 5 else {"ce": torch.tensor(torch.nan)}
+
+    command = ["train", recipe_file, "--out", tmp_path / "run"]
+    monkeypatch.setattr(engine, "train_step", failing)
+    assert "not finite: ce between steps 5 and 5. The last checkpoint is from before" in message_of(cli(*command))
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 3
+    monkeypatch.undo()
+    again = cli(*command)
+    assert again.code == 0 and "goes on from step 3 of 6" in again.out
+
+
+def test_a_loss_that_is_not_finite_from_the_start(refused):
+    assert "one step: not finite: ce" in refused("losses.ce.weight=1e300")
+
+
+# Students
+
+
+def test_students_that_cannot_be_evaluated(cli, recipe_file, image_folder, tmp_path):
+    assert "no student.safetensors" in message_of(cli("evaluate", tmp_path, "--data", image_folder / "val"))
+    assert "no last checkpoint to export" in message_of(cli("export", tmp_path))
+    cli("train", recipe_file, "--out", tmp_path / "run")
+    evaluate = ["evaluate", tmp_path / "run", "--data", image_folder / "val"]
+    (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
+    assert "--data has other classes than the student knows" in message_of(cli(*evaluate))
+    (image_folder / "val" / "cow").rename(image_folder / "val" / "cat")
+    damage(image_folder / "val" / "cat" / "0.png", "text")
+    assert "cannot read" in message_of(cli(*evaluate))
+    damage(tmp_path / "run" / "student.safetensors", "truncated")
+    assert "student.safetensors does not fit its card" in message_of(cli(*evaluate))
+    (tmp_path / "run" / "student.json").write_text(yaml.safe_dump("no JSON"))
+    assert "student.safetensors does not fit its card" in message_of(cli(*evaluate))

@@ -1,0 +1,181 @@
+"""The command line: each command once, through `main` or as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from scalekd import cli as command_line
+from scalekd.config import load_recipe, recipe_names
+from scalekd.methods import METHODS
+from scalekd.runlog import read_log
+from scalekd.version import __version__
+
+COMMANDS = ["train", "evaluate", "export", "demo", "methods", "recipes", "doctor"]
+
+
+def test_help_is_quick_and_lists_every_command():
+    script = """
+import atexit, sys
+from scalekd.cli import main
+atexit.register(lambda: print({"torch", "timm", "pydantic"} & set(sys.modules)))
+main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    for name in COMMANDS:
+        assert f"\n    {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(cli, name):
+    result = cli(name, "--help")
+    assert result.code == 0 and result.out.startswith(f"usage: scalekd {name}")
+
+
+def test_version_and_no_command(cli):
+    assert cli("--version") == (0, f"scalekd {__version__}\n", "")
+    assert cli().code == 2
+    result = cli("trian")
+    assert result.code == 2 and "invalid choice: 'trian'" in result.err
+
+
+def test_methods(cli):
+    listed = json.loads(cli("methods", "--json").out)
+    assert [entry["name"] for entry in listed] == list(METHODS)
+    assert next(e for e in listed if e["name"] == "kd")["options"] == {"temperature": 1.0}
+    assert all(entry["summary"] for entry in listed)
+    text = cli("methods").out
+    assert all(f"\n{name} " in f"\n{text}" for name in METHODS) and "temperature=1.0" in text
+
+
+def test_recipes(cli):
+    listed = json.loads(cli("recipes", "--json").out)
+    assert [entry["name"] for entry in listed] == recipe_names()
+    assert all(entry["summary"] and entry["student"] and entry["losses"] for entry in listed)
+    assert [line.split()[0] for line in cli("recipes").out.splitlines()] == recipe_names()
+
+
+def test_recipes_show(cli):
+    assert yaml.safe_load(cli("recipes", "show", "demo").out)["name"] == "demo"
+    result = cli("recipes", "show", "dmo")
+    assert result.code == 2 and "Did you mean `demo`" in result.err
+    assert cli("recipes", "list").code == 2
+
+
+def test_doctor(cli):
+    result = cli("doctor", "--json")
+    found = json.loads(result.out)
+    assert result.code == 0 and found["problems"] == [] and found["torch"] == torch.__version__
+    result = cli("doctor")
+    assert result.code == 0 and "a run can start" in result.out
+
+
+def test_doctor_tells_what_fails(cli, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: 1 / 0)
+    result = cli("doctor", "--json")
+    assert result.code == 1
+    assert json.loads(result.out)["problems"][0] == "cpu: a distillation step fails: ZeroDivisionError: division by zero"
+
+
+def test_a_dry_run_writes_nothing(cli, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = cli("train", recipe_file, "--dry-run")
+    assert result.code == 0 and sorted(tmp_path.rglob("*")) == before
+    for told in ("test_resnet <- test_vit", "teacher weights", "classes", "one step", "memory", "time"):
+        assert told in result.out
+
+
+def test_train_evaluate_export(cli, recipe_file, image_folder, tmp_path):
+    folder = tmp_path / "run"
+    result = cli("train", recipe_file, "--out", folder, "train.ema=0.9", "augment.mixup=0.2", "losses.kd.temperature=2")
+    assert result.code == 0 and result.err == ""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert result.out.splitlines()[-1].startswith(f"top-1 {summary['top1']:.2f} %")
+    assert summary["epochs"] == 2 and summary["steps"] == 6 and summary["reload_difference"] < 1e-5
+
+    assert load_recipe(str(folder / "recipe.yaml")).losses["kd"] == {"temperature": 2.0}
+    events = read_log(folder)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [e["epoch"] for e in events if e["event"] == "validation"] == [1, 2]
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["torch"] == torch.__version__ and set(made["weights"]) == {"student", "teacher"}
+    card = json.loads((folder / "student.json").read_text())
+    assert card["classes"] == ["ant", "bee", "cat"] and card["top1"] == summary["top1"]
+    student = timm.create_model(card["model"], **card["kwargs"])
+    assert load_file(folder / "student.safetensors").keys() == student.state_dict().keys()
+    assert "<svg" in (folder / "report.html").read_text()
+
+    evaluated = json.loads(cli("evaluate", folder, "--data", image_folder / "val", "--json").out)
+    assert evaluated["images"] == 12 and evaluated["top1"] == summary["top1"]
+    assert evaluated["loss"] == pytest.approx([e["loss"] for e in events if e["event"] == "validation"][-1])
+    assert f"top-1 {summary['top1']:.2f} %" in cli("evaluate", folder, "--data", image_folder / "val").out
+
+    for file in ("student.safetensors", "student.json"):
+        (folder / file).unlink()
+    assert cli("export", folder).code == 0
+    assert json.loads((folder / "student.json").read_text()) == card  # the file's checksum is in it
+    assert cli("export", folder, "--checkpoint", "best").code == 0
+    assert json.loads((folder / "student.json").read_text())["top1"] == summary["best_top1"]
+
+
+def test_shortcuts(cli, tiny_recipe, image_folder, tmp_path):
+    tiny_recipe["data"] = {"train": "nowhere", "image_size": 32, "workers": 0}
+    tiny_recipe["train"]["epochs"] = 1
+    recipe, out = tmp_path / "shortcuts.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(tiny_recipe))
+    result = cli("train", recipe, "--data", image_folder, "--student", "test_efficientnet", "--out", out,
+                 "--teacher", "test_vit2", "teacher.weights=random", "teacher.kwargs={depth: 4}")  # fmt: skip
+    assert result.code == 0, result.err
+    config = load_recipe(str(out / "recipe.yaml"))
+    assert (config.student.model, config.teacher.model, config.teacher.weights) == (
+        "test_efficientnet", "test_vit2", "random",
+    )  # fmt: skip
+    assert (config.data.train, config.data.val) == (str(image_folder / "train"), str(image_folder / "val"))
+
+
+@pytest.mark.parametrize("name, val", [("val", True), ("validation", True), ("test", True), ("holdout", False)])
+def test_data_shortcut_finds_the_validation_images(image_folder, name, val):
+    (image_folder / "val").rename(image_folder / name)
+    args = command_line._parser().parse_args(["train", "demo", "--data", str(image_folder)])
+    found = f'data.val="{image_folder / name}"' if val else "data.val=null"
+    assert command_line._shortcuts(args)[1] == found
+
+
+def test_a_teacher_given_by_name_is_pretrained():
+    args = command_line._parser().parse_args(["train", "demo", "--teacher", "test_vit"])
+    assert "teacher.weights=pretrained" in command_line._shortcuts(args)
+
+
+def test_overrides_may_follow_options_and_win_over_shortcuts(cli, recipe_file, tmp_path):
+    result = cli("train", recipe_file, "optim.lr=1", "--out", tmp_path / "run", "optim.lr=2", "--dry-run", "optm.lr=3")
+    assert result.code == 2 and "optm: unknown. Did you mean `optim`?" in result.err
+    result = cli("train", recipe_file, "--uot", tmp_path / "run")
+    assert result.code == 2 and "unrecognized arguments: --uot" in result.err
+    assert cli("doctor", "a=b").code == 2
+
+
+def test_a_pipe_that_closes_and_a_mistake_as_processes(tmp_path: Path):
+    scalekd = f"{sys.executable} -m scalekd"
+    done = subprocess.run(f"{scalekd} recipes | head -1", shell=True, capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+    done = subprocess.run([*scalekd.split(), "recipes", "show", "dmo"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("scalekd: no recipe `dmo`")
+
+
+def test_ctrl_c_says_how_to_go_on(cli, recipe_file, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scalekd.engine.train_step", interrupted)
+    result = cli("train", recipe_file, "--out", tmp_path / "run")
+    assert result.code == 130 and "The same command goes on from the last checkpoint" in result.err

@@ -1,0 +1,219 @@
+"""A recipe's text becomes a `Config`, or a message that names every mistake and the nearest right word."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import yaml
+
+from scalekd.config import check_config, load_recipe, options_of, parse_yaml, to_yaml
+from scalekd.errors import UserError
+from scalekd.methods import METHODS
+
+BASE = """
+name: x
+data: {train: images}
+student: {model: resnet18}
+teacher: {model: test_vit, weights: random}
+losses: {ce: {}, kd: {temperature: 2}}
+train: {epochs: 2, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(*overrides, text=BASE)` -> the `Config`."""
+
+    def load(*overrides, text=BASE):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return load_recipe(str(path), overrides)
+
+    return load
+
+
+@pytest.fixture
+def refused(load):
+    """`refused(*overrides, text=BASE)` -> the message."""
+
+    def refused(*overrides, text=BASE):
+        with pytest.raises(UserError) as error:
+            load(*overrides, text=text)
+        return str(error.value)
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-3", 1e-3), ("5E+2", 500.0), ("1.e3", 1000.0), (".5e1", 5.0), ("-2e0", -2.0), ("1.5", 1.5), ("3", 3),
+     ("'1e-3'", "1e-3"), ("e3", "e3"), ("1e", "1e"), ("off", False), ("", None)],
+)  # fmt: skip
+def test_yaml_values(text, value):
+    read = parse_yaml(text, "here")
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "a: {b: 1, b: 1}", "a: 1\n'a': 1"])
+def test_a_key_given_twice_is_refused(text):
+    with pytest.raises(UserError, match=r"here is not valid YAML: `[ab]` is given twice \(line 1\)"):
+        parse_yaml(text, "here")
+
+
+def test_all_mistakes_are_told_at_once(refused):
+    text = """
+    name: x
+    dta: {}
+    data: {train: images, image_sze: 32}
+    student: {model: resnet81}
+    teacher: {model: tset_vit, weigths: random}
+    losses: {scaleKD: {}, kd: {temprature: 2, weight: heavy}}
+    train: {epochs: 0, batch_size: 8}
+    optim: {name: adamv}
+    augment: {auto_augment: rnd-m7}
+    """
+    message = refused(text=text)
+    assert message.splitlines()[0].endswith("recipe.yaml: 11 problems")
+    for told in (
+        "dta: unknown. Did you mean `data`?",
+        "data.image_sze: unknown. Did you mean `image_size`?",
+        "student.model: timm has no model `resnet81`. Did you mean `resnet18`",
+        "teacher.model: timm has no model `tset_vit`. Did you mean `test_vit`",
+        "teacher.weigths: unknown. Did you mean `weights`?",
+        "losses.scaleKD: unknown method. Did you mean `scalekd`?",
+        "losses.kd.temprature: unknown option. Did you mean `temperature`?",
+        "losses.kd.weight: Input should be a valid number",
+        "train.epochs: Input should be greater than 0 (given 0)",
+        "optim.name: timm has no optimiser `adamv`. Did you mean `adam",
+        "augment.auto_augment: timm cannot read `rnd-m7`",
+    ):
+        assert f"\n  - {told}" in message
+
+
+def test_overrides(load):
+    config = load("optim.lr=1e-3", "losses.kd.temperature=4", "data.image_size=[32, 48]", "augment.mixup=0.2")
+    assert (config.optim.lr, config.losses["kd"], config.augment.mixup) == (1e-3, {"temperature": 4.0}, 0.2)
+    assert config.data.image_size == (32, 48)
+    assert "kd" not in load("losses.kd=off", "teacher=null").losses
+    assert load("losses.kd=off", "teacher=null").teacher is None
+    assert load("losses.kd=off", "losses.fd.stages=[3, 4]").losses == {"ce": {}, "fd": {"stages": (3, 4)}}
+    assert load("losses.kd=").losses["kd"] == {}  # all defaults again
+    assert load("teacher.kwargs.depth=4", "student.kwargs.a.b=c").teacher.kwargs == {"depth": 4}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lr", "`optim.lr` is not an override: write key=value"),
+        ("=3", "`=3` is not an override"),
+        ("--lr=3", "--lr: unknown"),
+        ("name.x=1", "`name.x=1`: name is a value, it has no `x`"),
+        ("optim.lr={", "`optim.lr={` is not valid YAML"),
+        ("optim=3", "optim: keys and values are needed"),
+        ("optim..lr=3", "optim.: unknown"),
+        ("losses={}", "losses: none at all"),
+        ("losses.ce=3", "losses.ce: options are a mapping, not 3"),
+        ("losses.ce.weight=0", "losses.ce.weight: Input should be greater than 0"),
+        ("losses.ce.weight=.nan", "losses.ce.weight: Input should be a finite number"),
+        ("optim.lr=.inf", "optim.lr: Input should be a finite number"),
+        ("data.image_size=[1, 2, 3]", "data.image_size: pixels, such as 224 or [192, 256]"),
+        ("augment.auto_augment=rand-m-mstd0.5", "it would ignore `m`"),
+        ("student.kwargs.x=!!set {a}", "student.kwargs.x"),
+        ("name=../elsewhere", "name: String should match pattern"),
+        ("teacher=null", "kd need(s) a teacher"),
+        ("losses.kd=off", "teacher: no loss uses it"),
+        ("train.accumulate=3", "train.batch_size 8 is not a multiple of train.accumulate 3"),
+        ("schedule.warmup_epochs=2", "schedule.warmup_epochs 2 leaves nothing of train.epochs 2"),
+    ],
+)
+def test_bad_overrides(refused, override, message):
+    told = refused(override)
+    assert message in told and len(told.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "idle, read",
+    [
+        (["augment.crop=pad", "augment.scale=[0.5, 1]"], ["augment.scale=[0.5, 1]"]),
+        (["augment.pad=2"], ["augment.crop=pad", "augment.pad=2"]),
+        (["augment.auto_augment=rand-m7", "augment.color_jitter=0.4"], ["augment.color_jitter=0.4"]),
+        (["schedule.milestones=[1]"], ["schedule.name=multistep", "schedule.milestones=[1]"]),
+        (["schedule.decay_rate=0.5"], ["schedule.name=multistep", "schedule.decay_rate=0.5"]),
+        (["schedule.name=multistep", "schedule.min_lr=1e-5"], ["schedule.min_lr=1e-5"]),
+        (["schedule.warmup_lr=1e-5"], ["schedule.warmup_epochs=1", "schedule.warmup_lr=1e-5"]),
+        (["optim.name=momentum", "optim.betas=[0.9, 0.95]"], ["optim.betas=[0.9, 0.95]"]),
+        (["optim.name=momentum", "optim.eps=1e-6"], ["optim.eps=1e-6"]),
+        (["optim.momentum=0.8"], ["optim.name=momentum", "optim.momentum=0.8"]),
+        (["data.val=images", "data.val_fraction=0.2"], ["data.val_fraction=0.2"]),
+        (["data.val=images", "data.seed=1"], ["data.val=images", "data.seed=1", "data.limit=9"]),
+        (["student.image_size=32"], ["teacher.image_size=32"]),
+        (["student.top1=32"], ["teacher.top1=32"]),
+    ],
+)
+def test_a_value_that_nothing_reads_is_refused(load, refused, idle, read):
+    assert f"{idle[-1].split('=')[0]}: has no effect here; it goes with " in refused(*idle)
+    load(*read)
+
+
+@pytest.mark.parametrize("name", ["name", "data", "student", "losses", "train"])
+def test_missing_sections_are_named(refused, name):
+    values = yaml.safe_load(BASE)
+    del values[name]
+    assert f"  - {name}: missing" in refused(text=yaml.safe_dump(values))
+
+
+def test_the_resolved_recipe_reads_back_equal(load):
+    config = load(
+        "losses.scalekd={heads: [3, 6], beta: 1}", "optim.lr=1e-30", "data.image_size=[32, 48]", "student.cuts=[1,2,3,4]",
+        "augment.auto_augment=rand-m7-mstd0.5", "teacher.kwargs={a: [1, {b: 2.5}], c: null}", "train.ema=0.9999",
+    )  # fmt: skip
+    again = check_config(parse_yaml(to_yaml(config), "again"), "again")
+    assert again == config and to_yaml(again) == to_yaml(config)
+
+
+def test_defaults_of_methods_live_in_their_signatures_only(load):
+    assert load("losses.kd={}", "losses.scalekd={}").losses == {"ce": {}, "kd": {}, "scalekd": {}}
+    for name, method in METHODS.items():
+        for option, parameter in options_of(method).items():
+            assert parameter.default is not inspect.Parameter.empty, f"{name}.{option} has no default"
+            assert parameter.annotation is not inspect.Parameter.empty, f"{name}.{option} has no type"
+
+
+NASTY = [
+    "", "null", "[]", "3", "text", "- a\n- b", "{", "}", "\t", "a: b: c", "a: *x", "&a [*a]", "x: &a {b: *a}",
+    "!!python/object/apply:os.system ['true']", "!!set {a, b}", "? [1, 2]\n: 3", "1: 2", "true: 1", "null: 1",
+    "a: !!binary x", "a: !!bool x", "a: !!timestamp x", "a: !!float x", "a: !!omap 3", "a: 9999-99-99",
+    "a: 1\n---\nb: 2", "\x00", "a: \x07", "<<: 3", "=: 3", "a: " + "[" * 1500, "a: " + "9" * 5000, "data: 3", "data: []",
+    "losses: 3", "losses: [ce]", "losses: {1: {}}", "losses: {null: {}}", "losses: {ce: {1: 2}}", "losses: {ce: [1]}",
+    "losses: &a {ce: *a}", "losses: {ce: {weight: [1]}}", "losses: {scalekd: {heads: {a: 1}}}", "losses: {fd: {stages: 3}}",
+    "student: {model: ''}", "student: {model: [1]}", "student: {model: hf-hub:a/b}", "teacher: {kwargs: {1: 2}}",
+    "teacher: &a {model: test_vit, kwargs: *a}", "student: {kwargs: {a: !!binary gIGC}}", "train: {epochs: .nan}",
+    "optim: {name: ''}", "schedule: {milestones: 3}", "augment: {auto_augment: ''}", "name: ''", "name: [1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nothing_but_a_user_error_comes_of_nasty_text(refused, text):
+    assert refused(text=text)
+    try:
+        nasty = parse_yaml(text, "nasty")
+    except UserError:
+        return
+    if isinstance(nasty, dict):  # again, with everything else in order
+        merged = yaml.safe_load(BASE)
+        for key, value in nasty.items():
+            inner = merged.get(key)
+            merged[key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+        with pytest.raises(UserError):
+            check_config(merged, "nasty")
+
+
+def test_a_file_that_is_no_recipe(tmp_path):
+    with pytest.raises(UserError, match=r"no recipe `dmo`.*Did you mean `demo`"):
+        load_recipe("dmo")
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        load_recipe(str(tmp_path / "picture.yaml"))
+    with pytest.raises(UserError, match="no recipe"):
+        load_recipe(str(tmp_path))

@@ -1,0 +1,216 @@
+"""The trainable module: what is in it, what each model sees, and how the terms add up."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalekd.distiller import Distiller, dead_parameters
+from scalekd.errors import UserError
+from scalekd.stages import Features, Shapes
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.4814, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # also EVA's
+ALL = {"ce": {}, "kd": {}, "scalekd": {}}
+
+
+def with_statistics(name: str, statistics: tuple, **kwargs: object) -> nn.Module:
+    overlay = dict(zip(("mean", "std"), statistics))
+    return timm.create_model(name, num_classes=5, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def make(losses: dict = ALL, teacher_size: int = 32, student: nn.Module | None = None, **kwargs: object) -> Distiller:
+    torch.manual_seed(0)
+    teacher = with_statistics("test_vit", CLIP, depth=4, img_size=teacher_size)
+    return Distiller(
+        student or with_statistics("test_resnet", IMAGENET),
+        teacher,
+        losses,
+        image_size=(32, 32),
+        teacher_size=(teacher_size, teacher_size),
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.tensor([0, 1, 2, 4])
+
+
+def inputs_of(model: nn.Module) -> list[Tensor]:
+    """Grows by what the model's first convolution is given, at every forward pass."""
+    seen: list[Tensor] = []
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    return seen
+
+
+# ---------------------------------------------------------------- the teacher
+
+
+def test_teacher_is_not_part_of_the_module():
+    distiller = make()
+    teacher = distiller.teacher_view.model
+    theirs = {id(t) for t in (*teacher.parameters(), *teacher.buffers())}
+    assert not theirs & {id(p) for p in distiller.parameters()}
+    assert not theirs & {id(t) for t in distiller.state_dict(keep_vars=True).values()}
+    assert not {*teacher.modules()} & {*distiller.modules()}
+    assert {name.split(".")[0] for name in distiller.state_dict()} == {"student", "methods"}
+
+
+def test_teacher_stays_frozen_and_in_eval_mode(batch):
+    distiller = make().train()
+    teacher = distiller.teacher_view.model
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distiller(*batch)["total"].backward()
+    assert distiller.student.training
+    assert not any(m.training for m in teacher.modules())
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_teacher_moves_along(batch):
+    distiller = make().to(torch.float64)
+    assert {p.dtype for p in distiller.teacher_view.model.parameters()} == {torch.float64}
+    losses = distiller(batch[0].double() / 255, batch[1])
+    assert losses["kd"].dtype == torch.float64
+
+
+# ---------------------------------------------------------------- what the models see
+
+
+@pytest.mark.parametrize("teacher_size", [32, 48])
+def test_same_pixels_under_own_statistics_and_size(batch, teacher_size):
+    distiller = make(teacher_size=teacher_size)
+    student, teacher = inputs_of(distiller.student), inputs_of(distiller.teacher_view.model)
+    distiller(*batch)
+    pixels = batch[0] / 255
+    resized = pixels
+    if teacher_size != 32:
+        resized = F.interpolate(pixels, (teacher_size, teacher_size), mode="bicubic", antialias=True).clamp(0, 1)
+    for seen, expected, statistics in ((student, pixels, IMAGENET), (teacher, resized, CLIP)):
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in statistics)
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], (expected - mean) / std)
+
+
+def test_given_statistics_win(batch):
+    distiller = make(student_stats=([0.1] * 3, [0.2] * 3), teacher_stats=([0.3] * 3, [0.4] * 3))
+    student, teacher = inputs_of(distiller.student), inputs_of(distiller.teacher_view.model)
+    distiller(*batch)
+    torch.testing.assert_close(student[0], (batch[0] / 255 - 0.1) / 0.2)
+    torch.testing.assert_close(teacher[0], (batch[0] / 255 - 0.3) / 0.4)
+
+
+def test_uint8_and_float_images_give_the_same_losses(batch):
+    distiller = make().eval()
+    whole, real = distiller(*batch), distiller(batch[0].float() / 255, batch[1])
+    assert whole == real
+
+
+# ---------------------------------------------------------------- the terms
+
+
+def test_weights_multiply_and_total_is_the_sum(batch):
+    plain = make().eval()(*batch)
+    weighted = make({"ce": {"weight": 0.25}, "kd": {"weight": 0.0}, "scalekd": {"weight": 3.0}}).eval()(*batch)
+    assert list(plain) == ["ce", "kd", *(f"scalekd.{p}{v}" for v in ("ori", "alt") for p in ("", "proxy_")), "total"]
+    for name, value in weighted.items():
+        if name != "total":
+            factor = {"ce": 0.25, "kd": 0.0}.get(name, 3.0)
+            torch.testing.assert_close(value, factor * plain[name])
+    for losses in (plain, weighted):
+        torch.testing.assert_close(losses["total"], sum(v for name, v in losses.items() if name != "total"))
+
+
+def test_losses_are_those_computed_by_hand(batch):
+    distiller = make({"ce": {"weight": 0.5}, "kd": {"temperature": 2.0, "weight": 3.0}}).eval()
+    pixels, targets = batch[0].double() / 255, batch[1]
+    logits = []
+    for model, statistics in ((distiller.student, IMAGENET), (distiller.teacher_view.model, CLIP)):
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in statistics)
+        logits.append(model(((pixels - mean) / std).float()).double())
+    student, teacher = logits
+    ce = sum(student[i].exp().sum().log() - student[i, t] for i, t in enumerate(targets)) / 4
+    p, q = ((x / 2).exp() / (x / 2).exp().sum(1, keepdim=True) for x in (teacher, student))
+    kd = 2**2 * (p * (p / q).log()).sum() / 4
+    losses = distiller(*batch)
+    assert losses["ce"].item() == pytest.approx(0.5 * ce.item(), rel=1e-5)
+    assert losses["kd"].item() == pytest.approx(3.0 * kd.item(), rel=1e-4)
+
+
+class LogitDistance(nn.Module):
+    """A method as a user would write one: two terms, one with a parameter."""
+
+    needs_maps = False
+
+    def __init__(self, student: Shapes, teacher: Shapes | None):
+        super().__init__()
+        assert teacher is not None
+        self.linear = nn.Linear(student.classes, teacher.classes)
+
+    def forward(self, student: Features, teacher: Features, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "mine": F.mse_loss(self.linear(student.logits), teacher.logits),
+            "size": student.logits.square().mean(),
+        }
+
+
+def test_a_method_of_your_own(batch):
+    distiller = make({"ce": {}, "mine": LogitDistance})
+    losses = distiller(*batch)
+    losses["total"].backward()
+    assert list(losses) == ["ce", "mine", "mine.size", "total"]
+    assert "methods.mine.linear.weight" in distiller.state_dict()
+    assert not dead_parameters(distiller)
+
+
+def test_logit_methods_serve_a_model_without_maps(batch):
+    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    losses = make({"ce": {}, "kd": {}}, student=student, student_stats=IMAGENET)(*batch)
+    assert list(losses) == ["ce", "kd", "total"]
+    assert losses["total"].isfinite()
+    with pytest.raises(UserError, match=r"losses\.scalekd: .*Sequential"):
+        make(ALL, student=student, student_stats=IMAGENET)
+
+
+def test_without_a_teacher(batch):
+    student = with_statistics("test_resnet", IMAGENET)
+    distiller = Distiller(student, None, {"ce": {}}, image_size=(32, 32)).eval()
+    assert list(distiller(*batch)) == ["ce", "total"]
+    with pytest.raises(UserError, match=r"losses\.kd needs a teacher"):
+        Distiller(student, None, {"kd": {}}, image_size=(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [({"kdd": {}}, "unknown method `kdd`.*`kd`"), ({"kd": {"temperature": -1.0}}, r"losses\.kd: .*positive")],
+)
+def test_bad_losses(losses, told):
+    with pytest.raises(UserError, match=told):
+        make(losses)
+
+
+def test_dead_parameters_are_named(batch):
+    distiller = make()
+    distiller(*batch)["total"].backward()
+    assert dead_parameters(distiller) == []
+    distiller.student.unused = nn.Parameter(torch.zeros(3))
+    distiller.student.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    assert dead_parameters(distiller) == ["student.unused"]
+
+
+def test_bf16_losses_are_float32_and_close(batch):
+    distiller = make().eval()
+    exact = distiller(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = distiller(*batch)
+    assert rounded["ce"] != exact["ce"]  # bf16 did compute
+    for name, value in rounded.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.05, atol=0.02)
