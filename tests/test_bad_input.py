@@ -128,7 +128,9 @@ def test_a_missing_folder_and_its_nearest_neighbour(refused, image_folder):
 def test_a_folder_without_classes(refused, tmp_path):
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "0.png").write_bytes(b"")
-    assert "has no class folders; it needs one sub-folder of images per class" in refused(f"data.train={tmp_path / 'flat'}")
+    assert "has no class folders; it needs one sub-folder of images per class" in refused(
+        f"data.train={tmp_path / 'flat'}"
+    )
 
 
 def test_an_empty_class(refused, image_folder):

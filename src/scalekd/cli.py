@@ -16,12 +16,7 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}; `scalekd COMMAND --help` lists those there are")
-    if rest:
-        args.overrides += rest  # argparse leaves those over that follow an option
+    args = parse(argv)
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -33,6 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `scalekd recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads a command line; overrides may stand before, between and after the options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; `scalekd COMMAND --help` lists those there are")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +102,7 @@ def _train(args: argparse.Namespace) -> None:
     from .parallel import processes
     from .runs import execute
 
-    config = load_recipe(args.recipe, [*_shortcuts(args), *args.overrides])
+    config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
     folder = args.out or Path("runs") / config.name
     with processes(args.device) as device:
         summary = execute(config, folder, device, Console(), dry_run=args.dry_run, check=not args.no_preflight)
@@ -106,7 +112,8 @@ def _train(args: argparse.Namespace) -> None:
         )
 
 
-def _shortcuts(args: argparse.Namespace) -> list[str]:
+def shortcuts(args: argparse.Namespace) -> list[str]:
+    """The overrides that --data, --teacher and --student stand for."""
     overrides = []
     if args.data:
         root = Path(args.data)

@@ -417,7 +417,9 @@ def _describe(error: dict[str, Any]) -> list[str]:
         whole = where in ("", "losses")  # those name the place themselves
         return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
     if error["type"] == "model_type":
-        return [f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {_short(error['input'])})"]
+        return [
+            f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {_short(error['input'])})"
+        ]
     return [f"{where}: {error['msg']} (given {_short(error['input'])})"]
 
 

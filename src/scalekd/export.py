@@ -24,10 +24,14 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
 
     card: model, kwargs, classes, mean, std, image_size, ... as `student_card` makes it.
     Returns the largest difference between the logits of the student and of the file loaded back.
+    Raises `UserError` when it cannot be written.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
-    path.write_bytes(save(state, metadata={"format": "pt", "scalekd": json.dumps(card)}))
-    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
+    try:
+        path.write_bytes(save(state, metadata={"format": "pt", "scalekd": json.dumps(card)}))
+        path.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Give another folder, or free some space.") from None
     images = example_images(card)
     return _difference(_logits(student, images), _logits(load_student(path)[0], images))
 

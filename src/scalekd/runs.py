@@ -252,9 +252,7 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
             f"--data has other classes than the student knows: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
             f"against {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
         )
-    data = Data.model_validate(
-        {"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])}
-    )
+    data = Data.model_validate({"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])})
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))

@@ -1,0 +1,130 @@
+"""What the documentation names is there: commands, recipes, options, files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scalekd.cli import parse, shortcuts
+from scalekd.config import (
+    Config,
+    _fields_at,
+    check_config,
+    load_recipe,
+    options_of,
+    parse_yaml,
+    recipe_names,
+    recipe_text,
+)
+from scalekd.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
+TO_BE_WRITTEN = {"src/scalekd/methods/attention.py", "tests/methods/test_attention.py"}  # in docs/add-a-method.md
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PATH = re.compile(r"(?<![\w./-])(?:src|docs|tests|tools|examples|benchmarks)/[\w./-]*[\w/]")
+KEY = re.compile(
+    r"(?<![\w./-])(?:data|augment|student|teacher|losses|train|optim|schedule)\.(?!(?:py|json|safetensors|onnx|pt)\b)[\w.]+(?=[=`])"
+)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def each(pattern: re.Pattern[str], files: list[Path] = DOCS) -> list[tuple[str, str]]:
+    """(file, what the pattern finds in it), once each."""
+    found = [(relative(f), m[0]) for f in files if f.is_file() for m in pattern.finditer(f.read_text())]
+    return list(dict.fromkeys(found))
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command line) of every `scalekd ...` in a code block, and in a recipe's header."""
+    found = []
+    for file in DOCS:
+        blocks = [m[2] for m in FENCE.finditer(file.read_text())] if file.is_file() else []
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        found += [(relative(file), line.split("scalekd ", 1)[1]) for line in lines if is_command(line)]
+    for name in recipe_names():
+        line = re.search(r"^# command: +(.*?)(  .*)?$", recipe_text(name), re.MULTILINE)
+        if line:
+            found.append((name, line[1].split("scalekd ", 1)[1]))
+    return found
+
+
+def is_command(line: str) -> bool:
+    return re.match(r"\$? *(HF_HUB_OFFLINE=1 )?(\.venv/bin/)?(torchrun .* -m |python -m )?scalekd ", line) is not None
+
+
+def test_there_is_something_to_look_at():
+    files = {file for file, _ in commands()}
+    assert {"README.md", "docs/own-data.md", "own-data"} <= files
+    assert len(each(PATH)) > 20 and len(each(KEY)) > 5
+
+
+@pytest.mark.parametrize("file, line", commands())
+def test_a_command_line_is_understood(file, line):
+    args = parse(shlex.split(line, comments=True))
+    if hasattr(args, "overrides") and not args.recipe.endswith(".yaml"):
+        load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
+    if getattr(args, "show", None):
+        assert args.show[0] == "show" and args.show[1] in (*recipe_names(), "NAME")
+
+
+@pytest.mark.parametrize("file, line", each(re.compile(r"`scalekd [^`\n]+`")))
+def test_a_command_in_a_sentence_exists(file, line):
+    words = line.strip("`").split()[1:]
+    assert words[0].startswith("-") or words[0] in (
+        "train",
+        "evaluate",
+        "export",
+        "demo",
+        "methods",
+        "recipes",
+        "doctor",
+    )
+    if words[:2] == ["recipes", "show"] or words[0] == "train":
+        assert words[-1].isupper() or set(words) & set(recipe_names()) or len(words) == 1
+
+
+@pytest.mark.parametrize("file, path", each(PATH, DOCS + SOURCES))
+def test_a_path_is_there(file, path):
+    assert (ROOT / path).exists() or path in TO_BE_WRITTEN
+
+
+@pytest.mark.parametrize(
+    "file, link", each(re.compile(r"\]\((?!https?:|#|mailto:)[^)\s]+\)")) or [("README.md", "](.)")]
+)
+def test_a_link_leads_somewhere(file, link):
+    assert ((ROOT / file).parent / link[2:-1].split("#")[0]).exists()
+
+
+@pytest.mark.parametrize("file, name", each(re.compile(r"`(imagenet|own|demo)-[\w-]+`")))
+def test_a_recipe_is_shipped(file, name):
+    assert name.strip("`") in recipe_names()
+
+
+@pytest.mark.parametrize("file, key", each(KEY))
+def test_a_key_exists(file, key):
+    section, field, *rest = key.split(".")
+    if section == "losses":
+        assert field in METHODS
+        assert not rest or rest[0] in {"weight", *options_of(METHODS[field])}
+    else:
+        assert section in Config.model_fields and field in _fields_at([section])
+
+
+LOSSES = [(file, text) for file, text in each(re.compile(r"losses: \{.*\}")) if file != "docs/add-a-method.md"]
+
+
+@pytest.mark.parametrize("file, text", LOSSES)
+def test_losses_are_a_recipe_s(file, text):
+    losses = parse_yaml(text.strip("`"), file)["losses"]
+    teacher = {"model": "test_vit"} if any(getattr(METHODS[n], "needs_teacher", True) for n in losses) else None
+    values = {"name": "x", "data": {"train": "x"}, "student": {"model": "test_resnet"}, "teacher": teacher}
+    check_config(values | {"losses": losses, "train": {"epochs": 1, "batch_size": 2}}, file)
