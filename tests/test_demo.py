@@ -38,7 +38,9 @@ def test_demo_from_preflight_to_report(tmp_path, monkeypatch, capsys):
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")}
     assert module.demo(tmp_path, [0, 1])["top1_by_seed"] == summary["top1_by_seed"]
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")} == before, "finished runs are read, not repeated"
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")} == before, (
+        "finished runs are read, not repeated"
+    )
 
 
 def test_the_teacher_is_as_good_as_told():
@@ -63,7 +65,9 @@ def test_the_teacher_is_what_its_recipe_builds():
     card = json.loads(resolve("package:demo/teacher.json").read_text())
     recipe, demo = load_recipe("demo-teacher"), load_recipe("demo")
     assert demo.teacher is not None and card["model"] == recipe.student.model == demo.teacher.model
-    model = timm.create_model(card["model"], checkpoint_path=str(resolve("package:demo/teacher.safetensors")), **card["kwargs"])
+    model = timm.create_model(
+        card["model"], checkpoint_path=str(resolve("package:demo/teacher.safetensors")), **card["kwargs"]
+    )
     assert sum(p.numel() for p in model.parameters()) > 500_000
 
 

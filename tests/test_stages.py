@@ -142,9 +142,7 @@ def test_four_maps_of_every_family(family):
 
     # Maps are what they were when taken: nothing later wrote into them. They vary over image and place.
     for index, m in zip(view.indices, f.maps, strict=True):
-        alone = view.model.forward_intermediates(
-            images, indices=[index], intermediates_only=True, stop_early=True
-        )
+        alone = view.model.forward_intermediates(images, indices=[index], intermediates_only=True, stop_early=True)
         assert close(m, alone[0])
     for m in (*f.maps, f.final):
         assert not close(m[0], m[1], 1e-3) and m.std(dim=(2, 3)).mean() > 1e-3 and m.isfinite().all()
@@ -166,9 +164,7 @@ def test_teacher_runs_on_from_its_own_stages(family):
         final = f.resume(k, own)
         assert torch.equal(final, f.final), (final - f.final).abs().max()  # the same operations, in order
         (grad,) = torch.autograd.grad(final.square().mean(), own)
-        assert (
-            grad.isfinite().all() and (grad.abs().amax(dim=(2, 3)) > 0).float().mean() > 0.5
-        )  # ReLU kills some
+        assert grad.isfinite().all() and (grad.abs().amax(dim=(2, 3)) > 0).float().mean() > 0.5  # ReLU kills some
         assert all(p.grad is None for p in view.model.parameters())
 
     # Two views in one batch, the first being the teacher's own; the second gets the same prefix tokens.

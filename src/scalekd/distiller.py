@@ -53,14 +53,14 @@ class Distiller(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.student_view = StageView(student, name=_name(student), image_size=image_size, cuts=student_cuts)
+        self.student_view = _view("student", student, image_size, student_cuts)
         self.teacher_view: StageView | None = None
         self.teacher_size = teacher_size or image_size
         self.resize_teacher = self.teacher_size != image_size
         _add_statistics(self, "student", student, student_stats)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            self.teacher_view = StageView(teacher, name=_name(teacher), image_size=self.teacher_size, cuts=teacher_cuts)
+            self.teacher_view = _view("teacher", teacher, self.teacher_size, teacher_cuts)
             _add_statistics(self, "teacher", teacher, teacher_stats)
         self.weights = {
             name: float(options.get("weight", 1.0)) if isinstance(options, Mapping) else 1.0
@@ -134,6 +134,13 @@ def _add_statistics(module: nn.Module, role: str, model: nn.Module, given: Stati
     own = resolve_model_data_config(model)
     for kind, values in zip(("mean", "std"), given or (own["mean"], own["std"])):
         module.register_buffer(f"{role}_{kind}", torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+
+def _view(role: str, model: nn.Module, size: tuple[int, int], cuts: Sequence[int] | None) -> StageView:
+    try:
+        return StageView(model, name=_name(model), image_size=size, cuts=cuts)
+    except ValueError as error:
+        raise UserError(f"{role}: {error}") from None
 
 
 def _name(model: nn.Module) -> str:

@@ -28,7 +28,7 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     try:
-        path.write_bytes(save(state, metadata={"format": "pt", "scalekd": json.dumps(card)}))
+        path.write_bytes(save(state, metadata={"scalekd": json.dumps(card)}))
         path.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}. Give another folder, or free some space.") from None
@@ -42,13 +42,30 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     card_file = file.with_suffix(".json")
     if not file.is_file() or not card_file.is_file():
         raise UserError(f"{path}: no student.safetensors with its .json there; `scalekd export RUN_FOLDER` makes them")
+    card = read_card(card_file)
+    return create_student(card, card_file, file).eval(), card
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """Raises `UserError` for a file that is no card."""
     try:
-        card = json.loads(card_file.read_text())
-        model = timm.create_model(card["model"], checkpoint_path=str(file), **card["kwargs"])
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"{file} does not fit its card {card_file.name}: {reason}") from None
-    return model.eval(), card
+        card = json.loads(file.read_text())
+        card["model"], card["kwargs"], card["image_size"], card["mean"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a student's card: {_first_line(error)}") from None
+    return card
+
+
+def create_student(card: dict[str, Any], card_file: Path, weights: Path | None = None) -> nn.Module:
+    """The timm model that a card names, with its weights if given. Raises `UserError`."""
+    try:
+        return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:

@@ -18,4 +18,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     # the largest values: 32 MiB is glibc's own bound for the first, an int holds the others
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 25) and mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1) and mallopt(M_TOP_PAD, 1 << 28))
+    return bool(
+        mallopt(M_MMAP_THRESHOLD, 1 << 25) and mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1) and mallopt(M_TOP_PAD, 1 << 28)
+    )

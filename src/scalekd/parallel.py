@@ -43,7 +43,9 @@ def pick_device(device: str | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: no such kind of device; write cpu, cuda or cuda:1") from None
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: no such kind of device; write cpu, cuda or cuda:1")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no usable GPU; leave --device out to run on the CPU")
     if chosen == torch.device("cuda"):

@@ -22,7 +22,7 @@ class RunLog:
         self.label = label
         if self.active:
             _end_last_line(folder / "log.jsonl")
-        self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if self.active else None
+        self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if self.active else None  # noqa: SIM115 - until close()
         self.progress: Progress | None = None
         self.last_line = 0.0
 

@@ -17,7 +17,7 @@ from . import checkpoint, parallel
 from .config import Config, to_yaml
 from .engine import Run, build, train
 from .errors import UserError
-from .export import export_student
+from .export import create_student, export_onnx, export_student, load_student, read_card
 from .memory import keep_freed_memory
 from .preflight import preflight
 from .report import ReportRun, write_report
@@ -61,7 +61,7 @@ def execute(
     if parallel.rank() == 0:
         summary["student"] = str(folder / "student.safetensors")
         summary["reload_difference"] = export_student(
-            run.deployed, folder / "student.safetensors", student_card(run, summary)
+            run.deployed, folder / "student.safetensors", student_card(run) | {"top1": summary["top1"]}
         )
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         teacher = config.teacher.top1 if config.teacher else None
@@ -108,6 +108,7 @@ def write_folder(folder: Path, run: Run) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(to_yaml(run.config))
         (folder / "provenance.json").write_text(json.dumps(provenance(run), indent=2) + "\n")
+        (folder / "student.json").write_text(json.dumps(student_card(run), indent=2) + "\n")  # for `scalekd export`
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}. Give --out a folder that you may write to."
@@ -161,7 +162,7 @@ def git_state() -> str | None:
     return commit[:12] + ("+" if changed else "")
 
 
-def student_card(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+def student_card(run: Run) -> dict[str, Any]:
     """What someone needs to use the exported student, beside its weights."""
     config = run.config
     size = config.data.image_size
@@ -175,7 +176,6 @@ def student_card(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "std": run.distiller.student_std.flatten().tolist(),
         "interpolation": config.augment.interpolation,
         "crop_pct": config.augment.crop_pct,
-        "top1": summary["top1"],
         "teacher": config.teacher.model if config.teacher else None,
         "losses": config.losses,
         "provenance": provenance(run),
@@ -207,30 +207,25 @@ def _model_fact(run: Run, role: str) -> str:
 
 
 def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
-    """Writes student.safetensors, its card and, if asked, student.onnx from a run's checkpoint."""
-    from .config import check_config, parse_yaml
-    from .export import export_onnx
+    """Writes student.safetensors, its card and, if asked, student.onnx from a run's `best` or `last` checkpoint.
 
-    recipe, state_file = folder / "recipe.yaml", folder / f"{which}.pt"
-    if not recipe.is_file() or not state_file.is_file():
+    Needs neither the run's data nor its teacher. Raises `UserError`.
+    """
+    state_file, card_file = folder / f"{which}.pt", folder / "student.json"
+    if not card_file.is_file() or not state_file.is_file():
         raise UserError(
             f"{folder} has no {which} checkpoint to export; is it a run's folder that reached its first validation?"
         )
-    config = check_config(parse_yaml(recipe.read_text(), str(recipe)), str(recipe))
-    run = build(config, torch.device("cpu"))
-    state = checkpoint.load(state_file)
-    run.distiller.student.load_state_dict(state["deployed" if which == "last" else "student"])
+    state, card = checkpoint.load(state_file), read_card(card_file)
     top1 = state["history"][-1]["top1"] if which == "last" else state["top1"]
-    card = student_card(run, {"top1": top1})
-    if (folder / "provenance.json").is_file():  # of the training, not of this command
-        card["provenance"] = json.loads((folder / "provenance.json").read_text())
+    student = create_student(card, card_file)
+    student.load_state_dict(state["deployed" if which == "last" else "student"])
+    card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
     file = folder / "student.safetensors"
-    console.print(
-        f"{file}  timm loads it back: largest difference of logits {export_student(run.distiller.student, file, card):.1e}",
-        highlight=False,
-    )
+    difference = export_student(student, file, card)
+    console.print(f"{file}  timm loads it back: largest difference of logits {difference:.1e}", highlight=False)
     if onnx:
-        difference = export_onnx(run.distiller.student, folder / "student.onnx", card)
+        difference = export_onnx(student, folder / "student.onnx", card)
         console.print(
             f"{folder / 'student.onnx'}  onnxruntime: largest difference of logits {difference:.1e}", highlight=False
         )
@@ -241,7 +236,6 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     from .config import Augment, Data
     from .data import Images, eval_batches, eval_transform
     from .evaluate import evaluate
-    from .export import load_student
     from .sources import open_source
 
     student, card = load_student(path)

@@ -38,9 +38,7 @@ class Pair:
     teacher: Shapes
     tail: Tail
 
-    def features(
-        self, batch: int = 3, dtype: torch.dtype = torch.float64
-    ) -> tuple[Features, Features, Tensor]:
+    def features(self, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Features, Features, Tensor]:
         """Student and teacher features, all leaves that ask for a gradient, and class indices."""
 
         def random(*shape: int) -> Tensor:
@@ -48,9 +46,7 @@ class Pair:
 
         def of(shapes: Shapes) -> Features:
             assert shapes.final is not None
-            return Features(
-                random(shapes.classes), tuple(random(*m) for m in shapes.maps), random(*shapes.final)
-            )
+            return Features(random(shapes.classes), tuple(random(*m) for m in shapes.maps), random(*shapes.final))
 
         student, teacher = of(self.student), of(self.teacher)
         self.tail.to(dtype)

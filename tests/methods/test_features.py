@@ -47,9 +47,7 @@ def test_distance_against_loops(grid):
     expected = distance_by_loops(a.numpy(), t.numpy())
     positions = grid[0] * grid[1]
     np.testing.assert_allclose(normalized_distance(a, t).item(), expected, rtol=1e-12)
-    np.testing.assert_allclose(
-        normalized_distance(a, t, "mean").item(), 49 * expected / positions, rtol=1e-12
-    )
+    np.testing.assert_allclose(normalized_distance(a, t, "mean").item(), 49 * expected / positions, rtol=1e-12)
 
 
 def test_mean_is_the_released_sum_at_7x7_only():
@@ -118,9 +116,7 @@ def test_fd_by_hand():
         Features(torch.empty(1, 0), (torch.full((1, 2, 1, 2), torch.nan),) * 4, x) for x in (STUDENT, TEACHER)
     ]
     targets = torch.tensor([0])
-    assert identity_fd(alpha=2.0, reduction="sum")(*final_only, targets)["s4"].item() == pytest.approx(
-        2 * 2.08
-    )
+    assert identity_fd(alpha=2.0, reduction="sum")(*final_only, targets)["s4"].item() == pytest.approx(2 * 2.08)
     assert identity_fd()(*final_only, targets)["s4"].item() == pytest.approx(0.14 * 49 * 1.04)
 
 

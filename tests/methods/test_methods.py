@@ -52,9 +52,7 @@ def test_contract(pair, name, options):
 
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in method.parameters())
-    reached = [
-        x for x in (student.logits, student.final, *student.maps) if x is not None and x.grad is not None
-    ]
+    reached = [x for x in (student.logits, student.final, *student.maps) if x is not None and x.grad is not None]
     assert reached and all(x.grad.abs().sum() > 0 for x in reached)
     assert all(x is None or x.grad is None for x in (teacher.logits, teacher.final, *teacher.maps))
 
@@ -78,12 +76,8 @@ def test_a_teacher_is_asked_for(pair, name):
 
 
 def test_options_table_has_the_options_and_their_defaults():
-    rows = re.findall(
-        r"^\| (\w+) \| (\w+) \| (\S.*?) \| \S.*\|$", (DOCS / "methods.md").read_text(), re.MULTILINE
-    )
-    documented = {
-        (method, option): ast.literal_eval(default) for method, option, default in rows if method in METHODS
-    }
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\S.*?) \| \S.*\|$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+    documented = {(method, option): ast.literal_eval(default) for method, option, default in rows if method in METHODS}
     actual = {(name, o): p.default for name, m in METHODS.items() for o, p in options_of(m).items()}
     assert documented == actual
 

@@ -112,18 +112,14 @@ def test_learned_queries_are_projected_once():
 
 
 def test_cap_gradients():
-    cap = randomised(
-        CrossAttentionProjector((2, 2, 1), (4, 1, 3), heads=2, norm="layer", learned_queries=False)
-    )
+    cap = randomised(CrossAttentionProjector((2, 2, 1), (4, 1, 3), heads=2, norm="layer", learned_queries=False))
     inputs = random(2, 2, 2, 1).requires_grad_(), random(2, 4, 1, 3).requires_grad_()
     assert torch.autograd.gradcheck(cap, inputs)
     parameters = dict(cap.named_parameters())
     names = list(parameters)
 
     def by_parameters(*values):
-        return torch.func.functional_call(
-            cap, dict(zip(names, values, strict=True)), tuple(i.detach() for i in inputs)
-        )
+        return torch.func.functional_call(cap, dict(zip(names, values, strict=True)), tuple(i.detach() for i in inputs))
 
     assert torch.autograd.gradcheck(by_parameters, tuple(parameters.values()), fast_mode=True)
 
@@ -143,9 +139,7 @@ def parameters_by_hand(ds: int, grid: int, dt: int, teacher_grid: int, table: bo
     return student_branch + queries + attention + feed_forward
 
 
-@pytest.mark.parametrize(
-    ("dims", "millions"), [((768, 1536), 176), ((384, 768), 119)], ids=["Swin-L", "Swin-S"]
-)
+@pytest.mark.parametrize(("dims", "millions"), [((768, 1536), 176), ((384, 768), 119)], ids=["Swin-L", "Swin-S"])
 def test_parameters_for_resnet50(dims, millions):
     """Two views of two CAPs; those at stage 4 get their queries from the proxy path."""
     before, last = dims
@@ -162,9 +156,7 @@ def test_parameters_for_resnet50(dims, millions):
     assert round(2 * sum(counts) / 1e6) == millions
 
 
-@pytest.mark.parametrize(
-    ("dim", "heads"), [(768, 12), (1536, 24), (384, 6), (1024, 16), (96, 1), (200, 4), (48, 1)]
-)
+@pytest.mark.parametrize(("dim", "heads"), [(768, 12), (1536, 24), (384, 6), (1024, 16), (96, 1), (200, 4), (48, 1)])
 def test_default_heads(dim, heads):
     assert default_heads(dim) == heads
     assert CrossAttentionProjector((2, 1, 1), (dim, 1, 1)).heads == heads

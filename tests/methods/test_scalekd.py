@@ -203,12 +203,8 @@ def test_grids_of_7x7_and_16x16():
     ("heads", "expected"), [(None, {"proxy": 12, "student": 24}), ((16, 24), {"proxy": 16, "student": 24})]
 )
 def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
-    student = Shapes(
-        "resnet50", ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)), (2048, 7, 7), 1000
-    )
-    teacher = Shapes(
-        "swin_l", ((192, 56, 56), (384, 28, 28), (768, 14, 14), (1536, 7, 7)), (1536, 7, 7), 1000, True
-    )
+    student = Shapes("resnet50", ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)), (2048, 7, 7), 1000)
+    teacher = Shapes("swin_l", ((192, 56, 56), (384, 28, 28), (768, 14, 14), (1536, 7, 7)), (1536, 7, 7), 1000, True)
     with torch.device("meta"):
         method = scalekd(student, teacher, heads=heads)
         assert all(c.heads == expected["proxy"] for c in method.proxy_caps.values())

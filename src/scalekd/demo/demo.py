@@ -72,7 +72,7 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "timm": results["scalekd"][0]["reload_difference"],
         "onnxruntime": export_onnx(student, exported.with_suffix(".onnx"), card),
     }
-    summary = {
+    summary: dict[str, Any] = {
         "top1": {"teacher": round(teacher_top1, 2)}
         | {name: round(statistics.mean(values), 2) for name, values in top1.items()},
         "top1_by_seed": top1,

@@ -132,9 +132,7 @@ class FD(nn.Module):
             elif projector == "conv":
                 module = conv_projector(s, t, norm=norm or "batch")
             else:
-                module = CrossAttentionProjector(
-                    s, t, heads=heads[i] if heads else None, norm=norm or "batch"
-                )
+                module = CrossAttentionProjector(s, t, heads=heads[i] if heads else None, norm=norm or "batch")
             self.projectors[f"s{stage}"] = module
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:

@@ -112,9 +112,7 @@ class KD(nn.Module):
         if teacher is None:
             raise ValueError("kd needs a teacher")
         if teacher.classes < 1:
-            raise ValueError(
-                f"kd: {teacher.model} has no classifier. Use feature methods: scalekd, dfm, cap, fd"
-            )
+            raise ValueError(f"kd: {teacher.model} has no classifier. Use feature methods: scalekd, dfm, cap, fd")
         if student.classes != teacher.classes:
             raise ValueError(
                 f"kd: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
