@@ -215,7 +215,15 @@ def train(run: Run, folder: Path, log: RunLog) -> dict[str, Any]:
         parallel.world(),
     )
     batches = train_batches(run.train_images, sampler, config.data.workers, pin=run.device.type == "cuda")
-    meter = Meter(run, log, step, elapsed)
+    meter = Meter(
+        config.train,
+        log,
+        run.optimizer,
+        distiller.teacher_clock,
+        steps_per_epoch=run.steps_per_epoch,
+        step=step,
+        elapsed=elapsed,
+    )
     log.start(step, run.total_steps)
     distiller.train()
     while step < run.total_steps:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import parallel
 from .clock import Stopwatch
+from .config import Train
 from .errors import UserError
 from .runlog import RunLog
-
-if TYPE_CHECKING:
-    from .engine import Run
 
 
 class Meter:
     """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
 
-    def __init__(self, run: Run, log: RunLog, step: int, elapsed: float):
-        self.run, self.log, self.data = run, log, Stopwatch()
+    def __init__(
+        self,
+        config: Train,
+        log: RunLog,
+        optimizer: Optimizer,
+        teacher: Stopwatch,
+        *,
+        steps_per_epoch: int,
+        step: int,
+        elapsed: float,
+    ):
+        self.config, self.log, self.optimizer, self.teacher, self.data = config, log, optimizer, teacher, Stopwatch()
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * config.epochs
         self.sums: dict[str, Tensor] = {}
         self.first, self.before = step, elapsed
         self.began = self.window = time.perf_counter()
-        run.distiller.teacher_clock.seconds()
+        teacher.seconds()
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
@@ -34,7 +43,7 @@ class Meter:
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        if (step - self.first) >= self.run.config.train.log_every:
+        if (step - self.first) >= self.config.log_every:
             self.flush(step)
 
     def resume(self) -> None:
@@ -52,14 +61,14 @@ class Meter:
         refuse_non_finite(means, f"between steps {self.first + 1} and {step}")
         self.log.step(
             step=step,
-            steps=self.run.total_steps,
-            epoch=step / self.run.steps_per_epoch,
+            steps=self.total_steps,
+            epoch=step / self.steps_per_epoch,
             losses=means,
-            lr=self.run.optimizer.param_groups[0]["lr"],
-            images_per_s=steps * self.run.config.train.batch_size / seconds,
+            lr=self.optimizer.param_groups[0]["lr"],
+            images_per_s=steps * self.config.batch_size / seconds,
             data_share=self.data.seconds() / seconds,
-            teacher_share=self.run.distiller.teacher_clock.seconds() / seconds,
-            left_s=seconds / steps * (self.run.total_steps - step),
+            teacher_share=self.teacher.seconds() / seconds,
+            left_s=seconds / steps * (self.total_steps - step),
         )
         self.sums, self.first, self.window = {}, step, now
 

@@ -14,14 +14,17 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, parallel
-from .config import Config, to_yaml
+from .config import Augment, Config, Data, to_yaml
+from .data import Images, eval_batches, eval_transform
 from .engine import Run, build, train
 from .errors import UserError
+from .evaluate import evaluate
 from .export import create_student, export_onnx, export_student, load_student, read_card
 from .memory import keep_freed_memory
 from .preflight import preflight
 from .report import ReportRun, write_report
 from .runlog import RunLog, read_log
+from .sources import open_source
 from .version import __version__
 
 
@@ -233,11 +236,6 @@ def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
 
 def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
     """Top-1, top-5 and loss of an exported student on any data source. Raises `UserError` if classes differ."""
-    from .config import Augment, Data
-    from .data import Images, eval_batches, eval_transform
-    from .evaluate import evaluate
-    from .sources import open_source
-
     student, card = load_student(path)
     device = parallel.pick_device(device_name)
     source = open_source(source_text, "--data")
