@@ -63,7 +63,7 @@ def test_the_teacher_is_as_good_as_told():
 
 def test_the_teacher_is_what_its_recipe_builds():
     card = json.loads(resolve("package:demo/teacher.json").read_text())
-    recipe, demo = load_recipe("demo-teacher"), load_recipe("demo")
+    recipe, demo = load_recipe("demo-teacher-finish"), load_recipe("demo")
     assert demo.teacher is not None and card["model"] == recipe.student.model == demo.teacher.model
     model = timm.create_model(
         card["model"], checkpoint_path=str(resolve("package:demo/teacher.safetensors")), **card["kwargs"]

@@ -16,6 +16,7 @@ from scalekd.engine import AUTOCAST, build, on_device
 SCALEKD_TERMS = {"scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.proxy_alt"}
 TERMS = {  # of the recipes that are not ScaleKD with ce and kd
     "demo-teacher": {"ce"},
+    "demo-teacher-finish": {"ce"},
     "own-teacher": {"ce"},
     "own-data": {"ce"} | SCALEKD_TERMS,
 }
@@ -52,6 +53,7 @@ def small(name: str, folder) -> list[str]:
     """Overrides: the recipe's models as they are, random weights where files are missing, a few small images."""
     overrides = ["train.batch_size=2", "data.workers=0"]
     if name.startswith("demo"):
+        overrides += ["student.weights=random"]
         return [*overrides, "data.train=fashion-mnist:train", "data.val=fashion-mnist:test", "data.limit=10"]
     write_images(folder, per_class=4)
     overrides += [f"data.train={folder}", "data.val=null", "data.image_size=64", "student.weights=random"]

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from . import parallel
 
@@ -23,8 +25,9 @@ class RunLog:
         if self.active:
             _end_last_line(folder / "log.jsonl")
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if self.active else None  # noqa: SIM115 - until close()
-        self.progress: Progress | None = None
+        self.live: Live | None = None
         self.last_line = 0.0
+        self.accuracy = ""
 
     def event(self, kind: str, **values: Any) -> None:
         if self.file:
@@ -40,13 +43,12 @@ class RunLog:
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[now]}"),
-                console=self.console,
-                transient=True,
+                TextColumn("{task.completed}/{task.total} {task.fields[speed]}"),
             )
-            self.progress.start()
-            self.task = self.progress.add_task(self.label, total=total, completed=done, now="")
+            self.task = self.progress.add_task(self.label, total=total, completed=done, speed="")
+            self.terms = Text()
+            self.live = Live(Group(self.progress, self.terms), console=self.console, transient=True)
+            self.live.start()
 
     def step(self, **values: Any) -> None:
         """One log interval: epoch, step, steps, lr, losses, images_per_s, data_share, teacher_share, left_s."""
@@ -54,27 +56,29 @@ class RunLog:
         if not self.active:
             return
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values["losses"].items())
-        now = (
-            f"{losses}  {values['images_per_s']:.0f} img/s  data {values['data_share']:.0%}  "
+        speed = (
+            f"{values['images_per_s']:.0f} img/s  data {values['data_share']:.0%}  "
             f"teacher {values['teacher_share']:.0%}  {duration(values['left_s'])} left"
         )
-        if self.progress:
-            self.progress.update(self.task, completed=values["step"], now=now)
+        if self.live:
+            self.progress.update(self.task, completed=values["step"], speed=speed)
+            self.terms.plain = f"  {losses}  {self.accuracy}"
         elif time.time() - self.last_line > 10:  # a log file wants a line now and then, not every interval
             self.last_line = time.time()
-            self.say(f"{self.label} step {values['step']}/{values['steps']}  {now}")
+            self.say(f"{self.label} step {values['step']}/{values['steps']}  {losses}  {speed}")
 
     def validation(self, **values: Any) -> None:
         self.event("validation", **values)
+        self.accuracy = f"top-1 {values['top1']:.2f} %"
         self.say(
             f"{self.label} epoch {values['epoch']}/{values['epochs']}  top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  best {values['best']:.2f} %  {duration(values['elapsed_s'])}"
         )
 
     def close(self) -> None:
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        if self.live:
+            self.live.stop()
+            self.live = None
         if self.file:
             self.file.close()
             self.file = None
