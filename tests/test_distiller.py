@@ -214,3 +214,12 @@ def test_bf16_losses_are_float32_and_close(batch):
     for name, value in rounded.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[name], rtol=0.05, atol=0.02)
+
+
+def test_a_grey_model_gets_the_mean_of_the_colours_statistics():
+    student = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    distiller = Distiller(student, None, {"ce": {}}, image_size=(32, 32))
+    own = timm.data.resolve_model_data_config(student)
+    assert distiller.student_mean.shape == (1, 1, 1, 1)
+    torch.testing.assert_close(distiller.student_mean.item(), sum(own["mean"]) / 3, rtol=1e-6, atol=0)
+    assert distiller(torch.rand(2, 1, 32, 32), torch.tensor([0, 2]))["total"].isfinite()

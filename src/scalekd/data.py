@@ -73,7 +73,7 @@ class Images(Dataset):
         try:
             image, target = self.source[self.indices[index]]
             return self.transform(image), target
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:  # all are Pillow's
             return UserError(
                 f"cannot read {self.source.where(self.indices[index])}: {error}. Remove or replace that file."
             )

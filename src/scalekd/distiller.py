@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from .clock import Stopwatch
 from .errors import UserError, nearest
 from .methods import METHODS
-from .stages import Features, StageView
+from .stages import Features, StageView, input_channels
 
-Statistics = tuple[Sequence[float], Sequence[float]]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel
 
 
 class Distiller(nn.Module):
@@ -130,9 +130,17 @@ def dead_parameters(distiller: Distiller) -> list[str]:
     return [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def default_statistics(model: nn.Module) -> Statistics:
+    """timm's (mean, std) of the model's input for pixels in [0, 1]; those of three colours averaged for a grey model."""
+    own, channels = resolve_model_data_config(model), input_channels(model)
+    if len(own["mean"]) == channels:
+        return own["mean"], own["std"]
+    mean, std = ((sum(v) / len(v),) * channels for v in (own["mean"], own["std"]))
+    return mean, std
+
+
 def _add_statistics(module: nn.Module, role: str, model: nn.Module, given: Statistics | None) -> None:
-    own = resolve_model_data_config(model)
-    for kind, values in zip(("mean", "std"), given or (own["mean"], own["std"])):
+    for kind, values in zip(("mean", "std"), given or default_statistics(model)):
         module.register_buffer(f"{role}_{kind}", torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
 

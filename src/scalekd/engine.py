@@ -91,6 +91,8 @@ def build(config: Config, device: torch.device) -> Run:
         teacher_stats = statistics(teacher, config.teacher, data.channels, "teacher")
     images = training_images(split, data, config.augment, *student_stats, config.seed)
     _check_batch(config, len(images))
+    if train.sync_batchnorm and device.type == "cpu":
+        raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
     if train.sync_batchnorm:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     distiller = Distiller(

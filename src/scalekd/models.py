@@ -12,11 +12,11 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
 from .config import Model
+from .distiller import Statistics, default_statistics
 from .errors import UserError, nearest
 
 
@@ -162,18 +162,14 @@ def initial_share(model: nn.Module) -> float:
     return constant / max(1, len(flat))
 
 
-def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Statistics:
     """(mean, std) of the model's input for pixels in [0, 1], one value per channel: the recipe's, else timm's own."""
-    own = resolve_model_data_config(model)
-    values = []
-    for name, given in (("mean", spec.mean), ("std", spec.std)):
-        value = tuple(given if given is not None else own[name])
-        if given is None and len(value) != channels:
-            value = (sum(value) / len(value),) * channels  # three colours' statistics for a grey model
-        if len(value) != channels:
-            raise UserError(f"{where}.{name}: {len(value)} values for data.channels={channels}")
-        values.append(value)
-    return values[0], values[1]
+    mean, std = default_statistics(model)
+    chosen = (spec.mean or mean, spec.std or std)
+    for name, values in zip(("mean", "std"), chosen):
+        if len(values) != channels:
+            raise UserError(f"{where}.{name}: {len(values)} values for data.channels={channels}")
+    return chosen
 
 
 def sha256_of(path: Path) -> str:

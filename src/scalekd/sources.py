@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import inspect
+import zlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -132,7 +133,7 @@ def _read_idx(path: str, dims: int, key: str) -> np.ndarray:
         if raw[:4] != bytes([0, 0, 8, dims]):
             raise ValueError(f"its first bytes are {raw[:4].hex()}, not those of {dims}-dimensional bytes")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{key}: {file} is not a whole IDX file: {error}") from None
 
 

@@ -85,7 +85,7 @@ class StageView:
         elif cuts is not None:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
-        size = (1, _input_channels(model), *image_size)
+        size = (1, input_channels(model), *image_size)
         logits = _try_on_copy(model, size, lambda twin, images: _one_logit_tensor(twin(images)))
         if isinstance(logits, Exception):
             raise ValueError(f"{name} cannot be used at {image_size[0]}x{image_size[1]}: {_one_line(logits)}.")
@@ -249,7 +249,7 @@ def _expect(condition: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _input_channels(model: nn.Module) -> int:
+def input_channels(model: nn.Module) -> int:
     own = getattr(model, "in_chans", None)
     if isinstance(own, int):
         return own
