@@ -8,16 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from small_images import write_images
 
 from scalekd.cli import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
-
-COLOURS = {"ant": (200, 60, 60), "bee": (60, 200, 60), "cat": (60, 60, 200)}  # class: its colour, under noise
 
 TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
     "name": "tiny",
@@ -29,16 +26,6 @@ TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
     "train": {"epochs": 2, "batch_size": 8, "log_every": 1},
     "optim": {"name": "adamw", "lr": 1e-3},
 }
-
-
-def write_images(folder: Path, per_class: int, size: int = 40, seed: int = 0) -> None:
-    """`folder/CLASS/0.png` and so on: three classes that a network can tell apart by colour."""
-    random = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            noise = random.integers(-50, 50, (size, size, 3))
-            Image.fromarray((np.array(colour) + noise).astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import write_images
 from safetensors.torch import save_file
+from small_images import write_images
 
 from scalekd import checkpoint, engine
 

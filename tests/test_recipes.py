@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import write_images
+from small_images import write_images
 
 from scalekd.cli import main
 from scalekd.config import load_recipe, recipe_names, recipe_text

@@ -362,5 +362,28 @@ def test_other_families_work_or_are_refused(name):
     assert tuple(tuple(m.shape[1:]) for m in f.maps) == view.shapes.maps
     for index, m in zip(view.indices, f.maps, strict=True):
         assert m.shape[1] == model.feature_info[index]["num_chs"]
-    if "hiera" in name:
-        assert torch.equal(f.final, f.maps[-1])  # its tokens are kept by window, and are put back by row
+    if "hiera" in name:  # its tokens are kept by window, and are put back by row; head.norm acts after pooling
+        normed = model.head.norm(f.maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        assert torch.equal(f.final, normed)
+
+
+@pytest.mark.parametrize(
+    "name, norm, kwargs",
+    [
+        ("vit_tiny_patch16_224", lambda m: m.norm, {}),
+        ("vit_tiny_patch16_224", lambda m: m.fc_norm, {"global_pool": "avg", "class_token": False, "fc_norm": True}),
+        ("convnext_atto", lambda m: m.head.norm, {}),
+        ("swin_tiny_patch4_window7_224", lambda m: m.norm, {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_final_is_the_last_map_after_the_final_norm_wherever_that_is_kept(name, norm, kwargs):
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    randomise(model, (224, 224))
+    model.eval()
+    with torch.no_grad():
+        f = StageView(model, name=name, image_size=(224, 224))(torch.randn(1, 3, 224, 224))
+        layer = norm(model)
+        rows = f.maps[-1].permute(0, 2, 3, 1)
+        by_hand = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+        by_hand = (by_hand * layer.weight + layer.bias).permute(0, 3, 1, 2)
+    assert not close(f.final, f.maps[-1], 1e-2) and close(f.final, by_hand, 1e-4)

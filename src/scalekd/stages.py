@@ -237,8 +237,8 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
 def _normed(model: Any, x: Tensor) -> Tensor:
     """`(B, D, H, W)` through the layer norm that the model applies after pooling, if it has one there."""
     norm = getattr(model, "fc_norm", None) or getattr(getattr(model, "head", None), "norm", None)
-    if not isinstance(norm, nn.LayerNorm):
-        return x  # none, or one over a whole map, which is another function before pooling
+    if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (x.shape[1],):
+        return x  # none, or one over something else than the channels of a position
     if isinstance(norm, (LayerNorm2d, LayerNorm2dFp32)):
         return norm(x)
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
