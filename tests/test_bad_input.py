@@ -361,4 +361,4 @@ def test_students_that_cannot_be_evaluated(cli, recipe_file, image_folder, tmp_p
     damage(tmp_path / "run" / "student.safetensors", "truncated")
     assert "student.safetensors does not fit its card" in message_of(cli(*evaluate))
     (tmp_path / "run" / "student.json").write_text(yaml.safe_dump("no JSON"))
-    assert "student.safetensors does not fit its card" in message_of(cli(*evaluate))
+    assert "student.json is not a student's card" in message_of(cli(*evaluate))

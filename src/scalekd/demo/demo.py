@@ -107,12 +107,12 @@ def markdown(summary: dict[str, Any]) -> str:
         gains = [a - b for a, b in zip(values, by_seed["baseline"])]
         lines.append(
             f"| CNN, {NAMES[name]} | {_mean_and_spread(values)} | "
-            f"{'' if name == 'baseline' else _mean_and_spread(gains, '+')} | {statistics.mean(seconds[name]):.0f} |"
+            f"{'' if name == 'baseline' else _mean_and_spread(gains, '+')} | {statistics.median(seconds[name]):.0f} |"
         )
     machine = summary["facts"]["machine"]
     lines += [
         "",
-        f"Mean ± standard deviation over {len(summary['seeds'])} seeds; gains are paired by seed. {machine}. "
+        f"Mean ± standard deviation over {len(summary['seeds'])} seeds; gains are paired by seed; seconds are medians. {machine}. "
         f"Command: `scalekd demo --seeds {len(summary['seeds'])}`.",
     ]
     return "\n".join(lines) + "\n"
@@ -151,7 +151,7 @@ def _table(teacher_top1: float, results: dict[str, list[dict[str, Any]]]) -> Tab
             f"CNN, {NAMES[name]}",
             _mean_and_spread(values),
             f"{statistics.mean(values) - base:+.2f}" if name != "baseline" else "",
-            f"{statistics.mean(r['seconds'] for r in runs):.0f}",
+            f"{statistics.median(r['seconds'] for r in runs):.0f}",
         )
     return table
 
