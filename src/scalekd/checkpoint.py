@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 FORMAT = 1
 
@@ -45,9 +45,8 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"{damaged} in it has changed since it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{path} is not a whole checkpoint: {reason}\nRemove it to start this run anew, or put back a copy."
+            f"{path} is not a whole checkpoint: {first_line(error)}\nRemove it to start this run anew, or put back a copy."
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version (format {FORMAT})")

@@ -100,13 +100,16 @@ def _train(args: argparse.Namespace) -> None:
 
     from .config import load_recipe
     from .parallel import processes
-    from .runs import execute
+    from .runs import checked, execute
 
     config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
     folder = args.out or Path("runs") / config.name
     with processes(args.device) as device:
-        summary = execute(config, folder, device, Console(), dry_run=args.dry_run, check=not args.no_preflight)
-    if summary and int(os.environ.get("RANK", "0")) == 0:
+        if args.dry_run:
+            checked(config, device, Console())
+            return
+        summary = execute(config, folder, device, Console(), check=not args.no_preflight)
+    if int(os.environ.get("RANK", "0")) == 0:
         print(
             f"top-1 {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
         )

@@ -43,6 +43,10 @@ ImageSize = Annotated[Positive | tuple[Positive, Positive], WrapValidator(_one_m
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
-from .config import Augment, Data
+from .config import Augment, Data, height_and_width
 from .errors import UserError
 from .sources import Source, open_source
 
@@ -145,13 +145,9 @@ class _EvalSampler(Sampler):
 # ---------------------------------------------------------------- transforms
 
 
-def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
 def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statistic) -> Transform:
     """PIL image -> uint8 (C, H, W). `mean` and `std` are the student's, for what erasing and shears fill in."""
-    size = _size(data.image_size)
+    size = height_and_width(data.image_size)
     first, middle, last = create_transform(
         (data.channels, *size),
         is_training=True,
@@ -176,7 +172,7 @@ def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statisti
 def eval_transform(data: Data, augment: Augment) -> Transform:
     """PIL image -> uint8 (C, H, W): resize, centre crop."""
     last = create_transform(
-        (data.channels, *_size(data.image_size)),
+        (data.channels, *height_and_width(data.image_size)),
         is_training=False,
         normalize=False,
         crop_pct=augment.crop_pct,

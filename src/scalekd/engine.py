@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import checkpoint, parallel
-from .config import Config
+from .config import Config, height_and_width
 from .data import (
     Batch,
     Images,
@@ -31,7 +31,7 @@ from .data import (
     validation_images,
 )
 from .distiller import Distiller
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluate import evaluate
 from .meter import Meter, refuse_non_finite
 from .models import Loaded, build_model, statistics
@@ -73,8 +73,8 @@ def build(config: Config, device: torch.device) -> Run:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
     seed_everything(config.seed, "models")
     data, train = config.data, config.train
-    size = _pair(data.image_size)
-    teacher_size = _pair(config.teacher.image_size or size) if config.teacher else size
+    size = height_and_width(data.image_size)
+    teacher_size = height_and_width(config.teacher.image_size or size) if config.teacher else size
     split = open_split(data)
     classes = len(split.classes)
     student, student_loaded = build_model(
@@ -307,10 +307,6 @@ def restore(run: Run, path: Path) -> tuple[int, float, list[dict[str, Any]], flo
         return state["step"], state["best_top1"], state["history"], state["elapsed"]
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not of this recipe's run: {str(error).splitlines()[0][:200]}\n"
+            f"{path} is not of this recipe's run: {first_line(error)}\n"
             "Remove it to start this run anew, or put back a copy."
         ) from None
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

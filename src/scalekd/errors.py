@@ -10,6 +10,11 @@ class UserError(Exception):
     """One or two lines: what is wrong, where, and the way out."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says of a failure, short enough to stand in a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean `x`?' for the closest valid name, or the names if there are few, or ''."""
     names = sorted(valid)

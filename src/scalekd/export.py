@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .models import sha256_of
 
 ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
@@ -52,7 +52,7 @@ def read_card(file: Path) -> dict[str, Any]:
         card = json.loads(file.read_text())
         card["model"], card["kwargs"], card["image_size"], card["mean"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a student's card: {_first_line(error)}") from None
+        raise UserError(f"{file} is not a student's card: {first_line(error)}") from None
     return card
 
 
@@ -61,11 +61,7 @@ def create_student(card: dict[str, Any], card_file: Path, weights: Path | None =
     try:
         return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {first_line(error)}") from None
 
 
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:

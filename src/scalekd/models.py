@@ -17,7 +17,7 @@ from torch import nn
 
 from .config import Model
 from .distiller import Statistics, default_statistics
-from .errors import UserError, nearest
+from .errors import UserError, first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def _create(
     except Exception as error:  # whatever timm ends with, given such arguments
         if pretrained and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
-                f"{where}: the pre-trained weights of {name} could not be loaded: {_first_line(error)}\n"
+                f"{where}: the pre-trained weights of {name} could not be loaded: {first_line(error)}\n"
                 f"Without a network, give the file: {where}.weights=/path/to/model.safetensors"
             ) from None
         raise UserError(
-            f"{where}: timm cannot build {name} with {kwargs} at {image_size}: {_first_line(error)}"
+            f"{where}: timm cannot build {name} with {kwargs} at {image_size}: {first_line(error)}"
         ) from None
 
 
@@ -115,10 +115,10 @@ def load_weights(model: nn.Module, path: Path, where: str) -> int:
     try:
         state = load_state_dict(str(path), weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}.weights: {path} cannot be read as weights: {_first_line(error)}") from None
+        raise UserError(f"{where}.weights: {path} cannot be read as weights: {first_line(error)}") from None
     except Exception as error:  # pickle refuses what is not plain tensors with an error class of its own
         raise UserError(
-            f"{where}.weights: {path} holds more than plain tensors and is not opened: {_first_line(error)}"
+            f"{where}.weights: {path} holds more than plain tensors and is not opened: {first_line(error)}"
         ) from None
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"{where}.weights: {path} holds no named tensors")
@@ -174,7 +174,3 @@ def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Stat
 
 def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

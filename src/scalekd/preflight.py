@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import parallel
+from .config import height_and_width
 from .data import Batch, Images, TrainSampler, eval_batches, seed_everything, train_batches
 from .distiller import dead_parameters
 from .engine import AUTOCAST, Run, on_device
@@ -113,8 +114,7 @@ def _classes(run: Run) -> Check:
 
 def _inputs(run: Run) -> list[Check]:
     d = run.distiller
-    size = run.config.data.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(run.config.data.image_size)
     checks = [Check("student input", "ok", f"{height}x{width}, {_stats(d.student_mean, d.student_std)}")]
     if d.teacher_view is not None:
         resized = ", resized from the student's pixels" if d.resize_teacher else ""

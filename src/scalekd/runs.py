@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, parallel
-from .config import Augment, Config, Data, to_yaml
+from .config import Augment, Config, Data, height_and_width, to_yaml
 from .data import Images, eval_batches, eval_transform
 from .engine import Run, build, train
 from .errors import UserError
@@ -34,25 +34,16 @@ def execute(
     device: torch.device,
     console: Console,
     *,
-    dry_run: bool = False,
     check: bool = True,
     title: str | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
 
-    dry_run: build and pre-flight only; nothing is written. check: pre-flight before training.
-    Raises `UserError`, also when the folder holds another or a finished run.
+    check: pre-flight before training. Raises `UserError`, also when the folder holds another or a finished run.
     """
-    if not dry_run:
-        open_folder(folder, config)
-        parallel.wait_for_all()  # rank 0 writes into the folder below
-    if device.type == "cpu":
-        keep_freed_memory()
-    run = build(config, device)
-    if check or dry_run:
-        preflight(run, console)
-    if dry_run:
-        return {}
+    open_folder(folder, config)
+    parallel.wait_for_all()  # rank 0 writes into the folder below
+    run = checked(config, device, console) if check else _built(config, device)
     if parallel.rank() == 0:
         write_folder(folder, run)
     parallel.wait_for_all()
@@ -76,6 +67,19 @@ def execute(
             runs=[ReportRun(config.name, read_log(folder), [summary["top1"]], [summary["seconds"]], config.losses)],
         )
     return summary
+
+
+def checked(config: Config, device: torch.device, console: Console) -> Run:
+    """Builds a recipe and runs its pre-flight; writes nothing. Raises `UserError`."""
+    run = _built(config, device)
+    preflight(run, console)
+    return run
+
+
+def _built(config: Config, device: torch.device) -> Run:
+    if device.type == "cpu":
+        keep_freed_memory()
+    return build(config, device)
 
 
 def open_folder(folder: Path, config: Config) -> None:
@@ -168,13 +172,11 @@ def git_state() -> str | None:
 def student_card(run: Run) -> dict[str, Any]:
     """What someone needs to use the exported student, beside its weights."""
     config = run.config
-    size = config.data.image_size
-    height, width = (size, size) if isinstance(size, int) else size
     return {
         "model": config.student.model,
         "kwargs": run.loaded["student"].kwargs,
         "classes": run.classes,
-        "image_size": [height, width],
+        "image_size": list(height_and_width(config.data.image_size)),
         "mean": run.distiller.student_mean.flatten().tolist(),
         "std": run.distiller.student_std.flatten().tolist(),
         "interpolation": config.augment.interpolation,

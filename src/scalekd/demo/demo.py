@@ -20,13 +20,12 @@ from rich.table import Table
 from ..config import Config, load_recipe, to_yaml
 from ..data import eval_batches
 from ..distiller import Distiller
-from ..engine import build
 from ..evaluate import evaluate
 from ..export import export_onnx, load_student
 from ..parallel import pick_device
 from ..report import ReportRun, write_report
 from ..runlog import duration, read_log
-from ..runs import execute, facts
+from ..runs import checked, execute, facts
 
 METHODS = {
     "baseline": ["teacher=null", "losses.kd=off", "losses.scalekd=off", "losses.ce.weight=1"],
@@ -50,8 +49,8 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         f"All on this machine ({device}).\n",
         highlight=False,
     )
-    execute(recipe, folder, device, console, dry_run=True)
-    run = build(recipe, device)
+    run = checked(recipe, device, console)
+    told = facts(run)
     teacher_top1 = _teacher_top1(run.distiller, eval_batches(run.val_images, 256, 0, False), device)
     console.print(f"  teacher on all {len(run.val_images):,} test images: {teacher_top1:.2f} %\n", highlight=False)
 
@@ -80,11 +79,11 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 1),
         "seconds_by_run": {name: [r["seconds"] for r in runs] for name, runs in results.items()},
         "largest_difference_of_logits": differences,
-        "facts": facts(run),
+        "facts": told,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "summary.md").write_text(markdown(summary))
-    _report(folder, results, seeds, teacher_top1, facts(run))
+    _report(folder, results, seeds, teacher_top1, told)
     console.print(
         f"\nstudent  {exported}  timm loads it with a largest difference of logits of {differences['timm']:.1e}\n"
         f"         {exported.with_suffix('.onnx')}  onnxruntime: {differences['onnxruntime']:.1e}\n"
