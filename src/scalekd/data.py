@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
 from .config import Augment, Data, height_and_width
-from .errors import UserError
+from .errors import UserError, printable
+from .images import Bad, BadImage, BadImages
 from .sources import Source, open_source
+from .stop import leave_signals_to_parent
 
 Key = tuple[int, int]  # epoch, index
 Statistic = tuple[float, ...]  # one value per channel, for pixels in [0, 1]
@@ -32,6 +34,7 @@ Statistic = tuple[float, ...]  # one value per channel, for pixels in [0, 1]
 class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) uint8
     targets: Tensor  # (B,) int64
+    skipped: Sequence[Bad] = ()  # images that could not be read on the way
 
 
 class Transform(Protocol):
@@ -53,38 +56,69 @@ def seed_everything(*parts: int | str) -> None:
         torch.cuda.manual_seed(seed)
 
 
+class Sample(NamedTuple):
+    image: Tensor | None  # (C, H, W) uint8; None if it cannot be read and nothing takes its place
+    target: int
+    skipped: Sequence[Bad] = ()
+
+
 class Images(Dataset):
-    """A source's images, transformed; asked for by (epoch, index). Random only with a seed.
+    """A source's images, transformed; asked for by (epoch, index). Random, and for training, only with a seed.
 
     An image that cannot be read comes back as a `UserError` in place of the sample: an exception
-    raised in a worker process would reach the person as a trace.
+    raised in a worker process would reach the person as a trace. With `bad`, which notes them, it is left out
+    instead: in training the next image takes its place, so batches stay full and depend on the keys alone.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int], transform: Transform, seed: int | None):
-        self.source, self.indices, self.transform, self.seed = source, indices, transform, seed
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        transform: Transform,
+        seed: int | None,
+        bad: BadImages | None = None,
+    ):
+        self.source, self.indices, self.transform, self.seed, self.bad = source, indices, transform, seed, bad
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | UserError:
+    def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key
         if self.seed is not None:
             seed_everything(self.seed, epoch, index)
-        try:
-            image, target = self.source[self.indices[index]]
-            return self.transform(image), target
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:  # all are Pillow's
-            return UserError(
-                f"cannot read {self.source.where(self.indices[index])}: {error}. Remove or replace that file."
-            )
+        skipped: list[Bad] = []
+        # more bad ones in a row than are allowed: enough to know that the run must stop
+        spare = self.bad.allowed if self.bad and self.seed is not None else 0
+        for i in range(index, index + spare + 1):
+            place = self.indices[i % len(self.indices)]
+            try:
+                image, target = self.source[place]
+            except BadImage as error:
+                if self.bad is None:
+                    return UserError(
+                        f"cannot read {self.source.where(place)}: {printable(str(error))}. Remove or replace that file; "
+                        "`--on-bad-image skip` trains without it."
+                    )
+                skipped.append(Bad(self.source.where(place), str(error)))
+            else:
+                return Sample(self.transform(image), target, skipped)
+        return Sample(None, -1, skipped)
 
 
-def _collate(samples: list[Any]) -> Batch | UserError:
+def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    whole: list[tuple[Tensor, int]] = []
+    skipped: list[Bad] = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    images, targets = zip(*samples)
-    return Batch(torch.stack(images), torch.tensor(targets))
+        skipped += sample.skipped
+        if sample.image is not None:
+            whole.append((sample.image, sample.target))
+    if not whole:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
+    images, targets = zip(*whole)
+    return Batch(torch.stack(images), torch.tensor(targets), skipped)
 
 
 class TrainSampler(Sampler):
@@ -109,22 +143,24 @@ class TrainSampler(Sampler):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.total_steps, self.start_step = total_steps, start_step
         self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.shuffled, self.order = -1, list[int]()
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        per_epoch = self.size // self.batch_size
-        part = self.batch_size // (self.accumulate * self.world)
-        shuffled, order = -1, []
         for step in range(self.start_step, self.total_steps):
-            epoch, k = divmod(step, per_epoch)
-            if epoch != shuffled:
-                generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
-                shuffled, order = epoch, torch.randperm(self.size, generator=generator).tolist()
-            for a in range(self.accumulate):
-                first = k * self.batch_size + (a * self.world + self.rank) * part
-                yield [(epoch, i) for i in order[first : first + part]]
+            yield from self.keys_of(step)
+
+    def keys_of(self, step: int) -> list[list[Key]]:
+        """This rank's micro-batches of one step, counted from 0."""
+        epoch, k = divmod(step, self.size // self.batch_size)
+        part = self.batch_size // (self.accumulate * self.world)
+        if epoch != self.shuffled:
+            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+            self.shuffled, self.order = epoch, torch.randperm(self.size, generator=generator).tolist()
+        firsts = [k * self.batch_size + (a * self.world + self.rank) * part for a in range(self.accumulate)]
+        return [[(epoch, i) for i in self.order[first : first + part]] for first in firsts]
 
 
 class _EvalSampler(Sampler):
@@ -228,16 +264,23 @@ class Split(NamedTuple):
 def open_split(data: Data) -> Split:
     """Opens the sources of a run. Raises `UserError` for missing folders, empty classes, unequal class lists."""
     train = open_source(data.train, "data.train")
+    unused = sorted(set(range(len(train.classes))) - set(train.targets)) if _numbered(train.classes) else []
+    if unused:
+        raise UserError(
+            f"data.train has labels up to {max(train.targets)} and no image of class {unused[0]}"
+            + (f" and {len(unused) - 1} others" if unused[1:] else "")
+            + ". Number the classes from 0 without gaps."
+        )
     order = _by_class(train.targets, data.seed)
     if data.val is not None:
         val = open_source(data.val, "data.val")
         val_indices: Sequence[int] = range(len(val))
-        if list(val.classes) != list(train.classes):
+        if not same_classes(train.classes, val.classes):
             odd = sorted(set(val.classes) ^ set(train.classes))
             raise UserError(
                 f"data.train has {len(train.classes)} classes and data.val {len(val.classes)}; "
-                f"not in both: {', '.join(odd[:5]) or 'none, but the order differs'}. "
-                "Give both the same class folders."
+                f"not in both: {printable(', '.join(odd[:5])) or 'none, but the order differs'}. "
+                "Give both the same classes."
             )
     else:
         held = max(len(train.classes), round(len(train) * data.val_fraction))
@@ -250,11 +293,26 @@ def open_split(data: Data) -> Split:
 
 
 def training_images(split: Split, data: Data, augment: Augment, mean: Statistic, std: Statistic, seed: int) -> Images:
-    return Images(split.train, split.train_indices, train_transform(data, augment, mean, std), seed)
+    bad = _bad_images("train", data, len(split.train_indices))
+    return Images(split.train, split.train_indices, train_transform(data, augment, mean, std), seed, bad)
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
-    return Images(split.val, split.val_indices, eval_transform(data, augment), None)
+    bad = _bad_images("val", data, len(split.val_indices))
+    return Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
+
+
+def _bad_images(part: str, data: Data, images: int) -> BadImages | None:
+    return BadImages(part, images, data.max_bad) if data.on_bad_image == "skip" else None
+
+
+def same_classes(known: Sequence[str], found: Sequence[str]) -> bool:
+    """Equal; or numbers from 0, worked out from labels, of which `found` need not have the highest."""
+    return list(found) == list(known[: len(found)] if _numbered(known) else known)
+
+
+def _numbered(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(i) for i in range(len(classes))]
 
 
 def _by_class(targets: Sequence[int], seed: int) -> list[int]:
@@ -269,28 +327,40 @@ def _by_class(targets: Sequence[int], seed: int) -> list[int]:
     return [i for _, i in sorted(turns, key=lambda turn: turn[0])]
 
 
-def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Iterator[Batch]:
+def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The micro-batches of a whole run. Raises `UserError` for an image that cannot be read."""
-    return _checked(
-        DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin)
-    )
+    return _checked(_loader(images, sampler, workers, pin), images.bad)
 
 
 def eval_batches(
     images: Images, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     sampler = _EvalSampler(len(images), batch_size, rank, world)
-    return _checked(
-        DataLoader(images, batch_sampler=sampler, num_workers=_workers(workers), collate_fn=_collate, pin_memory=pin)
+    return _checked(_loader(images, sampler, workers, pin), images.bad)
+
+
+def load_batch(images: Images, keys: list[Key]) -> Batch:
+    """One batch in this process, the same as a loader's. Raises `UserError` for an image that cannot be read."""
+    return next(_checked([_collate([images[key] for key in keys])], images.bad))
+
+
+def _loader(images: Images, sampler: Sampler, workers: int, pin: bool) -> DataLoader:
+    workers = min(workers, os.cpu_count() or 1)  # more only get in each other's way; the images do not depend on it
+    return DataLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        worker_init_fn=leave_signals_to_parent,
     )
 
 
-def _workers(asked: int) -> int:
-    return min(asked, os.cpu_count() or 1)  # more only get in each other's way; the images do not depend on it
-
-
-def _checked(loader: DataLoader) -> Iterator[Batch]:
+def _checked(loader: Iterable[Batch | UserError], bad: BadImages | None) -> Generator[Batch, None, None]:
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        if bad is not None:
+            bad.add(batch.skipped)
+        if len(batch.targets):
+            yield batch

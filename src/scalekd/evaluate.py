@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .data import Batch
+from .errors import UserError
 
 
 @torch.inference_mode()
@@ -18,24 +19,24 @@ def evaluate(
     mean: Tensor,
     std: Tensor,
     device: torch.device,
-    size: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count}, over all processes.
 
-    mean, std: (1, C, 1, 1) of the model's input for pixels in [0, 1]. size: resize to it first.
+    mean, std: (1, C, 1, 1) of the model's input for pixels in [0, 1].
     The model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, device=device, dtype=torch.float64)
-    for images, targets in batches:
-        pixels, targets = images.to(device, non_blocking=True).float() / 255, targets.to(device, non_blocking=True)
-        if size is not None and size != tuple(pixels.shape[-2:]):
-            pixels = nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    for batch in batches:
+        pixels = batch.images.to(device, non_blocking=True).float() / 255
+        targets = batch.targets.to(device, non_blocking=True)
         logits = model((pixels - mean) / std).float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(targets), device=device)]).double()
     model.train(was_training)
     top1, top5, loss_sum, count = parallel.sum_over_processes(sums).tolist()
+    if not count:
+        raise UserError("none of the validation images can be read; mend them, or name another data.val")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "images": count}

@@ -1,0 +1,55 @@
+"""A folder with one sub-folder of images per class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import UserError, nearest, printable
+from ..images import BadImage, decode, is_image
+
+
+class Folder:
+    def __init__(self, text: str, key: str):
+        root = Path(text).expanduser()
+        if not root.is_dir():
+            beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+            hint = nearest(root.name, beside) if beside else ""
+            if root.suffix == ".tar" and root.is_file():
+                hint = f" For an archive of class folders write tar:{text}, for WebDataset shards wds:{text}."
+            raise UserError(f"{key}: no folder {text}.{printable(hint)}")
+        self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not self.classes:
+            raise UserError(f"{key}: {text} has no class folders; it needs one sub-folder of images per class")
+        found = [_images_below(root / name) for name in self.classes]
+        refuse_empty([name for name, files in zip(self.classes, found) if not files], text, key)
+        self.files = [file for files in found for file in files]
+        self.targets = [target for target, files in enumerate(found) for _ in files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        try:
+            data = Path(self.files[i]).read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        return decode(data), self.targets[i]
+
+    def where(self, i: int) -> str:
+        return printable(self.files[i])
+
+
+def _images_below(folder: Path) -> list[str]:
+    found = [Path(place) / name for place, _, names in os.walk(folder) for name in names if is_image(name)]
+    return [str(path) for path in sorted(found)]
+
+
+def refuse_empty(classes: list[str], text: str, key: str) -> None:
+    if classes:
+        raise UserError(
+            f"{key}: {text} has class folders without images: {printable(', '.join(classes[:5]))}. "
+            "Fill or remove them, so that class indices mean what you think."
+        )
