@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from small_images import write_images
+from whole_runs import changed
 
 from scalekd.cli import main
 
@@ -18,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
 
 TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
     "name": "tiny",
-    "data": {"train": "TRAIN", "val": "VAL", "image_size": 32, "workers": 0},
+    "data": {"train": "TRAIN", "val": "VAL", "image_size": 48, "workers": 0},
     "augment": {"crop": "pad", "pad": 2},
     "student": {"model": "test_resnet"},
     "teacher": {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},
@@ -26,6 +27,11 @@ TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
     "train": {"epochs": 2, "batch_size": 8, "log_every": 1},
     "optim": {"name": "adamw", "lr": 1e-3},
 }
+
+
+# ScaleKD's parts apart: together, with random weights, the second view's first vectors are so short that
+# normalising them makes rounding count
+PLAIN_LOSSES: dict[str, Any] = {"ce": {}, "kd": {}, "dfm": {"norm": "layer"}, "tpp": {"norm": "layer"}}
 
 
 @pytest.fixture
@@ -51,6 +57,37 @@ def recipe_file(tmp_path: Path, tiny_recipe: dict[str, Any]) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe))
     return path
+
+
+@pytest.fixture
+def random_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """The tiny recipe with randomness in every place, and weights averaged."""
+    return changed(
+        tiny_recipe,
+        data={"workers": 2},  # so that the samples' seeds do not reach this process
+        augment={"mixup": 0.2, "cutmix": 1.0, "erase": 0.5, "auto_augment": "rand-m7-mstd0.5"},
+        student={"kwargs": {"drop_path_rate": 0.3}},
+        train={"ema": 0.9, "accumulate": 2},
+        schedule={"warmup_epochs": 1},
+    )
+
+
+@pytest.fixture
+def light_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """Logits alone, for what does not depend on the methods."""
+    return changed(tiny_recipe, losses={"ce": {}, "kd": {}})
+
+
+@pytest.fixture
+def plain_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """A student and methods without batch norm, and SGD, whose steps are as exact as its gradients."""
+    return changed(
+        tiny_recipe,
+        data={"image_size": 64},  # at 48 its last map is 1x1
+        student={"model": "test_convnext"},
+        losses=PLAIN_LOSSES,
+        optim={"name": "momentum", "lr": 0.01},
+    )
 
 
 class Result(NamedTuple):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from whole_runs import assert_same, changed, events, final_state, start
 
-from scalekd import parallel
+from scalekd import checkpoint, parallel
 from scalekd.config import check_config
 from scalekd.errors import UserError
 from scalekd.export import load_student
@@ -24,14 +28,21 @@ from scalekd.runs import evaluate_student, execute
 VAL_IMAGES = 261  # odd, and more than one batch of validation
 
 
-def torchrun(recipe: dict[str, Any], folder: Path, *options: str) -> Path:
-    """Trains in `folder` with two processes."""
-    path = folder / "recipe.yaml"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def torchrun_command(recipe: dict[str, Any], folder: Path, out: str, *torchrun_options: str) -> list[str]:
+    path = folder / f"{out}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "scalekd", "train", str(path), "--out", str(folder / "two"), "--device", "cpu", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    command += [*torchrun_options, "-m", "scalekd", "train", str(path), "--out", str(folder / out)]
+    return [*command, "--device", "cpu"]
+
+
+def torchrun(recipe: dict[str, Any], folder: Path, *options: str) -> Path:
+    """Trains in `folder` with two processes."""
+    command = [*torchrun_command(recipe, folder, "two"), *options]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("student.safetensors") == 1  # the last line, of one process
     return folder / "two"
@@ -48,11 +59,10 @@ def recipe(tiny_recipe: dict[str, Any], image_folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(recipe, tmp_path):
+@pytest.mark.usefixtures("recipe")  # many validation images
+def test_two_processes_give_the_run_of_one(plain_recipe, tmp_path):
     """Without batch norm, and with accumulation: the same global batches, so the same losses and weights."""
-    recipe["student"]["model"] = "test_convnext"
-    recipe["losses"]["scalekd"] = {"norm": "layer"}
-    recipe["train"]["accumulate"] = 2
+    recipe = changed(plain_recipe, train={"accumulate": 2})
     two, one = torchrun(recipe, tmp_path), tmp_path / "one"
     execute(check_config(recipe, "test"), one, torch.device("cpu"), Console(quiet=True), check=False)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
@@ -78,6 +88,72 @@ def test_what_is_evaluated_is_what_is_exported(recipe, tmp_path):
     logged = [e for e in read_log(folder) if e["event"] == "validation"][-1]
     result = evaluate_student(folder, recipe["data"]["val"], "cpu")
     assert result == pytest.approx({key: logged[key] for key in result}, rel=1e-6)
+
+
+def wait_for_step(folder: Path, step: int, running: subprocess.Popen) -> None:
+    while running.poll() is None:
+        if (folder / "log.jsonl").is_file() and any(e.get("step") == step for e in read_log(folder)):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that train, by rank; not their data loaders'."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
+                if parent == launcher and "RANK" in environment:
+                    found[int(environment["RANK"])] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.fixture
+def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
+    """Two processes with everything random and averaged, twelve steps, and a checkpoint after each."""
+    random_recipe["train"] |= {"epochs": 4, "save_minutes": 0, "accumulate": 1}
+    return random_recipe
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes through /proc")
+def test_stopped_and_killed_processes_end_as_two_left_alone(long_recipe, tmp_path):
+    """SIGTERM to torchrun and the same command again; then kill -9 of one worker under --max-restarts."""
+    whole = torchrun(long_recipe, tmp_path)
+    parts = tmp_path / "parts"
+    command = [*torchrun_command(long_recipe, tmp_path, "parts", "--max-restarts", "2"), "--no-preflight"]
+    with open(tmp_path / "output.txt", "w") as output:
+        stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+        wait_for_step(parts, 2, stopped)
+        stopped.send_signal(signal.SIGTERM)
+        assert stopped.wait(60) != 0
+        told = (tmp_path / "output.txt").read_text()
+        assert told.count("stopped by SIGTERM after step") == 2 and "Traceback" not in told.split("stopped by")[0]
+        reached = checkpoint.load(parts / "last.pt")["progress"]["step"]
+        assert 2 <= reached < 9
+
+        again = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+        wait_for_step(parts, reached + 2, again)
+        os.kill(workers_of(again.pid)[1], signal.SIGKILL)
+        assert again.wait(200) == 0, (tmp_path / "output.txt").read_text()
+    assert [e["event"] for e in read_log(parts)].count("resumed") == 2
+    assert_same(final_state(parts), final_state(whole))
+    assert_same(*(load_student(folder)[0].state_dict() for folder in (parts, whole)))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_two_accumulated_micro_batches(random_recipe, tmp_path):
+    """Batch norm sees the same parts of the batch, mixup and drop path the same random numbers: equal to rounding."""
+    recipe = changed(random_recipe, optim={"name": "momentum", "lr": 0.01}, train={"accumulate": 1})
+    recipe["train"].pop("ema")
+    two, one = torchrun(recipe, tmp_path, "--no-preflight"), tmp_path / "one"
+    start(changed(recipe, train={"accumulate": 2}), one)
+    for a, b in zip(events(two, "step"), events(one, "step"), strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
 
 
 def test_one_process_is_a_group_of_one():

@@ -1,182 +1,83 @@
-"""Training: `build` makes everything a recipe names, `train` runs it, `train_step` is one optimiser step."""
+"""Training: `train` runs what `build` made, `train_step` is one optimiser step."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from . import checkpoint, parallel
-from .config import Config, height_and_width
-from .data import (
-    Batch,
-    Images,
-    TrainSampler,
-    eval_batches,
-    make_mixup,
-    open_split,
-    seed_everything,
-    train_batches,
-    training_images,
-    validation_images,
-)
-from .distiller import Distiller
-from .errors import UserError, first_line
+from . import checkpoint, health, parallel, resume
+from .build import Run
+from .data import Batch, eval_batches, seed_everything, train_batches
+from .errors import UserError
 from .evaluate import evaluate
-from .meter import Meter, refuse_non_finite
-from .models import Loaded, build_model, statistics
-from .optim import make_optimizer, make_schedule
+from .health import NonFinite
+from .images import read_list
+from .meter import Meter
+from .resume import Progress
 from .runlog import RunLog
+from .stop import Stopped, StopRequest
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Run:
-    """Everything that a recipe names, built."""
-
-    config: Config
-    device: torch.device
-    classes: list[str]
-    train_images: Images
-    val_images: Images
-    distiller: Distiller
-    loaded: dict[str, Loaded]  # of "student" and "teacher"
-    optimizer: Optimizer
-    schedule: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    mixup: Mixup | None
-    steps_per_epoch: int
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.train.epochs
-
-    @property
-    def deployed(self) -> nn.Module:
-        """The student that is evaluated and exported: the averaged one where there is one."""
-        return self.ema.module if self.ema is not None else self.distiller.student
-
-
-def build(config: Config, device: torch.device) -> Run:
-    """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
-    seed_everything(config.seed, "models")
-    data, train = config.data, config.train
-    size = height_and_width(data.image_size)
-    teacher_size = height_and_width(config.teacher.image_size or size) if config.teacher else size
-    split = open_split(data)
-    classes = len(split.classes)
-    student, student_loaded = build_model(
-        config.student, channels=data.channels, image_size=size, classes=classes, where="student"
-    )
-    student_stats = statistics(student, config.student, data.channels, "student")
-    loaded = {"student": student_loaded}
-    teacher = teacher_stats = None
-    if config.teacher:
-        head = None if config.teacher.weights == "pretrained" else classes
-        teacher, loaded["teacher"] = build_model(
-            config.teacher, channels=data.channels, image_size=teacher_size, classes=head, where="teacher"
-        )
-        teacher_stats = statistics(teacher, config.teacher, data.channels, "teacher")
-    images = training_images(split, data, config.augment, *student_stats, config.seed)
-    _check_batch(config, len(images))
-    if train.sync_batchnorm and device.type == "cpu":
-        raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
-    if train.sync_batchnorm:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    distiller = Distiller(
-        student,
-        teacher,
-        config.losses,
-        image_size=size,
-        teacher_size=teacher_size,
-        student_stats=student_stats,
-        teacher_stats=teacher_stats,
-        student_cuts=config.student.cuts,
-        teacher_cuts=config.teacher.cuts if config.teacher else None,
-    )
-    if train.sync_batchnorm:
-        distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
-    distiller.to(device)
-    if train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(config, distiller)
-    steps_per_epoch = len(images) // train.batch_size
-    return Run(
-        config,
-        device,
-        split.classes,
-        images,
-        validation_images(split, data, config.augment),
-        distiller,
-        loaded,
-        optimizer,
-        make_schedule(config, optimizer, steps_per_epoch),
-        torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
-        make_mixup(config.augment, classes),
-        steps_per_epoch,
-    )
-
-
-def _check_batch(config: Config, images: int) -> None:
-    train, parts = config.train, config.train.accumulate * parallel.world()
-    if images < train.batch_size:
-        raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
-    if train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
-            f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
-        )
-    if train.batch_size == parts:
-        raise UserError("one image per process and step: batch normalisation needs two or more; raise train.batch_size")
-    if (config.augment.mixup or config.augment.cutmix) and train.batch_size // parts % 2:
-        raise UserError(
-            f"mixup pairs images: {train.batch_size // parts} per process and step is odd; change train.batch_size"
-        )
-
 
 # ---------------------------------------------------------------- one step
 
 
-def train_step(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], run: Run, step: int) -> dict[str, Tensor]:
-    """One optimiser step over the micro-batches. Returns the mean of each loss term, on the device.
+class Step(NamedTuple):
+    losses: dict[str, Tensor]  # mean of each term over the micro-batches, on the device
+    grad_norm: Tensor  # of all gradients together, before clipping
 
-    model: the distiller, or its DDP wrapper. batches: (images uint8 or [0, 1], targets) on the device.
-    step: how many came before; the average of weights forgets faster in the beginning.
+
+def train_step(model: nn.Module, batches: Sequence[Batch], run: Run, step: int, checked: bool = False) -> Step:
+    """One optimiser step over the micro-batches.
+
+    model: the distiller, or its DDP wrapper. step: how many came before.
+    checked: wait for the losses and the gradient before the update; raises `NonFinite`, with everything as it was.
     """
     train, distiller = run.config.train, run.distiller
-    sums: dict[str, Tensor] = {}
-    for i, (images, targets) in enumerate(batches):
+    buffers = [b.clone() for b in distiller.buffers()] if checked else []
+    losses: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        # randomness of mixup and drop path follows from the place in the global batch, as the samples' does
+        seed_everything(run.config.seed, step, i * parallel.world() + parallel.rank())
+        images, targets = on_device(batch, run)
         last = i == len(batches) - 1
         # the processes' gradients are averaged once, with the last micro-batch
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         with alone:
             with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
-                losses = model(images, targets)
-            run.scaler.scale(losses["total"] / len(batches)).backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+                of_batch = model(images, targets)
+            run.scaler.scale(of_batch["total"] / len(batches)).backward()
+        for name, value in of_batch.items():
+            losses[name] = losses.get(name, 0) + value.detach() / len(batches)
+    run.scaler.unscale_(run.optimizer)
+    gradients = [p.grad for p in distiller.parameters() if p.grad is not None]
+    grad_norm = get_total_norm(gradients)
+    if checked:
+        try:
+            health.check_step(step + 1, losses, grad_norm, run.scaler.is_enabled())
+        except NonFinite:
+            run.optimizer.zero_grad()
+            with torch.no_grad():
+                for buffer, before in zip(distiller.buffers(), buffers):
+                    buffer.copy_(before)
+            raise
     if train.clip_grad:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(distiller.parameters(), train.clip_grad)
+        clip_grads_with_norm_(distiller.parameters(), train.clip_grad, grad_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.ema:
         run.ema.update(distiller.student, step=step)
-    return sums
+    return Step(losses, grad_norm)
 
 
 def on_device(batch: Batch, run: Run) -> tuple[Tensor, Tensor]:
@@ -190,123 +91,166 @@ def on_device(batch: Batch, run: Run) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- a whole run
 
 
-def train(run: Run, folder: Path, log: RunLog) -> dict[str, Any]:
-    """Trains to the end, from `folder/last.pt` if it is there. Returns the summary that it also logs.
+def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) -> dict[str, Any]:
+    """Trains to the end, from the newest checkpoint in `folder` if there is one. Returns the summary that it also logs.
 
-    Writes last.pt after every validation and best.pt when top-1 is the best so far.
-    Raises `UserError` when the loss is not finite; what was saved before stays.
+    Writes last.pt every `train.save_minutes` and at every validation, best.pt when top-1 is the best so far.
+    Raises `Stopped`, saved, when `stop` asks for it, and `UserError` when a loss or gradient is not finite.
     """
-    config, distiller = run.config, run.distiller
-    last, best = folder / "last.pt", folder / "best.pt"
-    step, best_top1, elapsed = 0, -1.0, 0.0
-    history: list[dict[str, Any]] = []
-    if last.exists():
-        step, best_top1, history, elapsed = restore(run, last)
-        log.say(f"{log.label} goes on from step {step} of {run.total_steps}")
-    model: nn.Module = distiller
-    if parallel.world() > 1:
-        model = DistributedDataParallel(distiller, device_ids=[run.device.index] if run.device.type == "cuda" else None)
-    sampler = TrainSampler(
-        len(run.train_images),
-        config.train.batch_size,
-        config.seed,
-        run.total_steps,
-        step,
-        config.train.accumulate,
-        parallel.rank(),
-        parallel.world(),
-    )
-    batches = train_batches(run.train_images, sampler, config.data.workers, pin=run.device.type == "cuda")
-    meter = Meter(
-        config.train,
-        log,
-        run.optimizer,
-        distiller.teacher_clock,
-        steps_per_epoch=run.steps_per_epoch,
-        step=step,
-        elapsed=elapsed,
-    )
-    log.start(step, run.total_steps)
-    distiller.train()
-    while step < run.total_steps:
-        with meter.data.timing(torch.device("cpu")):
-            micro = [next(batches) for _ in range(config.train.accumulate)]
-        # the step's own randomness (mixup, drop path) follows from its number, as the samples' does
-        seed_everything(config.seed, step, parallel.rank())
-        run.schedule.step_update(step)
-        losses = train_step(model, [on_device(b, run) for b in micro], run, step)
-        step += 1
-        meter.add(step, losses)
-        if step % (run.steps_per_epoch * config.train.eval_every) == 0 or step == run.total_steps:
-            meter.flush(step)
-            result = _validate(run)
-            refuse_non_finite({"validation": result["loss"]}, f"after step {step}")
-            history.append({"epoch": step // run.steps_per_epoch, "step": step} | result)
-            improved, best_top1 = result["top1"] > best_top1, max(best_top1, result["top1"])
-            log.validation(epochs=config.train.epochs, best=best_top1, elapsed_s=meter.elapsed(), **history[-1])
-            if parallel.rank() == 0:
-                state = snapshot(run, step, best_top1, history, meter.elapsed())
-                if improved:  # before last.pt: a run stopped between the two repeats the steps to both
-                    checkpoint.save(best, {"student": state["deployed"], "step": step, "top1": best_top1})
-                checkpoint.save(last, state)
-            parallel.wait_for_all()
-            meter.resume()
+    stop = stop or StopRequest()
+    checked = _looks_at_every_step(run)
+    stop.wait_for_step = True
+    for images in (run.train_images, run.val_images):
+        if images.bad is not None:
+            images.bad.keep_in(folder)
+    while True:
+        at = resume.restore(run, folder, log)
+        try:
+            top1, top5 = _train_from(run, at, folder, log, stop, checked)
+            break
+        except NonFinite as found:
+            if found.before_update:
+                raise health.report(run, at, found, folder) from None
+            checked = True
+            log.say(f"{found}; back to the last checkpoint, to look at every step from there")
     summary = {
-        "top1": history[-1]["top1"],
-        "top5": history[-1]["top5"],
-        "best_top1": best_top1,
-        "epochs": config.train.epochs,
-        "seconds": round(meter.elapsed(), 1),
-        "seed": config.seed,
-        "steps": step,
+        "top1": top1,
+        "top5": top5,
+        "best_top1": at.best_top1,
+        "epochs": run.config.train.epochs,
+        "seconds": round(at.elapsed, 1),
+        "seed": run.config.seed,
+        "steps": at.step,
+        "bad_images": len(read_list(folder)),
     }
+    if summary["bad_images"]:
+        log.say(f"{summary['bad_images']} images cannot be read and were left out; {folder}/bad-images.txt lists them")
     log.event("finished", **summary)
     return summary
 
 
-def _validate(run: Run) -> dict[str, float]:
+def _looks_at_every_step(run: Run) -> bool:
+    """On a CPU that costs nothing; a GPU would have to be waited for."""
+    return run.device.type == "cpu" or run.config.train.skip_nonfinite > 0
+
+
+def _train_from(
+    run: Run, at: Progress, folder: Path, log: RunLog, stop: StopRequest, checked: bool
+) -> tuple[float, float]:
+    """Moves `at` to the end of the run; returns the last validation's top-1 and top-5."""
+    config, distiller, on_gpu = run.config, run.distiller, run.device.type == "cuda"
+    model: nn.Module = distiller
+    if parallel.world() > 1:
+        model = DistributedDataParallel(distiller, device_ids=[run.device.index] if on_gpu else None)
+    log.start(at.step, run.total_steps)
+    meter = Meter(config.train, log, run.optimizer, distiller.teacher_clock, run.steps_per_epoch, at)
+    saves = _Saves(run, at, folder, meter)
+    if not checked and not at.step:
+        saves.save()  # where to go back to from a step that was not looked at
+    distiller.train()
+    sampler = health.train_sampler(run, at.step)
+    # closed at once when a run stops: its processes do not hear the signals that this one does
+    with contextlib.closing(train_batches(run.train_images, sampler, config.data.workers, pin=on_gpu)) as batches:
+        while True:
+            if _validation_is_due(run, at):
+                meter.flush(at.step)
+                try:
+                    _validate(run, at, stop, folder, log, meter)
+                except Stopped:
+                    saves.save()
+                    raise
+                saves.save()
+                parallel.wait_for_all()
+                meter.resume()
+            if at.step == run.total_steps:
+                break
+            # the processes stop and save together
+            number, due = parallel.highest(stop.number, saves.age() >= 60 * config.train.save_minutes)
+            if number or due:
+                saves.save()
+            if number:
+                raise Stopped(number, at.step)
+            with meter.data.timing(torch.device("cpu")):
+                micro = [next(batches) for _ in range(config.train.accumulate)]
+            run.schedule.step_update(at.step)
+            try:
+                done = train_step(model, micro, run, at.step, checked)
+            except NonFinite as found:
+                if at.skipped == config.train.skip_nonfinite:
+                    raise
+                at.skipped += 1
+                at.step += 1
+                log.event("skipped", step=at.step, terms=found.terms)
+                log.say(f"{log.label} {found}: left out, {at.skipped} of {config.train.skip_nonfinite}")
+            else:
+                at.step += 1
+                meter.add(at.step, done.losses, done.grad_norm)
+    meter.write_to(at)
+    return at.history[-1]["top1"], at.history[-1]["top5"]
+
+
+class _Saves:
+    """Checkpoints of one run, each step and number of validations at most once."""
+
+    def __init__(self, run: Run, at: Progress, folder: Path, meter: Meter):
+        self.run, self.at, self.folder, self.meter = run, at, folder, meter
+        self.saved, self.when = (at.step, len(at.history)) if at.step else None, time.monotonic()
+
+    def save(self) -> None:
+        now = (self.at.step, len(self.at.history))
+        if now != self.saved:
+            self.meter.write_to(self.at)
+            resume.save(self.run, self.at, self.folder)
+            self.saved = now
+        self.when = time.monotonic()
+
+    def age(self) -> float:
+        """Seconds since the last one, or since the start."""
+        return time.monotonic() - self.when
+
+
+def _validation_is_due(run: Run, at: Progress) -> bool:
+    done = at.history[-1]["step"] if at.history else 0
+    boundary = at.step % (run.steps_per_epoch * run.config.train.eval_every) == 0 or at.step == run.total_steps
+    return boundary and at.step > done
+
+
+def _validate(run: Run, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
+    """Adds a validation to `at.history`, and writes best.pt if it is the best. Raises `Stopped`."""
     d = run.distiller
     parallel.copy_buffers_of_first(run.deployed)
-    batches = eval_batches(
-        run.val_images,
-        max(1, min(256, len(run.val_images))),
-        run.config.data.workers,
-        run.device.type == "cuda",
-        parallel.rank(),
-        parallel.world(),
-    )
-    return evaluate(run.deployed, batches, d.student_mean, d.student_std, run.device)
-
-
-def snapshot(run: Run, step: int, best_top1: float, history: list[dict[str, Any]], elapsed: float) -> dict[str, Any]:
-    """A checkpoint: separate entries for student, method parameters, optimiser and position."""
-    return {
-        "student": run.distiller.student.state_dict(),
-        "methods": run.distiller.methods.state_dict(),
-        "deployed": run.deployed.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "ema": run.ema.state_dict() if run.ema else None,
-        "step": step,
-        "best_top1": best_top1,
-        "history": history,
-        "elapsed": elapsed,
-    }
-
-
-def restore(run: Run, path: Path) -> tuple[int, float, list[dict[str, Any]], float]:
-    """Step, best top-1, history and seconds so far. Raises `UserError` for a checkpoint that is not this run's."""
-    state = checkpoint.load(path)
-    try:
-        run.distiller.student.load_state_dict(state["student"])
-        run.distiller.methods.load_state_dict(state["methods"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        if run.ema:
-            run.ema.load_state_dict(state["ema"])
-        return state["step"], state["best_top1"], state["history"], state["elapsed"]
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    part = run.config.train.batch_size // (run.config.train.accumulate * parallel.world())
+    size = min(256, 4 * part)  # without gradients, four times as many fit
+    pin = run.device.type == "cuda"
+    batches = eval_batches(run.val_images, size, run.config.data.workers, pin, parallel.rank(), parallel.world())
+    rounds = math.ceil(math.ceil(len(run.val_images) / size) / parallel.world())
+    with contextlib.closing(batches):
+        heard = _until_stopped(batches, rounds, stop, at.step)
+        result = evaluate(run.deployed, heard, d.student_mean, d.student_std, run.device)
+    if not math.isfinite(result["loss"]):
         raise UserError(
-            f"{path} is not of this recipe's run: {first_line(error)}\n"
-            "Remove it to start this run anew, or put back a copy."
-        ) from None
+            f"the loss is not finite: validation after step {at.step}. The last checkpoint is from before.\n{health.ADVICE}"
+        )
+    at.history.append({"epoch": at.step // run.steps_per_epoch, "step": at.step} | result)
+    improved, at.best_top1 = result["top1"] > at.best_top1, max(at.best_top1, result["top1"])
+    log.validation(
+        epochs=run.config.train.epochs,
+        best=at.best_top1,
+        elapsed_s=meter.elapsed(),
+        skipped=at.skipped,
+        **at.history[-1],
+    )
+    if improved and parallel.rank() == 0:  # before last.pt: a run stopped between the two repeats the steps to both
+        best = {"student": run.deployed.state_dict(), "step": at.step, "top1": at.best_top1}
+        checkpoint.save(folder / "best.pt", best)
+
+
+def _until_stopped(batches: Iterator[Batch], rounds: int, stop: StopRequest, step: int) -> Iterator[Batch]:
+    """The batches; every process asks the others in each of the rounds, also when it has no batch left."""
+    for _ in range(rounds):
+        (number,) = parallel.highest(stop.number)
+        if number:
+            raise Stopped(number, step)
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch

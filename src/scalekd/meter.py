@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -12,7 +11,8 @@ from torch.optim import Optimizer
 from . import parallel
 from .clock import Stopwatch
 from .config import Train
-from .errors import UserError
+from .health import NonFinite, non_finite
+from .resume import Progress
 from .runlog import RunLog
 
 
@@ -20,64 +20,68 @@ class Meter:
     """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
 
     def __init__(
-        self,
-        config: Train,
-        log: RunLog,
-        optimizer: Optimizer,
-        teacher: Stopwatch,
-        *,
-        steps_per_epoch: int,
-        step: int,
-        elapsed: float,
+        self, config: Train, log: RunLog, optimizer: Optimizer, teacher: Stopwatch, steps_per_epoch: int, at: Progress
     ):
         self.config, self.log, self.optimizer, self.teacher, self.data = config, log, optimizer, teacher, Stopwatch()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * config.epochs
-        self.sums: dict[str, Tensor] = {}
-        self.first, self.before = step, elapsed
+        # what was added up before the run was stopped goes on in the first process
+        self.sums: dict[str, Tensor | float] = {n: v * (parallel.rank() == 0) for n, v in at.sums.items()}
+        self.counted, self.before = at.counted, at.elapsed
+        self.timed = 0  # steps in this window that this process saw
+        self.first_bad: Tensor | None = None
         self.began = self.window = time.perf_counter()
         teacher.seconds()
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
 
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        if (step - self.first) >= self.config.log_every:
+    def add(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        if self.config.precision == "fp16":  # its gradient scaler leaves out steps with an infinite one by itself
+            grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0)
+        for name, value in (losses | {"gradient": grad_norm}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        bad = torch.where((losses["total"] + grad_norm).isfinite(), 0, step)
+        self.first_bad = bad if self.first_bad is None else torch.where(self.first_bad > 0, self.first_bad, bad)
+        self.counted += 1
+        self.timed += 1
+        if self.counted >= self.config.log_every:
             self.flush(step)
 
     def resume(self) -> None:
         """Leaves validation out of the speed."""
         self.window = time.perf_counter()
 
+    def write_to(self, at: Progress) -> None:
+        """So that a run that goes on from there logs the same means. All processes together."""
+        at.elapsed, at.counted = self.elapsed(), self.counted
+        at.sums = dict(zip(self.sums, self._totals()))
+
+    def _totals(self) -> list[float]:
+        if not self.sums:
+            return []
+        return parallel.sum_over_processes(torch.stack([torch.as_tensor(v) for v in self.sums.values()])).tolist()
+
     def flush(self, step: int) -> None:
-        if step == self.first:
+        if not self.counted:
             return
-        steps = step - self.first
-        sums = parallel.sum_over_processes(torch.stack(list(self.sums.values()))).tolist()  # waits, here only
-        means = {name: value / (steps * parallel.world()) for name, value in zip(self.sums, sums)}
-        now = time.perf_counter()
-        seconds = now - self.window
-        refuse_non_finite(means, f"between steps {self.first + 1} and {step}")
+        means = {name: value / (self.counted * parallel.world()) for name, value in zip(self.sums, self._totals())}
+        now = time.perf_counter()  # the losses were waited for: this is when the steps were done
+        seconds, timed = now - self.window, max(1, self.timed)  # none if all that was counted is from before a stop
+        if terms := non_finite(means):
+            assert self.first_bad is not None
+            first = [s for s in parallel.gather(int(self.first_bad)) if s]
+            raise NonFinite(min(first, default=step), terms, before_update=False)
+        grad_norm = means.pop("gradient")
         self.log.step(
             step=step,
             steps=self.total_steps,
             epoch=step / self.steps_per_epoch,
             losses=means,
+            grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"],
-            images_per_s=steps * self.config.batch_size / seconds,
+            images_per_s=timed * self.config.batch_size / seconds,
             data_share=self.data.seconds() / seconds,
             teacher_share=self.teacher.seconds() / seconds,
-            left_s=seconds / steps * (self.total_steps - step),
+            left_s=seconds / timed * (self.total_steps - step),
         )
-        self.sums, self.first, self.window = {}, step, now
-
-
-def refuse_non_finite(losses: dict[str, float], when: str) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        terms = [name for name in bad if name != "total"] or bad
-        raise UserError(
-            f"the loss is not finite: {', '.join(terms)} {when}. The last checkpoint is from before. "
-            "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
-        )
+        self.sums, self.counted, self.timed, self.first_bad, self.window = {}, 0, 0, None, now

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from .errors import UserError
+
+T = TypeVar("T")
+PEER_GONE = re.compile(r"gloo.*(closed|reset|refused|timed out|timeout)|NCCL.*remote|Broken pipe", re.IGNORECASE | re.S)
 
 
 def rank() -> int:
@@ -28,12 +33,30 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # gloo beside nccl: what the processes agree on between steps must not wait for the GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **_meeting_place())
     try:
         yield chosen
+    except RuntimeError as error:
+        if world() > 1 and PEER_GONE.search(str(error)):
+            raise UserError("another process of this run ended, so this one does; its own message says why") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """A store of this attempt's own where torchrun starts workers again.
+
+    torchrun keeps its store over restarts, with the addresses of workers that are gone in it (pytorch issue 167288).
+    Its count of restarts names the attempt on one node; on several, nodes may count differently, and torch is left to it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"scalekd-{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -59,6 +82,30 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def highest(*values: int) -> list[int]:
+    """Of each value, the highest over the processes; on the CPU."""
+    together = torch.tensor(values)
+    if dist.is_initialized():
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, by rank."""
+    values: list[Any] = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """The first process's value, in all."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def copy_buffers_of_first(module: nn.Module) -> None:

@@ -1,0 +1,233 @@
+"""Kills real runs at random points, starts them again, and compares what is left with runs that were never killed.
+
+    python benchmarks/faults.py --kills 50 --jobs 2 --out docs/results/faults
+
+Each run is the demo's ScaleKD (ViT teacher, small CNN, embedded images) in short: 3 epochs of 10 steps, with mixup,
+averaged weights and a checkpoint after every step. It is killed (SIGKILL) five times, once in each of: start-up, a
+step, the writing of a checkpoint, the end of an epoch, validation; in an order and at moments that follow from
+--seed. Then it runs to its end. The last line is `K/N bit-identical, M samples or files lost`.
+
+Equal means: every tensor of the exported student and of last.pt and best.pt (weights, methods, optimiser, average),
+the history of validations, and every logged loss of every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from scalekd import checkpoint
+from scalekd.runlog import read_log
+from scalekd.runs import machine
+
+STEPS, EPOCHS, BATCH = 10, 3, 20  # steps are per epoch
+RECIPE = [
+    *("data.val=null", "data.val_fraction=0.1", f"data.limit={STEPS * BATCH}"),
+    *("augment.mixup=0.2", f"train.batch_size={BATCH}", f"train.epochs={EPOCHS}", "train.eval_every=1"),
+    *("train.log_every=1", "train.save_minutes=0", "train.ema=0.9", "schedule.warmup_epochs=1"),
+]
+VARIANTS: dict[str, list[str]] = {
+    "1 process, 0 workers": ["data.workers=0"],
+    "1 process, 2 workers, 2 accumulated": ["data.workers=2", "train.accumulate=2"],
+    "2 processes, 2 workers": ["data.workers=2"],
+}
+POINTS = ("start-up", "step", "checkpoint", "end of epoch", "validation")
+
+
+def start(variant: str, folder: Path) -> subprocess.Popen[bytes]:
+    command = ["-m", "scalekd", "train", "demo", *RECIPE, *VARIANTS[variant], "--out", str(folder)]
+    command += ["--device", "cpu", "--no-preflight"]
+    if variant.startswith("2 processes"):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    output = open(folder.with_suffix(".txt"), "ab")  # noqa: SIM115 - the child's
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def to_the_end(variant: str, folder: Path) -> float:
+    """Seconds until the first step of a run that is left alone."""
+    began, first = time.monotonic(), None
+    child = start(variant, folder)
+    while child.poll() is None:
+        first = first or (time.monotonic() - began if events(folder) else None)
+        time.sleep(0.01)
+    if child.returncode:
+        raise SystemExit(f"{folder}: exit code {child.returncode}\n{folder.with_suffix('.txt').read_text()[-8000:]}")
+    return first or 0.0
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return read_log(folder) if (folder / "log.jsonl").is_file() else []
+
+
+def last_step(folder: Path) -> int:
+    return max((e["step"] for e in events(folder) if e["event"] == "step"), default=0)
+
+
+def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: random.Random) -> str | None:
+    """Starts or goes on with a run and kills it. Where the kill fell, as the folder shows; None if the run was done first."""
+    before = last_step(folder)
+    child = start(variant, folder)
+    moment = chance.random()
+    target = before + 1 + chance.randrange(4)
+    epoch_end = (before // STEPS + 1) * STEPS
+    began = time.monotonic()
+    while child.poll() is None:
+        if point == "start-up" and time.monotonic() - began > moment * start_up:
+            break
+        if point == "step" and last_step(folder) >= target:
+            time.sleep(0.05 * moment)  # a step takes about that long
+            break
+        if point == "checkpoint" and last_step(folder) >= target and (folder / "last.pt.part").exists():
+            time.sleep(0.004 * moment)  # and writing about that
+            break
+        if point in ("end of epoch", "validation") and last_step(folder) >= epoch_end:
+            time.sleep((0.01 if point == "end of epoch" else 0.8) * moment)
+            break
+        time.sleep(0.0005)
+    if child.poll() is not None:
+        if child.returncode:
+            raise SystemExit(
+                f"{folder}: exit code {child.returncode}\n{folder.with_suffix('.txt').read_text()[-8000:]}"
+            )
+        return None
+    for pid in [child.pid, *descendants(child.pid)]:  # at once and all of them, as when a machine dies
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    child.wait()
+    time.sleep(0.05)
+    return where(folder, before)
+
+
+def descendants(pid: int) -> list[int]:
+    """torchrun gives its workers sessions of their own, so their group is not the launcher's."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents.setdefault(parent, []).append(int(entry.name))
+    found, new = [], [pid]
+    while new:
+        new = [child for parent in new for child in parents.get(parent, [])]
+        found += new
+    return found
+
+
+def where(folder: Path, before: int) -> str:
+    """What a killed run was doing, told from what it left."""
+    if (folder / "last.pt.part").exists() or (folder / "best.pt.part").exists():
+        return "in a checkpoint"
+    step, found = last_step(folder), events(folder)
+    if step <= before and (not found or found[-1]["event"] in ("resumed", "step")):
+        return "in start-up"
+    validated = any(e["event"] == "validation" and e["step"] == step for e in found)
+    if step % STEPS == 0 and not validated:
+        return "at the end of an epoch or in validation"
+    return "in a step"
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        odd = [f"{path}.{k}" for k in a.keys() ^ b.keys()]
+        return odd + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{path}.{k}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {name: checkpoint.load(folder / f"{name}.pt") for name in ("last", "best")}
+    del found["last"]["progress"]["elapsed"]  # seconds
+    found["student"] = load_file(folder / "student.safetensors")
+    found["log"] = [
+        [e["step"], e.get("losses"), e.get("top1")] for e in events(folder) if e["event"] in ("step", "validation")
+    ]
+    return found
+
+
+def lost(folder: Path, reference: Path) -> int:
+    """Samples of steps that were not logged exactly once, and files that the reference has and this run has not."""
+    counted = Counter(e["step"] for e in events(folder) if e["event"] == "step")
+    samples = BATCH * sum(counted[step] != 1 for step in range(1, STEPS * EPOCHS + 1))
+    return samples + len({p.name for p in reference.iterdir()} - {p.name for p in folder.iterdir()})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, help="where to write faults.json")
+    args = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        references = {name: root / f"reference-{i}" for i, name in enumerate(args.variants)}
+        with ThreadPoolExecutor(args.jobs) as pool:
+            start_up = dict(zip(references, pool.map(lambda name: to_the_end(name, references[name]), references)))
+
+            def one_run(i: int) -> dict[str, Any]:
+                variant = args.variants[i % len(args.variants)]
+                chance = random.Random(f"{args.seed} {i}")
+                points = chance.sample(POINTS, min(len(POINTS), args.kills - i * len(POINTS)))
+                folder = root / f"run-{i}"
+                fell = [kill_at(p, variant, folder, start_up[variant], chance) for p in points]
+                if None not in fell:
+                    to_the_end(variant, folder)
+                found = differences(content(references[variant]), content(folder))
+                result = {
+                    "variant": variant,
+                    "killed": dict(zip(points, fell)),
+                    "kills": sum(f is not None for f in fell),
+                    "differences": found[:20],
+                    "lost": lost(folder, references[variant]),
+                }
+                print(f"run {i}: {variant}; {result['kills']} kills; {'equal' if not found else found[:3]}", flush=True)
+                return result
+
+            runs = list(pool.map(one_run, range(-(-args.kills // len(POINTS)))))
+    kills = sum(r["kills"] for r in runs)
+    same = sum(r["kills"] for r in runs if not r["differences"])
+    missing = sum(r["lost"] for r in runs)
+    fell_in = Counter(f for r in runs for f in r["killed"].values() if f)
+    print(", ".join(f"{n} {place}" for place, n in sorted(fell_in.items())), f"in {time.monotonic() - began:.0f} s")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        made = {
+            "command": f"python benchmarks/faults.py --kills {args.kills} --seed {args.seed} --jobs {args.jobs}",
+            "machine": machine(torch.device("cpu")),
+            "kills": kills,
+            "bit_identical": same,
+            "lost": missing,
+            "fell": dict(sorted(fell_in.items())),
+            "seconds": round(time.monotonic() - began),
+            "runs": runs,
+        }
+        (args.out / "faults.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(f"{same}/{kills} bit-identical, {missing} samples or files lost")
+    return 0 if same == kills == args.kills and not missing else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""A loss or gradient that is not finite: which term, which step, which files, and a file that does it again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, parallel
+from .build import Run, build
+from .config import check_config, parse_yaml, to_yaml
+from .data import Batch, TrainSampler, load_batch
+from .errors import UserError
+from .resume import Progress, load_snapshot, snapshot
+
+ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
+
+
+class NonFinite(Exception):
+    """Found in `step`, counted from 1. `before_update`: the run stands where the step began."""
+
+    def __init__(self, step: int, terms: list[str], before_update: bool):
+        self.step, self.terms, self.before_update = step, terms, before_update
+        super().__init__(f"not finite in step {step}: {', '.join(terms)}")
+
+
+def non_finite(values: dict[str, float]) -> list[str]:
+    """The names of the values that are not finite; the sum of terms and the gradient only if no term is."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    return [name for name in bad if name not in ("total", "gradient")] or bad
+
+
+def check_step(step: int, losses: dict[str, Tensor], grad_norm: Tensor, scaled: bool) -> None:
+    """Raises `NonFinite` on all processes if one of them has it. Waits for the device.
+
+    scaled: the gradient is fp16's, whose overflows the gradient scaler takes care of.
+    """
+    names = [*losses, *(() if scaled else ("gradient",))]
+    values = torch.stack([v.float() for v in (*losses.values(), grad_norm)]).tolist()
+    terms = non_finite(dict(zip(names, values)))
+    if parallel.highest(bool(terms))[0]:
+        found = sorted({t for of_one in parallel.gather(terms) for t in of_one})
+        raise NonFinite(step, found, before_update=True)
+
+
+def train_sampler(run: Run, start: int = 0) -> TrainSampler:
+    train = run.config.train
+    return TrainSampler(
+        len(run.train_images),
+        train.batch_size,
+        run.config.seed,
+        run.total_steps,
+        start,
+        train.accumulate,
+        parallel.rank(),
+        parallel.world(),
+    )
+
+
+def report(run: Run, at: Progress, found: NonFinite, folder: Path) -> UserError:
+    """Saves the step, one file per process, for `replay`; returns the error to raise."""
+    images = run.train_images
+    keys = train_sampler(run).keys_of(found.step - 1)
+    batches = [load_batch(images, of_one) for of_one in keys]
+    files = [images.source.where(images.indices[i]) for of_one in keys for _, i in of_one]
+    rank = f"-rank-{parallel.rank()}" if parallel.rank() else ""
+    path = folder / f"nonfinite-step-{found.step}{rank}.pt"
+    content = {
+        "step": found.step,
+        "terms": found.terms,
+        "files": files,
+        "images": [b.images for b in batches],
+        "targets": [b.targets for b in batches],
+        "recipe": to_yaml(run.config),
+        "state": snapshot(run, at),
+    }
+    checkpoint.save(path, content)
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    return UserError(
+        f"the loss is not finite: {', '.join(found.terms)} in step {found.step}, on {', '.join(files[:2])}{more}. "
+        f"The last checkpoint is from before; {path} holds the step.\n{ADVICE} "
+        "train.skip_nonfinite=10 would leave out up to ten such steps."
+    )
+
+
+def load_report(path: Path, device: torch.device) -> tuple[Run, list[Batch], int]:
+    """The run as it stood before the step that `report` saved, the step's batches, and its number from 1."""
+    content = checkpoint.load(path)
+    run = build(check_config(parse_yaml(content["recipe"], str(path)), str(path)), device)
+    load_snapshot(run, content["state"], str(path))
+    batches = [Batch(images, targets) for images, targets in zip(content["images"], content["targets"])]
+    return run, batches, content["step"]

@@ -1,0 +1,188 @@
+"""A run that is stopped anywhere and started again is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import yaml
+from whole_runs import Interrupted, assert_same, changed, events, final_state, start
+
+from scalekd import checkpoint, engine
+from scalekd.errors import UserError
+from scalekd.runlog import read_log
+from scalekd.stop import StopRequest
+
+
+def assert_same_runs(a, b):
+    assert_same(final_state(a), final_state(b))
+    assert_same(*(checkpoint.load(folder / "best.pt") for folder in (a, b)))
+    losses = [[(e["step"], e["losses"], e["grad_norm"]) for e in events(folder, "step")] for folder in (a, b)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_interrupted_run_is_the_uninterrupted_one(random_recipe, tmp_path, workers, accumulate):
+    """With checkpoints in the middle of an epoch and log lines that span the stops."""
+    recipe = changed(
+        random_recipe,
+        data={"workers": workers},
+        train={"accumulate": accumulate, "save_minutes": 0, "log_every": 2},
+    )
+    start(recipe, tmp_path / "whole")
+    for stop in (1, 2, 3, 5):
+        with pytest.raises(Interrupted):
+            start(recipe, tmp_path / "parts", stop)
+    start(recipe, tmp_path / "parts")
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+    assert [e["step"] for e in events(tmp_path / "parts", "resumed")] == [1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "nesterov", "lion", "adafactor"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
+    recipe = changed(
+        light_recipe, optim={"name": optimizer}, train={"save_minutes": 0, "precision": precision, "clip_grad": 1.0}
+    )
+    start(recipe, tmp_path / "whole")
+    for stop in (2, 5):
+        with pytest.raises(Interrupted):
+            start(recipe, tmp_path / "parts", stop)
+    start(recipe, tmp_path / "parts")
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_without_checkpoints_between_validations(light_recipe, tmp_path):
+    start(light_recipe, tmp_path / "whole")
+    for stop in (1, 5):  # before the first checkpoint: begins anew; then from the end of epoch 1
+        with pytest.raises(Interrupted):
+            start(light_recipe, tmp_path / "parts", stop)
+    start(light_recipe, tmp_path / "parts")
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+    assert [e["step"] for e in read_log(tmp_path / "parts") if e["event"] == "resumed"] == [0, 3]
+    assert [e["step"] for e in events(tmp_path / "parts", "validation")] == [3, 6]
+
+
+# ---------------------------------------------------------------- asked to stop
+
+
+@pytest.fixture
+def command(cli, light_recipe, tmp_path):
+    """`command("parts")` -> the result of `scalekd train` into that folder."""
+    path = tmp_path / "light.yaml"
+    path.write_text(yaml.safe_dump(light_recipe))
+    return lambda name: cli("train", path, "--out", tmp_path / name, "--no-preflight")
+
+
+def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
+    """Sends this process a signal when `engine.FUNCTION` is called for the n-th time."""
+    real, calls = getattr(engine, function), []
+
+    def killing(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(engine, function, killing)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
+)
+@pytest.mark.parametrize(
+    ("function", "call", "step"), [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("evaluate", 1, 3)]
+)
+def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, function, call, step):
+    assert command("whole").code == 0
+    kill_before(monkeypatch, function, call, number)
+    stopped = command("parts")
+    assert stopped.code == code
+    assert f"stopped by {number.name} after step {step}, saved; the same command goes on" in stopped.err
+    assert final_state(tmp_path / "parts")["progress"]["step"] == step
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    monkeypatch.undo()
+    again = command("parts")
+    assert again.code == 0 and f"goes on from step {step} of 6" in again.out
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("scalekd.runs.write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = command("run")
+    assert stopped.code == 75 and "stopped by SIGTERM before the first step" in stopped.err
+    assert command("run").code == 75  # nothing there that is in the way
+
+
+def test_a_second_interrupt_does_not_wait():
+    with StopRequest() as stop:
+        stop.wait_for_step = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_thread_catches_nothing():
+    found = []
+
+    def enter():
+        with StopRequest() as stop:
+            found.append(stop.before)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [{}]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_rotate(light_recipe, tmp_path):
+    start(changed(light_recipe, train={"save_minutes": 0}), tmp_path / "run")
+    steps = [checkpoint.load(tmp_path / "run" / f"{n}.pt")["progress"]["step"] for n in ("last", "previous")]
+    assert steps == [6, 5]
+    assert {p.name for p in (tmp_path / "run").glob("*.pt*")} == {"last.pt", "previous.pt", "best.pt"}
+
+
+@pytest.mark.parametrize("damage", ["a bit", "half", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(light_recipe, tmp_path, damage, capsys):
+    recipe = changed(light_recipe, train={"save_minutes": 0})
+    start(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        start(recipe, tmp_path / "parts", 5)
+    last = tmp_path / "parts" / "last.pt"
+    raw = last.read_bytes()
+    if damage == "gone":  # killed between the two renames
+        last.unlink()
+    else:
+        middle = len(raw) // 2
+        last.write_bytes(raw[:middle] + (b"" if damage == "half" else bytes([raw[middle] ^ 1]) + raw[middle + 1 :]))
+    start(recipe, tmp_path / "parts")
+    assert [(e["step"], e["checkpoint"]) for e in events(tmp_path / "parts", "resumed")] == [(4, "previous.pt")]
+    assert (tmp_path / "parts" / "last.pt.damaged").exists() == (damage != "gone")
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_same_step_is_not_logged_twice(light_recipe, tmp_path):
+    recipe = changed(light_recipe, train={"save_minutes": 0})
+    with pytest.raises(Interrupted):
+        start(recipe, tmp_path / "run", 5)
+    (tmp_path / "run" / "last.pt").unlink()  # back to step 4
+    start(recipe, tmp_path / "run")
+    assert [e["step"] for e in read_log(tmp_path / "run") if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoint_of_another_run_is_refused(light_recipe, plain_recipe, tmp_path):
+    start(changed(light_recipe, train={"epochs": 1}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"last\.pt is of another recipe's run"):
+        start(plain_recipe, tmp_path / "run")
+    (tmp_path / "run" / "best.pt").replace(tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt is not of this recipe's run"):
+        start(light_recipe, tmp_path / "run")

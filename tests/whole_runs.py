@@ -1,0 +1,83 @@
+"""What tests of whole runs share: starting one in this process, and comparing what it left."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from scalekd import checkpoint
+from scalekd.build import Run, build
+from scalekd.config import check_config
+from scalekd.engine import train
+from scalekd.preflight import preflight
+from scalekd.runlog import RunLog, read_log
+
+Recipe = dict[str, Any]
+CPU = torch.device("cpu")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def start(recipe: Recipe, folder: Path, stop_at: int | None = None, check: bool = False) -> Run:
+    """Builds and trains in `folder`, or goes on there; with `stop_at`, that step ends in `Interrupted`."""
+    folder.mkdir(exist_ok=True)
+    run = build(check_config(recipe, "test"), CPU)
+    set_rate = run.schedule.step_update
+
+    def step_update(step: int) -> None:
+        if step == stop_at:
+            raise Interrupted
+        set_rate(step)
+
+    run.schedule.step_update = step_update
+    console = Console(file=io.StringIO())
+    if check:
+        preflight(run, console)
+    log = RunLog(folder, console)
+    try:
+        train(run, folder, log)
+    finally:
+        log.close()
+    return run
+
+
+def changed(recipe: Recipe, **sections: Any) -> Recipe:
+    """A copy with some values of some sections replaced."""
+    recipe = copy.deepcopy(recipe)
+    for name, values in sections.items():
+        merge = isinstance(values, dict) and name != "losses"
+        recipe[name] = recipe.get(name, {}) | values if merge else values
+    return recipe
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    state = checkpoint.load(folder / "last.pt")
+    del state["progress"]["elapsed"]
+    return state
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_log(folder) if e["event"] == kind]
