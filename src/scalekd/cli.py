@@ -10,18 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, printable
+from .stop import Stopped, StopRequest
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 75 for a run that a
+    scheduler stopped and may start again, 130 for Ctrl-C."""
     args = parse(argv)
     try:
         return args.run(args) or 0
     except UserError as error:
-        print(f"scalekd: {error}", file=sys.stderr)
+        print("\n".join(printable(line) for line in f"scalekd: {error}".split("\n")), file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"scalekd: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("\nscalekd: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
@@ -56,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3 losses.kd.temperature=2 losses.kd=off"
     )
-    sub.add_argument("--data", metavar="DIR", help="a folder with train/ and val/, or with one folder per class")
+    sub.add_argument(
+        "--data", metavar="SOURCE", help="a folder with train/ and val/ or one folder per class, tar:, wds:, hf:, ..."
+    )
+    sub.add_argument("--val", metavar="SOURCE", help="validation images (default: those of --data, or a part held out)")
+    sub.add_argument("--on-bad-image", choices=["error", "skip"], help="an image that cannot be read (default: error)")
     sub.add_argument(
         "--teacher", metavar="MODEL", help="a timm name; pre-trained unless teacher.weights says otherwise"
     )
@@ -96,35 +105,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from rich.console import Console
+    with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal is answered in them too
+        from rich.console import Console
 
-    from .config import load_recipe
-    from .parallel import processes
-    from .runs import checked, execute
+        from .config import load_recipe
+        from .parallel import processes
+        from .runs import checked, execute
 
-    config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
-    folder = args.out or Path("runs") / config.name
-    with processes(args.device) as device:
-        if args.dry_run:
-            checked(config, device, Console())
-            return
-        summary = execute(config, folder, device, Console(), check=not args.no_preflight)
+        config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
+        folder = args.out or Path("runs") / config.name
+        with processes(args.device) as device:
+            if args.dry_run:
+                checked(config, device, Console())
+                return
+            summary = execute(config, folder, device, Console(), check=not args.no_preflight, stop=stop)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(
+        told = (
             f"top-1 {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
         )
+        print(printable(told))
 
 
 def shortcuts(args: argparse.Namespace) -> list[str]:
-    """The overrides that --data, --teacher and --student stand for."""
+    """The overrides that --data, --val, --on-bad-image, --teacher and --student stand for."""
+    from .sources import pair_of
+
     overrides = []
     if args.data:
-        root = Path(args.data)
-        val = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
-        if (root / "train").is_dir() and val:
-            overrides += [f"data.train={json.dumps(str(root / 'train'))}", f"data.val={json.dumps(str(val))}"]
-        else:
-            overrides += [f"data.train={json.dumps(args.data)}", "data.val=null"]
+        train, val = pair_of(args.data) or (args.data, None)
+        overrides += [f"data.train={json.dumps(train)}", f"data.val={json.dumps(val)}"]
+    if args.val:
+        overrides.append(f"data.val={json.dumps(args.val)}")
+    if args.on_bad_image:
+        overrides.append(f"data.on_bad_image={args.on_bad_image}")
     if args.teacher:
         overrides += [f"teacher.model={args.teacher}", "teacher.weights=pretrained"]
     if args.student:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ["torch", "torchvision", "timm", "numpy", "pydantic", "safetensors"]
+PACKAGES = ["torch", "torchvision", "timm", "numpy", "pydantic", "safetensors", "tensorboard"]
 OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # package -> extra
+OPTIONAL |= {name: name for name in ("wandb", "mlflow", "trackio")}
 
 
 def examine(as_json: bool) -> int:

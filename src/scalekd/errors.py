@@ -15,10 +15,25 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def printable(text: str) -> str:
+    """On one line, whatever a file or class is called: control characters and the like as \\x1b or \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """On one line and not longer than that, for what came from a file."""
+    return printable(text if len(text) <= most else f"{text[:most]} ...")
+
+
+def counted(number: int, what: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean `x`?' for the closest valid name, or the names if there are few, or ''."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.6)
     if close:
         return " Did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
     return f" Valid: {', '.join(names)}." if 0 < len(names) <= 25 else ""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .errors import UserError, first_line
+from .config import Augment, Model, Pixels
+from .errors import UserError, first_line, shortened
+from .files import cannot_write, replacing, write_text
 from .models import sha256_of
 
 ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
@@ -27,11 +29,9 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
     Raises `UserError` when it cannot be written.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
-    try:
-        path.write_bytes(save(state, metadata={"scalekd": json.dumps(card)}))
-        path.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Give another folder, or free some space.") from None
+    with replacing(path) as file:
+        file.write(save(state, metadata={"scalekd": json.dumps(card)}))
+    write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     images = example_images(card)
     return _difference(_logits(student, images), _logits(load_student(path)[0], images))
 
@@ -40,18 +40,52 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """(the student in eval mode, its card) from an exported .safetensors file or a run's folder. Raises `UserError`."""
     file = path / "student.safetensors" if path.is_dir() else path
     card_file = file.with_suffix(".json")
-    if not file.is_file() or not card_file.is_file():
+    # nothing but safetensors: other weights files may hold code
+    if file.suffix != ".safetensors" or not file.is_file() or not card_file.is_file():
         raise UserError(f"{path}: no student.safetensors with its .json there; `scalekd export RUN_FOLDER` makes them")
     card = read_card(card_file)
+    if card.get("sha256", sha256_of(file)) != sha256_of(file):
+        raise UserError(
+            f"{file} does not fit its card {card_file}: it has another sha256, so it was changed or is of another "
+            "export; `scalekd export RUN_FOLDER` makes both anew"
+        )
     return create_student(card, card_file, file).eval(), card
 
 
+class Card(BaseModel):
+    """What a student's card must have, to be used without surprises; it has more."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    model: str
+    kwargs: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=1)]
+    image_size: tuple[Pixels, Pixels]
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+    interpolation: str
+    crop_pct: float
+
+    @model_validator(mode="after")
+    def _usable(self) -> Card:
+        Model(model=self.model, kwargs=self.kwargs)
+        Augment.model_validate({"interpolation": self.interpolation, "crop_pct": self.crop_pct})
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError("mean and std are of one channel or of three")
+        return self
+
+
 def read_card(file: Path) -> dict[str, Any]:
-    """Raises `UserError` for a file that is no card."""
+    """Raises `UserError` for a file that is no card, or names anything but a model of timm's and its shape."""
     try:
         card = json.loads(file.read_text())
-        card["model"], card["kwargs"], card["image_size"], card["mean"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        Card.model_validate(card)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{file} is not a student's card: {shortened(f'{place}: ' * bool(place) + first['msg'])}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a student's card: {first_line(error)}") from None
     return card
 
@@ -60,7 +94,7 @@ def create_student(card: dict[str, Any], card_file: Path, weights: Path | None =
     """The timm model that a card names, with its weights if given. Raises `UserError`."""
     try:
         return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever timm ends with, given such arguments or such a file
         raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {first_line(error)}") from None
 
 
@@ -86,7 +120,10 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
         verbose=False,
     )
     assert program is not None
-    program.save(str(path))
+    try:
+        program.save(str(path))
+    except OSError as error:
+        raise cannot_write(path, error) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # another batch size than the exporter saw, so that a fixed one would show
     again = torch.cat([images, images.flip(0)])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
 from .runlog import duration
 from .svg import (
     INK,
@@ -70,7 +71,7 @@ def write_report(
         _facts(facts),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(escape(title), sections), encoding="utf-8")
+    write_text(path, _page(escape(title), sections))
 
 
 # ---------------------------------------------------------------- numbers from the events

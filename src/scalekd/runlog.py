@@ -1,9 +1,10 @@
-"""What a run tells: `log.jsonl` for programs, a progress line or plain lines for people."""
+"""What a run tells: `log.jsonl` for programs, a progress line or plain lines for people, scalars for trackers."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +14,73 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from . import parallel
+from .errors import printable
+from .files import cannot_write
+from .trackers import Tracker
+
+OpenTrackers = Callable[[int, Callable[[str], None]], list[Tracker]]  # (last step done, tell a line) -> trackers
+SCALARS = ("lr", "grad_norm", "images_per_s", "data_share", "teacher_share")
 
 
 class RunLog:
-    """Events as JSON lines in `folder/log.jsonl`, and their short form on the screen. Only rank 0 writes."""
+    """Events as JSON lines in `folder/log.jsonl`, and their short form on the screen. Only rank 0 writes.
 
-    def __init__(self, folder: Path, console: Console | None = None, label: str = ""):
+    open_trackers: called when training starts from a step, again if it goes back to one.
+    Raises `UserError` when the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None = None,
+        label: str = "",
+        open_trackers: OpenTrackers | None = None,
+    ):
         self.active = parallel.rank() == 0
         self.console = console or Console()
         self.label = label
-        if self.active:
-            _end_last_line(folder / "log.jsonl")
-        self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if self.active else None  # noqa: SIM115 - until close()
+        self.open_trackers, self.trackers = open_trackers, list[Tracker]()
+        self.path = folder / "log.jsonl"
+        try:
+            # unbuffered: what a full disk refuses is not tried again later, in the middle of something else
+            self.file = open(self.path, "ab", buffering=0) if self.active else None  # noqa: SIM115 - until close()
+            if self.active and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+                self._append("\n")  # after half a line of a run that was killed
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         self.live: Live | None = None
         self.last_line = 0.0
         self.accuracy = ""
 
     def event(self, kind: str, **values: Any) -> None:
-        if self.file:
-            self.file.write(json.dumps({"event": kind, "time": round(time.time(), 3)} | values) + "\n")
-            self.file.flush()
+        self._append(json.dumps({"event": kind, "time": round(time.time(), 3)} | values) + "\n")
+
+    def _append(self, text: str) -> None:
+        left = memoryview(text.encode())
+        try:
+            while self.file and left:
+                left = left[self.file.write(left) or 0 :]
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     def say(self, text: str) -> None:
         if self.active:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def start(self, done: int, total: int) -> None:
-        if self.active and self.console.is_terminal:
+        """Training begins after step `done`; once more when it goes back to a checkpoint."""
+        if not self.active:
+            return
+        self._close_shown()
+        if self.open_trackers:
+            self.trackers = self.open_trackers(done, self.say)
+        if self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total} {task.fields[speed]}"),
+                TextColumn("{task.completed}/{task.total} {task.fields[speed]}", markup=False),
             )
-            self.task = self.progress.add_task(self.label, total=total, completed=done, speed="")
+            self.task = self.progress.add_task(printable(self.label), total=total, completed=done, speed="")
             self.terms = Text()
             self.live = Live(Group(self.progress, self.terms), console=self.console, transient=True)
             self.live.start()
@@ -55,6 +90,8 @@ class RunLog:
         self.event("step", **values)
         if not self.active:
             return
+        scalars = {f"loss/{name}": value for name, value in values["losses"].items()}
+        self._track(values["step"], scalars | {name: values[name] for name in SCALARS if name in values})
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values["losses"].items())
         speed = (
             f"{values['images_per_s']:.0f} img/s  data {values['data_share']:.0%}  "
@@ -62,44 +99,57 @@ class RunLog:
         )
         if self.live:
             self.progress.update(self.task, completed=values["step"], speed=speed)
-            self.terms.plain = f"  {losses}  {self.accuracy}"
+            self.terms.plain = printable(f"  {losses}  {self.accuracy}")
         elif time.time() - self.last_line > 10:  # a log file wants a line now and then, not every interval
             self.last_line = time.time()
             self.say(f"{self.label} step {values['step']}/{values['steps']}  {losses}  {speed}")
 
     def validation(self, **values: Any) -> None:
         self.event("validation", **values)
+        self._track(values["step"], {f"val/{name}": values[name] for name in ("top1", "top5", "loss")})
         self.accuracy = f"top-1 {values['top1']:.2f} %"
         self.say(
             f"{self.label} epoch {values['epoch']}/{values['epochs']}  top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  best {values['best']:.2f} %  {duration(values['elapsed_s'])}"
         )
 
-    def close(self) -> None:
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(step, values)
+
+    def _close_shown(self) -> None:
         if self.live:
             self.live.stop()
             self.live = None
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+
+    def close(self) -> None:
+        self._close_shown()
         if self.file:
             self.file.close()
             self.file = None
 
 
-def _end_last_line(path: Path) -> None:
-    """A run that was killed may have left half a line; the next event goes on a line of its own."""
-    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n")
-
-
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a half-written last line is left out."""
-    events = []
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    """The events of a run, oldest first, no step twice: what a resumed run repeats counts as it was the last time.
+
+    A half-written line, from when the run was killed, is left out.
+    """
+    events: list[dict[str, Any]] = []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             continue
-    return events
+        if not isinstance(event, dict) or "event" not in event:
+            continue
+        if event["event"] == "resumed":
+            events = [e for e in events if e["event"] != "finished" and e.get("step", 0) <= event.get("step", 0)]
+        events.append(event)
+    last = {(e["event"], e.get("step")): i for i, e in enumerate(events) if e["event"] in ("step", "validation")}
+    return [e for i, e in enumerate(events) if last.get((e["event"], e.get("step")), i) == i]
 
 
 def duration(seconds: float) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,23 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, parallel
+from .build import Run, build
 from .config import Augment, Config, Data, height_and_width, to_yaml
-from .data import Images, eval_batches, eval_transform
-from .engine import Run, build, train
-from .errors import UserError
+from .data import Images, eval_batches, eval_transform, same_classes
+from .engine import train
+from .errors import UserError, counted, first_line, printable
 from .evaluate import evaluate
 from .export import create_student, export_onnx, export_student, load_student, read_card
+from .files import LOCK, in_use, write_text
 from .memory import keep_freed_memory
 from .preflight import preflight
 from .report import ReportRun, write_report
+from .resume import recipe_difference
 from .runlog import RunLog, read_log
-from .sources import open_source
+from .shortages import shortages_told, smaller_steps
+from .sources import open_source, pair_of
+from .stop import StopRequest
+from .trackers import check_trackers, open_trackers
 from .version import __version__
 
 
@@ -36,20 +45,31 @@ def execute(
     *,
     check: bool = True,
     title: str | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
 
-    check: pre-flight before training. Raises `UserError`, also when the folder holds another or a finished run.
+    check: pre-flight before training. stop: looked at between steps; `Stopped` is raised with the run saved.
+    Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
     open_folder(folder, config)
     parallel.wait_for_all()  # rank 0 writes into the folder below
     run = checked(config, device, console) if check else _built(config, device)
+    with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
+        return _execute(run, folder, console, title or config.name, stop)
+
+
+def _execute(run: Run, folder: Path, console: Console, title: str, stop: StopRequest | None) -> dict[str, Any]:
+    config, device = run.config, run.device
     if parallel.rank() == 0:
+        open_folder(folder, config)  # once more: another process may have had it since
         write_folder(folder, run)
     parallel.wait_for_all()
-    log = RunLog(folder, console, title or config.name)
+    trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
+    log = RunLog(folder, console, title, trackers)
     try:
-        summary = train(run, folder, log)
+        with shortages_told(device, smaller_steps(config) + " That is another run: add --out with a new folder."):
+            summary = train(run, folder, log, stop)
     finally:
         log.close()
     if parallel.rank() == 0:
@@ -57,69 +77,81 @@ def execute(
         summary["reload_difference"] = export_student(
             run.deployed, folder / "student.safetensors", student_card(run) | {"top1": summary["top1"]}
         )
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         teacher = config.teacher.top1 if config.teacher else None
         write_report(
             folder / "report.html",
-            title=title or config.name,
+            title=title,
             facts=facts(run),
             teacher_top1=teacher,
             runs=[ReportRun(config.name, read_log(folder), [summary["top1"]], [summary["seconds"]], config.losses)],
         )
+        # last: it says that the run is finished
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def checked(config: Config, device: torch.device, console: Console) -> Run:
     """Builds a recipe and runs its pre-flight; writes nothing. Raises `UserError`."""
     run = _built(config, device)
-    preflight(run, console)
+    with shortages_told(device, smaller_steps(config)):
+        preflight(run, console)
     return run
 
 
 def _built(config: Config, device: torch.device) -> Run:
+    check_trackers(config.track)
     if device.type == "cpu":
         keep_freed_memory()
-    return build(config, device)
+    with shortages_told(device, smaller_steps(config)):
+        return build(config, device)
 
 
 def open_folder(folder: Path, config: Config) -> None:
     """Refuses a folder that holds something else, another recipe's run or a finished one. Writes nothing."""
-    recipe = folder / "recipe.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give --out a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not recipe.is_file():
-        raise UserError(f"{folder} is not empty and holds no run; give --out another folder")
-    if recipe.read_text() != to_yaml(config):
-        raise UserError(
-            f"{folder} holds a run of another recipe (first difference: {_difference(recipe.read_text(), to_yaml(config))}).\n"
-            "Give --out another folder, or remove this one."
-        )
-    if (folder / "summary.json").is_file():
-        raise UserError(
-            f"{folder} holds this run, finished. Give --out another folder, or remove this one to run it again."
-        )
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; give --out a folder")
+        inside = list(folder.iterdir()) if folder.exists() else []
+        # a run that was killed at its very beginning leaves such files, or nothing
+        if all(path.name.endswith(".part") or path.name == LOCK for path in inside):
+            _check_writable(folder)
+            return
+        recipe = folder / "recipe.yaml"
+        if not recipe.is_file():
+            raise UserError(f"{folder} is not empty and holds no run; give --out another folder")
+        if difference := recipe_difference(recipe.read_text(), config):
+            raise UserError(
+                f"{folder} holds a run of another recipe (first difference: {difference}).\n"
+                "Give --out another folder, or remove this one."
+            )
+        if (folder / "summary.json").is_file():
+            raise UserError(
+                f"{folder} holds this run, finished. Give --out another folder, or remove this one to run it again."
+            )
+        _check_writable(folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot use {folder}: {error}. Give --out a folder that you may read and write.") from None
 
 
-def _difference(old: str, new: str) -> str:
-    before, now = old.splitlines(), new.splitlines()
-    for a, b in zip(before, now):
-        if a != b:
-            return f"`{a.strip()}` there, `{b.strip()}` now"
-    return "more lines in one than in the other"
+def _check_writable(folder: Path) -> None:
+    """Told before the minutes of a pre-flight, not after."""
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write to {folder}: no permission in {there}. Give --out a folder that you may write to."
+        )
 
 
 def write_folder(folder: Path, run: Run) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(to_yaml(run.config))
-        (folder / "provenance.json").write_text(json.dumps(provenance(run), indent=2) + "\n")
-        (folder / "student.json").write_text(json.dumps(student_card(run), indent=2) + "\n")  # for `scalekd export`
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}. Give --out a folder that you may write to."
-        ) from None
+    """The recipe first: it is what makes a folder a run's, wherever the rest is cut off."""
+    write_text(folder / "recipe.yaml", to_yaml(run.config))
+    made = provenance(run)
+    file = folder / "provenance.json"
+    with contextlib.suppress(OSError, ValueError):  # of a run that goes on: what made its first part is kept
+        before = json.loads(file.read_text())
+        made["before"] = [*before.pop("before", []), before]
+    write_text(file, json.dumps(made, indent=2) + "\n")
+    write_text(folder / "student.json", json.dumps(student_card(run), indent=2) + "\n")  # for `scalekd export`
 
 
 def provenance(run: Run) -> dict[str, Any]:
@@ -136,6 +168,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": machine(run.device),
         "processes": parallel.world(),
+        "seeds": {"seed": run.config.seed, "data.seed": run.config.data.seed},
         "git": git_state(),
         "weights": {role: vars(loaded) for role, loaded in run.loaded.items()},
     }
@@ -177,14 +210,19 @@ def student_card(run: Run) -> dict[str, Any]:
         "kwargs": run.loaded["student"].kwargs,
         "classes": run.classes,
         "image_size": list(height_and_width(config.data.image_size)),
-        "mean": run.distiller.student_mean.flatten().tolist(),
-        "std": run.distiller.student_std.flatten().tolist(),
+        "mean": as_written(run.distiller.student_mean),
+        "std": as_written(run.distiller.student_std),
         "interpolation": config.augment.interpolation,
         "crop_pct": config.augment.crop_pct,
         "teacher": config.teacher.model if config.teacher else None,
         "losses": config.losses,
         "provenance": provenance(run),
     }
+
+
+def as_written(values: torch.Tensor) -> list[float]:
+    """0.485 and not 0.48500001430511475: the shortest decimals that are the same float32."""
+    return [float(str(v)) for v in values.flatten().cpu().numpy()]
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -197,7 +235,7 @@ def facts(run: Run) -> dict[str, str]:
         told["teacher"] = _model_fact(run, "teacher")
     made = provenance(run)
     return told | {
-        "budget": f"{config.train.epochs} epochs, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
+        "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
         "machine": made["machine"],
         "versions": f"scalekd {__version__}, torch {made['torch']}, timm {made['timm']}",
         "command": made["command"],
@@ -222,18 +260,21 @@ def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
             f"{folder} has no {which} checkpoint to export; is it a run's folder that reached its first validation?"
         )
     state, card = checkpoint.load(state_file), read_card(card_file)
-    top1 = state["history"][-1]["top1"] if which == "last" else state["top1"]
     student = create_student(card, card_file)
-    student.load_state_dict(state["deployed" if which == "last" else "student"])
+    try:
+        top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
+        student.load_state_dict(state["deployed" if which == "last" else "student"])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{state_file} is not a checkpoint of {card_file}'s student: {first_line(error)}") from None
     card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
     file = folder / "student.safetensors"
     difference = export_student(student, file, card)
-    console.print(f"{file}  timm loads it back: largest difference of logits {difference:.1e}", highlight=False)
+    told = f"{file}  timm loads it back: largest difference of logits {difference:.1e}"
+    console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
     if onnx:
         difference = export_onnx(student, folder / "student.onnx", card)
-        console.print(
-            f"{folder / 'student.onnx'}  onnxruntime: largest difference of logits {difference:.1e}", highlight=False
-        )
+        told = f"{folder / 'student.onnx'}  onnxruntime: largest difference of logits {difference:.1e}"
+        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
 
 
 def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
@@ -241,7 +282,11 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     student, card = load_student(path)
     device = parallel.pick_device(device_name)
     source = open_source(source_text, "--data")
-    if list(source.classes) != list(card["classes"]):
+    if not same_classes(card["classes"], source.classes):
+        if pair := pair_of(source_text):
+            raise UserError(
+                f"--data: {source_text} has a part to train on and one to validate on; write --data {pair[1]}"
+            )
         raise UserError(
             f"--data has other classes than the student knows: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
             f"against {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
@@ -250,10 +295,11 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
-    return evaluate(
-        student.to(device),
-        eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),
-        mean,
-        std,
-        device,
-    )
+    with shortages_told(device, "Try --device cpu."):
+        return evaluate(
+            student.to(device),
+            eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),
+            mean,
+            std,
+            device,
+        )

@@ -17,15 +17,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Config, load_recipe, to_yaml
+from ..config import Config, load_recipe
 from ..data import eval_batches
 from ..distiller import Distiller
+from ..errors import printable
 from ..evaluate import evaluate
 from ..export import export_onnx, load_student
+from ..files import write_text
 from ..parallel import pick_device
 from ..report import ReportRun, write_report
 from ..runlog import duration, read_log
-from ..runs import checked, execute, facts
+from ..runs import checked, execute, facts, recipe_difference
 
 METHODS = {
     "baseline": ["teacher=null", "losses.kd=off", "losses.scalekd=off", "losses.ce.weight=1"],
@@ -81,14 +83,15 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "largest_difference_of_logits": differences,
         "facts": told,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "summary.md").write_text(markdown(summary))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.md", markdown(summary))
     _report(folder, results, seeds, teacher_top1, told)
     console.print(
         f"\nstudent  {exported}  timm loads it with a largest difference of logits of {differences['timm']:.1e}\n"
         f"         {exported.with_suffix('.onnx')}  onnxruntime: {differences['onnxruntime']:.1e}\n"
         f"report   {folder / 'report.html'}\nsummary  {folder / 'summary.json'}   ({duration(summary['seconds'])})",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return summary
@@ -124,9 +127,10 @@ def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
 
 def _run_or_read(config: Config, folder: Path, device: torch.device, console: Console, title: str) -> dict[str, Any]:
     finished, recipe = folder / "summary.json", folder / "recipe.yaml"
-    if finished.is_file() and recipe.is_file() and recipe.read_text() == to_yaml(config):
+    if finished.is_file() and recipe.is_file() and not recipe_difference(recipe.read_text(), config):
         summary = json.loads(finished.read_text())
-        console.print(f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})", highlight=False)
+        told = f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})"
+        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
         return summary
     return execute(config, folder, device, console, check=False, title=title)
 

@@ -1,0 +1,205 @@
+"""A run's files on a disk that is full, that cannot be written, and when the run is killed between any two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whole_runs import assert_same, changed, events, final_state
+
+from scalekd import runs
+from scalekd.errors import UserError
+from scalekd.files import replacing, write_text
+
+ALL = [
+    "recipe.yaml", "provenance.json", "student.json", "log.jsonl", "best.pt", "last.pt",
+    "student.safetensors", "report.html", "summary.json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(recipe_file: Path, tiny_recipe: dict) -> Path:
+    """One epoch of labels alone: what is tested here are its files."""
+    recipe = changed(tiny_recipe, losses={"ce": {}}, teacher=None, train={"epochs": 1, "batch_size": 12}, track=[])
+    recipe_file.write_text(json.dumps(recipe))
+    return recipe_file
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path):
+    path = tmp_path / "card.json"
+    write_text(path, "old")
+    with replacing(path) as file:
+        file.write(b"new \xc3\xa9")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_bytes() == b"new \xc3\xa9"
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(bytes(1 // 0))
+    assert path.read_bytes() == b"new \xc3\xa9" and os.listdir(tmp_path) == ["card.json"]
+
+
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, "free some space"), (errno.EACCES, "you may write to")])
+def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkeypatch, number, told):
+    path = tmp_path / "card.json"
+    write_text(path, "old")
+
+    def failing(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(UserError, match=rf"cannot write .*card\.json: {os.strerror(number)}.*{told}"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["card.json"]
+
+
+FULL = """
+import resource, sys
+from scalekd.cli import main
+limits = [int(limit) for limit in sys.argv[1].split(",")]
+for i, limit in enumerate(limits):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # no file may grow beyond
+    code = main(["train", sys.argv[2], "--out", f"{sys.argv[3]}/{i}", "--no-preflight"])
+    print(f"\\n{code}", file=sys.stderr)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(main(["train", sys.argv[2], "--out", f"{sys.argv[3]}/{i}", "--no-preflight"]), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow(recipe_file, cli, tmp_path):
+    """The system refuses more than so many bytes of each file; with room again, the same command ends the run."""
+    recipe = json.loads(recipe_file.read_text())
+    recipe["train"] |= {"epochs": 8, "eval_every": 8}
+    recipe_file.write_text(json.dumps(recipe | {"track": ["tensorboard"]}))
+    assert cli("train", recipe_file, "--out", tmp_path / "whole").code == 0
+    refused = {100: "recipe.yaml", 3_000: "log.jsonl", 20_000: "best.pt"}
+    size = {name: (tmp_path / "whole" / name).stat().st_size for name in ALL}
+    assert max(size[name] for name in ALL[:3]) < 3_000 < size["log.jsonl"] < 20_000 < size["best.pt"]
+    command = [sys.executable, "-c", FULL, ",".join(map(str, refused)), str(recipe_file), str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    told = [line for line in done.stderr.splitlines() if line]
+    assert [line for line in told if line.isdigit()] == ["2", "0"] * len(refused), told
+    messages = [line for line in told if line.startswith("scalekd: ")]
+    for i, (message, name) in enumerate(zip(messages, refused.values(), strict=True)):
+        folder = tmp_path / str(i)
+        assert f"cannot write {folder / name}: " in message and "free some space" in message
+        assert_same(final_state(folder), final_state(tmp_path / "whole"))
+        assert set(os.listdir(tmp_path / "whole")) <= set(os.listdir(folder))
+        assert not [left for left in os.listdir(folder) if left.endswith(".part")]
+        assert [e["step"] for e in events(folder, "step")] == list(range(1, 17))
+    assert done.stdout.count("tensorboard is left out from here") == 1  # its file has 3,000 to 20,000 bytes
+
+
+class Killed(BaseException):
+    """A process that is killed runs no `except Exception`."""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_between_any_two_files_goes_on(cli, recipe_file, tmp_path, monkeypatch):
+    assert cli("train", recipe_file, "--out", tmp_path / "whole").code == 0
+    replace, tried = os.replace, 0
+    while True:
+        taken, folder = 0, tmp_path / f"{tried}"
+
+        def killed(source, target, at=tried):
+            nonlocal taken
+            if taken == at:
+                raise Killed
+            taken += 1
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr(Path, "unlink", lambda self, **_: None)  # a killed process does not tidy up
+            with contextlib.suppress(Killed):
+                assert cli("train", recipe_file, "--out", folder).code == 0
+                break
+        assert any(name.endswith(".part") for name in os.listdir(folder))
+        again = cli("train", recipe_file, "--out", folder)
+        assert again.code == 0, again.err
+        assert_same(final_state(folder), final_state(tmp_path / "whole"))
+        assert set(ALL) <= set(os.listdir(folder))
+        tried += 1
+    assert tried >= len(ALL) - 1  # all but the log are renamed into place
+
+
+def test_a_run_that_goes_on_keeps_what_made_its_first_part(cli, recipe_file, tmp_path):
+    cli("train", recipe_file, "--out", tmp_path / "run")
+    for workers in (1, 0):
+        (tmp_path / "run" / "summary.json").unlink()
+        assert cli("train", recipe_file, "--out", tmp_path / "run", f"data.workers={workers}").code == 0
+    made = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert [sorted(b) for b in made["before"]] == [sorted(made.keys() - {"before"})] * 2
+    assert {"command", "git", "torch", "scalekd", "seeds"} <= made.keys()
+    assert made["seeds"] == {"seed": 0, "data.seed": 0}
+
+
+# The folder itself
+
+
+@pytest.mark.parametrize("changes", ["data.workers=1", "track=[]", "train.save_minutes=3", "train.skip_nonfinite=2"])
+def test_what_does_not_change_a_run_may_differ(cli, recipe_file, tmp_path, changes):
+    cli("train", recipe_file, "--out", tmp_path / "run", "track=[tensorboard]")
+    told = cli("train", recipe_file, "--out", tmp_path / "run", changes)
+    assert "holds this run, finished" in told.err
+    assert "a run of another recipe" in cli("train", recipe_file, "--out", tmp_path / "run", changes, "seed=1").err
+
+
+def test_a_recipe_without_newer_fields_is_the_same_run(cli, recipe_file, tmp_path):
+    cli("train", recipe_file, "--out", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "track" not in line))
+    assert "holds this run, finished" in cli("train", recipe_file, "--out", tmp_path / "run").err
+    recipe.write_text("no recipe")
+    assert (
+        "a run of another recipe (first difference: `no recipe`"
+        in cli("train", recipe_file, "--out", tmp_path / "run").err
+    )
+
+
+def test_a_folder_without_permission_is_told_before_the_preflight(cli, recipe_file, tmp_path, monkeypatch):
+    """The tests may run as root, who may write anywhere."""
+    monkeypatch.setattr(runs.os, "access", lambda path, mode: path != tmp_path)
+    for folder in (tmp_path / "run", tmp_path / "new" / "run"):
+        told = cli("train", recipe_file, "--out", folder)
+        assert (
+            told.code == 2 and told.out == "" and f"cannot write to {folder}: no permission in {tmp_path}" in told.err
+        )
+
+
+def test_a_folder_that_cannot_be_listed(cli, recipe_file, tmp_path, monkeypatch):
+    whole = Path.iterdir
+
+    def refused(self):
+        if self == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return whole(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    told = cli("train", recipe_file, "--out", tmp_path)
+    assert told.code == 2 and f"cannot use {tmp_path}: " in told.err and "Permission denied" in told.err
+
+
+def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
+    """Another process holds it; data workers of a run that is gone do not."""
+    hold = "import sys, pathlib; from scalekd.files import in_use\n"
+    hold += "with in_use(pathlib.Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"1\n"
+    train = ["train", recipe_file, "--out", tmp_path / "run", "teacher=null", "losses={ce: {}}", "--no-preflight"]
+    refused = cli(*train)
+    assert refused.code == 2 and f"another process is training in {tmp_path / 'run'}; wait for it" in refused.err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    assert cli(*train).code == 0
