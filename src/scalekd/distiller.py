@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data import resolve_model_data_config
@@ -26,7 +26,8 @@ class Distiller(nn.Module):
     losses: method name -> options and `weight`, as in a recipe: `{"ce": {}, "kd": {"temperature": 2.0}}`.
       A method of your own goes in as a callable in place of the options.
     image_size: (height, width) in pixels of what the student sees.
-    teacher_size: what the teacher sees, if another: resized from the same pixels.
+    teacher_size: what the teacher sees, if another. Pixels of another size than a model's are resized for it, with
+      the interpolation that timm names for that model.
     student_stats, teacher_stats: (mean, std) per channel for pixels in [0, 1]; timm's own unless given.
     student_cuts, teacher_cuts: see `StageView`.
 
@@ -53,10 +54,10 @@ class Distiller(nn.Module):
     ):
         super().__init__()
         self.student = student
+        self.image_size = image_size
         self.student_view = _view("student", student, image_size, student_cuts)
         self.teacher_view: StageView | None = None
         self.teacher_size = teacher_size or image_size
-        self.resize_teacher = self.teacher_size != image_size
         _add_statistics(self, "student", student, student_stats)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -68,6 +69,7 @@ class Distiller(nn.Module):
         }
         self.methods = nn.ModuleDict({name: self._build(name, options) for name, options in losses.items()})
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
+        self.needs_classifier = any(getattr(m, "needs_classifier", False) for m in self.methods.values())
         self.teacher_clock = Stopwatch()
 
     def _build(self, name: str, options: Any) -> nn.Module:
@@ -97,7 +99,8 @@ class Distiller(nn.Module):
         """
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         teacher = self._teacher_features(pixels)
-        student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
+        seen = resized(pixels, self.image_size, self.student)
+        student = self.student_view((seen - self.student_mean) / self.student_std, maps=self.needs_maps)
         losses: dict[str, Tensor] = {}
         for name, method in self.methods.items():
             for term, value in method(student, teacher, targets).items():
@@ -109,12 +112,12 @@ class Distiller(nn.Module):
         if self.teacher_view is None:
             return None
         with self.teacher_clock.timing(pixels.device), torch.no_grad():
-            if self.resize_teacher:
-                pixels = F.interpolate(pixels, self.teacher_size, mode="bicubic", antialias=True).clamp(0, 1)
+            seen = resized(pixels, self.teacher_size, self.teacher_view.model)
             return self.teacher_view(
-                (pixels - self.teacher_mean) / self.teacher_std,
+                (seen - self.teacher_mean) / self.teacher_std,
                 maps=self.needs_maps,
                 resumable=self.needs_maps and self.teacher_view.shapes.can_resume,
+                classifier=self.needs_classifier,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
@@ -128,6 +131,18 @@ class Distiller(nn.Module):
 def dead_parameters(distiller: Distiller) -> list[str]:
     """After a backward pass: names of trainable parameters that received no gradient."""
     return [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def resized(pixels: Tensor, size: tuple[int, int], model: nn.Module) -> Tensor:
+    """pixels (B, C, H, W) in [0, 1] at `size`, with the interpolation that the model was trained with."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size, mode=interpolation(model), antialias=True).clamp(0, 1)
+
+
+def interpolation(model: nn.Module) -> Literal["bilinear", "bicubic"]:
+    """timm's for that model; bicubic where it names one that torch cannot do with antialiasing."""
+    return "bilinear" if resolve_model_data_config(model)["interpolation"] == "bilinear" else "bicubic"
 
 
 def default_statistics(model: nn.Module) -> Statistics:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Shapes:
     final: MapShape | None  # the last map after the model's final norm; None as above
     classes: int  # 0 for a model without a head
     can_resume: bool = False  # there is a tail for it: `Features.resume` works
+    pooled: int = 0  # channels of what its classifier is given; 0: no one layer gives its logits
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Features:
     """Teachers only: `resume(k, map)` runs the frozen teacher on from the output of stage k (1 to 3),
     `(n*B, D_k, H_k, W_k)` with n a whole number, to its final map `(n*B, D, H, W)`. The gradient flows
     to `map`. The teacher's own prefix tokens of that stage are used, repeated n times."""
+    pooled: Tensor | None = None  # (B, P), what the classifier was given; teachers of methods that need it only
+    classify: Callable[[Tensor], Tensor] | None = None
+    """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. The gradient flows to its input."""
 
 
 class StageView:
@@ -61,6 +66,8 @@ class StageView:
     Which outputs are the four maps, by timm's own numbering of its features:
 
     - the features differ in stride (ResNet, Swin, ...): the last four. A fifth, the stem's, is left out.
+      GhostNet is the exception among those whose features end a stage: timm taps it after the first block of
+      each stride, so its maps 1 to 4 leave out what follows at that stride (`final` has all of it).
     - all have one stride (ViT, Mixer, ...): stage i of four ends with block `floor(i * depth / 4)`,
       counted from one. Depth 12 is cut after the blocks 2, 5, 8, 11, counted from zero as `cuts` are;
       depth 24 after 5, 11, 17, 23; depth 6 after 0, 2, 3, 5. `cuts` names four blocks of your own.
@@ -88,11 +95,14 @@ class StageView:
         size = (1, input_channels(model), *image_size)
         logits = _try_on_copy(model, size, lambda twin, images: _one_logit_tensor(twin(images)))
         if isinstance(logits, Exception):
-            raise ValueError(f"{name} cannot be used at {image_size[0]}x{image_size[1]}: {_one_line(logits)}.")
+            message = f"{name} cannot be used at {image_size[0]}x{image_size[1]}: {_one_line(logits)}."
+            # what torch says when a convolution or pooling has nothing left
+            small = re.search("kernel size|too small", message, re.IGNORECASE)
+            raise ValueError(message + (" Use a larger data.image_size." if small else ""))
 
         features = None
         if reason is None:
-            features = _try_on_copy(model, size, self._tap)
+            features = _try_on_copy(model, size, lambda twin, images: self._tap(twin, images, classifier=True))
             if isinstance(features, Exception):
                 reason, features = f"its forward_intermediates does not fit: {_one_line(features)}", None
         if reason is not None:
@@ -105,12 +115,16 @@ class StageView:
             final=tuple(features.final.shape[1:]) if features else None,
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
             can_resume=features is not None and type(model) in TEACHER_TAILS,
+            pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
         )
 
-    def __call__(self, images: Tensor, maps: bool = True, resumable: bool = False) -> Features:
+    def __call__(
+        self, images: Tensor, maps: bool = True, resumable: bool = False, classifier: bool = False
+    ) -> Features:
         """Images `(B, C, H, W)` to `Features`. `maps=False`: the logits alone, from `model(images)`.
 
-        `resumable=True`, for a frozen teacher in eval mode, adds `Features.resume`.
+        `resumable=True`, for a frozen teacher in eval mode, adds `Features.resume`; `classifier=True`, with maps,
+        `pooled` and `classify`, of a model that has them (`Shapes.pooled`).
         """
         if resumable and not self.shapes.can_resume:
             known = ", ".join(sorted(c.__name__ for c in TEACHER_TAILS))
@@ -122,25 +136,28 @@ class StageView:
             return Features(logits=_one_logit_tensor(self.model(images)))
         if self.refusal:
             raise ValueError(self.refusal)
-        features = self._tap(self.model, images)
+        features = self._tap(self.model, images, classifier)
         if resumable:
             if self.model.training:
                 raise ValueError(f"{self.name} is to be run on from a stage and is in train mode: call .eval().")
             features.resume = self._resume_from(features.prefix)
         return features
 
-    def _tap(self, model: Any, images: Tensor) -> Features:
+    def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
         options = {"return_prefix_tokens": True} if self._gives_prefix else {}
         x, outputs = model.forward_intermediates(
             images, indices=list(self.indices), norm=False, output_fmt="NCHW", **options
         )
         maps, prefix = zip(*outputs) if self._gives_prefix else (outputs, [None] * len(outputs))
         _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it did not give four maps")
+        head = _head(model, x) if classifier else (_one_logit_tensor(model.forward_head(x)), None, None)
         return Features(
-            logits=_one_logit_tensor(model.forward_head(x)),
+            logits=head[0],
             maps=tuple(maps),
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
+            pooled=head[1],
+            classify=head[2],
         )
 
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[[int, Tensor], Tensor]:
@@ -234,6 +251,23 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
+def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """The logits, what the classifier was given for them, and the classifier. The latter two are None for a model
+    whose logits are not, as they stand, what one module gave: one with two heads, or with a head on every token."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(classifier, nn.Module):
+        return _one_logit_tensor(model.forward_head(x)), None, None
+    calls: list[tuple[Any, Any]] = []
+    hook = classifier.register_forward_hook(lambda _, given, result: calls.append((given[0], result)))
+    try:
+        logits = _one_logit_tensor(model.forward_head(x))
+    finally:
+        hook.remove()
+    if len(calls) != 1 or calls[0][1] is not logits or calls[0][0].ndim != 2:
+        return logits, None, None
+    return logits, calls[0][0], classifier
+
+
 def _normed(model: Any, x: Tensor) -> Tensor:
     """`(B, D, H, W)` through the layer norm that the model applies after pooling, if it has one there."""
     norm = getattr(model, "fc_norm", None) or getattr(getattr(model, "head", None), "norm", None)
@@ -284,4 +318,4 @@ def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")

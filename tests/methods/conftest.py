@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scalekd.stages import Features, Shapes
 
 CLASSES = 5
+POOLED = 10  # channels of what the teacher's classifier is given: not those of its final map
 
 
 class Tail(nn.Module):
@@ -37,6 +38,7 @@ class Pair:
     student: Shapes
     teacher: Shapes
     tail: Tail
+    classifier: nn.Linear
 
     def features(self, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Features, Features, Tensor]:
         """Student and teacher features, all leaves that ask for a gradient, and class indices."""
@@ -51,12 +53,15 @@ class Pair:
         student, teacher = of(self.student), of(self.teacher)
         self.tail.to(dtype)
         teacher.resume = self.tail
+        teacher.pooled, teacher.classify = random(POOLED), self.classifier.to(dtype)
         return student, teacher, torch.randint(0, CLASSES, (batch,))
 
 
 @pytest.fixture
 def pair() -> Pair:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
+    classifier = nn.Linear(POOLED, CLASSES).requires_grad_(False)
+    torch.manual_seed(0)  # what follows does not depend on the line above
     student = Shapes("student", ((4, 8, 6), (4, 8, 6), (6, 4, 3), (8, 2, 3)), (8, 2, 3), CLASSES)
-    teacher = Shapes("teacher", ((4, 16, 12), (6, 8, 6), (8, 6, 4), (12, 3, 2)), (12, 3, 2), CLASSES, True)
-    return Pair(student, teacher, Tail(8, 12))
+    teacher = Shapes("teacher", ((4, 16, 12), (6, 8, 6), (8, 6, 4), (12, 3, 2)), (12, 3, 2), CLASSES, True, POOLED)
+    return Pair(student, teacher, Tail(8, 12), classifier)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from scipy.fft import dctn
 
+from scalekd.methods.features import FD, remove_direct
+from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import ScaleKD, cap, dfm, scalekd, tpp
 from scalekd.stages import Features, Shapes
 
@@ -243,9 +245,10 @@ def test_two_view_methods_refuse_one(pair, build, instead):
 
 def test_refusals_of_the_pair(pair):
     stuck = dataclasses.replace(pair.teacher, model="stuck", can_resume=False)
-    for build in (tpp, scalekd):
-        with pytest.raises(ValueError, match=r"stuck cannot be resumed there. Use dfm, cap, fd or kd"):
+    for build, instead in ((tpp, "losses.tpp=off losses.cap={}"), (scalekd, "losses.scalekd=off losses.dfm={}")):
+        with pytest.raises(ValueError, match="stuck is of a family that cannot be resumed") as refused:
             build(pair.student, stuck)
+        assert str(refused.value).endswith(instead)
     for build in (cap, dfm):
         assert build(pair.student, stuck)
 
@@ -261,3 +264,43 @@ def test_refusals_of_the_pair(pair):
         scalekd(blind, pair.teacher)
     with pytest.raises(ValueError, match="needs a teacher"):
         scalekd(pair.student, None)
+
+
+def one_position(shapes, stage):
+    """`shapes` with a 1x1 map at that stage."""
+    if stage == 4:
+        return dataclasses.replace(shapes, model="point", final=(shapes.final[0], 1, 1))
+    maps = tuple((m[0], 1, 1) if i == stage else m for i, m in enumerate(shapes.maps, start=1))
+    return dataclasses.replace(shapes, model="point", maps=maps)
+
+
+USES = [(cap, {}, {4}), (dfm, {}, {4}), (dfm, {"beta": 1.0}, {4}), (tpp, {}, {3, 4}), (scalekd, {}, {3, 4}),
+        (FD, {"projector": "cap", "stages": (3,)}, {3}), (FD, {"stages": (3, 4)}, set()),
+        (FD, {"projector": "conv", "stages": (3, 4)}, set())]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "options", "used"), USES)
+@pytest.mark.parametrize("stage", [3, 4])
+def test_a_students_map_of_one_position(pair, build, options, used, stage):
+    student = one_position(pair.student, stage)
+    if stage not in used:
+        assert build(student, pair.teacher, **options)
+        return
+    with pytest.raises(ValueError, match=rf"point's map of stage {stage} is 1x1 .*\nUse a larger data.image_size"):
+        build(student, pair.teacher, **options)
+
+
+def test_why_it_is_refused(pair):
+    """One position: the same output everywhere, whatever the queries, so nothing but rounding is left without its mean."""
+
+    def spread_and_queries_gradient(student):
+        torch.manual_seed(1)
+        projector = CrossAttentionProjector(student, pair.teacher.final)
+        out = projector(torch.randn(3, *student))
+        gradient = torch.autograd.grad(out[:, :, 0, 0].square().sum(), projector.queries)[0]
+        return remove_direct(out).abs().max().item(), gradient.abs().max().item()
+
+    spread, gradient = spread_and_queries_gradient((8, 1, 1))
+    assert spread < 1e-5 and gradient < 1e-5
+    spread, gradient = spread_and_queries_gradient(pair.student.final)
+    assert spread > 1e-1 and gradient > 1e-2

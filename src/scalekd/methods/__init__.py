@@ -5,15 +5,18 @@ The contract (nobody inherits it; write an `nn.Module` that has it):
 - `__init__(self, student: Shapes, teacher: Shapes | None, *, option=default, ...)`. A method sees
   shapes when it is built, never a model. Every option has a type annotation and a default: a recipe's
   options are checked against this signature, and it is the one place where defaults live.
-  Raise `ValueError` when the pair cannot be served: one or two lines, with the way out.
+  Raise `ValueError` when the pair cannot be served: one or two lines, with the way out. Without a
+  teacher that is needed, it says `needs a teacher`.
 - `forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]`.
   Targets are class indices `(B,)` or probabilities `(B, classes)`. Each value is a scalar with
-  the method's own weights applied; the step adds them up, times the recipe's `weight`. The student's
+  the method's own weights applied; the step adds them up, times the recipe's `weight`. A term
+  is logged as `method.term`; one with the method's own name as that name alone. The student's
   tensors carry a gradient; detach the teacher's. Under autocast maps and logits may be in half
   precision: compute losses in float32.
 - Every parameter gets a gradient at every step: build none that an option leaves unused.
 - Class attributes `needs_teacher` and `needs_maps` (both True unless said): a recipe in which nothing
-  needs maps asks only for logits, so any timm model will do.
+  needs maps asks only for logits, so any timm model will do. With `needs_classifier = True` (False unless
+  said) a method gets the teacher's `pooled` and `classify`, if `teacher.pooled` at build says that it has them.
 
 An entry may also be a function with the same signature that returns such a module.
 docs/add-a-method.md walks through an example.
@@ -25,17 +28,43 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .at import AttentionTransfer
+from .bkd import BKD
+from .cc import CC
+from .crd import CRD
+from .diffkd import DiffKD
+from .dist import DIST
+from .dkd import DKD
 from .features import FD
 from .logits import KD, BinaryCrossEntropy, CrossEntropy
+from .mgd import MGD
+from .ofa import OFA
+from .ofd import OFD
+from .reviewkd import ReviewKD
+from .rkd import RKD
 from .scalekd import cap, dfm, scalekd, tpp
+from .srrl import SRRL
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "ce": CrossEntropy,
     "bce": BinaryCrossEntropy,
     "kd": KD,
+    "bkd": BKD,
+    "dkd": DKD,
+    "dist": DIST,
     "fd": FD,
     "cap": cap,
     "dfm": dfm,
     "tpp": tpp,
     "scalekd": scalekd,
+    "rkd": RKD,
+    "cc": CC,
+    "srrl": SRRL,
+    "at": AttentionTransfer,
+    "ofd": OFD,
+    "crd": CRD,
+    "reviewkd": ReviewKD,
+    "mgd": MGD,
+    "ofa": OFA,
+    "diffkd": DiffKD,
 }

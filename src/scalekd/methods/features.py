@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -75,6 +76,18 @@ def check_features(student: Shapes, teacher: Shapes | None, alpha: float, reduct
     return teacher
 
 
+def check_positions(student: Shapes, stages: Iterable[int]) -> None:
+    """Attention over one position gives its value to every query: the projection would be the same vector everywhere,
+    and nothing in it would tell one position from another. Raises ValueError."""
+    for stage in stages:
+        channels, height, width = _stage(student, stage)
+        if height * width == 1:
+            raise ValueError(
+                f"cross attention needs several positions, and {student.model}'s map of stage {stage} is 1x1 "
+                f"({channels} channels).\nUse a larger data.image_size, or fd (projector linear or conv) or kd"
+            )
+
+
 class FD(nn.Module):
     """`fd`: mimic teacher maps through a projector, in the way of FitNets, with ScaleKD's distance.
 
@@ -93,7 +106,8 @@ class FD(nn.Module):
 
     Raises:
         ValueError: no teacher, a model without maps, a stage out of range or given twice, an option that
-            the chosen projector would ignore, heads that do not divide the teacher's channels.
+            the chosen projector would ignore, heads that do not divide the teacher's channels, `cap` on a
+            student's map of one position.
     """
 
     def __init__(
@@ -120,6 +134,9 @@ class FD(nn.Module):
             raise ValueError(f"fd: heads has {len(heads)} numbers for {len(stages)} stages")
         if norm is not None and projector == "linear":
             raise ValueError("fd: norm goes with projector 'conv' or 'cap' only")
+
+        if projector == "cap":
+            check_positions(student, stages)
 
         self.stages = tuple(stages)
         self.alpha = alpha

@@ -92,6 +92,21 @@ class BinaryCrossEntropy(nn.Module):
         return {"bce": loss * classes if self.reduction == "sum" else loss}
 
 
+def check_logits(name: str, student: Shapes, teacher: Shapes | None, temperature: float = 1.0) -> None:
+    """The checks of every method that compares the two models' logits. Raises ValueError."""
+    if teacher is None:
+        raise ValueError(f"{name} needs a teacher")
+    if teacher.classes < 1:
+        raise ValueError(f"{name}: {teacher.model} has no classifier. Use feature methods: scalekd, dfm, cap, fd")
+    if student.classes != teacher.classes:
+        raise ValueError(
+            f"{name}: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
+            "Use a teacher of the same classes, or feature methods: scalekd, dfm, cap, fd"
+        )
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
+
+
 class KD(nn.Module):
     """`kd`: `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch, in nats.
 
@@ -109,17 +124,7 @@ class KD(nn.Module):
 
     def __init__(self, student: Shapes, teacher: Shapes | None, *, temperature: float = 1.0) -> None:
         super().__init__()
-        if teacher is None:
-            raise ValueError("kd needs a teacher")
-        if teacher.classes < 1:
-            raise ValueError(f"kd: {teacher.model} has no classifier. Use feature methods: scalekd, dfm, cap, fd")
-        if student.classes != teacher.classes:
-            raise ValueError(
-                f"kd: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
-                "Use a teacher of the same classes, or feature methods: scalekd, dfm, cap, fd"
-            )
-        if not temperature > 0:
-            raise ValueError(f"kd: temperature is {temperature}; it must be positive")
+        check_logits("kd", student, teacher, temperature)
         self.temperature = temperature
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,8 @@ class CrossAttentionProjector(nn.Module):
     (the paper speaks of patchifying), attention logits times 5, no residual around the attention.
 
     Args:
-        student: student map shape, `(ds, h, w)`.
+        student: student map shape, `(ds, h, w)`. With one position its map is the same vector everywhere, so
+            the methods refuse that.
         teacher: shape of the map to produce, `(dt, H, W)`; any grid, whatever the student's.
         heads: attention heads, a divisor of dt. None: the divisor nearest to dt / 64.
         norm: norm of the student branch; `layer` is the release's choice for ConvNeXt students.

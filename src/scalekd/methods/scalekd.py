@@ -16,6 +16,7 @@ from .features import (
     ALPHA,
     Reduction,
     check_features,
+    check_positions,
     normalized_distance,
     only_direct,
     remove_direct,
@@ -63,8 +64,9 @@ class ScaleKD(nn.Module):
             on any grid. `sum`: the sum over positions, as released; the same at 7x7.
 
     Raises:
-        ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a view
-            without direct component on a 1x1 grid; an option out of range, or one that would be ignored.
+        ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
+            map of one position; a view without direct component on a teacher's 1x1 grid; an option out of
+            range, or one that would be ignored.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class ScaleKD(nn.Module):
         assert student.final is not None and teacher.final is not None
         self.weights = _view_weights(views, alpha, beta)
         if tpp and not teacher.can_resume:
+            name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
             raise ValueError(
-                f"tpp and scalekd run the teacher's last stage, and {teacher.model} cannot be resumed there. "
-                "Use dfm, cap, fd or kd with this teacher"
+                f"{name} runs the teacher's last stage, and {teacher.model} is of a family that cannot be resumed there "
+                f"(docs/methods.md).\nThe same without it: losses.{name}=off losses.{instead}={{}}"
             )
+        check_positions(student, (3, 4) if tpp else (4,))
         if "alt" in self.weights and teacher.final[1] * teacher.final[2] == 1:
             raise ValueError(
                 f"{teacher.model} has a 1x1 final map: nothing is left without its direct component. "
@@ -170,7 +174,10 @@ def cap(
     norm: Norm = "batch",
     reduction: Reduction = "mean",
 ) -> ScaleKD:
-    """`cap`: stage 4 through a cross attention projector (eq. 1). `heads`: of that CAP. See `ScaleKD`."""
+    """`cap`: stage 4 through a cross attention projector (eq. 1).
+
+    `heads`: of that CAP. For the other options see `ScaleKD`.
+    """
     return ScaleKD(
         student,
         teacher,
@@ -194,7 +201,10 @@ def dfm(
     norm: Norm = "batch",
     reduction: Reduction = "mean",
 ) -> ScaleKD:
-    """`dfm`: CAP in two views (eq. 3). `heads`: of each CAP. See `ScaleKD`."""
+    """`dfm`: CAP in two views (eq. 3).
+
+    `heads`: of each CAP. For the other options see `ScaleKD`.
+    """
     _refuse_single("dfm", views)
     return ScaleKD(
         student,
@@ -219,7 +229,10 @@ def tpp(
     norm: Norm = "batch",
     reduction: Reduction = "mean",
 ) -> ScaleKD:
-    """`tpp`: CAP and the proxy path in one view (eq. 4). `heads`: (stage 3, stage 4). See `ScaleKD`."""
+    """`tpp`: CAP and the proxy path in one view (eq. 4).
+
+    `heads`: (stage 3, stage 4). For the other options see `ScaleKD`.
+    """
     return ScaleKD(
         student,
         teacher,
@@ -245,7 +258,10 @@ def scalekd(
     norm: Norm = "batch",
     reduction: Reduction = "mean",
 ) -> ScaleKD:
-    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms). See `ScaleKD`."""
+    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms).
+
+    For the options see `ScaleKD`.
+    """
     _refuse_single("scalekd", views)
     return ScaleKD(
         student,

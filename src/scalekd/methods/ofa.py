@@ -1,0 +1,110 @@
+"""`ofa`: one-for-all distillation, with a classifier on each of the student's stages."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..stages import Features, Shapes
+from .features import check_features
+from .logits import full_precision
+from .maps import check_stages, stage_map
+
+
+class OFA(nn.Module):
+    """`ofa`: the student's stages learn the teacher's logits, each through a branch of its own.
+
+    Hao et al., NeurIPS 2023 (arXiv:2310.19444). A branch turns a stage's map `(B, ds, h, w)` into logits
+    `(B, classes)`, where no architecture is left to be seen, so the grids and channels of the two models do not
+    matter. Terms: `s1`, ... for the branches and `logits` for the student's own logits, each with the loss of
+    `target_enhanced`. With Mixup the target class is the one with the largest share.
+
+    A branch: for each stage that is left to the fourth, a block that halves the grid (3x3 depthwise
+    convolution of stride 2, 1x1 convolution, BatchNorm, ReLU, and the same with stride 1), doubling the channels
+    until the last block, which gives the larger of the models' final widths; stage 4 has a 1x1 convolution in
+    place of blocks. Then the mean over positions and a linear layer.
+
+    Args:
+        stages: student stages 1 to 4 with a branch; stage 4 is the map after the final norm. Default all.
+        epsilon: exponent of the target enhancement, positive: one number for all terms, or one for each of
+            `stages` and then one for the logits. Default 1, the authors'; they use 1 to 1.5, 1.5 for a
+            ResNet-18 with a DeiT-T teacher.
+
+    Raises:
+        ValueError: no teacher, a model without maps, a teacher without the student's classes, an option out of
+            range.
+    """
+
+    def __init__(
+        self,
+        student: Shapes,
+        teacher: Shapes | None,
+        *,
+        stages: tuple[int, ...] = (1, 2, 3, 4),
+        epsilon: tuple[float, ...] = (1.0,),
+    ) -> None:
+        super().__init__()
+        teacher = check_features(student, teacher, 1.0, "mean")
+        check_stages("ofa", stages)
+        if not 0 < student.classes == teacher.classes:
+            raise ValueError(
+                f"ofa: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
+                "Use a teacher of the same classes, or feature methods: scalekd, dfm, cap, fd"
+            )
+        if len(epsilon) not in (1, len(stages) + 1) or not all(e > 0 for e in epsilon):
+            raise ValueError(
+                f"ofa: epsilon is {list(epsilon)}; give one positive number, or {len(stages) + 1}: "
+                "one for each stage and one for the logits"
+            )
+        assert student.final is not None and teacher.final is not None
+        width = max(student.final[0], teacher.final[0])
+        self.stages = tuple(stages)
+        self.epsilon = tuple(epsilon) * (len(stages) + 1) if len(epsilon) == 1 else tuple(epsilon)
+        self.branches = nn.ModuleDict(
+            {f"s{stage}": branch(stage_map(student, stage)[0], 4 - stage, width, student.classes) for stage in stages}
+        )
+
+    def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
+        """One scalar per branch, and `logits`. Targets: class indices `(B,)` or probabilities `(B, classes)`."""
+        assert teacher is not None
+        target = targets.argmax(dim=1) if targets.ndim == 2 else targets
+        logits = {f"s{stage}": self.branches[f"s{stage}"](stage_map(student, stage)) for stage in self.stages}
+        logits["logits"] = student.logits
+        return {
+            name: target_enhanced(of_branch, teacher.logits.detach(), target, epsilon)
+            for (name, of_branch), epsilon in zip(logits.items(), self.epsilon, strict=True)
+        }
+
+
+def target_enhanced(student: Tensor, teacher: Tensor, target: Tensor, epsilon: float) -> Tensor:
+    """Cross entropy with weights made of the teacher's probabilities `t`, averaged over the batch, in nats.
+
+    `-((1 + t_c)^epsilon - 1) * log s_c` for the target class c, and `-t_j^epsilon * log s_j` for every other class:
+    the surer the teacher of the target, the more the student looks at that alone. With epsilon 1 it is the plain
+    cross entropy with `t`. Logits `(B, classes)`, target `(B,)`; computed in float32 at least.
+    """
+    log_s = F.log_softmax(full_precision(student), dim=1)
+    t = F.softmax(full_precision(teacher), dim=1)
+    is_target = F.one_hot(target, t.shape[1]).to(t.dtype)
+    weights = (t + is_target) ** epsilon - is_target
+    return -(weights * log_s).sum(dim=1).mean()
+
+
+def branch(channels: int, halvings: int, width: int, classes: int) -> nn.Sequential:
+    """`(B, channels, h, w)` to logits `(B, classes)`."""
+    layers: list[nn.Module] = [] if halvings else [nn.Conv2d(channels, width, 1)]
+    for left in reversed(range(halvings)):
+        after = 2 * channels if left else width
+        layers += [*separable(channels, channels, stride=2), *separable(channels, after, stride=1)]
+        channels = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def separable(before: int, after: int, stride: int) -> list[nn.Module]:
+    """Depthwise 3x3 and pointwise convolution, BatchNorm, ReLU."""
+    return [
+        nn.Conv2d(before, before, 3, stride=stride, padding=1, groups=before, bias=False),
+        nn.Conv2d(before, after, 1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+    ]
