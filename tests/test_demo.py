@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 
+from scalekd.build import build
 from scalekd.config import load_recipe
 from scalekd.data import eval_batches
 from scalekd.demo import demo as module
-from scalekd.engine import build
 from scalekd.evaluate import evaluate
 from scalekd.models import resolve, sha256_of
 

@@ -22,14 +22,14 @@ def with_statistics(name: str, statistics: tuple, **kwargs: object) -> nn.Module
     return timm.create_model(name, num_classes=5, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def make(losses: dict = ALL, teacher_size: int = 32, student: nn.Module | None = None, **kwargs: object) -> Distiller:
+def make(losses: dict = ALL, teacher_size: int = 48, student: nn.Module | None = None, **kwargs: object) -> Distiller:
     torch.manual_seed(0)
     teacher = with_statistics("test_vit", CLIP, depth=4, img_size=teacher_size)
     return Distiller(
         student or with_statistics("test_resnet", IMAGENET),
         teacher,
         losses,
-        image_size=(32, 32),
+        image_size=(48, 48),
         teacher_size=(teacher_size, teacher_size),
         **kwargs,
     )
@@ -38,7 +38,7 @@ def make(losses: dict = ALL, teacher_size: int = 32, student: nn.Module | None =
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, 48, 48), generator=generator, dtype=torch.uint8)
     return images, torch.tensor([0, 1, 2, 4])
 
 
@@ -84,16 +84,23 @@ def test_teacher_moves_along(batch):
 # ---------------------------------------------------------------- what the models see
 
 
-@pytest.mark.parametrize("teacher_size", [32, 48])
-def test_same_pixels_under_own_statistics_and_size(batch, teacher_size):
+@pytest.mark.parametrize("pixels_size", [48, 56, 64])
+@pytest.mark.parametrize("teacher_size", [48, 64])
+def test_same_pixels_under_own_statistics_size_and_interpolation(teacher_size, pixels_size):
+    batch = torch.randint(0, 256, (4, 3, pixels_size, pixels_size), dtype=torch.uint8), torch.randint(0, 5, (4,))
     distiller = make(teacher_size=teacher_size)
+    distiller.student.pretrained_cfg["interpolation"] = "bilinear"
     student, teacher = inputs_of(distiller.student), inputs_of(distiller.teacher_view.model)
     distiller(*batch)
     pixels = batch[0] / 255
-    resized = pixels
-    if teacher_size != 32:
-        resized = F.interpolate(pixels, (teacher_size, teacher_size), mode="bicubic", antialias=True).clamp(0, 1)
-    for seen, expected, statistics in ((student, pixels, IMAGENET), (teacher, resized, CLIP)):
+
+    def expected_at(size, mode):
+        if size == pixels_size:
+            return pixels
+        return F.interpolate(pixels, (size, size), mode=mode, antialias=True).clamp(0, 1)
+
+    of_student, of_teacher = expected_at(48, "bilinear"), expected_at(teacher_size, "bicubic")
+    for seen, expected, statistics in ((student, of_student, IMAGENET), (teacher, of_teacher, CLIP)):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in statistics)
         assert len(seen) == 1
         torch.testing.assert_close(seen[0], (expected - mean) / std)
@@ -181,10 +188,10 @@ def test_logit_methods_serve_a_model_without_maps(batch):
 
 def test_without_a_teacher(batch):
     student = with_statistics("test_resnet", IMAGENET)
-    distiller = Distiller(student, None, {"ce": {}}, image_size=(32, 32)).eval()
+    distiller = Distiller(student, None, {"ce": {}}, image_size=(48, 48)).eval()
     assert list(distiller(*batch)) == ["ce", "total"]
     with pytest.raises(UserError, match=r"losses\.kd needs a teacher"):
-        Distiller(student, None, {"kd": {}}, image_size=(32, 32))
+        Distiller(student, None, {"kd": {}}, image_size=(48, 48))
 
 
 @pytest.mark.parametrize(

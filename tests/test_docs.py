@@ -24,7 +24,7 @@ from scalekd.methods import METHODS
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
-TO_BE_WRITTEN = {"src/scalekd/methods/attention.py", "tests/methods/test_attention.py"}  # in docs/add-a-method.md
+TO_BE_WRITTEN = {"src/scalekd/methods/similarity.py", "tests/methods/test_similarity.py"}  # in docs/add-a-method.md
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w./-])(?:src|docs|tests|tools|examples|benchmarks)/[\w./-]*[\w/]")

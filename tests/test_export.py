@@ -14,8 +14,8 @@ import timm
 import torch
 
 from scalekd import export
+from scalekd.build import Run, build
 from scalekd.config import check_config
-from scalekd.engine import Run, build
 from scalekd.errors import UserError
 from scalekd.export import export_onnx, export_student, load_student
 from scalekd.models import sha256_of
@@ -23,7 +23,7 @@ from scalekd.runs import student_card
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {"student": {"model": "test_resnet"}},
-    "vit": {"student": {"model": "test_vit", "kwargs": {"class_token": False, "global_pool": "avg", "img_size": 32}}},
+    "vit": {"student": {"model": "test_vit", "kwargs": {"class_token": False, "global_pool": "avg", "img_size": 48}}},
     "grey": {"student": {"model": "test_convnext"}, "data": {"channels": 1}},
 }
 
@@ -66,7 +66,10 @@ def test_card_is_complete(run, tmp_path):
     assert card["kwargs"]["num_classes"] == 3
     assert card["kwargs"]["in_chans"] == channels
     assert card["classes"] == ["ant", "bee", "cat"]
-    assert card["image_size"] == [32, 32]
+    assert card["image_size"] == [48, 48]
+    for key, values in (("mean", run.distiller.student_mean), ("std", run.distiller.student_std)):
+        assert torch.equal(torch.tensor(card[key]), values.flatten())
+        assert len(card[key]) == 1 or all(len(str(v)) <= 5 for v in card[key]), "0.485 as people write it"
     assert card["mean"] == card["std"] == [0.5] * channels
     assert (card["interpolation"], card["crop_pct"]) == ("bicubic", 0.875)
     assert (card["top1"], card["teacher"], card["losses"]) == (12.5, None, {"ce": {}})

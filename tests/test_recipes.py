@@ -8,10 +8,11 @@ import pytest
 import torch
 from small_images import write_images
 
+from scalekd.build import build
 from scalekd.cli import main
 from scalekd.config import load_recipe, recipe_names, recipe_text
 from scalekd.data import TrainSampler, train_batches
-from scalekd.engine import AUTOCAST, build, on_device
+from scalekd.engine import AUTOCAST, on_device
 
 SCALEKD_TERMS = {"scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.proxy_alt"}
 TERMS = {  # of the recipes that are not ScaleKD with ce and kd

@@ -319,6 +319,29 @@ def test_wrong_sizes_are_said():
         StageView(model, name="vit", image_size=(224, 224))
 
 
+def test_what_a_model_says_of_a_size_ends_with_one_stop():
+    model = timm.create_model("vgg11", num_classes=3)
+    with pytest.raises(ValueError, match=r"[^.]\. Use a larger data\.image_size\.$"):
+        StageView(model, name="vgg11", image_size=(16, 16))
+    model, _ = build("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"\(64\)\.$"):
+        StageView(model, name="vit", image_size=(224, 224))
+
+
+def test_ghostnet_s_maps_leave_out_what_follows_the_first_block_of_a_stride():
+    """As the docstring of `StageView` says; its final map has all of it."""
+    model = timm.create_model("ghostnet_050", num_classes=3).eval()
+    view, images = StageView(model, name="ghostnet", image_size=(64, 64)), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        f = view(images)
+        x = model.act1(model.bn1(model.conv_stem(images)))
+        ends = [x := block(x) for block in model.blocks]
+    assert len(ends) == 10
+    for taken, block in zip(f.maps, (1, 3, 5, 7), strict=True):
+        assert close(taken, ends[block])
+    assert ends[6].shape[-1] == ends[5].shape[-1] and close(f.final, ends[-1])
+
+
 def test_resuming_needs_a_tail_and_eval_mode():
     view, images = view_of("resnet18")
     view.model.train()

@@ -6,7 +6,7 @@ import inspect
 import re
 import reprlib
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,17 +19,23 @@ from pydantic import (
     JsonValue,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, printable, shortened
+from .files import is_file
 
 RECIPES = resources.files("scalekd") / "recipes"
 
-Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+Pixels = Annotated[int, Field(gt=0, lt=2**16)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -39,7 +45,7 @@ def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
         raise ValueError(f"pixels, such as 224 or [192, 256] for height and width (given {_short(value)})") from None
 
 
-ImageSize = Annotated[Positive | tuple[Positive, Positive], WrapValidator(_one_message)]
+ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -52,31 +58,43 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1, so `epochs: yes` would be a run of one epoch
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool", "true and false are no value for it")
+        return value
+
 
 class Data(Section):
     train: str
-    """Where the training images are: a folder with one sub-folder per class, or a named source (docs/own-data.md)."""
+    """Where the training images are: a folder with one sub-folder per class, or a named source (docs/data.md)."""
     val: str | None = None
     """Validation images, same forms. Without it `val_fraction` of `train` is held out."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: Positive | None = None
     """Use only so many training images, the same number per class, chosen by `seed`."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the held-out images and the `limit`; apart from the run's seed so that seeds share their data."""
     image_size: ImageSize = 224
     """Pixels, square or (height, width). The student sees this size."""
     channels: Literal[1, 3] = 3
-    workers: Annotated[int, Field(ge=0)] = 4
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that cannot be read: stop and name it, or leave it out and list it in the run's folder."""
+    max_bad: Share = 0.01
+    """`on_bad_image: skip` stops when more than this share of the images is bad (docs/data.md)."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 4
 
 
 class Augment(Section):
     crop: Literal["random_resized", "pad", "none"] = "random_resized"
     scale: tuple[Share, Share] = (0.08, 1.0)
     """Area range of `crop: random_resized`."""
-    pad: Annotated[int, Field(ge=0)] = 4
+    pad: Annotated[int, Field(ge=0, lt=2**16)] = 4
     """Pixels of zero padding on each side for `crop: pad`, which then cuts out `image_size`."""
     flip: Share = 0.5
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    color_jitter: Annotated[float, Field(ge=0, le=100)] = 0.0
     auto_augment: str | None = None
     """timm's notation, such as rand-m7-mstd0.5."""
 
@@ -94,7 +112,8 @@ class Augment(Section):
                 raise ValueError(f"it would ignore `{'-'.join(ignored)}`")
         except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"timm cannot read `{policy}` ({error or type(error).__name__}); write such as rand-m7-mstd0.5"
+                f"timm cannot read `{printable(policy)}` ({printable(str(error) or type(error).__name__)}); "
+                "write such as rand-m7-mstd0.5"
             ) from None
         return policy
 
@@ -103,7 +122,7 @@ class Augment(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 0.875
     """Validation: the image is resized to image_size / crop_pct and its centre is cut out."""
 
 
@@ -119,10 +138,23 @@ class Model(Section):
     image_size: ImageSize | None = None
     """Teachers: the size the teacher sees, if not the student's; resized from the same augmented pixels."""
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Statistics of the model's input for pixels in [0, 1]; timm's own for that model unless given."""
     top1: Annotated[float, Field(ge=0, le=100)] | None = None
     """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
+
+    @field_validator("kwargs")
+    @classmethod
+    def _of_the_architecture(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # timm would fetch weights from where these say, and older versions of it run code from such a file
+        refused = [key for key in kwargs if key in ("checkpoint_path", "cache_dir") or key.startswith("pretrained")]
+        if refused:
+            raise ValueError(
+                f"{', '.join(refused)}: not here; `weights` names the weights, such as student.weights=FILE"
+            )
+        if odd := [key for key in kwargs if not key.isidentifier()]:
+            raise ValueError(f"{printable(repr(odd[0]))} is no name of an argument")
+        return kwargs
 
     @field_validator("model")
     @classmethod
@@ -130,13 +162,13 @@ class Model(Section):
         import timm
 
         if not timm.is_model(name):
-            raise ValueError(f"timm has no model `{name}`.{nearest(name.split('.')[0], timm.list_models())}")
+            raise ValueError(f"timm has no model `{printable(name)}`.{nearest(name.split('.')[0], timm.list_models())}")
         return name
 
 
 class Train(Section):
     epochs: Positive
-    batch_size: Positive
+    batch_size: Annotated[int, Field(gt=0, le=2**20)]
     """Global: over all processes and accumulated steps."""
     accumulate: Positive = 1
     """Micro-batches per optimiser step."""
@@ -148,6 +180,11 @@ class Train(Section):
     sync_batchnorm: bool = False
     eval_every: Positive = 1
     """Epochs between validations."""
+    save_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Between checkpoints; every validation writes one too. 0: one after every step."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps of a run that may be left out because the loss or the gradient is not finite. Above 0, a GPU is
+    waited for in every step."""
     log_every: Positive = 50
     """Steps between log lines; losses are read from the device only then."""
 
@@ -162,13 +199,13 @@ class Optim(Section):
         from timm.optim import list_optimizers
 
         if name not in list_optimizers():
-            raise ValueError(f"timm has no optimiser `{name}`.{nearest(name, list_optimizers())}")
+            raise ValueError(f"timm has no optimiser `{printable(name)}`.{nearest(name, list_optimizers())}")
         return name
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     momentum: Share = 0.9
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     decay_norm_and_bias: bool = False
     """Apply weight decay to biases and normalisation layers too."""
@@ -189,7 +226,7 @@ class Schedule(Section):
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
     """The run's; its folder is runs/NAME unless --out says otherwise."""
-    seed: int = 0
+    seed: Seed = 0
     data: Data
     augment: Augment = Augment()
     student: Model
@@ -199,6 +236,8 @@ class Config(Section):
     train: Train
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where scalars go beside the run's log.jsonl (docs/trackers.md); [] for nowhere."""
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -231,7 +270,8 @@ class Config(Section):
             )
         if self.schedule.warmup_epochs >= self.train.epochs:
             problems.append(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}"
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}; "
+                "for a short trial add schedule.warmup_epochs=0"
             )
         problems += _ignored(self)
         if problems:
@@ -261,6 +301,7 @@ def _ignored(config: Config) -> list[str]:
         (not info.has_betas, "optim.betas", optim, "an optimiser with betas"),
         (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
         (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
+        (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
         (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
         (
             config.data.val is not None and config.data.limit is None,
@@ -305,9 +346,11 @@ def _method_problems(name: str, options: Any) -> list[str]:
     known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
     problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
+        if isinstance(value, bool) and known.get(key, bool) is not bool:
+            problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
         try:
             if key in known:
-                TypeAdapter(known[key]).validate_python(value)
+                _adapter(known[key]).validate_python(value)
         except ValidationError as error:
             problems += [f"losses.{name}.{key}: {e['msg']} (given {_short(value)})" for e in error.errors()[:1]]
     return problems
@@ -317,22 +360,69 @@ def _typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from .methods import METHODS
 
     known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
-    return {k: TypeAdapter(known[k]).validate_python(v) for k, v in options.items()}
+    return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
 # ---------------------------------------------------------------- YAML and overrides
 
 
+MOST_VALUES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number and a key given twice is an error."""
+    """Safe YAML in which 1e-3 is a number and a key given twice is an error.
+
+    Aliases are read as copies, of which there may be so many: a few lines of them can stand for billions of values.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _values_in(node, {}) > MOST_VALUES:
+            raise _refused(f"it has more than {MOST_VALUES:,} values", node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in seen:
+                raise _refused(f"`{key}` is given twice", node)
+            if not str(key).isprintable():
+                raise _refused(f"the key {printable(repr(key))} has characters that cannot be shown", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise _refused("a number has more than 64 bits", node)
+        return value
+
+
+def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many there are with every alias written out. `known`: of the nodes that were met before, 0 while inside."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if known.get(id(node)) == 0:
+        raise _refused("an alias stands for what it is in", node)
+    if id(node) not in known:
+        known[id(node)] = 0
+        inside = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+        known[id(node)] = 1 + sum(_values_in(n, known) for n in inside)
+    return known[id(node)]
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
@@ -344,11 +434,12 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise UserError(f"{where} is not valid YAML: {error.problem}{place}") from None
+        raise UserError(f"{where} is not valid YAML: {shortened(str(error.problem))}{place}") from None
     except RecursionError:
         raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # PyYAML's own, for a false !!bool and such
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    # PyYAML's own, for a false !!bool and such
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is not valid YAML: {shortened(' '.join(str(error).split()))}") from None
 
 
 def recipe_names() -> list[str]:
@@ -360,9 +451,9 @@ def recipe_text(recipe: str) -> str:
     if recipe in recipe_names():
         return (RECIPES / f"{recipe}.yaml").read_text()
     path = Path(recipe)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
-            f"no recipe `{recipe}`: neither a file nor a shipped one.{nearest(recipe, recipe_names())} "
+            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, recipe_names())} "
             "`scalekd recipes` lists them."
         )
     try:
@@ -386,17 +477,21 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"`{override}` is not an override: write key=value, such as optim.lr=1e-3")
+    shown = shortened(override)
+    if not equals or not key or not key.isprintable():
+        raise UserError(f"`{shown}` is not an override: write key=value, such as optim.lr=1e-3")
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)
         if inner is None:
             inner = values[parent] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"`{override}`: {parent} is a value, it has no `{last}`")
+            raise UserError(f"`{shown}`: {parent} is a value, it has no `{last}`")
         values = inner
-    values[last] = parse_yaml(text, f"`{override}`")
+    values[last] = parse_yaml(text, f"`{shown}`")
+
+
+MOST_PROBLEMS = 30
 
 
 def check_config(values: dict[str, Any], where: str) -> Config:
@@ -404,10 +499,13 @@ def check_config(values: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [line for e in error.errors() for line in _describe(dict(e))]
-    raise UserError(
-        f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)
-    )
+        errors = error.errors()
+        lines = [line for e in errors[:MOST_PROBLEMS] for line in _describe(dict(e))]
+    count = len(lines) + max(0, len(errors) - MOST_PROBLEMS)
+    listed = [f"  - {shortened(line)}" for line in lines[:MOST_PROBLEMS]]
+    if count > MOST_PROBLEMS:
+        listed.append(f"  - and {count - MOST_PROBLEMS} more")
+    raise UserError(f"{where}: {count} problem{'s' * (count > 1)}\n" + "\n".join(listed))
 
 
 def _describe(error: dict[str, Any]) -> list[str]:

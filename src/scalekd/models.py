@@ -18,6 +18,7 @@ from torch import nn
 from .config import Model
 from .distiller import Statistics, default_statistics
 from .errors import UserError, first_line, nearest
+from .files import is_file
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Loaded:
     matched: int  # tensors filled from the source
     total: int  # tensors of the model
     initial: float  # share of biases and norm weights still exactly at their initial 0 or 1
+    head: str | None = None  # what is there instead, where the source's classifier was for other classes
 
 
 def build_model(
@@ -37,7 +39,8 @@ def build_model(
 ) -> tuple[nn.Module, Loaded]:
     """`timm.create_model` with the recipe's keyword arguments, weights checked.
 
-    classes: the width of the head; None keeps the one that the pre-trained weights came with.
+    classes: the width of the head; None keeps the one that the pre-trained weights came with. Weights of another
+    class count: a student gets a new head, which `Loaded.head` says; a teacher keeps the head of its file.
     Raises `UserError`, naming `where` (student or teacher), for unknown arguments and for weights that do not fit.
     """
     if spec.kwargs.get("in_chans", channels) != channels:
@@ -55,22 +58,43 @@ def build_model(
             + (nearest(spec.model, tags) if tags else " Give a file, or another model.")
         )
     model, kwargs = _create(spec.model, image_size, pretrained, kwargs, where)
-    total = len(model.state_dict())
     if spec.weights in (None, "random"):
-        return model, Loaded(kwargs, "random", None, 0, total, initial_share(model))
+        return model, Loaded(kwargs, "random", None, 0, len(model.state_dict()), initial_share(model))
+    new: dict[str, torch.Tensor] = {}  # what the source has not filled
     if pretrained:
-        tag = getattr(model, "pretrained_cfg", {}).get("tag", "")
-        return model, Loaded(kwargs, f"pretrained ({tag})", None, total, total, initial_share(model))
-    path = resolve(str(spec.weights))
-    matched = load_weights(model, path, where)
-    return model, Loaded(kwargs, str(spec.weights), sha256_of(path), matched, total, initial_share(model))
+        cfg = getattr(model, "pretrained_cfg", {})
+        source, sha256, theirs = f"pretrained ({cfg.get('tag', '')})", None, cfg.get("num_classes")
+        if getattr(model, "num_classes", theirs) != theirs:  # timm has left the head out
+            new = _classifier(model)
+    else:
+        path = resolve(str(spec.weights))
+        read = read_weights(path, where)
+        state = _adapted(read, model)
+        source, sha256, theirs = str(spec.weights), sha256_of(path), _other_classes(model, state)
+        if theirs is not None and where == "student":
+            new = _classifier(model)
+        elif theirs is not None and "num_classes" not in spec.kwargs:
+            model, kwargs = _create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
+            state = _adapted(read, model)
+        load_weights(model, state | new, path, where)
+    if new and where == "teacher":
+        raise UserError(
+            f"teacher.kwargs: num_classes would give a head that was never trained in place of that for {theirs} "
+            "classes; leave it out"
+        )
+    total = len(model.state_dict())
+    head = f"new head for {kwargs['num_classes']} classes, the old one was for {theirs}" if new else None
+    return model, Loaded(kwargs, source, sha256, total - len(new), total, initial_share(model), head)
 
 
 def resolve(weights: str) -> Path:
     """A path; `package:demo/teacher.safetensors` is the file that comes with scalekd."""
     if weights.startswith("package:"):
         return Path(__file__).parent / weights.removeprefix("package:")
-    return Path(weights).expanduser()
+    try:
+        return Path(weights).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return Path(weights)
 
 
 def _create(
@@ -103,14 +127,12 @@ def _create(
         ) from None
 
 
-def load_weights(model: nn.Module, path: Path, where: str) -> int:
-    """Fills every tensor of `model` from a .safetensors or torch file; returns how many.
-
-    timm's own filter for the family is applied (other key names, position tables of another size).
-    Nothing may be missing or left over. Runs no code from the file.
-    """
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+def read_weights(path: Path, where: str) -> dict[str, torch.Tensor]:
+    """The named tensors of a .safetensors or torch file. Runs no code from it. Raises `UserError`."""
+    if not is_file(path):
+        near = path.parent if len(str(path)) < 4096 and path.parent.is_dir() else None
+        beside = [p.name for p in near.iterdir()] if near else []
+        beside += ["pretrained", "random"] if path.parent == Path() else []
         raise UserError(f"{where}.weights: no file {path}.{nearest(path.name, beside) if beside else ''}")
     try:
         state = load_state_dict(str(path), weights_only=True)
@@ -122,10 +144,41 @@ def load_weights(model: nn.Module, path: Path, where: str) -> int:
         ) from None
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"{where}.weights: {path} holds no named tensors")
+    return state
+
+
+def _adapted(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Through timm's own filter for the family: other key names, position tables of another size."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
+        return state
+    with warnings.catch_warnings():  # torch's, on how timm resizes tables of relative positions
+        for told in (".*searchsorted", ".*non-tuple sequence"):
+            warnings.filterwarnings("ignore", told, UserWarning)
+        return adapt(dict(state), model)
+
+
+def _classifier(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the model's classifier (or classifiers: a distilled DeiT has two)."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] in names}
+
+
+def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> int | None:
+    """The class count of `state`, if all fits `model` but a classifier for another number of classes."""
     wanted = model.state_dict()
-    if adapt is not None and {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
-        state = adapt(dict(state), model)
+    if wanted.keys() != state.keys():
+        return None
+    other = {name for name in wanted if wanted[name].shape != state[name].shape}
+    counts = {len(state[name]) for name in other if state[name].ndim}
+    apart = all(wanted[name].shape[1:] == state[name].shape[1:] for name in other)
+    return counts.pop() if apart and len(counts) == 1 and other == _classifier(model).keys() else None
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path, where: str) -> None:
+    """Fills every tensor of `model`; nothing may be missing or left over. Raises `UserError`."""
+    wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
     if missing or extra or other:
@@ -143,7 +196,6 @@ def load_weights(model: nn.Module, path: Path, where: str) -> int:
             + ".\nGive the model name, kwargs and class count that the weights were made with."
         )
     model.load_state_dict(state)
-    return len(wanted)
 
 
 def _shape_differences(names: list[str], wanted: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
