@@ -66,7 +66,7 @@ def to_the_end(variant: str, folder: Path) -> float:
     began, first = time.monotonic(), None
     child = start(variant, folder)
     while child.poll() is None:
-        first = first or (time.monotonic() - began if events(folder) else None)
+        first = first or (time.monotonic() - began if last_step(folder) else None)
         time.sleep(0.01)
     if child.returncode:
         raise SystemExit(f"{folder}: exit code {child.returncode}\n{folder.with_suffix('.txt').read_text()[-8000:]}")
@@ -77,8 +77,15 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return read_log(folder) if (folder / "log.jsonl").is_file() else []
 
 
+READ: dict[Path, tuple[int, int]] = {}  # a log's size, and the last step in it: it is asked for all the time
+
+
 def last_step(folder: Path) -> int:
-    return max((e["step"] for e in events(folder) if e["event"] == "step"), default=0)
+    log = folder / "log.jsonl"
+    size = log.stat().st_size if log.is_file() else 0
+    if READ.get(log, (-1, 0))[0] != size:
+        READ[log] = size, max((e["step"] for e in events(folder) if e["event"] == "step"), default=0)
+    return READ[log][1]
 
 
 def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: random.Random) -> str | None:
@@ -101,7 +108,7 @@ def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: ran
         if point in ("end of epoch", "validation") and last_step(folder) >= epoch_end:
             time.sleep((0.01 if point == "end of epoch" else 0.8) * moment)
             break
-        time.sleep(0.0005)
+        time.sleep(0.001)
     if child.poll() is not None:
         if child.returncode:
             raise SystemExit(

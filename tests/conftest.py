@@ -11,27 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from small_images import write_images
-from whole_runs import changed
+from whole_runs import PLAIN_LOSSES, TINY, changed
 
 from scalekd.cli import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
-
-TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
-    "name": "tiny",
-    "data": {"train": "TRAIN", "val": "VAL", "image_size": 48, "workers": 0},
-    "augment": {"crop": "pad", "pad": 2},
-    "student": {"model": "test_resnet"},
-    "teacher": {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},
-    "losses": {"ce": {}, "kd": {}, "scalekd": {}},
-    "train": {"epochs": 2, "batch_size": 8, "log_every": 1},
-    "optim": {"name": "adamw", "lr": 1e-3},
-}
-
-
-# ScaleKD's parts apart: together, with random weights, the second view's first vectors are so short that
-# normalising them makes rounding count
-PLAIN_LOSSES: dict[str, Any] = {"ce": {}, "kd": {}, "dfm": {"norm": "layer"}, "tpp": {"norm": "layer"}}
 
 
 @pytest.fixture

@@ -246,8 +246,8 @@ def test_folders_that_hold_something_else(refused, tmp_path):
     folder = tmp_path / "run"
     folder.write_text("a file")
     assert f"{folder} is a file; give --out a folder" in refused()
-    assert "cannot write to" in refused(out=folder / "inside")
-    assert "cannot write to" in refused(out=Path("/proc/scalekd/run"))
+    assert "cannot write" in refused(out=folder / "inside")
+    assert "cannot write" in refused(out=Path("/proc/scalekd/run"))
     folder.unlink()
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_input import Payload, write_idx
 from test_sources import PNG, write_tar
+from whole_runs import TINY
 
 from scalekd import checkpoint
 from scalekd.config import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from whole_runs import assert_same, changed, events, final_state
+from whole_runs import assert_same, changed, events, final_state, start
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 BIN = Path(sys.executable).parent
@@ -60,11 +60,18 @@ def recipe_path(light_recipe, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_one_node(recipe_path, tmp_path):
-    script = with_run("one-node.sh", tmp_path, recipe_path, "--out", tmp_path / "run")
+def test_one_node_and_two_processes_are_one_with_two_accumulated_micro_batches(random_recipe, tmp_path):
+    """Batch norm sees the same parts of the batch, mixup and drop path the same random numbers: equal to rounding."""
+    recipe = changed(random_recipe, optim={"name": "momentum", "lr": 0.01}, train={"accumulate": 1})
+    recipe["train"].pop("ema")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    two, one = tmp_path / "two", tmp_path / "one"
+    script = with_run("one-node.sh", tmp_path, tmp_path / "recipe.yaml", "--out", two, "--no-preflight")
     done = subprocess.run(["bash", script], env=ENVIRONMENT | {"GPUS": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(events(tmp_path / "run", "finished")) == 1
+    start(changed(recipe, train={"accumulate": 2}), one)
+    for a, b in zip(events(two, "step"), events(one, "step"), strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
 
 
 @pytest.mark.slow

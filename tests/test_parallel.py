@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from whole_runs import assert_same, changed, events, final_state, start
+from whole_runs import assert_same, changed, events, final_state
 
-from scalekd import checkpoint, parallel
+from scalekd import parallel
 from scalekd.config import check_config
 from scalekd.errors import UserError
 from scalekd.export import load_student
@@ -121,39 +121,20 @@ def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes through /proc")
-def test_stopped_and_killed_processes_end_as_two_left_alone(long_recipe, tmp_path):
-    """SIGTERM to torchrun and the same command again; then kill -9 of one worker under --max-restarts."""
+def test_a_killed_process_is_brought_back_and_ends_as_one_left_alone(long_recipe, tmp_path):
+    """kill -9 of one of them: torchrun --max-restarts brings both back from the last checkpoint."""
     whole = torchrun(long_recipe, tmp_path)
     parts = tmp_path / "parts"
     command = [*torchrun_command(long_recipe, tmp_path, "parts", "--max-restarts", "2"), "--no-preflight"]
     with open(tmp_path / "output.txt", "w") as output:
-        stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
-        wait_for_step(parts, 2, stopped)
-        stopped.send_signal(signal.SIGTERM)
-        assert stopped.wait(60) != 0
-        told = (tmp_path / "output.txt").read_text()
-        assert told.count("stopped by SIGTERM after step") == 2 and "Traceback" not in told.split("stopped by")[0]
-        reached = checkpoint.load(parts / "last.pt")["progress"]["step"]
-        assert 2 <= reached < 9
-
-        again = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
-        wait_for_step(parts, reached + 2, again)
-        os.kill(workers_of(again.pid)[1], signal.SIGKILL)
-        assert again.wait(200) == 0, (tmp_path / "output.txt").read_text()
-    assert [e["event"] for e in read_log(parts)].count("resumed") == 2
+        running = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+        wait_for_step(parts, 5, running)
+        os.kill(workers_of(running.pid)[1], signal.SIGKILL)
+        assert running.wait(250) == 0, (tmp_path / "output.txt").read_text()
+    (resumed,) = events(parts, "resumed")
+    assert 4 <= resumed["step"] < 12
     assert_same(final_state(parts), final_state(whole))
     assert_same(*(load_student(folder)[0].state_dict() for folder in (parts, whole)))
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_two_accumulated_micro_batches(random_recipe, tmp_path):
-    """Batch norm sees the same parts of the batch, mixup and drop path the same random numbers: equal to rounding."""
-    recipe = changed(random_recipe, optim={"name": "momentum", "lr": 0.01}, train={"accumulate": 1})
-    recipe["train"].pop("ema")
-    two, one = torchrun(recipe, tmp_path, "--no-preflight"), tmp_path / "one"
-    start(changed(recipe, train={"accumulate": 2}), one)
-    for a, b in zip(events(two, "step"), events(one, "step"), strict=True):
-        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
 
 
 def test_one_process_is_a_group_of_one():

@@ -17,6 +17,22 @@ from scalekd.engine import train
 from scalekd.preflight import preflight
 from scalekd.runlog import RunLog, read_log
 
+TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
+    "name": "tiny",
+    "data": {"train": "TRAIN", "val": "VAL", "image_size": 48, "workers": 0},
+    "augment": {"crop": "pad", "pad": 2},
+    "student": {"model": "test_resnet"},
+    "teacher": {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},
+    "losses": {"ce": {}, "kd": {}, "scalekd": {}},
+    "train": {"epochs": 2, "batch_size": 8, "log_every": 1},
+    "optim": {"name": "adamw", "lr": 1e-3},
+}
+
+
+# ScaleKD's parts apart: together, with random weights, the second view's first vectors are so short that
+# normalising them makes rounding count
+PLAIN_LOSSES: dict[str, Any] = {"ce": {}, "kd": {}, "dfm": {"norm": "layer"}, "tpp": {"norm": "layer"}}
+
 Recipe = dict[str, Any]
 CPU = torch.device("cpu")
 
