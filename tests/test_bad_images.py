@@ -255,3 +255,15 @@ def test_a_value_that_nothing_reads(cli, light_file):
     result = cli("train", light_file, "data.max_bad=0.5", "--dry-run")
     assert result.code == 2 and "data.max_bad: has no effect here; it goes with data.on_bad_image: skip" in result.err
     assert yaml.safe_load(light_file.read_text())["data"].keys().isdisjoint({"on_bad_image", "max_bad"})
+
+
+def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(cli, recipe_file, image_folder, tmp_path):
+    """As the message says, with the same folder."""
+    victim = image_folder / "train" / "ant" / "0.png"
+    victim.write_bytes(victim.read_bytes()[:100])
+    command = ["train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null", "--no-preflight"]
+    stopped = cli(*command)
+    assert stopped.code == 2 and "`--on-bad-image skip` trains without it" in stopped.err
+    command += ["data.max_bad=0.1"]
+    assert cli(*command, "--on-bad-image", "skip").code == 0
+    assert str(victim) in (tmp_path / "run" / "bad-images.txt").read_text()

@@ -130,6 +130,7 @@ def recipe_difference(text: str, config: Config) -> str:
 
 
 def _what_counts(config: Config) -> Config:
-    data = config.data.model_copy(update={"workers": 0})
+    # what becomes of bad images: a run that stopped at its first one has trained on none
+    data = config.data.model_copy(update={"workers": 0, "on_bad_image": "error", "max_bad": 0.01})
     train = config.train.model_copy(update={"save_minutes": 0.0, "skip_nonfinite": 0})
     return config.model_copy(update={"data": data, "train": train, "track": ()})
