@@ -7,9 +7,10 @@ import inspect
 import pytest
 import yaml
 
-from scalekd.config import check_config, load_recipe, options_of, parse_yaml, to_yaml
+from scalekd.config import check_config, load_recipe, merged, options_of, to_yaml
 from scalekd.errors import UserError
 from scalekd.methods import METHODS
+from scalekd.yaml_file import parse_yaml
 
 BASE = """
 name: x
@@ -220,3 +221,65 @@ def test_a_file_that_is_no_recipe(tmp_path):
         load_recipe(str(tmp_path / "picture.yaml"))
     with pytest.raises(UserError, match="no recipe"):
         load_recipe(str(tmp_path))
+
+
+# a recipe made from another
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """`recipe_file(name, text)` -> the path of a recipe in one folder."""
+
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_recipe_says_what_differs_from_its_base(recipe_file):
+    recipe_file("first.yaml", BASE)
+    second = recipe_file("second.yaml", "base: first.yaml\nname: y\ntrain: {epochs: 3}\noptim: {lr: 0.5}\n")
+    third = recipe_file("third.yaml", "base: second.yaml\nteacher: null\nlosses: {ce: {}}\n")
+    assert load_recipe(second) == check_config(
+        parse_yaml(BASE, "") | {"name": "y", "train": {"epochs": 3, "batch_size": 8}, "optim": {"lr": 0.5}}, "x"
+    )
+    made = load_recipe(third, ["train.epochs=4"])
+    assert made.teacher is None and list(made.losses) == ["ce"] and made.train.epochs == 4 and made.optim.lr == 0.5
+
+
+def test_a_base_may_be_a_shipped_recipe(recipe_file):
+    mine = load_recipe(recipe_file("mine.yaml", "base: demo\nname: mine\noptim: {lr: 0.01}\n"))
+    assert mine == load_recipe("demo", ["name=mine", "optim.lr=0.01"])
+
+
+def test_losses_and_models_take_the_place_of_the_base_s():
+    base = {"losses": {"ce": {}, "kd": {}}, "student": {"model": "a", "kwargs": {"depth": 4}}, "train": {"epochs": 1}}
+    assert merged(base, {"losses": {"ce": {}}})["losses"] == {"ce": {}}
+    assert merged(base, {"student": {"model": "b"}})["student"] == {"model": "b"}
+    assert merged(base, {"student": {"kwargs": {"width": 2}}})["student"] == {"model": "a", "kwargs": {"width": 2}}
+    assert base["student"]["kwargs"] == {"depth": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: here.yaml", "here.yaml is made from this recipe"),
+        ("base: other.yaml", "no recipe"),
+        ("base: [demo]", "the name of a recipe or a YAML file"),
+        ("base: demmo", "Did you mean `demo`"),
+        ("base: list.yaml", "list.yaml is not a recipe"),
+    ],
+)
+def test_bad_bases(recipe_file, text, message):
+    recipe_file("list.yaml", "[1]")
+    here = recipe_file("here.yaml", text)
+    with pytest.raises(UserError, match="base") as error:
+        load_recipe(here)
+    assert message in str(error.value)
+
+
+def test_bases_in_a_ring_are_told(recipe_file):
+    recipe_file("a.yaml", "base: b.yaml")
+    with pytest.raises(UserError, match="made from this recipe"):
+        load_recipe(recipe_file("b.yaml", "base: a.yaml"))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from scalekd.cli import parse, shortcuts
+from scalekd.cli import _parser, parse, shortcuts
 from scalekd.config import (
     Config,
     _fields_at,
     check_config,
     load_recipe,
     options_of,
-    parse_yaml,
     recipe_names,
     recipe_text,
 )
 from scalekd.methods import METHODS
+from scalekd.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,18 +77,13 @@ def test_a_command_line_is_understood(file, line):
         assert args.show[0] == "show" and args.show[1] in (*recipe_names(), "NAME")
 
 
+COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+
+
 @pytest.mark.parametrize("file, line", each(re.compile(r"`scalekd [^`\n]+`")))
 def test_a_command_in_a_sentence_exists(file, line):
     words = line.strip("`").split()[1:]
-    assert words[0].startswith("-") or words[0] in (
-        "train",
-        "evaluate",
-        "export",
-        "demo",
-        "methods",
-        "recipes",
-        "doctor",
-    )
+    assert words[0].startswith("-") or words[0] in COMMANDS
     if words[:2] == ["recipes", "show"] or words[0] == "train":
         assert words[-1].isupper() or set(words) & set(recipe_names()) or len(words) == 1
 

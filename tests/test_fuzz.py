@@ -25,13 +25,13 @@ from scalekd.config import (
     _override,
     check_config,
     load_recipe,
-    parse_yaml,
     recipe_names,
     recipe_text,
     to_yaml,
 )
 from scalekd.errors import UserError
 from scalekd.sources import open_source
+from scalekd.yaml_file import parse_yaml
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:

@@ -192,7 +192,7 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from .config import parse_yaml, recipe_names, recipe_text
+    from .config import recipe_names, recipe_text, recipe_values
 
     if args.show:
         if len(args.show) != 2 or args.show[0] != "show":
@@ -203,7 +203,7 @@ def _recipes(args: argparse.Namespace) -> None:
     for name in recipe_names():
         text = recipe_text(name)
         header = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")]
-        recipe = parse_yaml(text, name)
+        recipe = recipe_values(name)
         listed.append(
             {
                 "name": name,

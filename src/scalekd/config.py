@@ -6,7 +6,7 @@ import inspect
 import re
 import reprlib
 import typing
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import UserError, nearest, printable, shortened
 from .files import is_file
+from .yaml_file import parse_yaml
 
 RECIPES = resources.files("scalekd") / "recipes"
 
@@ -160,6 +161,8 @@ class Model(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         import timm
+
+        from . import mixer  # noqa: F401 - adds a name to timm's
 
         if not timm.is_model(name):
             raise ValueError(f"timm has no model `{printable(name)}`.{nearest(name.split('.')[0], timm.list_models())}")
@@ -367,79 +370,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
-# ---------------------------------------------------------------- YAML and overrides
-
-
-MOST_VALUES = 100_000
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number and a key given twice is an error.
-
-    Aliases are read as copies, of which there may be so many: a few lines of them can stand for billions of values.
-    """
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None and _values_in(node, {}) > MOST_VALUES:
-            raise _refused(f"it has more than {MOST_VALUES:,} values", node)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # refused below
-            if key in seen:
-                raise _refused(f"`{key}` is given twice", node)
-            if not str(key).isprintable():
-                raise _refused(f"the key {printable(repr(key))} has characters that cannot be shown", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if abs(value) >= 2**63:
-            raise _refused("a number has more than 64 bits", node)
-        return value
-
-
-def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many there are with every alias written out. `known`: of the nodes that were met before, 0 while inside."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if known.get(id(node)) == 0:
-        raise _refused("an alias stands for what it is in", node)
-    if id(node) not in known:
-        known[id(node)] = 0
-        inside = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
-        known[id(node)] = 1 + sum(_values_in(n, known) for n in inside)
-    return known[id(node)]
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise UserError(f"{where} is not valid YAML: {shortened(str(error.problem))}{place}") from None
-    except RecursionError:
-        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
-    # PyYAML's own, for a false !!bool and such
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is not valid YAML: {shortened(' '.join(str(error).split()))}") from None
+# ---------------------------------------------------------------- from recipe files
 
 
 def recipe_names() -> list[str]:
@@ -467,12 +398,48 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
     Raises `UserError` that lists every problem, each with the nearest valid name.
     """
-    values = parse_yaml(recipe_text(recipe), recipe)
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
+    values = recipe_values(recipe)
     for override in overrides:
         _override(values, override)
     return check_config(values, recipe)
+
+
+def recipe_values(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a recipe says, with what its `base` says where it says nothing itself (`merged`).
+
+    within: the recipes whose base this one is.
+    """
+    values = parse_yaml(recipe_text(recipe), recipe)
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{recipe}: base: the name of a recipe or a YAML file (given {_short(base)})")
+    beside = Path(recipe).parent / base
+    if base not in recipe_names() and is_file(beside):
+        base = str(beside)
+    if base in (*within, recipe):
+        raise UserError(f"{recipe}: base: {shortened(base)} is made from this recipe; name another")
+    try:
+        return merged(recipe_values(base, (*within, recipe)), values)
+    except UserError as error:
+        raise UserError(f"{recipe}: base: {error}") from None
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` in their place, section by section and key by key.
+
+    Whole are replaced: `losses`, and a student or teacher that names a model, so that no option of another model stays.
+    """
+    result = dict(values)
+    for section, change in changes.items():
+        before = values.get(section)
+        whole = section == "losses" or (isinstance(change, dict) and "model" in change)
+        both = isinstance(before, dict) and isinstance(change, dict)
+        result[section] = before | change if both and not whole else change
+    return result
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -124,7 +124,9 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
         "bad_images": len(read_list(folder)),
     }
     if summary["bad_images"]:
-        log.say(f"{summary['bad_images']} image(s) could not be read and were left out; {folder}/bad-images.txt lists them")
+        log.say(
+            f"{summary['bad_images']} image(s) could not be read and were left out; {folder}/bad-images.txt lists them"
+        )
     log.event("finished", **summary)
     return summary
 

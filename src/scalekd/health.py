@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import checkpoint, parallel
 from .build import Run, build
-from .config import check_config, parse_yaml, to_yaml
+from .config import check_config, to_yaml
 from .data import Batch, TrainSampler, load_batch
 from .errors import UserError
 from .resume import Progress, load_snapshot, snapshot
+from .yaml_file import parse_yaml
 
 ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
 

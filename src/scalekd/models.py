@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
+from . import mixer  # noqa: F401 - adds a name to timm's
 from .config import Model
 from .distiller import Statistics, default_statistics
 from .errors import UserError, first_line, nearest

@@ -11,9 +11,10 @@ from pydantic import TypeAdapter
 
 from . import checkpoint, parallel
 from .build import Run
-from .config import Config, check_config, parse_yaml, to_yaml
+from .config import Config, check_config, to_yaml
 from .errors import UserError, first_line
 from .runlog import RunLog
+from .yaml_file import parse_yaml
 
 
 @dataclass
