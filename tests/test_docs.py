@@ -112,7 +112,7 @@ def test_a_key_exists(file, key):
         assert field in METHODS
         assert not rest or rest[0] in {"weight", *options_of(METHODS[field])}
     else:
-        assert section in Config.model_fields and field in _fields_at([section])
+        assert section in Config.model_fields and field in _fields_at([section], Config)
 
 
 LOSSES = [(file, text) for file, text in each(re.compile(r"losses: \{.*\}")) if file != "docs/add-a-method.md"]

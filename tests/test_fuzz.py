@@ -22,9 +22,9 @@ from whole_runs import TINY
 from scalekd import checkpoint
 from scalekd.config import (
     MOST_PROBLEMS,
-    _override,
     check_config,
     load_recipe,
+    override,
     recipe_names,
     recipe_text,
     to_yaml,
@@ -88,12 +88,12 @@ def config_or_told(text: str, overrides: tuple[str, ...] = ()) -> bool:
     return True
 
 
-def check(text: str, overrides: tuple[str, ...]) -> Any:
-    values = parse_yaml(text, "here")
+def check(recipe: str, overrides: tuple[str, ...]) -> Any:
+    values = parse_yaml(recipe, "here")
     if not isinstance(values, dict):
         raise UserError("here is not a recipe")
-    for override in overrides:
-        _override(values, override)
+    for text in overrides:
+        override(values, text)
     return check_config(values, "here")
 
 

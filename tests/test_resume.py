@@ -56,6 +56,21 @@ def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
+    """crd keeps a queue, mgd draws what it hides, diffkd draws noise."""
+    recipe = changed(
+        tiny_recipe,
+        losses={"ce": {}, "crd": {"negatives": 20}, "mgd": {}, "diffkd": {}},
+        train={"save_minutes": 0},
+    )
+    start(recipe, tmp_path / "whole")
+    for stop in (2, 4):
+        with pytest.raises(Interrupted):
+            start(recipe, tmp_path / "parts", stop)
+    start(recipe, tmp_path / "parts")
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_without_checkpoints_between_validations(light_recipe, tmp_path):
     start(light_recipe, tmp_path / "whole")
     for stop in (1, 5):  # before the first checkpoint: begins anew; then from the end of epoch 1

@@ -81,7 +81,7 @@ def assert_same(a: Any, b: Any) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert_same(a[key], b[key])
-    elif isinstance(a, list):
+    elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
         for x, y in zip(a, b):
             assert_same(x, y)

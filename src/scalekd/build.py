@@ -18,6 +18,7 @@ from .distiller import Distiller
 from .errors import UserError
 from .models import Loaded, build_model, statistics
 from .optim import make_optimizer, make_schedule
+from .teacher_outputs import TeacherOutputs
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Run:
     ema: ModelEmaV3 | None
     mixup: Mixup | None
     steps_per_epoch: int
+    teacher_outputs: TeacherOutputs | None = None
 
     @property
     def total_steps(self) -> int:

@@ -72,8 +72,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--student", metavar="MODEL", help="a timm name")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    sub.add_argument(
+        "--teacher-outputs", type=Path, metavar="DIR", help="read what the teacher gave in another run, or keep it there"
+    )
     sub.add_argument("--dry-run", action="store_true", help="build everything, run the pre-flight, write nothing")
     sub.add_argument("--no-preflight", action="store_true", help="start at once")
+
+    sub = command("compare", _compare, "methods x students x seeds on your data; started again, it goes on")
+    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/compare.md)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as train.epochs=20")
+    sub.add_argument("--methods", type=_labels, default=[], metavar="A,B", help="only these, beside the baseline")
+    sub.add_argument("--students", type=_labels, default=[], metavar="A,B", help="only these")
+    sub.add_argument("--seeds", type=int, help="how many (default: the ladder's)")
+    sub.add_argument("--data", metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    sub.add_argument("--on-bad-image", choices=["error", "skip"], help="as for train")
+    sub.add_argument("--teacher", metavar="MODEL", help="as for train")
+    sub.add_argument("--student", metavar="MODEL", help="as for train; for a ladder without students of its own")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the comparison's folder (default: runs/compare-NAME)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
+    sub.add_argument(
+        "--share-teacher", action="store_true", help="one teacher pass for all runs of a seed, kept on disk meanwhile"
+    )
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
+    sub.add_argument("--dry-run", action="store_true", help="check every run's recipe, list them, write nothing")
 
     sub = command("evaluate", _evaluate, "top-1 and top-5 of an exported student")
     sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
@@ -88,12 +110,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", choices=["best", "last"], default="last")
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
 
+    sub = command("import", _import, "weights that the papers' authors released, as an exported student")
+    sub.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt or .safetensors, on this disk")
+    sub.add_argument("--model", required=True, metavar="TIMM_NAME")
+    sub.add_argument("--kwargs", default="{}", metavar="YAML", help="student.kwargs of a recipe: '{class_token: false}'")
+    sub.add_argument("--classes", metavar="SOURCE", help="whose classes the head's rows are (default: ImageNet-1K's)")
+    sub.add_argument("--no-ema", action="store_true", help="the plain weights where the file has averaged ones too")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes (default: runs/NAME_OF_FILE)")
+
     sub = command("demo", _demo, "a ViT teaches a small CNN on embedded real images, offline, in minutes")
     sub.add_argument("--seeds", type=int, default=1, help="seeds per method")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
 
     sub = command("methods", _methods, "the distillation methods with their options")
     sub.add_argument("--json", action="store_true")
+
+    sub = command("pairs", _pairs, "the papers' teachers and students, measured: parameters, multiply-adds, stage maps")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="only the pairs that have all of these in a model's name")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
 
     sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` prints one")
     sub.add_argument("show", nargs="*", metavar="show NAME")
@@ -118,7 +154,15 @@ def _train(args: argparse.Namespace) -> None:
             if args.dry_run:
                 checked(config, device, Console())
                 return
-            summary = execute(config, folder, device, Console(), check=not args.no_preflight, stop=stop)
+            summary = execute(
+                config,
+                folder,
+                device,
+                Console(),
+                check=not args.no_preflight,
+                stop=stop,
+                teacher_outputs=args.teacher_outputs,
+            )
     if int(os.environ.get("RANK", "0")) == 0:
         told = (
             f"top-1 {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
@@ -145,6 +189,33 @@ def shortcuts(args: argparse.Namespace) -> list[str]:
     return overrides
 
 
+def _compare(args: argparse.Namespace) -> int:
+    with StopRequest() as stop:
+        from rich.console import Console
+
+        from .compare.compare import compare
+        from .compare.ladder import chosen, jobs, load_ladder
+        from .compare.runner import places
+
+        ladder = chosen(load_ladder(args.ladder), args.students, args.methods, args.seeds)
+        if args.student and ladder.students:
+            raise UserError(f"--student: this ladder has its own: {', '.join(ladder.students)}")
+        overrides = [*shortcuts(args), *args.overrides]
+        if args.dry_run:
+            for job in jobs(ladder, overrides):
+                print(f"{job}: {', '.join(job.config.losses)}")
+            return 0
+        out = args.out or Path("runs") / f"compare-{ladder.name}"
+        at = places(args.jobs, args.device)
+        return compare(
+            ladder, args.ladder, overrides, out, at, share=args.share_teacher, stop=stop, console=Console()
+        )
+
+
+def _labels(text: str) -> list[str]:
+    return [label.strip() for label in text.split(",") if label.strip()]
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from .runs import evaluate_student
 
@@ -163,6 +234,18 @@ def _export(args: argparse.Namespace) -> None:
     from .runs import export_run
 
     export_run(args.run_folder, args.checkpoint, args.onnx, Console())
+
+
+def _import(args: argparse.Namespace) -> None:
+    from .released import import_student
+    from .yaml_file import parse_yaml
+
+    kwargs = parse_yaml(args.kwargs, "--kwargs")
+    if not isinstance(kwargs, dict):
+        raise UserError("--kwargs: a mapping such as '{class_token: false}'")
+    out = args.out or Path("runs") / args.file.stem
+    for line in import_student(args.file, args.model, kwargs, out, args.classes, ema=not args.no_ema):
+        print(printable(line))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -189,6 +272,20 @@ def _methods(args: argparse.Namespace) -> None:
         print(f"{entry['name']:9} {entry['summary']}")
         if entry["options"]:
             print(f"{'':9} {', '.join(f'{k}={v!r}' for k, v in entry['options'].items())}")
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .pairs import markdown, pairs, show
+
+    listed = pairs(args.names)
+    if args.json:
+        print(json.dumps(listed, indent=2))
+    elif args.markdown:
+        print(markdown(listed), end="")
+    else:
+        show(listed, Console())
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -399,8 +399,8 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
     Raises `UserError` that lists every problem, each with the nearest valid name.
     """
     values = recipe_values(recipe)
-    for override in overrides:
-        _override(values, override)
+    for text in overrides:
+        override(values, text)
     return check_config(values, recipe)
 
 
@@ -442,9 +442,10 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    shown = shortened(override)
+def override(values: dict[str, Any], assignment: str) -> None:
+    """Sets the value that `section.key=value` names, in place. Raises `UserError`."""
+    key, equals, text = assignment.partition("=")
+    shown = shortened(assignment)
     if not equals or not key or not key.isprintable():
         raise UserError(f"`{shown}` is not an override: write key=value, such as optim.lr=1e-3")
     *parents, last = key.split(".")
@@ -467,7 +468,7 @@ def check_config(values: dict[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        lines = [line for e in errors[:MOST_PROBLEMS] for line in _describe(dict(e))]
+        lines = [line for e in errors[:MOST_PROBLEMS] for line in described(dict(e), Config)]
     count = len(lines) + max(0, len(errors) - MOST_PROBLEMS)
     listed = [f"  - {shortened(line)}" for line in lines[:MOST_PROBLEMS]]
     if count > MOST_PROBLEMS:
@@ -475,11 +476,12 @@ def check_config(values: dict[str, Any], where: str) -> Config:
     raise UserError(f"{where}: {count} problem{'s' * (count > 1)}\n" + "\n".join(listed))
 
 
-def _describe(error: dict[str, Any]) -> list[str]:
+def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
+    """What pydantic found wrong with values of `schema`, for people: place, problem, nearest name."""
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return [f"{where}: unknown.{nearest(path[-1], _fields_at(path[:-1]))}"]
+        return [f"{where}: unknown.{nearest(path[-1], _fields_at(path[:-1], schema))}"]
     if error["type"] == "missing":
         return [f"{where}: missing"]
     if error["type"] == "value_error":
@@ -496,13 +498,13 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    section: Any = Config
+def _fields_at(path: list[str], schema: type[Section]) -> list[str]:
+    section: Any = schema
     for part in path:
         annotation = section.model_fields[part].annotation
         section = next(
             (a for a in (annotation, *typing.get_args(annotation)) if inspect.isclass(a) and issubclass(a, Section)),
-            Config,
+            schema,
         )
     return list(section.model_fields)
 

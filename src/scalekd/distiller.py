@@ -92,13 +92,15 @@ class Distiller(nn.Module):
         except (ValueError, TypeError) as error:
             raise UserError(f"losses.{name}: {error}") from None
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor, teacher: Features | None = None) -> dict[str, Tensor]:
         """images (B, C, H, W), uint8 or float in [0, 1]; targets (B,) indices or (B, classes) probabilities.
 
+        teacher: what `teacher_features` gave for these images; computed here unless given.
         Returns scalars: every weighted loss term by name, and their sum as `total`.
         """
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        teacher = self._teacher_features(pixels)
+        if teacher is None:
+            teacher = self.teacher_features(pixels)
         seen = resized(pixels, self.image_size, self.student)
         student = self.student_view((seen - self.student_mean) / self.student_std, maps=self.needs_maps)
         losses: dict[str, Tensor] = {}
@@ -108,7 +110,8 @@ class Distiller(nn.Module):
         losses["total"] = torch.stack(list(losses.values())).sum()
         return losses
 
-    def _teacher_features(self, pixels: Tensor) -> Features | None:
+    def teacher_features(self, pixels: Tensor) -> Features | None:
+        """pixels (B, C, H, W) in [0, 1] to what the methods need of the teacher; None without one."""
         if self.teacher_view is None:
             return None
         with self.teacher_clock.timing(pixels.device), torch.no_grad():

@@ -54,7 +54,8 @@ def train_step(model: nn.Module, batches: Sequence[Batch], run: Run, step: int, 
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         with alone:
             with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
-                of_batch = model(images, targets)
+                known = run.teacher_outputs and run.teacher_outputs.features(step * len(batches) + i, images)
+                of_batch = model(images, targets, known) if known else model(images, targets)
             run.scaler.scale(of_batch["total"] / len(batches)).backward()
         for name, value in of_batch.items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)

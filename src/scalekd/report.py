@@ -14,13 +14,12 @@ from .runlog import duration
 from .svg import (
     INK,
     LEFT,
-    PALETTE,
-    PALETTE_DARK,
     RIGHT,
     Axis,
     Curve,
     Point,
     chart,
+    drawing_style,
     escape,
     finite,
     keys,
@@ -68,10 +67,10 @@ def write_report(
         _accuracy_figure(runs, teacher_top1),
         _loss_figures(runs),
         _time_figure(runs),
-        _facts(facts),
+        facts_section(facts),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, _page(escape(title), sections))
+    write_text(path, page(escape(title), sections))
 
 
 # ---------------------------------------------------------------- numbers from the events
@@ -182,7 +181,7 @@ def _accuracy_figure(runs: Sequence[ReportRun], teacher_top1: float | None) -> s
         Curve(thin(points, most), r.label, i) for i, r in enumerate(runs) if (points := accuracy_points(r.events))
     ]
     if not curves:
-        return _section("Validation accuracy", "<p>No validation was logged.</p>")
+        return section("Validation accuracy", "<p>No validation was logged.</p>")
     # the first epochs would press the rest together: the axis is made for the last three quarters of each curve
     shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]] + (
         [] if teacher_top1 is None else [teacher_top1]
@@ -190,7 +189,7 @@ def _accuracy_figure(runs: Sequence[ReportRun], teacher_top1: float | None) -> s
     x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points), least_step=1), LEFT, RIGHT)
     level = None if teacher_top1 is None else (teacher_top1, f"teacher {teacher_top1:.2f} %")
     figure = chart(curves, x, value_axis(shown), "epoch", "top-1 (%)", level)
-    return _section(
+    return section(
         "Validation accuracy",
         f"<figure>{figure}{legend(curves)}</figure>",
         "One seed per run. Early epochs may lie below the axis.",
@@ -209,7 +208,7 @@ def _loss_figures(runs: Sequence[ReportRun]) -> str:
             figure = chart(curves, x, value_axis([y for c in curves for _, y in c.points]), "step", "loss")
             figures.append(f"<figure><h3>{escape(run.label)}</h3>{figure}{legend(curves)}</figure>")
     content = f'<div class="panels">{"".join(figures)}</div>' if figures else "<p>No training step was logged.</p>"
-    return _section(
+    return section(
         "Loss terms",
         content,
         "Weighted, as they are added up, and averaged over log intervals. Each panel has its own "
@@ -220,7 +219,7 @@ def _loss_figures(runs: Sequence[ReportRun]) -> str:
 def _time_figure(runs: Sequence[ReportRun]) -> str:
     uses = [(run.label, use) for run in runs if (use := time_use(run.events))]
     if not uses:
-        return _section("Where the time went", "<p>No training step was logged.</p>")
+        return section("Where the time went", "<p>No training step was logged.</p>")
     x = Axis(nice_ticks(0, max(1000 * seconds for _, (seconds, _) in uses)), 12, RIGHT)
     row = 72
     bottom = row * len(uses) + 4
@@ -234,7 +233,7 @@ def _time_figure(runs: Sequence[ReportRun]) -> str:
         ]
     colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in PARTS)
     drawing = svg_figure([HATCH, *parts], bottom + 48, "Training time per image")
-    return _section(
+    return section(
         "Where the time went",
         f"<figure>{drawing}{colours}</figure>",
         "Training steps alone, without validation. One seed per run.",
@@ -250,23 +249,23 @@ def _rectangle(part: str, x: float, y: float, width: float, height: float) -> st
     return f'<rect class="{part}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
 
 
-def _facts(facts: dict[str, str]) -> str:
-    return _section(
+def facts_section(facts: dict[str, str]) -> str:
+    return section(
         "Facts", f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in facts.items())}</dl>"
     )
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def section(title: str, content: str, note: str = "") -> str:
     return f"<section><h2>{title}</h2>{content}" + (f'<p class="note">{note}</p>' if note else "") + "</section>"
 
 
-def _page(title: str, sections: Sequence[str]) -> str:
-    light, dark = (" ".join(f".s{i} {{ --c: {c} }}" for i, c in enumerate(p)) for p in (PALETTE, PALETTE_DARK))
+def page(title: str, sections: Sequence[str], style: str = "") -> str:
+    """The whole file; title and sections are HTML, `style` goes after the report's own."""
     body = "\n".join(sections)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>{STYLE.replace("%LIGHT%", light).replace("%DARK%", dark)}</style></head>
+<title>{title}</title><style>{drawing_style()}{STYLE}{style}</style></head>
 <body><h1>{title}</h1>
 {body}
 </body></html>
@@ -280,12 +279,8 @@ HATCH = (
 )
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #595959; --grid: #ddd; --rest: #c4c4c4 }
-%LIGHT% .data, .hatch-ground { --f: #e69f00 } .teacher { --f: #0072b2 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #141414; --ink: #eee; --soft: #aaa; --grid: #3a3a3a; --rest: #777 }
-  %DARK% .teacher { --f: #56b4e9 }
-}
+:root { --rest: #c4c4c4 } .data, .hatch-ground { --f: #e69f00 } .teacher { --f: #0072b2 }
+@media (prefers-color-scheme: dark) { :root { --rest: #777 } .teacher { --f: #56b4e9 } }
 body { margin: 0 auto; padding: 16px; max-width: 960px; background: var(--page); color: var(--ink);
   font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem; margin: .5rem 0 }
@@ -298,10 +293,6 @@ figure { margin: 0; max-width: 540px; min-width: 0 } svg.figure { display: block
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 16px 24px }
 .legend { list-style: none; margin: .25rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .875rem }
 .legend svg { vertical-align: -2px; margin-right: .35rem }
-text { fill: var(--ink); font-size: 14px; paint-order: stroke; stroke: var(--page); stroke-width: 3px; stroke-linejoin: round }
-.grid { stroke: var(--grid); stroke-width: 1 } .ink { --c: var(--ink) }
-.line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round } .line.ink { stroke-width: 1.5 }
-.mark { fill: var(--c); stroke: var(--c); stroke-width: 1.5 }
 .teacher { fill: var(--f) } .data { fill: url(#hatch) } .rest { fill: var(--rest) }
 .hatch-ground { fill: var(--f) } .hatch-line { fill: var(--page) }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem }

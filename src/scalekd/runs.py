@@ -33,6 +33,7 @@ from .runlog import RunLog, read_log
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
 from .stop import StopRequest
+from .teacher_outputs import TeacherOutputs, outputs_name
 from .trackers import check_trackers, open_trackers
 from .version import __version__
 
@@ -46,15 +47,23 @@ def execute(
     check: bool = True,
     title: str | None = None,
     stop: StopRequest | None = None,
+    teacher_outputs: Path | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
 
     check: pre-flight before training. stop: looked at between steps; `Stopped` is raised with the run saved.
+    teacher_outputs: a folder where runs that show their teacher the same pixels share what it gives.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
     open_folder(folder, config)
     parallel.wait_for_all()  # rank 0 writes into the folder below
     run = checked(config, device, console) if check else _built(config, device)
+    if teacher_outputs and config.teacher:
+        if parallel.world() > 1:
+            raise UserError("--teacher-outputs goes with one process; leave it out")
+        name = outputs_name(config, run.distiller, run.loaded["teacher"].sha256)
+        records = run.total_steps * config.train.accumulate
+        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         return _execute(run, folder, console, title or config.name, stop)
 
@@ -70,6 +79,8 @@ def _execute(run: Run, folder: Path, console: Console, title: str, stop: StopReq
     try:
         with shortages_told(device, smaller_steps(config) + " That is another run: add --out with a new folder."):
             summary = train(run, folder, log, stop)
+        if shared := run.teacher_outputs:
+            log.event("teacher_outputs", computed=shared.computed, read=shared.read, file=str(shared.path))
     finally:
         log.close()
     if parallel.rank() == 0:
@@ -156,21 +167,27 @@ def write_folder(folder: Path, run: Run) -> None:
 
 def provenance(run: Run) -> dict[str, Any]:
     """What made this run: versions, command, machine, weights by checksum, git state."""
-    import timm
-    import torchvision
-
     return {
         "command": shlex.join(["scalekd", *sys.argv[1:]]),
-        "scalekd": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "machine": machine(run.device),
         "processes": parallel.world(),
         "seeds": {"seed": run.config.seed, "data.seed": run.config.data.seed},
         "git": git_state(),
         "weights": {role: vars(loaded) for role, loaded in run.loaded.items()},
+    }
+
+
+def versions() -> dict[str, str]:
+    import timm
+    import torchvision
+
+    return {
+        "scalekd": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -137,10 +137,13 @@ class StageView:
         if self.refusal:
             raise ValueError(self.refusal)
         features = self._tap(self.model, images, classifier)
-        if resumable:
-            if self.model.training:
-                raise ValueError(f"{self.name} is to be run on from a stage and is in train mode: call .eval().")
-            features.resume = self._resume_from(features.prefix)
+        return self.resumable(features) if resumable else features
+
+    def resumable(self, features: Features) -> Features:
+        """`features` of this model, now with `resume`. Raises ValueError in train mode."""
+        if self.model.training:
+            raise ValueError(f"{self.name} is to be run on from a stage and is in train mode: call .eval().")
+        features.resume = self._resume_from(features.prefix)
         return features
 
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:

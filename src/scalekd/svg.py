@@ -138,6 +138,14 @@ def chart(
     curves: Sequence[Curve], x: Axis, y: Axis, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> str:
     """Curves over axes; `level` is a horizontal line and its text. What lies outside the axes is cut off."""
+    parts = chart_parts(curves, x, y, x_label, y_label, level)
+    return svg_figure(parts, HEIGHT, f"{y_label} against {x_label}: {', '.join(c.label for c in curves)}")
+
+
+def chart_parts(
+    curves: Sequence[Curve], x: Axis, y: Axis, x_label: str, y_label: str, level: tuple[float, str] | None = None
+) -> list[str]:
+    """What `chart` puts into its figure, WIDTH x HEIGHT."""
     parts = x_axis(x, TOP, BOTTOM, x_label) + y_axis(y, y_label)
     box = f"{LEFT - 6} {TOP - 6} {RIGHT - LEFT + 12} {BOTTOM - TOP + 12}"
     left, top, width, height = box.split()
@@ -151,11 +159,16 @@ def chart(
     parts.append("</svg>")
     if level:
         parts.append(text_at(LEFT + 6, y.at(level[0]) - 6, level[1]))
-    return svg_figure(parts, HEIGHT, f"{y_label} against {x_label}: {', '.join(c.label for c in curves)}")
+    return parts
 
 
 def legend(curves: Sequence[Curve]) -> str:
-    return keys((line([(1, 7), (22, 7), (43, 7)], c.style, [1]), escape(c.label)) for c in curves)
+    return keys((curve_key(c), escape(c.label)) for c in curves)
+
+
+def curve_key(curve: Curve) -> str:
+    """The curve's line and marker in a box of 44 x 14."""
+    return line([(1, 7), (22, 7), (43, 7)], curve.style, [1])
 
 
 def keys(keys: Iterable[tuple[str, str]]) -> str:
@@ -164,3 +177,23 @@ def keys(keys: Iterable[tuple[str, str]]) -> str:
         for drawing, text in keys
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def drawing_style() -> str:
+    """Style rules of everything drawn here, in light and dark; for a page as for an SVG file of its own."""
+    light, dark = (" ".join(f".s{i} {{ --c: {c} }}" for i, c in enumerate(p)) for p in (PALETTE, PALETTE_DARK))
+    return STYLE.replace("%LIGHT%", light).replace("%DARK%", dark)
+
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #595959; --grid: #ddd }
+%LIGHT%
+@media (prefers-color-scheme: dark) {
+  :root { --page: #141414; --ink: #eee; --soft: #aaa; --grid: #3a3a3a }
+  %DARK%
+}
+text { fill: var(--ink); font-size: 14px; paint-order: stroke; stroke: var(--page); stroke-width: 3px; stroke-linejoin: round }
+.grid { stroke: var(--grid); stroke-width: 1 } .ink { --c: var(--ink) }
+.line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round } .line.ink { stroke-width: 1.5 }
+.mark { fill: var(--c); stroke: var(--c); stroke-width: 1.5 }
+"""

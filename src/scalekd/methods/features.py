@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..stages import Features, Shapes
 from .logits import full_precision
+from .maps import stage_map
 from .projectors import CrossAttentionProjector, Norm, conv_projector, linear_projector
 
 Reduction = Literal["mean", "sum"]
@@ -80,7 +81,7 @@ def check_positions(student: Shapes, stages: Iterable[int]) -> None:
     """Attention over one position gives its value to every query: the projection would be the same vector everywhere,
     and nothing in it would tell one position from another. Raises ValueError."""
     for stage in stages:
-        channels, height, width = _stage(student, stage)
+        channels, height, width = stage_map(student, stage)
         if height * width == 1:
             raise ValueError(
                 f"cross attention needs several positions, and {student.model}'s map of stage {stage} is 1x1 "
@@ -143,7 +144,7 @@ class FD(nn.Module):
         self.reduction: Reduction = reduction
         self.projectors = nn.ModuleDict()
         for i, stage in enumerate(stages):
-            s, t = _stage(student, stage), _stage(teacher, stage)
+            s, t = stage_map(student, stage), stage_map(teacher, stage)
             if projector == "linear":
                 module = linear_projector(s, t)
             elif projector == "conv":
@@ -157,12 +158,7 @@ class FD(nn.Module):
         assert teacher is not None
         losses = {}
         for stage in self.stages:
-            mimic = self.projectors[f"s{stage}"](_stage(student, stage))
-            target = _stage(teacher, stage).detach()
+            mimic = self.projectors[f"s{stage}"](stage_map(student, stage))
+            target = stage_map(teacher, stage).detach()
             losses[f"s{stage}"] = self.alpha * normalized_distance(mimic, target, self.reduction)
         return losses
-
-
-def _stage(model: Shapes | Features, stage: int) -> Any:
-    """A stage's map shape, or its map. Stage 4 is the one after the final norm."""
-    return model.final if stage == 4 else model.maps[stage - 1]

@@ -1,0 +1,241 @@
+"""Plots of a ladder: the gain of every method over the baseline, and accuracy over samples seen, as SVG."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..report import thin
+from ..svg import (
+    BOTTOM,
+    HEIGHT,
+    INK,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Curve,
+    chart_parts,
+    curve_key,
+    drawing_style,
+    escape,
+    finite,
+    nice_ticks,
+    text_at,
+    x_axis,
+)
+
+Cell = dict[str, Any]  # one method on one student: summary["students"][student][method]
+
+ROW = 30  # height of a method's row in the gain plot
+LONGEST = 16  # letters of a method's name beside its row
+BEST = 4  # methods in a plot of curves, besides the baseline
+
+
+@dataclass
+class Panel:
+    """One student's drawing, WIDTH x height, and its legend as (drawing of 44 x 14, text)."""
+
+    title: str
+    parts: list[str]
+    height: float
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+
+def gain_plot(summary: dict[str, Any]) -> str:
+    """An SVG file: dots and intervals of the gains, the students' panels below each other."""
+    return _file([*gain_panels(summary), Panel("", [], 0, GAIN_KEYS)], gain_label(summary), key_columns=1)
+
+
+def curve_plot(summary: dict[str, Any]) -> str | None:
+    """An SVG file: accuracy over samples seen of the baseline and the best few. None where there are no curves."""
+    panels = curve_panels(summary)
+    return _file(panels, f"{summary['metric']} over samples seen", key_columns=2) if panels else None
+
+
+def gain_label(summary: dict[str, Any]) -> str:
+    return f"gain over {summary['baseline']} (points)"
+
+
+def is_told_apart(cell: Cell) -> bool:
+    """Whether the test, corrected for the number of methods, tells the method from the baseline."""
+    return finite(cell.get("p_holm")) and cell["p_holm"] < 0.05
+
+
+def by_seed(cell: Cell) -> dict[int, float]:
+    return {seed: top1 for seed, top1 in zip(cell["seeds"], cell["top1"]) if finite(top1)}
+
+
+# ---------------------------------------------------------------- gains
+
+
+@dataclass
+class _Row:
+    label: str
+    cell: Cell
+    seeds: list[float]  # the gain of every seed that the baseline has too
+
+    @property
+    def gain(self) -> float | None:
+        return self.cell.get("gain") if finite(self.cell.get("gain")) else None
+
+    @property
+    def half(self) -> float:
+        return self.cell["gain_ci95"] if finite(self.cell.get("gain_ci95")) else 0.0
+
+
+def gain_panels(summary: dict[str, Any]) -> list[Panel]:
+    """One panel per student, all with the same axis, so that students can be compared."""
+    students = {name: _rows(methods, summary["baseline"]) for name, methods in summary["students"].items()}
+    rows = [row for rows in students.values() for row in rows]
+    start = 16 + 8 * max((min(len(row.label), LONGEST) for row in rows), default=0)
+    axis = Axis(_gain_ticks([row for row in rows if row.gain is not None]), start, WIDTH - 16)
+    return [_gain_panel(name, rows, axis, gain_label(summary)) for name, rows in students.items()]
+
+
+def _rows(methods: dict[str, Cell], baseline: str) -> list[_Row]:
+    reference = by_seed(methods[baseline]) if baseline in methods else {}
+    rows = []
+    for name, cell in methods.items():
+        if name != baseline:
+            gains = [top1 - reference[seed] for seed, top1 in by_seed(cell).items() if seed in reference]
+            rows.append(_Row(name, cell, gains))
+    return rows
+
+
+def _gain_ticks(rows: Sequence[_Row]) -> list[float]:
+    """Ticks around zero, every mean, every seed and, as far as they leave these readable, the intervals.
+
+    One method that fell apart would press all others together: losses of more than three times the largest
+    gain (or the median size of all means, if that is more) may lie outside. So may the ends of wide intervals;
+    with two seeds they are six times as wide as with five.
+    """
+    gains = [row.gain for row in rows if row.gain is not None]
+    points = [0.0, *gains, *(gain for row in rows for gain in row.seeds)]
+    high = max(points)
+    floor = -3 * max([high, statistics.median(map(abs, gains))]) if gains else 0.0
+    low = max(min(points), floor)
+    room = (high - low) / 2
+    kept = [(row.gain, row.half) for row in rows if row.gain is not None and row.gain >= floor]
+    return nice_ticks(
+        max(low - room, min([low, *(gain - half for gain, half in kept)])),
+        min(high + room, max([high, *(gain + half for gain, half in kept)])),
+    )
+
+
+def _gain_panel(title: str, rows: Sequence[_Row], axis: Axis, label: str) -> Panel:
+    bottom = ROW * len(rows) + 8
+    parts = x_axis(axis, 0, bottom, label)
+    parts.append(f'<path class="zero" d="M{axis.at(0):.1f} 0V{bottom}"/>')
+    for i, row in enumerate(rows):
+        y = ROW * i + 4 + ROW / 2
+        parts += [text_at(axis.start - 8, y + 5, _short(row.label, LONGEST), "end"), *_gain_marks(row, y, axis)]
+    return Panel(title, parts, bottom + 48)
+
+
+def _gain_marks(row: _Row, y: float, axis: Axis) -> list[str]:
+    low, high = axis.ticks[0], axis.ticks[-1]
+    if row.gain is None:
+        why = "no seed in common with the baseline" if by_seed(row.cell) else "no finished run"
+        return [text_at(axis.start + 6, y + 5, why)]
+    ends = (row.gain - row.half, row.gain + row.half)
+    parts = [f'<path class="seed" d="M{axis.at(gain):.1f} {y + 6:g}v7"/>' for gain in row.seeds if low <= gain <= high]
+    if min(*ends, *row.seeds) < low:
+        parts.append(f'<path class="mark ink" d="M{axis.start - 2:.1f} {y:g}l7-5v10z"/>')
+    if max(*ends, *row.seeds) > high:
+        parts.append(f'<path class="mark ink" d="M{axis.end + 2:.1f} {y:g}l-7-5v10z"/>')
+    if row.gain < low:
+        return [*parts, text_at(axis.start + 12, y + 5, f"{row.gain:+.2f}")]
+    if row.half:
+        left, right = (axis.at(min(max(end, low), high)) for end in ends)
+        parts.append(f'<path class="range" d="M{left:.1f} {y:g}H{right:.1f}"/>')
+        parts += [f'<path class="range" d="M{axis.at(e):.1f} {y - 4:g}v8"/>' for e in ends if low <= e <= high]
+    shape = TOLD_APART if is_told_apart(row.cell) else NOT_TOLD_APART
+    return [*parts, f'<g transform="translate({axis.at(row.gain):.1f} {y:g})">{shape}</g>']
+
+
+# shape and filling tell the two apart without colour
+TOLD_APART = '<path class="mark s0" d="M0-7l7 7l-7 7l-7-7z"/>'
+NOT_TOLD_APART = '<path class="hollow" d="M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"/>'
+
+GAIN_KEYS = [
+    (f'<g transform="translate(22 7)">{TOLD_APART}</g>', "mean gain, p < 0.05 after Holm's correction"),
+    (f'<g transform="translate(22 7)">{NOT_TOLD_APART}</g>', "mean gain, not told apart or not tested"),
+    ('<path class="range" d="M4 7H40M4 3v8M40 3v8"/>', "95 % interval of the mean gain"),
+    ('<path class="seed" d="M12 3v7M22 3v7M29 3v7"/>', "one seed each"),
+    ('<path class="mark ink" d="M18 7l7-5v10z"/>', "goes on beyond the axis"),
+]
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curve_panels(summary: dict[str, Any]) -> list[Panel]:
+    """One panel per student that has curves; a method has the same line in all of them."""
+    students = {name: chosen for name, methods in summary["students"].items() if (chosen := _chosen(methods, summary))}
+    names = dict.fromkeys(name for methods in summary["students"].values() for name in methods)
+    drawn = [n for n in names if n != summary["baseline"] and any(n in chosen for chosen in students.values())]
+    styles = {name: i for i, name in enumerate(drawn)} | {summary["baseline"]: INK}
+    panels = []
+    for student, chosen in students.items():
+        curves = [Curve(thin(points, 200), name, styles[name]) for name, points in chosen.items()]
+        x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points)), LEFT, RIGHT)
+        # the first samples would press the rest together: as in a run's report, the axis is made for what follows
+        shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]]
+        y = Axis(nice_ticks(min(shown), max(shown)), BOTTOM, TOP)
+        parts = chart_parts(curves, x, y, "samples seen", summary["metric"])
+        panels.append(Panel(student, parts, HEIGHT, [(curve_key(c), c.label) for c in curves]))
+    return panels
+
+
+def _chosen(methods: dict[str, Cell], summary: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Method -> points: of the baseline and the best few by mean, in the ladder's order."""
+    points = {name: _points(cell) for name, cell in methods.items()}
+    drawable = [name for name in methods if points[name] and finite(methods[name]["mean"])]
+    others = [name for name in drawable if name != summary["baseline"]]
+    best = sorted(others, key=lambda name: -methods[name]["mean"])[:BEST]
+    return {name: points[name] for name in drawable if name in best or name == summary["baseline"]}
+
+
+def _points(cell: Cell) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in cell.get("curve") or [] if finite(x) and finite(y)]
+
+
+# ---------------------------------------------------------------- files
+
+
+def _file(panels: Sequence[Panel], label: str, key_columns: int) -> str:
+    """Panels with titles and legends below each other, with a style of its own and the page's colour behind."""
+    parts: list[str] = []
+    top = 12.0
+    for panel in panels:
+        if panel.title:
+            parts.append(f'<g class="title">{text_at(8, top + 14, _short(panel.title, 50))}</g>')
+            top += 28
+        parts.append(f'<g transform="translate(0 {top:g})">{"".join(panel.parts)}</g>')
+        top += panel.height
+        for i, (drawing, text) in enumerate(panel.keys):
+            x, y = 12 + i % key_columns * 214, top + 4 + i // key_columns * 22
+            words = text_at(54, 12, _short(text, 20 if key_columns > 1 else 50))
+            parts.append(f'<g transform="translate({x} {y:g})">{drawing}{words}</g>')
+        top += 22 * -(-len(panel.keys) // key_columns) + 16
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{1.25 * WIDTH:g}" height="{1.25 * top:g}" '
+        f'viewBox="0 0 {WIDTH} {top:g}" role="img" aria-label="{escape(label)}">'
+        f"<style>svg {{ font-family: system-ui, sans-serif }}{drawing_style()}{STYLE}</style>"
+        f'<rect class="page" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+STYLE = """
+.page { fill: var(--page) } .title { font-weight: 600 } .zero { stroke: var(--soft); stroke-width: 2 }
+.range { fill: none; stroke: var(--ink); stroke-width: 2 } .seed { stroke: var(--soft); stroke-width: 1.5; opacity: .8 }
+.hollow { fill: var(--page); stroke: var(--ink); stroke-width: 2 }
+"""

@@ -1,0 +1,160 @@
+"""What a comparison knows of its runs: one line of results.jsonl for each that is finished, and the summary of all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import check_config, to_yaml
+from ..errors import UserError
+from ..files import write_text
+from ..resume import recipe_difference
+from ..runlog import read_log
+from .ladder import Job, Ladder
+
+Record = dict[str, Any]
+FILE = "results.jsonl"
+
+
+def record_of(job: Job, folder: Path) -> Record | None:
+    """The record of the finished run in `folder`; None if there is none, or it is of another recipe."""
+    recipe, summary = folder / "recipe.yaml", folder / "summary.json"
+    if not summary.is_file() or not recipe.is_file() or recipe_difference(recipe.read_text(), job.config):
+        return None
+    told, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+    batch = job.config.train.batch_size
+    validations = [e for e in read_log(folder) if e["event"] == "validation"]
+    curve = {e["step"] * batch: e["top1"] for e in validations}  # a step that was done twice counts once
+    return {
+        "student": job.student,
+        "method": job.method,
+        "seed": job.seed,
+        "top1": told["top1"],
+        "seconds": told["seconds"],
+        "steps": told["steps"],
+        "curve": sorted(curve.items()),
+        "made": {key: made.get(key) for key in ("machine", "scalekd", "torch", "timm", "git")},
+        "recipe": job.config.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def known_records(out: Path, jobs: Iterable[Job]) -> dict[Job, Record]:
+    """The finished runs among `jobs`: from results.jsonl, which may outlive the runs' folders, or from the folders."""
+    of_label = {(job.student, job.method, job.seed): job for job in jobs}
+    found: dict[Job, Record] = {}
+    for record in read_records(out):
+        job = of_label.get((record["student"], record["method"], record["seed"]))
+        if job is not None and _same_recipe(record["recipe"], job):
+            found[job] = record
+    for job in of_label.values():
+        if job not in found and (record := record_of(job, out / "runs" / job.folder)):
+            found[job] = record
+    return found
+
+
+def read_records(out: Path) -> list[Record]:
+    file = out / FILE
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Move it away; finished runs are found again.") from None
+
+
+def write_records(out: Path, records: dict[Job, Record]) -> None:
+    """results.jsonl anew, in the ladder's order, with the records that are of no job of this comparison kept behind."""
+    ours = {(job.student, job.method, job.seed) for job in records}
+    others = [r for r in read_records(out) if (r["student"], r["method"], r["seed"]) not in ours]
+    lines = [json.dumps(r) + "\n" for r in (*records.values(), *others)]
+    write_text(out / FILE, "".join(lines))
+
+
+def _same_recipe(recipe: dict[str, Any], job: Job) -> bool:
+    try:
+        return not recipe_difference(to_yaml(check_config(recipe, "record")), job.config)
+    except UserError:  # of another version
+        return False
+
+
+# ---------------------------------------------------------------- the summary
+
+
+def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **told: Any) -> dict[str, Any]:
+    """Means, intervals and paired tests of all finished runs; told: what else the page shows."""
+    students = list(dict.fromkeys(job.student for job in jobs))
+    result: dict[str, Any] = {
+        "name": ladder.name,
+        "title": ladder.title or ladder.name,
+        "metric": "top-1 %",
+        "baseline": ladder.baseline,
+        "seeds": list(ladder.seeds),
+        "planned": len(jobs),
+        "finished": len(records),
+        "run_seconds": round(sum(r["seconds"] for r in records.values()), 1),
+        "commits": sorted({r["made"]["git"] for r in records.values() if r["made"]["git"]}),
+        "machine": "; ".join(sorted({r["made"]["machine"] for r in records.values()})),
+        "students": {},
+    } | told
+    for student in students:
+        by_method = {
+            method: {job.seed: r for job, r in records.items() if (job.student, job.method) == (student, method)}
+            for method in ladder.methods
+        }
+        rows = {method: _alone(by_seed) for method, by_seed in by_method.items()}
+        base = by_method[ladder.baseline]
+        for method, by_seed in by_method.items():
+            if method != ladder.baseline:
+                rows[method] |= _against(by_seed, base)
+        _correct(rows)
+        result["students"][student] = rows
+    return result
+
+
+def _alone(by_seed: dict[int, Record]) -> dict[str, Any]:
+    top1 = [r["top1"] for r in by_seed.values()]
+    samples = [dict(r["curve"]) for r in by_seed.values()]
+    shared = sorted(set.intersection(*(set(s) for s in samples))) if samples else []
+    return {
+        "seeds": list(by_seed),
+        "top1": top1,
+        "mean": statistics.mean(top1) if top1 else None,
+        "ci95": half_width(top1),
+        "seconds": statistics.median(r["seconds"] for r in by_seed.values()) if top1 else None,
+        "steps": max((r["steps"] for r in by_seed.values()), default=None),
+        "curve": [[n, statistics.mean(s[n] for s in samples)] for n in shared],
+    }
+
+
+def _against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
+    from scipy.stats import ttest_1samp
+
+    gains = [r["top1"] - base[seed]["top1"] for seed, r in by_seed.items() if seed in base]
+    testable = len(gains) > 1 and max(gains) > min(gains)
+    return {
+        "pairs": len(gains),
+        "gains": gains,
+        "gain": statistics.mean(gains) if gains else None,
+        "gain_ci95": half_width(gains),
+        "p": float(ttest_1samp(gains, 0).pvalue) if testable else None,
+        "p_holm": None,
+    }
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Of the 95 % interval of the mean by Student's t; None for fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
+
+
+def _correct(rows: dict[str, dict[str, Any]]) -> None:
+    """Holm's correction over the methods of one student, in place."""
+    tested = sorted((row for row in rows.values() if row.get("p") is not None), key=lambda row: row["p"])
+    highest = 0.0
+    for i, row in enumerate(tested):
+        highest = max(highest, min(1.0, row["p"] * (len(tested) - i)))
+        row["p_holm"] = highest

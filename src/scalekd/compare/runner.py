@@ -1,0 +1,131 @@
+"""Runs of a comparison, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..errors import UserError
+from ..parallel import pick_device
+from ..stop import Stopped, StopRequest
+from .ladder import Job
+
+FINISHED, FAILED, STOPPED = 0, 1, 75
+SERVER = multiprocessing.get_context("forkserver")  # its processes start with torch imported and nothing else done
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes."""
+
+    device: str
+    threads: int  # on a CPU
+
+
+def places(jobs: int | None, device: str | None) -> list[Place]:
+    """One for each run at a time. By default one per GPU, or one per CPU core: small models gain little from more.
+
+    Raises `UserError` for a number below one.
+    """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: one or more")
+    kind = pick_device(device)
+    cores = len(os.sched_getaffinity(0))
+    if kind.type != "cuda":
+        return [Place("cpu", max(1, cores // (jobs or cores)))] * (jobs or cores)
+    gpus = [str(kind)] if device and ":" in device else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    count = jobs or len(gpus)
+    return [Place(gpus[i % len(gpus)], max(1, cores // count)) for i in range(count)]
+
+
+def run_all(
+    jobs: Sequence[Job],
+    folder_of: Callable[[Job], Path],
+    outputs: Path | None,
+    at: Sequence[Place],
+    ended: Callable[[Job, int], None],
+    shown: Callable[[dict[Job, float]], None],
+    stop: StopRequest,
+) -> None:
+    """Starts every job, as many at a time as there are places. Raises `Stopped` with all of them saved.
+
+    ended: told each job's exit code. shown: told about every second which jobs run, and since when.
+    """
+    SERVER.set_forkserver_preload(["scalekd.compare.runner", "scalekd.runs", "timm"])
+    waiting, free = list(jobs), list(at)
+    running: dict[Job, tuple[BaseProcess, Place, float]] = {}
+    checked = {(job.student, job.method): job for job in reversed(jobs)}  # the first of each is pre-flighted
+    try:
+        while waiting or running:
+            while waiting and free and not stop.number:
+                job, place = waiting.pop(0), free.pop(0)
+                check = checked[job.student, job.method] is job
+                process = SERVER.Process(target=_run, args=(job, folder_of(job), outputs, place, check))
+                process.start()
+                running[job] = process, place, time.monotonic()
+            for job, (process, place, _) in list(running.items()):
+                process.join(timeout=1 / len(running))
+                if process.exitcode is not None:
+                    del running[job]
+                    free.append(place)
+                    ended(job, process.exitcode)
+            if stop.number:
+                break
+            shown({job: since for job, (_, _, since) in running.items()})
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()  # they save and end
+        for job, (process, _, _) in running.items():
+            process.join()
+            ended(job, FINISHED if process.exitcode == FINISHED else STOPPED)
+    if stop.number:
+        raise Stopped(stop.number, None)
+
+
+def _run(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> None:
+    """In a process of its own: one run, its screen in run.log beside its folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which sends SIGTERM
+    log = folder.with_name(folder.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", buffering=1) as screen:
+        os.dup2(screen.fileno(), sys.stdout.fileno())
+        os.dup2(screen.fileno(), sys.stderr.fileno())
+        sys.exit(_run_told(job, folder, outputs, place, check))
+
+
+def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> int:
+    from ..runs import execute
+
+    torch.set_num_threads(place.threads)
+    console = Console(file=sys.stdout, width=120)
+    try:
+        with StopRequest() as stop:
+            execute(
+                job.config,
+                folder,
+                torch.device(place.device),
+                console,
+                check=check and not folder.exists(),
+                title=str(job),
+                stop=stop,
+                teacher_outputs=outputs,
+            )
+        return FINISHED
+    except Stopped:
+        return STOPPED
+    except UserError as error:
+        print(f"scalekd: {error}", flush=True)
+    except Exception:
+        traceback.print_exc()
+    return FAILED

@@ -1,0 +1,128 @@
+"""Runs that read what their teacher gave in another run end bit for bit as if they had asked it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from whole_runs import CPU, assert_same, changed
+
+from scalekd.build import build
+from scalekd.cli import main
+from scalekd.config import check_config, to_yaml
+from scalekd.errors import UserError
+from scalekd.runlog import read_log
+from scalekd.teacher_outputs import TeacherOutputs, outputs_name
+
+ALL = {"ce": {}, "kd": {}, "scalekd": {}, "srrl": {}}  # logits, maps, the last stage run on, the classifier
+TEACHERS = [
+    {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},  # tokens: strides of channels last
+    {"model": "test_convnext", "kwargs": {}, "weights": "random"},  # maps as they are
+]
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    """`recipe(**sections)`: the tiny one, changed."""
+    return lambda **sections: changed(tiny_recipe, **sections)
+
+
+def run_with(recipe, folder, outputs=None):
+    file = folder.with_suffix(".yaml")
+    file.write_text(to_yaml(check_config(recipe, "test")))
+    options = ["--teacher-outputs", str(outputs)] if outputs else []
+    assert main(["train", str(file), "--out", str(folder), "--no-preflight", "--device", "cpu", *options]) == 0
+    read = [e for e in read_log(folder) if e["event"] == "teacher_outputs"]
+    return torch.load(folder / "last.pt", weights_only=False), (read[-1] if read else None)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda t: t["model"])
+def test_read_equals_computed_to_the_last_bit(recipe, tmp_path, teacher):
+    text = recipe(losses=ALL, teacher=teacher, train={"epochs": 1, "accumulate": 2}, data={"image_size": 64})
+    alone, _ = run_with(text, tmp_path / "alone")
+    first, told = run_with(text, tmp_path / "first", tmp_path / "outputs")
+    assert told["computed"] and not told["read"]
+    second, told = run_with(text, tmp_path / "second", tmp_path / "outputs")
+    assert told["computed"] == 1 and told["read"]  # one tells what a record holds
+    for part in ("student", "methods", "optimizer"):
+        assert_same(first[part], alone[part])
+        assert_same(second[part], alone[part])
+
+
+def views(run, tmp_path, records=4):
+    return TeacherOutputs(tmp_path, "name", run.distiller, records)
+
+
+@pytest.fixture
+def run(recipe):
+    return build(check_config(recipe(losses=ALL), "test"), CPU)
+
+
+PIXELS = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+def test_other_pixels_are_computed_and_leave_the_record(run, tmp_path):
+    views(run, tmp_path).features(1, PIXELS)
+    again = views(run, tmp_path)
+    other = again.features(1, PIXELS.flip(0))
+    assert_same(other.logits, run.distiller.teacher_features(PIXELS.flip(0)).logits)
+    again.features(1, PIXELS.flip(0))
+    same = again.features(1, PIXELS)
+    assert (again.computed, again.read) == (2, 1)
+    assert_same(same.maps, run.distiller.teacher_features(PIXELS).maps)
+
+
+def test_a_damaged_record_is_computed_again(run, tmp_path):
+    first = views(run, tmp_path)
+    first.features(0, PIXELS)
+    first.features(1, PIXELS)
+    content = bytearray(first.path.read_bytes())
+    content[first.size + 200] ^= 1  # in record 1
+    first.path.write_bytes(content)
+    again = views(run, tmp_path)
+    again.features(3, PIXELS)
+    assert_same(again.features(1, PIXELS).logits, run.distiller.teacher_features(PIXELS).logits)
+    assert (again.computed, again.read) == (2, 0)
+    again.features(0, PIXELS)
+    assert again.read == 1
+
+
+def test_a_batch_of_another_size_is_computed(run, tmp_path):
+    outputs = views(run, tmp_path)
+    outputs.features(0, PIXELS)
+    assert outputs.features(1, PIXELS[:2]).logits.shape[0] == 2
+    assert outputs.features(1, PIXELS).logits.shape[0] == 3
+    assert not outputs.read and outputs.computed == 3
+
+
+def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
+    def name(sha256="a", **sections):
+        config = check_config(recipe(**sections), "test")
+        return outputs_name(config, build(config, CPU).distiller, sha256)
+
+    first = name()
+    assert name() == first == name(losses={"ce": {}, "fd": {}}) == name(optim={"lr": 0.5})
+    others = [
+        name(sha256="b"),
+        name(seed=1),
+        name(augment={"flip": 0}),
+        name(train={"batch_size": 4}),
+        name(data={"image_size": 64}),
+        name(teacher={"model": "test_vit2", "kwargs": {}, "weights": "random"}),
+    ]
+    assert len({first, *others}) == 7
+
+
+def test_a_full_disk_is_told_before_the_run(run, tmp_path, monkeypatch):
+    usage = os.statvfs(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="GB free; leave --teacher-outputs out"):
+        views(run, tmp_path, records=10**6).features(0, PIXELS)
+    assert usage and not list(tmp_path.glob("*.outputs"))
+
+
+def test_a_run_without_teacher_ignores_nothing(recipe, tmp_path):
+    text = recipe(losses={"ce": {}}, train={"epochs": 1}) | {"teacher": None}
+    _, told = run_with(text, tmp_path / "run", tmp_path / "outputs")
+    assert told is None and not (tmp_path / "outputs").exists()
