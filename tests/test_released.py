@@ -6,6 +6,7 @@ import json
 import types
 from argparse import Namespace
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalekd import released
+from scalekd.config import Model
 from scalekd.errors import UserError
 from scalekd.export import load_student
 from scalekd.released import import_student, patches_merged, read_checkpoint, recognise
@@ -33,9 +35,7 @@ def randomised(model: nn.Module) -> nn.Module:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
                 continue
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.ndim == 1 and name.endswith("weight"):
+            if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
                 tensor.uniform_(0.5, 1.5)
             elif tensor.ndim < 2 or "pos_embed" in name or "table" in name or "gamma" in name:
                 tensor.normal_(std=0.5)
@@ -91,7 +91,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Depths 2, 1, 1, 1. deep: V1d."""
+    """Depths 2, 1, 1, 1 and 8 to 32 channels. deep: V1d."""
 
     def __init__(self, deep: bool):
         super().__init__()
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
             self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         inputs = 64
         for i, depth in enumerate((2, 1, 1, 1)):
-            width, blocks = 64 * 2**i, []
+            width, blocks = 8 * (i + 1), []
             for j in range(depth):
                 blocks.append(Bottleneck(inputs, width, 2 if i and not j else 1, deep, shortcut=not j))
                 inputs = 4 * width
@@ -324,7 +324,7 @@ class ConvNeXt(nn.Module):
         widths = (8, 16, 24, 32)
         self.first = first
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8, 1e-6))])
-        for a, b in zip(widths, widths[1:]):
+        for a, b in pairwise(widths):
             self.downsample_layers.append(nn.Sequential(LayerNorm2d(a, 1e-6), nn.Conv2d(a, b, 2, 2)))
         self.stages = nn.ModuleList([nn.Sequential(ConvNeXtBlock(w)) for w in widths])
         self.norm3 = LayerNorm2d(32, 1e-6)
@@ -365,13 +365,13 @@ class MobileNet(nn.Module):
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 SWIN = {"embed_dim": 8, "depths": [2, 2, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 2, "img_size": 64}
-SHALLOW = {"layers": [2, 1, 1, 1]}
+RESNET = {"layers": [2, 1, 1, 1], "channels": [8, 16, 24, 32]}
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 
 # name -> (backbone, its width, timm's model, kwargs, pixels, what it is recognised as)
 CASES: dict[str, tuple[Any, int, str, dict[str, Any], int, str]] = {
-    "resnet": (lambda: ResNet(False), 2048, "resnet50", SHALLOW, 64, "mmpretrain ResNet"),
-    "resnet-d": (lambda: ResNet(True), 2048, "resnet50d", SHALLOW, 70, "mmpretrain ResNet-D"),
+    "resnet": (lambda: ResNet(False), 128, "resnet50", RESNET, 64, "mmpretrain ResNet"),
+    "resnet-d": (lambda: ResNet(True), 128, "resnet50d", RESNET, 70, "mmpretrain ResNet-D"),
     "vit": (lambda: ViT(False), 24, "vit_small_patch16_224", VIT, 48, "mmpretrain ViT"),
     "vit, norm after": (lambda: ViT(False, True), 24, "vit_small_patch16_224", VIT, 48, "mmpretrain ViT"),
     "vit, token": (lambda: ViT(True), 24, "vit_small_patch16_224", VIT, 48, "mmpretrain ViT"),
@@ -439,9 +439,9 @@ def test_a_merging_in_the_wrong_order_would_show(tmp_path, classes, monkeypatch)
 
 
 def test_the_order_of_merged_patches_by_hand():
-    order = [f"{channel}{row}{column}" for channel in "abc" for row in "01" for column in "01"]
-    index = patches_merged(torch.arange(12.0))
-    assert [order[int(i)] for i in index] == "a00 b00 c00 a10 b10 c10 a01 b01 c01 a11 b11 c11".split()
+    theirs = [f"{channel}{row}{column}" for channel in "abc" for row in "01" for column in "01"]
+    ours = " ".join(theirs[int(i)] for i in patches_merged(torch.arange(12.0)))
+    assert ours == "a00 b00 c00 a10 b10 c10 a01 b01 c01 a11 b11 c11"
 
 
 def test_a_mixer_keeps_timms_epsilon(tmp_path, classes):
@@ -461,12 +461,13 @@ def test_the_card_says_what_the_tensors_say(tmp_path, classes):
     assert (card["classes"], card["image_size"], card["crop_pct"]) == (["ant", "bee", "cat"], [48, 48], 0.875)
     assert (card["mean"], card["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert card["provenance"]["released"]["naming"] == "mmpretrain ViT"
-    imported_kwargs = {"patch_size": 14, "embed_dim": 16, "num_blocks": 2, "img_size": [42, 42]}
-    imported("mixer", theirs("mixer").state_dict(), (tmp_path / "m"), classes) if (tmp_path / "m").mkdir() else None
-    torch.save(theirs("mixer").state_dict(), tmp_path / "m.pth")
-    import_student(tmp_path / "m.pth", "mlp_mixer", {}, tmp_path / "mixer", classes)
-    card = json.loads((tmp_path / "mixer" / "student.json").read_text())
-    assert imported_kwargs.items() <= card["kwargs"].items() and card["image_size"] == [42, 42]
+
+
+def test_a_mixers_sizes_are_those_of_its_tensors(tmp_path, classes):
+    imported("mixer", theirs("mixer").state_dict(), tmp_path, classes)
+    card = json.loads((tmp_path / "out" / "student.json").read_text())
+    sizes = {"patch_size": 14, "embed_dim": 16, "num_blocks": 2, "img_size": [42, 42]}
+    assert sizes.items() <= card["kwargs"].items() and card["image_size"] == [42, 42]
 
 
 def test_the_result_is_evaluated_and_starts_a_run(cli, tmp_path, recipe_file, classes):
@@ -542,7 +543,7 @@ class FacebookConvNeXt(nn.Module):
         super().__init__()
         widths = (8, 16, 24, 32)
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8, 1e-6))])
-        for a, b in zip(widths, widths[1:]):
+        for a, b in pairwise(widths):
             self.downsample_layers.append(nn.Sequential(LayerNorm2d(a, 1e-6), nn.Conv2d(a, b, 2, 2)))
         self.stages = nn.ModuleList([nn.Sequential(FacebookBlock(w)) for w in widths])
         self.norm, self.head = nn.LayerNorm(32, 1e-6), nn.Linear(32, CLASSES)
@@ -576,10 +577,10 @@ def test_timms_own_names(kind, tmp_path, classes):
     assert card["mean"] == [0.5, 0.5, 0.5]  # timm's for that model
 
 
-def test_a_whole_released_resnet_has_imagenets_classes(tmp_path):
-    model = randomised(timm.create_model("resnet18"))
+def test_a_head_of_1000_rows_has_imagenets_classes(tmp_path):
+    model = randomised(timm.create_model("convnext_tiny", **CONVNEXT))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "r.pth")
-    import_student(tmp_path / "r.pth", "resnet18", {}, tmp_path / "out")
+    import_student(tmp_path / "r.pth", "convnext_tiny", CONVNEXT, tmp_path / "out")
     classes = json.loads((tmp_path / "out" / "student.json").read_text())["classes"]
     assert len(classes) == 1000 and classes == sorted(classes) and classes[0] == "n01440764"
 
@@ -616,19 +617,16 @@ NAMINGS = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_keys_of_the_real_sizes_lead_into_timms_model(name):
-    """A few keys with the shapes of mmclassification's own configurations, and the sign that recognises the file."""
+    """A few keys, with the shapes that mmclassification's own configurations give them."""
     naming = NAMINGS[name]
+    assert recognise(dict.fromkeys([*FULL[name], SIGNS[naming]])) == naming
     with torch.device("meta"):
-        wanted = timm.create_model(name, **({"fc_norm": False} if naming.endswith("ViT") else {})).state_dict()
-        keys = {k: torch.empty(shape) for k, shape in FULL[name].items()} | {SIGNS[naming]: torch.empty(0)}
-    assert recognise(keys) == naming
-    found = released.Found({k: v for k, v in keys.items() if k in FULL[name]}, "", 0)
-    rules = dict(found.state)
-    state, left, _ = released.renamed(
-        found, naming, types.SimpleNamespace(kwargs={"class_token": True, "head_norm_first": False}, model=name), Path()
-    )
-    assert left == [] and len(state) == len(rules)
-    assert {k: v.shape for k, v in state.items()}.items() <= {k: v.shape for k, v in wanted.items()}.items()
+        wanted = timm.create_model(name, **({"fc_norm": False} if naming == "mmpretrain ViT" else {})).state_dict()
+        found = released.Found({k: torch.empty(shape) for k, shape in FULL[name].items()}, "", 0)
+    spec = Model(model=name, kwargs={"class_token": True, "head_norm_first": False})
+    state, left, _ = released.renamed(found, naming, spec, Path())
+    assert left == [] and len(state) == len(FULL[name])
+    assert {k: v.shape for k, v in state.items()} == {k: wanted[k].shape for k in state}
 
 
 def test_there_is_a_table_for_every_sign():

@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
 
-    sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` prints one")
+    sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` writes one out and explains it")
     sub.add_argument("show", nargs="*", metavar="show NAME")
     sub.add_argument("--json", action="store_true")
 
@@ -289,33 +289,19 @@ def _pairs(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from .config import recipe_names, recipe_text, recipe_values
+    from .config import load_recipe, recipe_values
+    from .recipe_list import amount, entry, explained, listed, table
 
-    if args.show:
-        if len(args.show) != 2 or args.show[0] != "show":
-            raise UserError("write `scalekd recipes` or `scalekd recipes show NAME`")
-        print(recipe_text(args.show[1]), end="")
-        return
-    listed = []
-    for name in recipe_names():
-        text = recipe_text(name)
-        header = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")]
-        recipe = recipe_values(name)
-        listed.append(
-            {
-                "name": name,
-                "summary": header[0] if header else "",
-                "student": recipe["student"]["model"],
-                "teacher": (recipe.get("teacher") or {}).get("model"),
-                "losses": recipe["losses"],
-            }
-        )
-    if args.json:
-        print(json.dumps(listed, indent=2))
-        return
-    width = max(len(entry["name"]) for entry in listed)
-    for entry in listed:
-        print(f"{entry['name']:{width}}  {entry['summary']}")
+    if args.show and (len(args.show) != 2 or args.show[0] != "show"):
+        raise UserError("write `scalekd recipes` or `scalekd recipes show NAME`")
+    if args.show and args.json:
+        name = args.show[1]
+        told = {"amount": amount(load_recipe(name)), "recipe": recipe_values(name)}
+        print(json.dumps(entry(name) | told, indent=2))
+    elif args.show:
+        print(explained(args.show[1]), end="")
+    else:
+        print(json.dumps(listed(), indent=2) if args.json else table(listed()))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -54,7 +54,7 @@ MODELS = {
     "ConvNeXtV2-T": PaperModel("convnextv2_tiny"),
 }
 
-# What the ScaleKD paper prints: parameters in millions, FLOPs in 10^9, and in which tables. vanillaKD's abstract has none.
+# What the ScaleKD paper prints: parameters in millions, FLOPs in 10^9, in which tables. vanillaKD's abstract has none.
 PRINTED = {
     "Swin-B": [(87.77, 15.14, "8, 14")],
     "Swin-L": [(196.53, 34.04, "3")],
@@ -109,13 +109,13 @@ NOTES = {
 
 # (where the pair stands, teacher, student)
 PAIRS = [
-    *(("ScaleKD, Table 3", "Swin-L", student) for student in ("MobileNet-V1", "ResNet-50", "ConvNeXt-T", "Mixer-S/16")),
-    *(("ScaleKD, Table 3", "Swin-L", student) for student in ("Mixer-B/16", "ViT-S/16", "Swin-T", "ViT-B/16")),
-    *(("ScaleKD, Table 3", "BEiT-L/14", student) for student in ("ResNet-50", "Mixer-B/14", "ViT-B/14")),
-    ("ScaleKD, Table 4", "BEiT-L/14", "EVA-02-S/14"),
-    ("ScaleKD, Table 1", "Swin-S", "Mixer-S/16"),
-    ("ScaleKD, Table 2", "Swin-S", "ResNet-50"),
-    ("ScaleKD, Table 2", "Swin-B", "ResNet-50"),
+    *(("ScaleKD Table 3", "Swin-L", student) for student in ("MobileNet-V1", "ResNet-50", "ConvNeXt-T", "Mixer-S/16")),
+    *(("ScaleKD Table 3", "Swin-L", student) for student in ("Mixer-B/16", "ViT-S/16", "Swin-T", "ViT-B/16")),
+    *(("ScaleKD Table 3", "BEiT-L/14", student) for student in ("ResNet-50", "Mixer-B/14", "ViT-B/14")),
+    ("ScaleKD Table 4", "BEiT-L/14", "EVA-02-S/14"),
+    ("ScaleKD Table 1", "Swin-S", "Mixer-S/16"),
+    ("ScaleKD Table 2", "Swin-S", "ResNet-50"),
+    ("ScaleKD Table 2", "Swin-B", "ResNet-50"),
     *(("vanillaKD", "BEiTv2-B", student) for student in ("ResNet-50", "ViT-Ti", "ViT-S", "ConvNeXtV2-T")),
 ]
 
@@ -236,7 +236,10 @@ def _rows(listed: list[dict[str, Any]]) -> tuple[list[list[list[str]]], list[lis
             ]
         )
     for pair in listed:
-        ends = [[" -> ".join(_shape(shape) for shape in pair[who]["maps"][2:])] for who in ("teacher", "student")]
+        ends = [
+            [f"{_shape(before)} ->", _shape(last)]
+            for *_, before, last in (pair[w]["maps"] for w in ("teacher", "student"))
+        ]
         labels = [[pair["teacher"]["label"]], [pair["student"]["label"]]]
         pair_rows.append([[pair["source"]], *labels, *ends, pair["recipes"]])
     return model_rows, pair_rows, notes
@@ -250,7 +253,7 @@ def show(listed: list[dict[str, Any]], console: Console) -> None:
     """Two tables and the notes, for a terminal of 120 columns; names are folded in a narrower one."""
     model_rows, pair_rows, notes = _rows(listed)
     for columns, rows in ((MODEL_COLUMNS, model_rows), (PAIR_COLUMNS, pair_rows)):
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold", justify="right" if column in MODEL_COLUMNS[1:6] else "left")
         for row in rows:

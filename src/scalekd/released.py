@@ -80,7 +80,7 @@ def import_student(
     card = {
         "model": spec.model,
         "kwargs": loaded.kwargs,
-        "classes": class_names(len(student.get_classifier().weight), classes),
+        "classes": class_names(loaded.kwargs["num_classes"], classes),
         "image_size": list(size),
         **preprocessing(student, naming),
         "teacher": None,

@@ -62,9 +62,10 @@ def html(summary: dict[str, Any]) -> str:
         section(escape(main.title), _html_table(main) + legend),
     ]
     if curves := curve_panels(summary):
-        note = f"The baseline and the best few by final {summary['metric']}. Means over seeds. Early points may lie below the axis."
+        note = "The baseline and the methods with the largest gains, averaged over the students. Means over seeds. "
+        note += "Early points may lie below the axis."
         figures = _figures(curves, f"{summary['metric']} over samples seen")
-        sections.append(section("Accuracy over samples seen", figures, escape(note)))
+        sections.append(section("Accuracy over samples seen", figures, note))
     sections += [section(escape(table.title), _html_table(table), escape(table.note)) for table in details]
     if summary["failed"]:
         rows = [[which, error] for which, error in _failed(summary)]
@@ -110,7 +111,7 @@ def _tables(summary: dict[str, Any]) -> list[Table]:
         for row in rows:
             cell = methods.get(row[0], {})
             row += [_top1_text(cell, summary), _gain_text(cell, summary)]
-    main = Table(f"{summary['metric']} and gain over {summary['baseline']}", head, rows)
+    main = Table(f"Results: {summary['metric']} and gain over {summary['baseline']}", head, rows)
     return [main, *(_details(name, methods, summary) for name, methods in summary["students"].items())]
 
 
@@ -208,8 +209,9 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _escaped(text: object) -> str:
     """Text that Markdown shows as it is. Underscores inside words are no emphasis and stay readable."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
-    plain = re.sub(r"[\\`*\[\]<|&~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
-    return re.sub(r"^(\s*\d*)([#>+.)=-])", r"\1\\\2", plain)  # what would start a heading, a quote or a list
+    plain = re.sub(r"[\\`*\[\]|&~$]|<(?=[^\s\d])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
+    # what would start a heading, a quote or a list
+    return re.sub(r"^(\s*)([#>+=-])|^(\s*\d+)([.)])(?!\S)", r"\1\3\\\2\4", plain)
 
 
 def _code(text: str) -> str:
@@ -266,8 +268,10 @@ def _legend_of(pairs: Iterable[tuple[str, str]]) -> str:
 # the first column stays in sight while a table is scrolled; three plots fit side by side
 PAGE_STYLE = """
 body { max-width: 1240px } p, ul.note { max-width: 44rem } ul.note { padding-left: 1.2rem }
-.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
+.legend svg { overflow: visible }
+.panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) }
 table { width: auto } .numbers td { text-align: right; white-space: nowrap; min-width: 0 }
-.numbers th:last-child { text-align: right } thead th { vertical-align: bottom }
+.numbers th:last-child { text-align: right } thead th { vertical-align: bottom; white-space: nowrap }
 th:first-child { position: sticky; left: 0; background: var(--page); max-width: 12rem }
+@media (max-width: 600px) { .numbers { font-size: .8125rem } .numbers th, .numbers td { padding: .35rem .3rem } }
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from ..svg import (
 Cell = dict[str, Any]  # one method on one student: summary["students"][student][method]
 
 ROW = 30  # height of a method's row in the gain plot
-LONGEST = 16  # letters of a method's name beside its row
+LONGEST = 18  # letters of a method's name beside its row
 BEST = 4  # methods in a plot of curves, besides the baseline
 
 
@@ -91,7 +92,7 @@ def gain_panels(summary: dict[str, Any]) -> list[Panel]:
     """One panel per student, all with the same axis, so that students can be compared."""
     students = {name: _rows(methods, summary["baseline"]) for name, methods in summary["students"].items()}
     rows = [row for rows in students.values() for row in rows]
-    start = 16 + 8 * max((min(len(row.label), LONGEST) for row in rows), default=0)
+    start = 14 + 8.3 * max((min(len(row.label), LONGEST) for row in rows), default=0)
     axis = Axis(_gain_ticks([row for row in rows if row.gain is not None]), start, WIDTH - 16)
     return [_gain_panel(name, rows, axis, gain_label(summary)) for name, rows in students.items()]
 
@@ -115,9 +116,9 @@ def _gain_ticks(rows: Sequence[_Row]) -> list[float]:
     """
     gains = [row.gain for row in rows if row.gain is not None]
     points = [0.0, *gains, *(gain for row in rows for gain in row.seeds)]
-    high = max(points)
-    floor = -3 * max([high, statistics.median(map(abs, gains))]) if gains else 0.0
-    low = max(min(points), floor)
+    floor = -3 * max([max(points), statistics.median(map(abs, gains))]) if gains else 0.0
+    points = [point for point in points if point >= floor]
+    low, high = min(points), max(points)
     room = (high - low) / 2
     kept = [(row.gain, row.half) for row in rows if row.gain is not None and row.gain >= floor]
     return nice_ticks(
@@ -140,7 +141,9 @@ def _gain_marks(row: _Row, y: float, axis: Axis) -> list[str]:
     low, high = axis.ticks[0], axis.ticks[-1]
     if row.gain is None:
         why = "no seed in common with the baseline" if by_seed(row.cell) else "no finished run"
-        return [text_at(axis.start + 6, y + 5, why)]
+        zero = axis.at(0)
+        beside = zero + 8 if zero < (axis.start + axis.end) / 2 else axis.start + 6  # where there is more room
+        return [text_at(beside, y + 5, why)]
     ends = (row.gain - row.half, row.gain + row.half)
     parts = [f'<path class="seed" d="M{axis.at(gain):.1f} {y + 6:g}v7"/>' for gain in row.seeds if low <= gain <= high]
     if min(*ends, *row.seeds) < low:
@@ -162,7 +165,7 @@ TOLD_APART = '<path class="mark s0" d="M0-7l7 7l-7 7l-7-7z"/>'
 NOT_TOLD_APART = '<path class="hollow" d="M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"/>'
 
 GAIN_KEYS = [
-    (f'<g transform="translate(22 7)">{TOLD_APART}</g>', "mean gain, p < 0.05 after Holm's correction"),
+    (f'<g transform="translate(22 7)">{TOLD_APART}</g>', "mean gain, p < 0.05 (Holm)"),
     (f'<g transform="translate(22 7)">{NOT_TOLD_APART}</g>', "mean gain, not told apart or not tested"),
     ('<path class="range" d="M4 7H40M4 3v8M40 3v8"/>', "95 % interval of the mean gain"),
     ('<path class="seed" d="M12 3v7M22 3v7M29 3v7"/>', "one seed each"),
@@ -174,30 +177,32 @@ GAIN_KEYS = [
 
 
 def curve_panels(summary: dict[str, Any]) -> list[Panel]:
-    """One panel per student that has curves; a method has the same line in all of them."""
-    students = {name: chosen for name, methods in summary["students"].items() if (chosen := _chosen(methods, summary))}
-    names = dict.fromkeys(name for methods in summary["students"].values() for name in methods)
-    drawn = [n for n in names if n != summary["baseline"] and any(n in chosen for chosen in students.values())]
-    styles = {name: i for i, name in enumerate(drawn)} | {summary["baseline"]: INK}
+    """One panel per student that has curves: the same methods with the same lines in all of them."""
+    styles = {summary["baseline"]: INK} | {name: i for i, name in enumerate(_best(summary))}
     panels = []
-    for student, chosen in students.items():
-        curves = [Curve(thin(points, 200), name, styles[name]) for name, points in chosen.items()]
-        x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points)), LEFT, RIGHT)
-        # the first samples would press the rest together: as in a run's report, the axis is made for what follows
-        shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]]
-        y = Axis(nice_ticks(min(shown), max(shown)), BOTTOM, TOP)
-        parts = chart_parts(curves, x, y, "samples seen", summary["metric"])
-        panels.append(Panel(student, parts, HEIGHT, [(curve_key(c), c.label) for c in curves]))
+    for student, methods in summary["students"].items():
+        points = {name: _points(cell) for name, cell in methods.items() if name in styles}
+        curves = [Curve(thin(some, 200), name, styles[name]) for name, some in points.items() if some]
+        if curves:
+            x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points)), LEFT, RIGHT)
+            # the first half would press the rest together
+            shown = [y for c in curves for _, y in c.points[len(c.points) // 2 :]]
+            y = Axis(nice_ticks(min(shown), max(shown)), BOTTOM, TOP)
+            parts = chart_parts(curves, x, y, "samples seen", summary["metric"])
+            panels.append(Panel(student, parts, HEIGHT, [(curve_key(c), c.label) for c in curves]))
     return panels
 
 
-def _chosen(methods: dict[str, Cell], summary: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Method -> points: of the baseline and the best few by mean, in the ladder's order."""
-    points = {name: _points(cell) for name, cell in methods.items()}
-    drawable = [name for name in methods if points[name] and finite(methods[name]["mean"])]
-    others = [name for name in drawable if name != summary["baseline"]]
-    best = sorted(others, key=lambda name: -methods[name]["mean"])[:BEST]
-    return {name: points[name] for name in drawable if name in best or name == summary["baseline"]}
+def _best(summary: dict[str, Any]) -> list[str]:
+    """The methods with the largest gains, averaged over the students, in the ladder's order."""
+    gains: dict[str, list[float]] = {}
+    for methods in summary["students"].values():
+        for name, cell in methods.items():
+            if name != summary["baseline"] and _points(cell):
+                gains.setdefault(name, []).extend([cell["gain"]] if finite(cell.get("gain")) else [])
+    means = {name: statistics.fmean(some) if some else -math.inf for name, some in gains.items()}
+    best = sorted(means, key=lambda name: -means[name])[:BEST]
+    return [name for name in means if name in best]
 
 
 def _points(cell: Cell) -> list[tuple[float, float]]:

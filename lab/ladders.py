@@ -1,0 +1,183 @@
+"""Writes the laboratory's ladder files: first the search's, then, with what the search found, the others.
+
+    python lab/ladders.py                 writes lab/search.yaml, and the others once docs/results/lab/search is there
+
+Every method has one number that is searched, and four tries for it: the factor on its loss weight, or for KD its
+weight and temperature. A try is one run of the CNN with seed 100, validated on images that no student is trained on
+and that are in no reported figure. The best of the four by top-1 is taken for all students and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+FOUND = HERE.parent / "docs" / "results" / "lab" / "search" / "results.jsonl"
+Losses = dict[str, Any]
+
+HEADS = [3, 3]
+RATES = (1e-3, 3e-3, 9e-3)
+FACTORS = (0.3, 1, 3, 10)
+KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
+NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
+
+LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the method's term at factor 1
+    "FD (s4)": {"fd": {"stages": [4], "projector": "linear"}},
+    "FD (s3+s4)": {"fd": {"stages": [3, 4], "projector": "linear"}},
+    "Conv": {"fd": {"stages": [4], "projector": "conv"}},
+    "CAP": {"cap": {"heads": 3}},
+    "Dual-Path CAP": {"dfm": {"heads": 3, "views": "dual_path"}},
+    "DFM": {"dfm": {"heads": 3}},
+    "DFM (Dir + Alt)": {"dfm": {"heads": 3, "views": "dir_alt"}},
+    "TPP own queries": {"tpp": {"heads": HEADS, "adaptive_queries": False}},
+    "TPP": {"tpp": {"heads": HEADS}},
+    "DFM + TPP": {"scalekd": {"heads": HEADS}},
+}
+OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
+    "BKD": {"bkd": {}},
+    "DKD": {"dkd": {}},
+    "DIST": {"dist": {}},
+    "AT": {"at": {}},
+    "OFD": {"ofd": {}},
+    "RKD": {"rkd": {}},
+    "CRD": {"crd": {"negatives": 2048}},
+    "CC": {"cc": {}},
+    "SRRL": {"srrl": {}},
+    "ReviewKD": {"reviewkd": {"width": 96}},
+    "MGD": {"mgd": {}},
+    "DiffKD": {"diffkd": {}},
+    "OFA": {"ofa": {}},
+}
+
+STUDENTS: dict[str, Any] = {
+    "CNN": {},
+    "MLP": {
+        "student": {
+            "model": "mlp_mixer",
+            "kwargs": {"patch_size": 8, "embed_dim": 64, "num_blocks": 4},
+            "mean": [0.25],
+            "std": [0.33],
+        }
+    },
+    "ViT": {
+        "student": {
+            "model": "vit_tiny_patch16_224",
+            "kwargs": {
+                "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "class_token": False, "global_pool": "avg"
+            },
+            "mean": [0.25],
+            "std": [0.33],
+        }
+    },
+}  # fmt: skip
+
+
+def weighted(losses: Losses, factor: float) -> Losses:
+    """A method's term at a factor, beside cross entropy."""
+    return {"losses": {"ce": {}} | {name: {"weight": factor} | options for name, options in losses.items()}}
+
+
+def kd(setting: str) -> Losses:
+    task, weight, temperature = KD[setting]
+    return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature}}}
+
+
+def rates() -> dict[str, Any]:
+    return {
+        "name": "rates",
+        "title": "The students' learning rates, without a teacher",
+        "recipe": "base.yaml",
+        "set": {"data": {"val": "idx:runs/lab/data/search"}},
+        "students": STUDENTS,
+        "methods": {f"lr {lr:g}": NO_TEACHER | {"optim": {"lr": lr}} for lr in RATES},
+        "baseline": f"lr {RATES[1]:g}",
+        "seeds": [100],
+    }
+
+
+def search() -> dict[str, Any]:
+    methods = {"no teacher": NO_TEACHER} | {f"KD {setting}": kd(setting) for setting in KD}
+    for label, losses in (LADDER | OTHERS).items():
+        methods |= {f"{label} x{factor:g}": weighted(losses, factor) for factor in FACTORS}
+    return {
+        "name": "search",
+        "title": "The search: four tries for every method",
+        "recipe": "base.yaml",
+        "set": {"data": {"val": "idx:runs/lab/data/search"}},
+        "students": {"CNN": {}},
+        "methods": methods,
+        "baseline": "no teacher",
+        "seeds": [100],
+    }
+
+
+def best(found: dict[str, float], prefix: str) -> str:
+    """What follows `prefix` in the label of the best try."""
+    return max((label for label in found if label.startswith(prefix)), key=lambda label: found[label])[len(prefix) :]
+
+
+def others(found: dict[str, float]) -> list[dict[str, Any]]:
+    best_kd = kd(best(found, "KD "))
+    factors = {label: float(best(found, f"{label} x")) for label in LADDER | OTHERS}
+    ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
+    scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
+    with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
+    shared = {"recipe": "base.yaml", "students": STUDENTS, "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
+    compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
+    betas = {
+        f"beta {beta:g}": {"losses": best_kd["losses"] | {"scalekd": scalekd | {"beta": beta}}}
+        for beta in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    }
+    return [
+        shared
+        | {
+            "name": "ladder",
+            "title": "The paper's ladder (Tables 1 and 9)",
+            "methods": {"no teacher": NO_TEACHER} | ladder | {"KD": best_kd, "ScaleKD with KD": with_kd},
+        },
+        shared
+        | {
+            "name": "methods",
+            "title": "ScaleKD and the methods it is compared with (Tables 7 and 13)",
+            "methods": {"no teacher": NO_TEACHER}
+            | compared
+            | {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd},
+        },
+        shared
+        | {
+            "name": "beta",
+            "title": "The share of the original view, beta (Figure 4)",
+            "students": {"CNN": {}},
+            "methods": {"no teacher": NO_TEACHER} | betas,
+        },
+    ]
+
+
+class _Plain(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write(ladder: dict[str, Any]) -> None:
+    name = ladder["name"]
+    header = (
+        f"# {ladder['title']}, in the laboratory.\n"
+        f"# command:  scalekd compare lab/{name}.yaml --out docs/results/lab/{name} --share-teacher\n"
+        "# written by lab/ladders.py\n"
+    )
+    text = yaml.dump(json.loads(json.dumps(ladder)), Dumper=_Plain, sort_keys=False, width=120, default_flow_style=None)
+    (HERE / f"{name}.yaml").write_text(header + text)
+
+
+if __name__ == "__main__":
+    write(rates())
+    write(search())
+    if FOUND.is_file():
+        found = {r["method"]: r["top1"] for r in map(json.loads, FOUND.read_text().splitlines())}
+        for ladder in others(found):
+            write(ladder)

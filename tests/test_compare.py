@@ -1,0 +1,285 @@
+"""`scalekd compare`: which runs a ladder stands for, what is run and what is not run again, and the statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from scipy import stats
+from whole_runs import TINY
+
+from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
+from scalekd.compare.results import half_width, known_records, read_records, summary, write_records
+from scalekd.compare.runner import places
+from scalekd.config import check_config, load_recipe
+from scalekd.errors import UserError
+
+METHODS = {
+    "none": {"teacher": None, "losses": {"ce": {}}},
+    "KD": {"losses": {"ce": {}, "kd": {}}},
+    "FD (s4)": {"losses": {"ce": {}, "fd": {}}},
+}
+
+
+@pytest.fixture
+def ladder_file(tmp_path, tiny_recipe):
+    """`ladder_file(**fields)` -> the path of a ladder on the tiny recipe, two seeds of one epoch."""
+    tiny_recipe["train"]["epochs"] = 1
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe))
+
+    def write(**fields):
+        values = {"name": "try", "recipe": "tiny.yaml", "methods": METHODS, "baseline": "none", "seeds": [0, 1]}
+        path = tmp_path / "ladder.yaml"
+        path.write_text("# A try.\n# command:  scalekd compare\n" + yaml.safe_dump(values | fields, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+# which runs
+
+
+def test_every_combination_seed_by_seed(ladder_file):
+    file = ladder_file(students={"A": {}, "B": {"student": {"model": "test_resnet", "kwargs": {"act_layer": "silu"}}}})
+    planned = jobs(load_ladder(file), ["optim.lr=0.5"])
+    assert [(j.seed, j.student, j.method) for j in planned] == [
+        (seed, student, method) for seed in (0, 1) for student in "AB" for method in METHODS
+    ]
+    assert {j.config.seed for j in planned[:6]} == {0} and {j.config.optim.lr for j in planned} == {0.5}
+    assert planned[0].config.teacher is None and planned[1].config.teacher is not None
+    assert planned[3].config.student.kwargs == {"act_layer": "silu"} and list(planned[4].config.losses) == ["ce", "kd"]
+    assert len({str(j.folder) for j in planned}) == 12
+
+
+def test_a_part_of_a_ladder_keeps_its_baseline(ladder_file):
+    ladder = load_ladder(ladder_file())
+    assert list(chosen(ladder, [], ["KD"], 1).methods) == ["none", "KD"]
+    assert chosen(ladder, [], [], 1).seeds == (0,) and chosen(ladder, [], [], 4).seeds == (0, 1, 2, 3)
+    for students, methods, seeds, message in (
+        ([], ["KDD"], None, "`KDD`. Did you mean `KD`"),
+        (["A"], [], None, "no student `A`"),
+        ([], [], 0, "one or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen(ladder, students, methods, seeds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"baseline": "nonee"}, "no method `nonee`. Did you mean `none`"),
+        ({"methods": {"a": {"lossses": {}}}, "baseline": "a"}, "`lossses` is no section.*Did you mean `losses`"),
+        ({"methods": {"a": {"seed": 3}}, "baseline": "a"}, "`seed` is no section"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": []}, "one or more"),
+        ({"basline": "none"}, "basline: unknown. Did you mean `baseline`"),
+        ({"methods": {"../up": {}}}, "methods"),
+        ({"methods": {"a b": {}, "a_b": {}}, "baseline": "a b"}, "the same folder name"),
+    ],
+)
+def test_mistakes_in_a_ladder_are_told(ladder_file, fields, message):
+    with pytest.raises(UserError, match=message):
+        load_ladder(ladder_file(**fields))
+
+
+def test_mistakes_of_every_run_are_told_at_once(ladder_file):
+    methods = METHODS | {"x": {"losses": {"kdd": {}}}, "y": {"losses": {"kd": {"temprature": 2}}}}
+    with pytest.raises(UserError) as error:
+        jobs(load_ladder(ladder_file(methods=methods)))
+    assert "test_resnet, x" in str(error.value) and "Did you mean `kd`" in str(error.value)
+    assert "test_resnet, y" in str(error.value) and "Did you mean `temperature`" in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["losses.kd.temperature=2", "losses.ce.weight=2", "train.epochs=9"])
+def test_an_override_that_the_ladder_would_undo_is_refused(ladder_file, override):
+    methods = {k: v | {"train": {"epochs": 3}} for k, v in METHODS.items()}
+    with pytest.raises(UserError, match="has no effect: the ladder sets"):
+        jobs(load_ladder(ladder_file(methods=methods)), [override])
+
+
+def test_an_override_of_the_teacher_leaves_the_baseline_without(ladder_file):
+    planned = jobs(load_ladder(ladder_file()), ["teacher.model=test_vit2", "teacher.kwargs={}"])
+    assert [j.config.teacher and j.config.teacher.model for j in planned[:3]] == [None, "test_vit2", "test_vit2"]
+
+
+@pytest.mark.parametrize("name", ladder_names())
+def test_shipped_ladders_load(name):
+    ladder = load_ladder(name)
+    assert ladder.name == name
+    planned = jobs(ladder)
+    assert len(planned) == len(ladder.seeds) * len(ladder.methods) * max(1, len(ladder.students))
+    assert load_recipe(ladder.recipe)
+
+
+def test_places():
+    assert [p.device for p in places(3, "cpu")] == ["cpu"] * 3
+    assert places(1, "cpu")[0].threads == len(os.sched_getaffinity(0))
+    with pytest.raises(UserError, match="--jobs 0"):
+        places(0, "cpu")
+
+
+# what is run, and what is not run again
+
+
+def compare(*options, env=None):
+    command = [sys.executable, "-m", "scalekd", "compare", *map(str, options), "--device", "cpu"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=250)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladder_file, tmp_path):
+    out = tmp_path / "out"
+    file = ladder_file()
+    code, told, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
+    assert code == 0, err
+    assert told.count("top-1") == 3 and "3 of 3 runs finished" in told
+    made = json.loads((out / "summary.json").read_text())
+    for method in METHODS:
+        folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
+        assert made["students"]["test_resnet"][method]["top1"] == [json.loads((folder / "summary.json").read_text())["top1"]]
+    assert made["about"][0] == "A try." and made["finished"] == 3 and made["failed"] == []
+    assert "KD" in (out / "summary.md").read_text() and "<html" in (out / "report.html").read_text()
+    assert not (out / "outputs").exists()
+
+    before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
+    code, told, err = finish(compare(file, "--out", out, "--seeds", "1"))
+    assert code == 0 and "3 of them finished before" in told
+    assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == before
+
+    # the records stand for the folders, and another recipe's record for nothing
+    (out / "runs").rename(tmp_path / "away")
+    ladder = load_ladder(file)
+    assert len(known_records(out, jobs(chosen(ladder, [], [], 1)))) == 3
+    assert known_records(out, jobs(ladder, ["optim.lr=0.3"])) == {}
+    assert len(known_records(out, jobs(ladder, ["train.save_minutes=3"]))) == 3  # the same runs
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_and_the_others_finish(ladder_file, tmp_path, image_folder):
+    weights = tmp_path / "none.safetensors"
+    methods = METHODS | {"broken": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}}
+    code, told, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
+    assert code == 1, err
+    assert "failed: test_resnet broken seed 0" in told and "none.safetensors" in told
+    assert "3 of 4 runs finished" in told
+    (failed,) = json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
+    assert failed["method"] == "broken"
+
+
+@pytest.mark.slow
+def test_a_stopped_comparison_goes_on(ladder_file, tmp_path):
+    file = ladder_file(methods={k: METHODS[k] for k in ("none", "KD")}, seeds=[0])
+    options = (file, "train.epochs=15", "--out", tmp_path / "out", "--jobs", "1")
+    process = compare(*options)
+    runs = tmp_path / "out" / "runs"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not any('"step"' in log.read_text() for log in runs.rglob("log.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, told, err = finish(process)
+    assert code == 75 and "stopped" in err, (told, err)
+    code, told, err = finish(compare(*options))
+    assert code == 0 and "2 of 2 runs finished" in told
+    assert any('"resumed"' in log.read_text() for log in runs.rglob("log.jsonl"))
+
+
+def test_a_folder_of_something_else_is_refused(ladder_file, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    code, _, err = finish(compare(ladder_file(), "--out", tmp_path / "full"))
+    assert code == 2 and "holds no comparison" in err
+    assert os.listdir(tmp_path / "full") == ["thesis.tex"]
+
+
+# the statistics
+
+
+def record(job, top1, curve=()):
+    made = {"machine": "m", "git": "abc", "scalekd": "1", "torch": "2", "timm": "1"}
+    recipe = job.config.model_dump(mode="json", exclude_defaults=True)
+    return {
+        "student": job.student, "method": job.method, "seed": job.seed, "top1": top1, "seconds": 10.0 * job.seed,
+        "steps": 9, "curve": list(curve), "made": made, "recipe": recipe,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ladder(ladder_file):
+    return load_ladder(ladder_file(seeds=[0, 1, 2, 3]))
+
+
+TOP1 = {"none": [50.0, 52.0, 51.0, 49.0], "KD": [51.0, 52.5, 52.0, 51.5], "FD (s4)": [50.5, 52.0, 50.0, 50.0]}
+
+
+def test_means_intervals_and_tests_are_those_of_scipy(ladder):
+    planned = jobs(ladder)
+    rows = summary(ladder, planned, {j: record(j, TOP1[j.method][j.seed]) for j in planned})["students"]["test_resnet"]
+    for method, values in TOP1.items():
+        low, high = stats.t.interval(0.95, 3, statistics.mean(values), stats.sem(values))
+        assert math.isclose(rows[method]["mean"], (low + high) / 2)
+        assert math.isclose(rows[method]["ci95"], (high - low) / 2)
+        assert rows[method]["seconds"] == 15
+    p = {m: stats.ttest_rel(TOP1[m], TOP1["none"]).pvalue for m in ("KD", "FD (s4)")}
+    for method, value in p.items():
+        assert math.isclose(rows[method]["p"], value)
+        assert math.isclose(rows[method]["gain"], statistics.mean(TOP1[method]) - 50.5)
+    assert p["KD"] < p["FD (s4)"]
+    assert math.isclose(rows["KD"]["p_holm"], 2 * p["KD"])
+    assert math.isclose(rows["FD (s4)"]["p_holm"], max(2 * p["KD"], p["FD (s4)"]))
+    assert "gain" not in rows["none"]
+
+
+def test_gains_are_of_the_seeds_that_both_have(ladder):
+    planned = [j for j in jobs(ladder) if (j.method, j.seed) not in {("none", 0), ("KD", 3)}]
+    rows = summary(ladder, planned, {j: record(j, TOP1[j.method][j.seed]) for j in planned})["students"]["test_resnet"]
+    assert rows["KD"]["pairs"] == 2 and math.isclose(rows["KD"]["gain"], ((52.5 - 52) + (52 - 51)) / 2)
+
+
+def test_one_seed_and_none(ladder):
+    planned = jobs(ladder)
+    first = {j: record(j, 50.0) for j in planned if j.seed == 0 and j.method != "KD"}
+    rows = summary(ladder, planned, first)["students"]["test_resnet"]
+    assert rows["KD"]["mean"] is None and rows["KD"]["gain"] is None and rows["KD"]["top1"] == []
+    assert rows["FD (s4)"]["gain"] == 0 and rows["FD (s4)"]["p"] is None and rows["FD (s4)"]["ci95"] is None
+    assert half_width([1.0]) is None
+    json.dumps(rows, allow_nan=False)
+
+
+def test_equal_gains_are_not_tested(ladder):
+    planned = jobs(ladder)
+    rows = summary(ladder, planned, {j: record(j, 50.0 + (j.method == "KD")) for j in planned})["students"]["test_resnet"]
+    assert rows["KD"]["p"] is None and rows["KD"]["gain"] == 1
+    json.dumps(rows, allow_nan=False)
+
+
+def test_curves_are_means_at_the_samples_that_all_seeds_have(ladder):
+    planned = [j for j in jobs(ladder) if j.method == "KD" and j.seed < 2]
+    curves = {0: [(8, 10.0), (16, 20.0)], 1: [(8, 20.0), (16, 40.0), (24, 50.0)]}
+    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.seed]) for j in planned})
+    assert told["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
+
+
+def test_records_of_other_methods_stay(ladder, tmp_path):
+    planned = jobs(ladder)
+    write_records(tmp_path, {j: record(j, 1.0) for j in planned if j.method == "KD"})
+    write_records(tmp_path, {j: record(j, 2.0) for j in planned if j.method == "none"})
+    assert len(read_records(tmp_path)) == 8
+    assert {r["top1"] for r in read_records(tmp_path) if r["method"] == "KD"} == {1.0}
+
+
+def test_a_job_is_known_by_its_labels():
+    config = check_config(TINY, "x")
+    assert Job("a", "b", 0, config) == Job("a", "b", 0, config.model_copy(update={"seed": 1}))
