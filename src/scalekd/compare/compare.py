@@ -56,6 +56,7 @@ def compare(
             f"{len(at)} at a time on {at[0].device}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         began = time.monotonic()
         failed: dict[Job, str] = {}

@@ -148,9 +148,8 @@ def _details(student: str, methods: dict[str, Cell], summary: dict[str, Any]) ->
         row.append(f"{cell['seconds']:.1f}" if finite(cell.get("seconds")) else NONE)
         rows.append(row)
     head = ["method", *(f"seed {seed}" for seed in seeds), *(["p", "p, Holm"] if tested else []), "steps", "seconds"]
-    return Table(
-        f"{student}, seed by seed", head, rows, f"{summary['metric']} of every seed; steps and seconds of a run."
-    )
+    note = f"{summary['metric']} of every seed; a run's steps, and its seconds as the median over seeds."
+    return Table(f"{student}, seed by seed", head, rows, note)
 
 
 def _p_text(p: object) -> str:
@@ -163,15 +162,15 @@ def _legend(summary: dict[str, Any]) -> list[str]:
     """What the signs of the first table mean, in plain words, and only those that can occur."""
     cells = [cell for methods in summary["students"].values() for cell in methods.values()]
     wanted = len(summary["seeds"])
-    lines = []
-    if any(finite(cell.get("ci95")) for cell in cells):
-        lines.append("± is half the width of the 95 % interval of the mean, by Student's t over seeds.")
-    else:
-        lines.append("One seed each: no interval and no test can be given.")
-    lines.append(
+    gain = (
         f"A gain is the mean difference to {summary['baseline']} in points, paired by seed: each run is compared with "
-        f"the baseline of the same student and seed. Its ± is that of these differences."
+        f"the baseline of the same student and seed."
     )
+    if any(finite(cell.get("ci95")) for cell in cells):
+        lines = ["± is half the width of the 95 % interval of the mean, by Student's t over seeds."]
+        lines.append(f"{gain} Its ± is that of these differences.")
+    else:
+        lines = ["No method has two finished seeds: no interval and no test can be given.", gain]
     if any(finite(cell.get("p_holm")) for cell in cells):
         lines.append(
             f"{MARK} marks p < 0.05 in a paired t-test, after Holm's correction for the number of methods of that student."

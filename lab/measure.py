@@ -1,0 +1,145 @@
+"""Beside top-1: what the features of the students of a finished ladder learnt.
+
+    python lab/measure.py docs/results/lab/ladder
+
+For each run whose folder is there, on the CPU, without gradients:
+
+    agreement   % of the test canvases on which student and teacher name the same class
+    probe       % right of a linear classifier on the pooled final map, on other images: single items of 10 classes,
+                anywhere on the canvas; ridge regression to one-hot labels, its strength chosen on a quarter held out
+    distance    of the alternative components: both final maps without their mean over positions, the student's through
+                a linear map fitted by ridge regression on 2,000 canvases of the search part; 2 - 2 cos, averaged over
+                the positions of the test canvases. 0: the same directions; 2: unrelated
+
+Writes measures.jsonl (a line per run; runs that are in it are not measured again), measures.json and measures.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scalekd.compare.ladder import Job, jobs, load_ladder
+from scalekd.compare.results import half_width
+from scalekd.config import Model
+from scalekd.export import load_student
+from scalekd.models import build_model
+from scalekd.sources import open_source
+from scalekd.stages import StageView
+
+HERE = Path(__file__).parent
+STRENGTHS = [10.0**k for k in range(-4, 4)]  # of the ridge, times the mean of the squared features
+MEAN, STD = 0.25, 0.33
+KINDS = ("agreement", "probe", "distance")
+
+
+def main(out: Path) -> None:
+    ladder = load_ladder(str(HERE / f"{out.name}.yaml"))
+    file = out / "measures.jsonl"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    done = {(m["student"], m["method"], m["seed"]) for m in known}
+    planned = jobs(ladder)
+    missing = [j for j in planned if (j.student, j.method, j.seed) not in done]
+    missing = [j for j in missing if (out / "runs" / j.folder / "summary.json").is_file()]
+    if missing:
+        parts = {name: images(name) for name in ("test", "search", "probe-train", "probe-test")}
+        parts["search"] = tuple(p[:2000] for p in parts["search"])
+        teacher = the_teacher(missing)
+        seen = {name: features(teacher, parts[name][0]) for name in ("test", "search")}
+        with open(file, "a") as lines:
+            for job in missing:
+                student, _ = load_student(out / "runs" / job.folder)
+                view = StageView(student.eval(), name=job.student, image_size=(40, 40))
+                measured = measure(view, parts, seen)
+                known.append({"student": job.student, "method": job.method, "seed": job.seed} | measured)
+                lines.write(json.dumps(known[-1]) + "\n")
+                lines.flush()
+    tell(out, [*dict.fromkeys((j.student, j.method) for j in planned)], known)
+
+
+def the_teacher(planned: list[Job]) -> StageView:
+    spec = next(j.config.teacher for j in planned if j.config.teacher)
+    assert isinstance(spec, Model)
+    teacher, _ = build_model(spec, channels=1, image_size=(40, 40), classes=100, where="teacher")
+    return StageView(teacher.eval(), name="teacher", image_size=(40, 40))
+
+
+def images(name: str) -> tuple[Tensor, Tensor]:
+    source = open_source(f"idx:runs/lab/data/{name}", name)
+    pixels = torch.from_numpy(source.images.copy()).float().div(255).unsqueeze(1)  # type: ignore[attr-defined]
+    return (pixels - MEAN) / STD, torch.tensor(source.targets)
+
+
+@torch.no_grad()
+def features(view: StageView, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) and final maps (N, D, H, W)."""
+    seen = [view(part) for part in pixels.split(250)]
+    return torch.cat([f.logits for f in seen]), torch.cat([f.final for f in seen if f.final is not None])
+
+
+def measure(view: StageView, parts: dict, seen: dict) -> dict[str, float]:
+    logits, final = features(view, parts["test"][0])
+    agreement = (logits.argmax(1) == seen["test"][0].argmax(1)).double().mean()
+    pooled = {name: features(view, parts[name][0])[1].mean((2, 3)) for name in ("probe-train", "probe-test")}
+    right = probe(pooled["probe-train"], parts["probe-train"][1], pooled["probe-test"], parts["probe-test"][1])
+    fitted = ridge(alternative(features(view, parts["search"][0])[1]), alternative(seen["search"][1]), 1e-3)
+    distance = 2 - 2 * F.cosine_similarity(alternative(final) @ fitted, alternative(seen["test"][1])).mean()
+    return {"agreement": 100 * float(agreement), "probe": right, "distance": float(distance)}
+
+
+def alternative(maps: Tensor) -> Tensor:
+    """(N, D, H, W) to (N * H * W, D) without the mean over positions."""
+    return (maps - maps.mean((2, 3), keepdim=True)).permute(0, 2, 3, 1).flatten(0, 2).double()
+
+
+def ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
+    """The W that makes |x W - y|^2 + strength * mean(x^2) * n * |W|^2 least."""
+    gram = x.T @ x
+    return torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram)).double(), x.T @ y)
+
+
+def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Top-1 in % on the test part; the strength chosen on the last quarter of the training part."""
+    centre, scale = x.mean(0), x.std(0) + 1e-6
+    x, test_x = (torch.cat([(v - centre) / scale, torch.ones(len(v), 1)], 1).double() for v in (x, test_x))
+    target = F.one_hot(y, 10).double()
+    cut = len(x) * 3 // 4
+
+    def right(w: Tensor, of: Tensor, labels: Tensor) -> float:
+        return 100 * float(((of @ w).argmax(1) == labels).double().mean())
+
+    strength = max(STRENGTHS, key=lambda s: right(ridge(x[:cut], target[:cut], s), x[cut:], y[cut:]))
+    return right(ridge(x, target, strength), test_x, test_y)
+
+
+def tell(out: Path, rows: list[tuple[str, str]], known: list[dict]) -> None:
+    table, lines = [], [f"# {out.name}: agreement, probe, distance", ""]
+    lines += ["| student | method | runs | agreement with the teacher, % | probe on single items, % | distance |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for student, method in rows:
+        of_row = [m for m in known if (m["student"], m["method"]) == (student, method)]
+        if not of_row:
+            continue
+        cells: dict = {"student": student, "method": method, "runs": len(of_row)}
+        shown = []
+        for kind in KINDS:
+            values = [m[kind] for m in of_row]
+            mean, width = sum(values) / len(values), half_width(values)
+            cells[kind], cells[f"{kind}_ci95"] = mean, width
+            digits = 4 if kind == "distance" else 2
+            shown.append(f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if width is not None else ""))
+        table.append(cells)
+        lines.append(f"| {student} | {method} | {len(of_row)} | {' | '.join(shown)} |")
+    lines += ["", "± is half the width of the 95 % interval of the mean over seeds, by Student's t.", ""]
+    lines += [f"Command: `python lab/measure.py {out}`. What is measured: `lab/measure.py`.", ""]
+    (out / "measures.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / "measures.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
