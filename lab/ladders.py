@@ -20,7 +20,7 @@ FOUND = HERE.parent / "docs" / "results" / "lab" / "search" / "results.jsonl"
 Losses = dict[str, Any]
 
 HEADS = [3, 3]
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (1e-3, 3e-3, 9e-3, 2.7e-2)
 FACTORS = (0.3, 1, 3, 10)
 KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
 NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}

@@ -41,8 +41,7 @@ def test_the_header_is_complete(name):
     said = header(recipe_text(name))
     assert all(said.values()), f"empty: {[field for field, text in said.items() if not text]}"
     assert load(name).name == name
-    assert name in said["command"].split() or "-m scalekd train" not in said["command"]
-    assert "NAME" in said["command"].replace(name, "NAME"), "its command is for another recipe"
+    assert name in said["command"].split(), "its command is for another recipe"
     assert re.match(r"(MEASURED|SHORT RUN|NOT RUN)\b", said["status"])
     assert all(len(line) <= 120 for line in recipe_text(name).splitlines() if line.startswith("#"))
 
@@ -306,17 +305,24 @@ for _name in NAMES:
 STEPPED = [pytest.param(names[0], marks=pytest.mark.slow if "-l-" in names[0] else []) for names in GROUPS.values()]
 
 
+@functools.cache
+def drop_paths(model: str, kwargs: str) -> bool:
+    """Whether the student, built with the recipe's own arguments, has any."""
+    with torch.device("meta"):
+        student = timm.create_model(model, **json.loads(kwargs))
+    return any(type(m).__name__.startswith("DropPath") and m.drop_prob > 0 for m in student.modules())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_student_optimiser_and_schedule_are_built(name):
     config = load(name)
-    with torch.device("meta"):  # takes the student's own arguments, drop path included
-        student = timm.create_model(config.student.model, **config.student.kwargs)
-    rate = config.student.kwargs.get("drop_path_rate", 0.0)
-    assert (rate > 0) == any("DropPath" in type(m).__name__ and m.drop_prob > 0 for m in student.modules())
+    assert drop_paths(config.student.model, json.dumps(config.student.kwargs)) == (
+        config.student.kwargs.get("drop_path_rate", 0.0) > 0
+    )
     optimizer = make_optimizer(config, SimpleNamespace(student=nn.Linear(2, 2), methods=nn.Linear(2, 2)))
     schedule = make_schedule(config, optimizer, steps_per_epoch=10)
     rates = []
-    for step in range(0, 10 * config.train.epochs, 5):
+    for step in [*range(0, 10 * config.train.epochs, 5), 10 * config.train.epochs - 1]:
         schedule.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
     warmup = config.schedule.warmup_epochs
@@ -388,7 +394,13 @@ def test_a_recipe_is_built_and_stepped(name, tmp_path, cheap_initial_values):
 
     assert set(losses) == terms(name) | {"total"}
     assert all(value.isfinite() for value in losses.values())
-    first = next(run.distiller.student.parameters())
+    student = run.distiller.student
+    first, head = next(student.parameters()), student.get_classifier().weight
+    if (
+        "-baseline-mixer" in name
+    ):  # timm's Mixers start with a head of zeros: nothing comes through it at the first step
+        assert not head.any()
+        first = head
     assert first.grad is not None and first.grad.isfinite().all() and first.grad.abs().max() > 0
     assert [name for name, p in run.distiller.named_parameters() if p.grad is None] == []
     if "scalekd" in config.losses and (heads := config.losses["scalekd"].get("heads")):
