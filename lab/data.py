@@ -45,7 +45,10 @@ def main(fashion: str, target: str) -> None:
     images, labels = items["t10k"]
     random = np.random.default_rng(len(PARTS))
     for name, first in (("probe-train", 0), ("probe-test", 4_000)):
-        alone = [_place(np.zeros((CANVAS, CANVAS), np.uint8), image, random, 0, CANVAS - ITEM) for image in images[first : first + 4_000]]
+        alone = [
+            _place(np.zeros((CANVAS, CANVAS), np.uint8), image, random, 0, CANVAS - ITEM)
+            for image in images[first : first + 4_000]
+        ]
         _write(folder / name, np.stack(alone), labels[first : first + 4_000])
 
 

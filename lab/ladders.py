@@ -1,6 +1,7 @@
 """Writes the laboratory's ladder files: first the search's, then, with what the search found, the others.
 
-    python lab/ladders.py                 writes lab/search.yaml, and the others once docs/results/lab/search is there
+    python lab/ladders.py      writes lab/rates.yaml; once docs/results/lab/rates is there, lab/search.yaml; once
+                               docs/results/lab/search is there, the others
 
 Every method has one number that is searched, and four tries for it: the factor on its loss weight, or for KD its
 weight and temperature. A try is one run of the CNN with seed 100, validated on images that no student is trained on
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-FOUND = HERE.parent / "docs" / "results" / "lab" / "search" / "results.jsonl"
+RESULTS = HERE.parent / "docs" / "results" / "lab"
 Losses = dict[str, Any]
 
 HEADS = [3, 3]
@@ -99,7 +100,11 @@ def rates() -> dict[str, Any]:
     }
 
 
-def search() -> dict[str, Any]:
+def students(lrs: dict[str, float]) -> dict[str, Any]:
+    return {label: sections | {"optim": {"lr": lrs[label]}} for label, sections in STUDENTS.items()}
+
+
+def search(lrs: dict[str, float]) -> dict[str, Any]:
     methods = {"no teacher": NO_TEACHER} | {f"KD {setting}": kd(setting) for setting in KD}
     for label, losses in (LADDER | OTHERS).items():
         methods |= {f"{label} x{factor:g}": weighted(losses, factor) for factor in FACTORS}
@@ -108,7 +113,7 @@ def search() -> dict[str, Any]:
         "title": "The search: four tries for every method",
         "recipe": "base.yaml",
         "set": {"data": {"val": "idx:runs/lab/data/search"}},
-        "students": {"CNN": {}},
+        "students": {"CNN": students(lrs)["CNN"]},
         "methods": methods,
         "baseline": "no teacher",
         "seeds": [100],
@@ -120,13 +125,27 @@ def best(found: dict[str, float], prefix: str) -> str:
     return max((label for label in found if label.startswith(prefix)), key=lambda label: found[label])[len(prefix) :]
 
 
-def others(found: dict[str, float]) -> list[dict[str, Any]]:
+PITFALL = {  # label -> what is seen, 24,000 samples in all of them
+    f"{images} {strength}": {
+        "data": {"limit": images},
+        "train": {"epochs": 24000 // images},
+        "augment": augment,
+    }
+    for images in (500, 2000, 8000)
+    for strength, augment in (
+        ("weak", {}),
+        ("strong", {"crop": "random_resized", "scale": [0.6, 1.0], "pad": 4, "erase": 0.25, "mixup": 0.2}),
+    )
+}
+
+
+def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any]]:
     best_kd = kd(best(found, "KD "))
     factors = {label: float(best(found, f"{label} x")) for label in LADDER | OTHERS}
     ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
     scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
     with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
-    shared = {"recipe": "base.yaml", "students": STUDENTS, "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    shared = {"recipe": "base.yaml", "students": students(lrs), "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
     betas = {
@@ -152,8 +171,16 @@ def others(found: dict[str, float]) -> list[dict[str, Any]]:
         | {
             "name": "beta",
             "title": "The share of the original view, beta (Figure 4)",
-            "students": {"CNN": {}},
+            "students": {"CNN": students(lrs)["CNN"]},
             "methods": {"no teacher": NO_TEACHER} | betas,
+        },
+        shared
+        | {
+            "name": "pitfall",
+            "title": "KD and its variants over the number of images and augmentation (vanillaKD's small-data pitfall)",
+            "students": {label: sections | {"optim": {"lr": lrs["CNN"]}} for label, sections in PITFALL.items()},
+            "methods": {"no teacher": NO_TEACHER}
+            | {label: compared[label] for label in ("KD", "BKD", "DKD", "DIST", "CC")},
         },
     ]
 
@@ -174,10 +201,26 @@ def write(ladder: dict[str, Any]) -> None:
     (HERE / f"{name}.yaml").write_text(header + text)
 
 
-if __name__ == "__main__":
+def records(name: str) -> list[dict[str, Any]]:
+    file = RESULTS / name / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def main() -> None:
     write(rates())
-    write(search())
-    if FOUND.is_file():
-        found = {r["method"]: r["top1"] for r in map(json.loads, FOUND.read_text().splitlines())}
-        for ladder in others(found):
+    tried = records("rates")
+    if len(tried) < len(STUDENTS) * len(RATES):
+        return
+    lrs = {}
+    for student in STUDENTS:
+        of_student = {r["method"]: r["top1"] for r in tried if r["student"] == student}
+        lrs[student] = float(best(of_student, "lr "))
+    write(search(lrs))
+    found = {r["method"]: r["top1"] for r in records("search")}
+    if set(found) >= set(search(lrs)["methods"]):
+        for ladder in others(found, lrs):
             write(ladder)
+
+
+if __name__ == "__main__":
+    main()

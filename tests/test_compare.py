@@ -149,7 +149,9 @@ def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladd
     made = json.loads((out / "summary.json").read_text())
     for method in METHODS:
         folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
-        assert made["students"]["test_resnet"][method]["top1"] == [json.loads((folder / "summary.json").read_text())["top1"]]
+        assert made["students"]["test_resnet"][method]["top1"] == [
+            json.loads((folder / "summary.json").read_text())["top1"]
+        ]
     assert made["about"][0] == "A try." and made["finished"] == 3 and made["failed"] == []
     assert "KD" in (out / "summary.md").read_text() and "<html" in (out / "report.html").read_text()
     assert not (out / "outputs").exists()
@@ -170,7 +172,9 @@ def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladd
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_finish(ladder_file, tmp_path, image_folder):
     weights = tmp_path / "none.safetensors"
-    methods = METHODS | {"broken": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}}
+    methods = METHODS | {
+        "broken": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}
+    }
     code, told, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
     assert code == 1, err
     assert "failed: test_resnet broken seed 0" in told and "none.safetensors" in told
@@ -260,7 +264,9 @@ def test_one_seed_and_none(ladder):
 
 def test_equal_gains_are_not_tested(ladder):
     planned = jobs(ladder)
-    rows = summary(ladder, planned, {j: record(j, 50.0 + (j.method == "KD")) for j in planned})["students"]["test_resnet"]
+    rows = summary(ladder, planned, {j: record(j, 50.0 + (j.method == "KD")) for j in planned})["students"][
+        "test_resnet"
+    ]
     assert rows["KD"]["p"] is None and rows["KD"]["gain"] == 1
     json.dumps(rows, allow_nan=False)
 

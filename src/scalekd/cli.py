@@ -73,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     sub.add_argument(
-        "--teacher-outputs", type=Path, metavar="DIR", help="read what the teacher gave in another run, or keep it there"
+        "--teacher-outputs",
+        type=Path,
+        metavar="DIR",
+        help="read what the teacher gave in another run, or keep it there",
     )
     sub.add_argument("--dry-run", action="store_true", help="build everything, run the pre-flight, write nothing")
     sub.add_argument("--no-preflight", action="store_true", help="start at once")
@@ -113,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", _import, "weights that the papers' authors released, as an exported student")
     sub.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt or .safetensors, on this disk")
     sub.add_argument("--model", required=True, metavar="TIMM_NAME")
-    sub.add_argument("--kwargs", default="{}", metavar="YAML", help="student.kwargs of a recipe: '{class_token: false}'")
+    sub.add_argument(
+        "--kwargs", default="{}", metavar="YAML", help="student.kwargs of a recipe: '{class_token: false}'"
+    )
     sub.add_argument("--classes", metavar="SOURCE", help="whose classes the head's rows are (default: ImageNet-1K's)")
     sub.add_argument("--no-ema", action="store_true", help="the plain weights where the file has averaged ones too")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes (default: runs/NAME_OF_FILE)")
@@ -207,9 +212,7 @@ def _compare(args: argparse.Namespace) -> int:
             return 0
         out = args.out or Path("runs") / f"compare-{ladder.name}"
         at = places(args.jobs, args.device)
-        return compare(
-            ladder, args.ladder, overrides, out, at, share=args.share_teacher, stop=stop, console=Console()
-        )
+        return compare(ladder, args.ladder, overrides, out, at, share=args.share_teacher, stop=stop, console=Console())
 
 
 def _labels(text: str) -> list[str]:

@@ -159,7 +159,7 @@ def _tensors(features: Features) -> list[tuple[Kept, Tensor]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _sums(of_pixels: int, record: bytes | bytearray) -> bytes:

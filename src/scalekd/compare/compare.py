@@ -24,7 +24,7 @@ from ..runs import versions
 from ..stop import StopRequest
 from ..teacher_outputs import SUFFIX
 from .ladder import Job, Ladder, jobs, ladder_text
-from .page import html, markdown
+from .page import curve_plot, gain_plot, html, markdown
 from .results import Record, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
 
@@ -40,7 +40,7 @@ def compare(
     stop: StopRequest,
     console: Console,
 ) -> int:
-    """Runs what is not there yet and writes results.jsonl, summary.json, summary.md and report.html into `out`.
+    """Runs what is not there yet and writes results.jsonl, summary.json and .md, report.html and its plots into `out`.
 
     source: the ladder's name or file, whose header is shown. share: one teacher pass for the runs of a seed.
     Returns 1 if a run failed, else 0. Raises `UserError`, and `Stopped` with everything saved.
@@ -156,6 +156,9 @@ def _write_pages(out: Path, told: dict[str, Any], console: Console) -> None:
     write_text(out / "summary.json", json.dumps(told, indent=1) + "\n")
     write_text(out / "summary.md", markdown(told))
     write_text(out / "report.html", html(told))
+    write_text(out / "gain.svg", gain_plot(told))
+    if curves := curve_plot(told):
+        write_text(out / "curves.svg", curves)
     for failure in told["failed"]:
         words = f"failed: {failure['student']} {failure['method']} seed {failure['seed']}: {failure['error']}"
         console.print(printable(words), highlight=False, markup=False, soft_wrap=True)

@@ -38,9 +38,9 @@ class Ladder(Section):
     title: str = ""
     recipe: str
     """What all runs share: a shipped recipe's name, or a YAML file beside this one."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Sections of the recipe that differ in every run."""
-    students: dict[Label, dict[str, Any]] = {}
+    students: dict[Label, dict[str, Any]] = Field(default_factory=dict)
     """Label -> sections; the recipe's own student where there are none."""
     methods: dict[Label, dict[str, Any]]
     """Label -> sections: `losses`, and whatever else makes the method, such as `teacher: null`."""

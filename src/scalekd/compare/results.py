@@ -50,8 +50,8 @@ def known_records(out: Path, jobs: Iterable[Job]) -> dict[Job, Record]:
         if job is not None and _same_recipe(record["recipe"], job):
             found[job] = record
     for job in of_label.values():
-        if job not in found and (record := record_of(job, out / "runs" / job.folder)):
-            found[job] = record
+        if job not in found and (of_folder := record_of(job, out / "runs" / job.folder)):
+            found[job] = of_folder
     return found
 
 

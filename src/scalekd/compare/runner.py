@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def run_all(
     """
     SERVER.set_forkserver_preload(["scalekd.compare.runner", "scalekd.runs", "timm"])
     waiting, free = list(jobs), list(at)
-    running: dict[Job, tuple[BaseProcess, Place, float]] = {}
+    running: dict[Job, tuple[ForkServerProcess, Place, float]] = {}
     checked = {(job.student, job.method): job for job in reversed(jobs)}  # the first of each is pre-flighted
     try:
         while waiting or running:

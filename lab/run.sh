@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the laboratory: what is finished is not run again. Each line is a command of its own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+fashion=${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}
+run=${SCALEKD:-.venv/bin/scalekd}
+python=${PYTHON:-.venv/bin/python}
+export HF_HUB_OFFLINE=1
+
+test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
+test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
+for ladder in rates search ladder methods beta pitfall; do
+    "$python" lab/ladders.py
+    "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher
+done
+for ladder in ladder methods; do
+    "$python" lab/measure.py "docs/results/lab/$ladder"
+done
