@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -117,6 +118,14 @@ def test_shipped_ladders_load(name):
     planned = jobs(ladder)
     assert len(planned) == len(ladder.seeds) * len(ladder.methods) * max(1, len(ladder.students))
     assert load_recipe(ladder.recipe)
+
+
+def test_the_ladder_in_the_docs_loads(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    (tmp_path / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    planned = jobs(load_ladder(str(tmp_path / "mine.yaml")))
+    assert {(j.student, j.method) for j in planned} >= {("small", "no teacher"), ("large", "ScaleKD")}
+    assert {j.config.train.epochs for j in planned} == {50}
 
 
 def test_places():

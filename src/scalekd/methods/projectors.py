@@ -51,7 +51,7 @@ class CrossAttentionProjector(nn.Module):
             the methods refuse that.
         teacher: shape of the map to produce, `(dt, H, W)`; any grid, whatever the student's.
         heads: attention heads, a divisor of dt. None: the divisor nearest to dt / 64.
-        norm: norm of the student branch; `layer` is the release's choice for ConvNeXt students.
+        norm: norm of the student branch; `layer` is what the released configuration of Swin-T has.
         learned_queries: True: a trainable table `(H*W, dt)`, the same for all images. False: the caller
             hands queries in at each call, and no table is built.
 

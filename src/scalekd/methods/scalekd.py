@@ -59,7 +59,7 @@ class ScaleKD(nn.Module):
         heads: attention heads of the CAPs at (stage 3, stage 4) with `tpp`, else of (stage 4,). None: head
             size as near to 64 as can be. The authors: Swin-S 3, 6; Swin-B 8, 16; Swin-L 16, 24, and 8, 8
             for a ViT-B student.
-        norm: norm of the CAPs' student branch; the authors take `layer` for ConvNeXt students.
+        norm: norm of the CAPs' student branch; the released configuration of Swin-T has `layer`.
         reduction: `mean` (default): 49 x the mean over positions, so that `alpha` is the released weight
             on any grid. `sum`: the sum over positions, as released; the same at 7x7.
 
