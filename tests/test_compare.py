@@ -287,6 +287,13 @@ def test_curves_are_means_at_the_samples_that_all_seeds_have(ladder):
     assert told["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
 
 
+def test_samples_to_reach_the_baseline_s_end(ladder):
+    curves = {"none": [(10, 20.0), (20, 40.0)], "KD": [(10, 30.0), (20, 50.0)], "FD (s4)": [(10, 10.0), (20, 39.0)]}
+    planned = [j for j in jobs(ladder) if j.seed == 0]
+    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.method]) for j in planned})["students"]["test_resnet"]
+    assert told["none"]["reach"] == 1 and told["KD"]["reach"] == 0.75 and told["FD (s4)"]["reach"] is None
+
+
 def test_records_of_other_methods_stay(ladder, tmp_path):
     planned = jobs(ladder)
     write_records(tmp_path, {j: record(j, 1.0) for j in planned if j.method == "KD"})

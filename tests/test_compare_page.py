@@ -21,7 +21,7 @@ MARK = "◆"
 def cell(seeds: list[int], top1: list[float], **more: Any) -> dict[str, Any]:
     mean = sum(top1) / len(top1) if top1 else None
     curve = [[1000 * i, mean - 30 / i] for i in range(1, 9)] if top1 else []
-    some = {"ci95": None, "seconds": 40.25, "steps": 900, "best": None, "curve": curve}
+    some = {"ci95": None, "seconds": 40.25, "steps": 900, "reach": 0.8, "curve": curve}
     return {"seeds": seeds, "top1": top1, "mean": mean} | some | more
 
 
@@ -42,7 +42,7 @@ def summary(**changes: Any) -> dict[str, Any]:
     mixer = {
         "baseline": cell(three, [40.0, 41.0, 42.0], ci95=2.484),
         "kd": cell(three, [40.5, 42.0, 42.5], ci95=2.58, **against(2 / 3, 0.72, 0.057, 0.114, 3)),
-        "crd": cell([], [], seconds=None, steps=None, **against(None, None, None, None, 0)),
+        "crd": cell([], [], seconds=None, steps=None, reach=None, **against(None, None, None, None, 0)),
     }
     whole = {
         "name": "ladder",
@@ -72,7 +72,7 @@ def one_seed() -> dict[str, Any]:
 
 
 def unfinished() -> dict[str, Any]:
-    nothing = {"seconds": None, "steps": None}
+    nothing = {"seconds": None, "steps": None, "reach": None}
     cnn = {
         "baseline": cell([], [], **nothing),
         "kd": cell([], [], **nothing, **against(None, None, None, None, 0)),
@@ -132,10 +132,10 @@ RESULTS = [
     ["crd", "55.80 ± 16.50 (n=2)", "-0.20 ± 3.80 (n=2)", NONE, NONE],
 ]
 SEEDS_OF_CNN = [
-    ["method", "seed 0", "seed 1", "seed 2", "p", "p, Holm", "steps", "seconds"],
-    ["baseline", "55.00", "56.00", "57.00", NONE, NONE, "900", "40.2"],
-    ["kd", "56.10", "57.00", "58.20", "0.0031", "0.0062", "900", "40.2"],
-    ["crd", "54.50", NONE, "57.10", "0.6300", "0.6300", "900", "40.2"],
+    ["method", "seed 0", "seed 1", "seed 2", "p", "p, Holm", "reaches", "steps", "seconds"],
+    ["baseline", "55.00", "56.00", "57.00", NONE, NONE, "80%", "900", "40.2"],
+    ["kd", "56.10", "57.00", "58.20", "0.0031", "0.0062", "80%", "900", "40.2"],
+    ["crd", "54.50", NONE, "57.10", "0.6300", "0.6300", "80%", "900", "40.2"],
 ]
 
 
@@ -143,7 +143,7 @@ def test_the_tables_hold_the_summary():
     results, cnn, mixer = markdown_tables(markdown(summary()))
     assert results == RESULTS
     assert cnn == SEEDS_OF_CNN
-    assert mixer[3] == ["crd", *[NONE] * 7]
+    assert mixer[3] == ["crd", *[NONE] * 8]
     assert html_tables(html(summary()))[:3] == [results, cnn, mixer]
 
 
@@ -172,7 +172,7 @@ def test_a_method_of_one_student_only():
 def test_one_seed():
     results, details = markdown_tables(markdown(one_seed()))
     assert results[1:] == [["baseline", "55.00", NONE], ["kd", "56.50", "+1.50"]]
-    assert details[0] == ["method", "seed 7", "steps", "seconds"]
+    assert details[0] == ["method", "seed 7", "reaches", "steps", "seconds"]
     assert "no interval and no test" in markdown(one_seed())
     assert "t-test" not in markdown(one_seed())
 
@@ -180,7 +180,7 @@ def test_one_seed():
 def test_no_finished_run():
     results, details = markdown_tables(markdown(unfinished()))
     assert results[1:] == [["baseline", NONE, NONE], ["kd", NONE, NONE]]
-    assert details[2] == ["kd", *[NONE] * 5]
+    assert details[2] == ["kd", *[NONE] * 6]
     assert "0 of 18 planned runs finished" in markdown(unfinished())
     assert "no finished run" in words(gain_plot(unfinished()))
     assert curve_plot(unfinished()) is None
@@ -211,7 +211,7 @@ def test_tiny_p_values_and_null_cells():
     whole = summary()
     whole["students"]["CNN"]["kd"] |= {"p": 1e-9, "p_holm": float("nan"), "seconds": None}
     row = markdown_tables(markdown(whole))[1][2]
-    assert row[4:] == ["<0.0001", NONE, "900", NONE]
+    assert row[4:] == ["<0.0001", NONE, "80%", "900", NONE]
     assert MARK not in "".join(markdown_tables(markdown(whole))[0][2])
 
 

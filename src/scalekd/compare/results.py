@@ -108,6 +108,8 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **t
             if method != ladder.baseline:
                 rows[method] |= _against(by_seed, base)
         _correct(rows)
+        for row in rows.values():
+            row["reach"] = _reach(row["curve"], rows[ladder.baseline])
         result["students"][student] = rows
     return result
 
@@ -140,6 +142,22 @@ def _against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, A
         "p": float(ttest_1samp(gains, 0).pvalue) if testable else None,
         "p_holm": None,
     }
+
+
+def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
+    """The samples after which a mean curve is where the baseline ends, as a share of the baseline's; None if it never is.
+
+    On straight lines between validations; with the first one, if it is there already.
+    """
+    if not curve or not base["curve"]:
+        return None
+    (x, y), goal, whole = curve[0], base["curve"][-1][1], base["curve"][-1][0]
+    if y >= goal:
+        return x / whole
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if y1 >= goal:
+            return (x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / whole
+    return None
 
 
 def half_width(values: Sequence[float]) -> float | None:
