@@ -22,6 +22,7 @@ Losses = dict[str, Any]
 
 HEADS = [3, 3]
 RATES = (1e-3, 3e-3, 9e-3, 2.7e-2)
+OWN_RATE = 3e-3
 FACTORS = (0.3, 1, 3, 10)
 KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
 NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
@@ -101,7 +102,12 @@ def rates() -> dict[str, Any]:
 
 
 def students(lrs: dict[str, float]) -> dict[str, Any]:
-    return {label: sections | {"optim": {"lr": lrs[label]}} for label, sections in STUDENTS.items()}
+    return {label: sections | {"optim": optim(lrs[label])} for label, sections in STUDENTS.items()}
+
+
+def optim(lr: float) -> dict[str, float]:
+    """The methods' own parameters have one rate, whatever the student's."""
+    return {"lr": lr, "projector_lr": round(OWN_RATE / lr, 2)}
 
 
 def search(lrs: dict[str, float]) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         | {
             "name": "pitfall",
             "title": "KD and its variants over the number of images and augmentation (vanillaKD's small-data pitfall)",
-            "students": {label: sections | {"optim": {"lr": lrs["CNN"]}} for label, sections in PITFALL.items()},
+            "students": {label: sections | {"optim": optim(lrs["CNN"])} for label, sections in PITFALL.items()},
             "methods": {"no teacher": NO_TEACHER}
             | {label: compared[label] for label in ("KD", "BKD", "DKD", "DIST", "CC")},
         },
