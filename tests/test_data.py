@@ -90,6 +90,20 @@ def test_global_batches_do_not_depend_on_processes_and_accumulation(world, accum
     assert joined == keys()
 
 
+def test_repeated_augmentation():
+    """Ten images, three times each: an epoch's 8 samples are of three images, every version augmented anew."""
+    assert keys(repeats=3)[3:] == keys(repeats=3, start_step=3)
+    assert keys(repeats=3, accumulate=2) == [part for batch in keys(repeats=3) for part in (batch[:2], batch[2:])]
+    epochs = [[key for batch in keys(repeats=3)[i : i + 2] for key in batch] for i in (0, 2, 4)]
+    for number, epoch in enumerate(epochs):
+        assert len(set(epoch)) == len(epoch) == 8
+        assert {e // 3 for e, _ in epoch} == {number}
+        once = [i for batch in keys()[2 * number : 2 * number + 2] for _, i in batch]
+        assert sorted(i for _, i in epoch) == sorted((once * 3)[j] for j in (0, 0, 0, 1, 1, 1, 2, 2))
+    first, second = keys(repeats=3)[:2]
+    assert [i for _, i in first[:2]] == [i for i in dict.fromkeys(i for _, i in first)]  # versions apart
+
+
 def test_every_image_once_per_epoch_less_the_rest():
     epochs = [[key for batch in keys()[i : i + 2] for key in batch] for i in (0, 2, 4)]  # 10 images: 2 batches of 4
     for number, epoch in enumerate(epochs):

@@ -118,6 +118,8 @@ class Augment(Section):
             ) from None
         return policy
 
+    repeats: Positive = 1
+    """Repeated augmentation (arXiv:1901.09335): each image so often in a batch, and that part of the images an epoch."""
     erase: Share = 0.0
     """Probability of random erasing, filled with normal noise in the student's normalised space."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -143,6 +145,8 @@ class Model(Section):
     """Statistics of the model's input for pixels in [0, 1]; timm's own for that model unless given."""
     top1: Annotated[float, Field(ge=0, le=100)] | None = None
     """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
+    head: str | None = None
+    """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone; it takes the place of any other."""
 
     @field_validator("kwargs")
     @classmethod
@@ -314,6 +318,7 @@ def _ignored(config: Config) -> list[str]:
         ),
         (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
         (True, "student.top1", config.student, "a teacher"),
+        (True, "student.head", config.student, "a teacher"),
     ]
     return [
         f"{name}: has no effect here; it goes with {needs}"

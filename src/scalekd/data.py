@@ -127,6 +127,9 @@ class TrainSampler(Sampler):
     One global batch is a slice of the epoch's permutation; micro-batch a of rank r takes its
     (a * world + r)-th part. So a run sees the same global batches on any number of processes,
     and starts in the middle of an epoch by arithmetic. The rest of an epoch is left out.
+
+    With `repeats` an epoch has as many samples, but of the permutation's first size / repeats images only, each so
+    often, augmented anew each time. The versions of an image are in one global batch, and there as far apart as can be.
     """
 
     def __init__(
@@ -139,8 +142,9 @@ class TrainSampler(Sampler):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        repeats: int = 1,
     ):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.total_steps, self.start_step = total_steps, start_step
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.shuffled, self.order = -1, list[int]()
@@ -159,8 +163,12 @@ class TrainSampler(Sampler):
         if epoch != self.shuffled:
             generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
             self.shuffled, self.order = epoch, torch.randperm(self.size, generator=generator).tolist()
-        firsts = [k * self.batch_size + (a * self.world + self.rank) * part for a in range(self.accumulate)]
-        return [[(epoch, i) for i in self.order[first : first + part]] for first in firsts]
+        # every version of an image has an epoch of its own to be augmented by
+        places = [divmod(place, self.repeats) for place in range(k * self.batch_size, (k + 1) * self.batch_size)]
+        batch = [(epoch * self.repeats + version, self.order[i]) for i, version in places]
+        batch = [key for start in range(self.repeats) for key in batch[start :: self.repeats]]
+        firsts = [(a * self.world + self.rank) * part for a in range(self.accumulate)]
+        return [batch[first : first + part] for first in firsts]
 
 
 class _EvalSampler(Sampler):

@@ -21,6 +21,7 @@ UNCHOSEN = 10.0  # where nothing can be held out: the middle of the grid
 PARTS = 5  # the labelled images are dealt into so many parts
 BY_TURNS = 2000  # up to so many images each part is held out in its turn; above, only the first
 FLAT = 1e-6  # the largest entry of the gradient of the mean loss at which a fit counts as converged
+FLATTER = 1e-9  # what the fit that is kept goes on to, as far as rounding lets it
 BINS = 15  # of the calibration error
 
 
@@ -44,12 +45,19 @@ class Choice:
     tried: list[dict[str, float]]  # strength, held-out nll and top1
 
 
-def fit(features: Tensor, targets: Tensor, classes: int, strength: float, start: Linear | None = None) -> Linear:
+def fit(
+    features: Tensor,
+    targets: Tensor,
+    classes: int,
+    strength: float,
+    start: Linear | None = None,
+    flat: float = FLATTER,
+) -> Linear:
     """Multinomial logistic regression: least of  sum_i CE(W z_i + b, y_i) + strength / 2 * ||W||^2.
 
     features: (N, D), any float type; z is each feature less its mean, over its standard deviation. The bias is not
-    penalised. scikit-learn's C is 1 / strength. start: a fit of the same features to begin at.
-    Returns W and b for the features as given, standardisation folded in. Raises `UserError` if L-BFGS does not get
+    penalised. scikit-learn's C is 1 / strength. start: a fit of the same features to begin at. flat: the gradient
+    to stop at. Returns W and b for the features as given, standardisation folded in. Raises `UserError` if L-BFGS does not get
     to a flat place, which needs features without finite values or far out of scale.
     """
     x = features.double()
@@ -77,7 +85,7 @@ def fit(features: Tensor, targets: Tensor, classes: int, strength: float, start:
             [parameters],
             max_iter=2000,
             history_size=20,
-            tolerance_grad=FLAT / 1000,
+            tolerance_grad=flat,
             tolerance_change=1e-16,
             line_search_fn="strong_wolfe",
         )
@@ -85,7 +93,7 @@ def fit(features: Tensor, targets: Tensor, classes: int, strength: float, start:
         closure()
         assert parameters.grad is not None
         slope = parameters.grad.abs().max().item()
-        if slope <= FLAT / 100:
+        if slope <= flat:
             break
     if not slope <= FLAT:  # also for nan
         raise UserError(
@@ -117,7 +125,7 @@ def choose(features: Tensor, targets: Tensor, classes: int, seed: int) -> Choice
         for k, part in enumerate(parts):
             held = torch.tensor(part, device=targets.device)
             rest = everything[~torch.isin(everything, held)]
-            fits[k] = linear = fit(features[rest], targets[rest], classes, strength, fits[k])
+            fits[k] = linear = fit(features[rest], targets[rest], classes, strength, fits[k], FLAT)
             logits.append(linear(features[held]))
         found = torch.cat(logits)
         score = scores(found, truth)

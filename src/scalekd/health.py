@@ -57,6 +57,7 @@ def train_sampler(run: Run, start: int = 0) -> TrainSampler:
         train.accumulate,
         parallel.rank(),
         parallel.world(),
+        run.config.augment.repeats,
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import nn
 
@@ -41,9 +44,12 @@ def build_model(
     """`timm.create_model` with the recipe's keyword arguments, weights checked.
 
     classes: the width of the head; None keeps the one that the pre-trained weights came with. Weights of another
-    class count: a student gets a new head, which `Loaded.head` says; a teacher keeps the head of its file.
+    class count: a student gets a new head, which `Loaded.head` says; a teacher keeps the head of its file, or is
+    without one as the file is. `spec.head`: the classifier that `scalekd head` fitted.
     Raises `UserError`, naming `where` (student or teacher), for unknown arguments and for weights that do not fit.
     """
+    if spec.head is not None:
+        return _with_head(spec, channels, image_size, classes, where)
     if spec.kwargs.get("in_chans", channels) != channels:
         raise UserError(f"{where}.kwargs: in_chans is data.channels, which is {channels}; leave it out")
     if where == "student" and spec.kwargs.get("num_classes", classes) != classes:
@@ -84,7 +90,8 @@ def build_model(
             "classes; leave it out"
         )
     total = len(model.state_dict())
-    head = f"new head for {kwargs['num_classes']} classes, the old one was for {theirs}" if new else None
+    old = f"the old one was for {theirs}" if theirs else "they came without one"
+    head = f"new head for {kwargs['num_classes']} classes, {old}" if new else None
     return model, Loaded(kwargs, source, sha256, total - len(new), total, initial_share(model), head)
 
 
@@ -167,8 +174,10 @@ def _classifier(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> int | None:
-    """The class count of `state`, if all fits `model` but a classifier for another number of classes."""
+    """The class count of `state`, if all fits `model` but a classifier for another number of classes; 0: it has none."""
     wanted = model.state_dict()
+    if wanted.keys() - state.keys() == _classifier(model).keys() != set() and not state.keys() - wanted.keys():
+        return 0  # a backbone's file, such as DINOv2's; shapes are looked at when it is loaded
     if wanted.keys() != state.keys():
         return None
     other = {name for name in wanted if wanted[name].shape != state[name].shape}
@@ -203,6 +212,136 @@ def _shape_differences(names: list[str], wanted: dict[str, torch.Tensor], state:
     return ", ".join(
         f"{k} is {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} in the model" for k in sorted(names)[:2]
     )
+
+
+# ---------------------------------------------------------------- a head fitted by `scalekd head`
+
+
+class HeadCard(BaseModel):
+    """What head.json must have for its head to be used; it has more, for people."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    model: str
+    kwargs: dict[str, Any]
+    sha256: str  # of the backbone: `backbone_sha256`
+    weights: str  # what the backbone was loaded from
+    channels: int
+    image_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    classes: Annotated[list[str], Field(min_length=1)]
+    labels: int
+    head_sha256: str  # of head.safetensors
+
+
+def read_head(folder: Path, where: str) -> tuple[HeadCard, dict[str, torch.Tensor]]:
+    """The card and {"weight": (C, D), "bias": (C,)} that `scalekd head` wrote. Raises `UserError` that names `where`."""
+    file, card_file = folder / "head.safetensors", folder / "head.json"
+    if not is_file(file) or not is_file(card_file):
+        raise UserError(f"{where}: no head.safetensors with its head.json in {folder}; `scalekd head` makes them")
+    try:
+        card = HeadCard.model_validate_json(card_file.read_bytes())
+        tensors = load_file(file)
+    except (ValidationError, SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{where}: {folder} holds no head that can be used: {first_line(error)}") from None
+    if card.head_sha256 != sha256_of(file):
+        raise UserError(f"{where}: {file} is not the file that {card_file} tells of: it has another sha256; fit it anew")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    width = shapes.get("weight", (0,))[-1]
+    if shapes != {"weight": (len(card.classes), width), "bias": (len(card.classes),)}:
+        raise UserError(f"{where}: {file} holds {shapes}, not a weight and a bias for {len(card.classes)} classes")
+    return card, tensors
+
+
+def _with_head(
+    spec: Model, channels: int, image_size: tuple[int, int], classes: int | None, where: str
+) -> tuple[nn.Module, Loaded]:
+    """`build_model` for a backbone with a head that was fitted for it; refuses any other backbone or input."""
+    folder = resolve(str(spec.head))
+    card, tensors = read_head(folder, f"{where}.head")
+    count = len(card.classes)
+
+    def refuse_unless(same: bool, what: str, theirs: object, ours: object, way_out: str) -> None:
+        if not same:
+            raise UserError(f"{where}.head: {spec.head} was fitted for {what} {theirs}, here it is {ours}.\n{way_out}")
+
+    again = "Or fit another: scalekd head"
+    same = card.model.split(".")[0] == spec.model.split(".")[0]  # the checksum tells tags apart
+    refuse_unless(same, "the backbone", card.model, spec.model, f"Set {where}.model={card.model}. {again}")
+    ours = {k: v for k, v in spec.kwargs.items() if k != "num_classes" or v not in (0, count)}
+    refuse_unless(card.kwargs == ours, "kwargs", card.kwargs, ours, f"Give {where}.kwargs the same. {again}")
+    refuse_unless(classes in (None, count), "classes in number", count, classes, "Fit one for the classes of the data")
+    refuse_unless(card.channels == channels, "data.channels", card.channels, channels, again)
+    size = list(card.image_size)
+    refuse_unless(size == list(image_size), "images of", size, list(image_size), f"Set {where}.image_size={size}. {again}")
+
+    backbone, loaded = build_model(
+        spec.model_copy(update={"head": None, "kwargs": ours}),
+        channels=channels,
+        image_size=image_size,
+        classes=None,
+        where=where,
+    )
+    if loaded.source == "random":
+        raise UserError(f"{where}.head: its backbone's weights are not named; set {where}.weights={card.weights}")
+    checksum = backbone_sha256(backbone, loaded)
+    refuse_unless(
+        card.sha256 == checksum,
+        "weights of sha256",
+        f"{card.sha256[:12]} ({card.weights})",
+        f"{checksum[:12]} ({loaded.source})",
+        f"Give {where}.weights the same file. {again}",
+    )
+    mean, std = (list(values) for values in statistics(backbone, spec, channels, where))
+    refuse_unless([card.mean, card.std] == [mean, std], "mean and std", [card.mean, card.std], [mean, std], again)
+    model, kwargs = put_head(backbone, loaded, tensors, spec.model, image_size, where)
+    total = len(model.state_dict())
+    told = f"head {spec.head} (sha256 {card.head_sha256[:12]}) for {count} classes, fitted on {card.labels} labels"
+    matched = total - len(_classifier(model))
+    return model, Loaded(kwargs, loaded.source, loaded.sha256, matched, total, loaded.initial, told)
+
+
+def put_head(
+    backbone: nn.Module,
+    loaded: Loaded,
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    image_size: tuple[int, int],
+    where: str,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A new model with the backbone's weights and this classifier, and its keyword arguments. Raises `UserError`.
+
+    Both classifiers of a distilled DeiT get the same tensors: it gives the mean of their logits, and its pooled
+    features are the mean of the two tokens.
+    """
+    model, kwargs = _create(name, image_size, False, loaded.kwargs | {"num_classes": len(tensors["bias"])}, where)
+    state = backbone.state_dict()
+    head = _classifier(model)
+    for key, place in head.items():
+        tensor = tensors[key.rpartition(".")[2]] if key.endswith(("weight", "bias")) else place
+        if tensor.numel() != place.numel():
+            raise UserError(f"{where}: the classifier of {name} takes {tuple(place.shape)}, not {tuple(tensor.shape)}")
+        state[key] = tensor.reshape(place.shape)  # a 1x1 convolution holds the same numbers
+    if not head:
+        raise UserError(f"{where}: timm does not say which layer of {name} is its classifier; fine-tune it instead")
+    load_weights(model, state, Path("head.safetensors"), where)
+    return model, kwargs
+
+
+def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
+    """The sha256 of the weights' file; for timm's own weights, of the parameters as loaded.
+
+    The latter leaves out the classifier and the tables of positions, which timm resizes to the image size with
+    a rounding that may differ from machine to machine.
+    """
+    if loaded.sha256:
+        return loaded.sha256
+    summed, head = hashlib.sha256(), _classifier(model)
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in head and not re.search("pos_embed|position|rel_pos", name):
+            summed.update(f"{name} {tuple(parameter.shape)}".encode())
+            summed.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return summed.hexdigest()
 
 
 def initial_share(model: nn.Module) -> float:

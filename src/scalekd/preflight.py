@@ -184,6 +184,7 @@ def _one_step(run: Run) -> list[Check]:
         config.train.accumulate,
         parallel.rank(),
         parallel.world(),
+        config.augment.repeats,
     )
     d.train()
     if run.device.type == "cuda":
