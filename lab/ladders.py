@@ -143,6 +143,10 @@ PITFALL = {  # label -> what is seen, 24,000 samples in all of them
         ("strong", {"crop": "random_resized", "scale": [0.6, 1.0], "pad": 4, "erase": 0.25, "mixup": 0.2}),
     )
 }
+TEACHERS = {  # beside base.yaml's; each is cut so that its last stage is its last block
+    "small": {"kwargs": {"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 3}, "cuts": [0, 1, 2, 3]},
+    "large": {"kwargs": {"patch_size": 2, "embed_dim": 144, "depth": 8, "num_heads": 3}, "cuts": [1, 3, 6, 7]},
+}
 
 
 def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any]]:
@@ -182,6 +186,18 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         },
         shared
         | {
+            "name": "sizes",
+            "title": "Teachers of 0.13, 0.71 and 2.1 M parameters (Table 2)",
+            "students": {"CNN": students(lrs)["CNN"]},
+            "methods": {"no teacher": NO_TEACHER}
+            | {
+                f"{method} {size}": {"teacher": teacher(size)} | losses
+                for method, losses in (("KD", best_kd), ("ScaleKD", ladder["DFM + TPP"]), ("ScaleKD with KD", with_kd))
+                for size in ("small", "medium", "large")
+            },
+        },
+        shared
+        | {
             "name": "pitfall",
             "title": "KD and its variants over the number of images and augmentation (vanillaKD's small-data pitfall)",
             "students": {label: sections | {"optim": optim(lrs["CNN"])} for label, sections in PITFALL.items()},
@@ -205,6 +221,13 @@ def write(ladder: dict[str, Any]) -> None:
     )
     text = yaml.dump(json.loads(json.dumps(ladder)), Dumper=_Plain, sort_keys=False, width=120, default_flow_style=None)
     (HERE / f"{name}.yaml").write_text(header + text)
+
+
+def teacher(size: str) -> dict[str, Any]:
+    """What differs from the teacher of base.yaml; its accuracy is left to the pre-flight."""
+    if size == "medium":
+        return {}
+    return TEACHERS[size] | {"weights": f"runs/lab/teacher-{size}/student.safetensors", "top1": None}
 
 
 def records(name: str) -> list[dict[str, Any]]:

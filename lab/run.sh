@@ -9,9 +9,14 @@ export HF_HUB_OFFLINE=1
 
 test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
-for ladder in rates search ladder methods beta pitfall; do
+for size in small large; do
+    test -f "runs/lab/teacher-$size/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "runs/lab/teacher-$size"
+done
+known=()
+for ladder in rates search ladder methods beta sizes pitfall; do
     "$python" lab/ladders.py
-    "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher
+    "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
+    known+=(--known "docs/results/lab/$ladder")
 done
 for ladder in ladder methods; do
     "$python" lab/measure.py "docs/results/lab/$ladder"

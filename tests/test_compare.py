@@ -302,6 +302,23 @@ def test_records_of_other_methods_stay(ladder, tmp_path):
     assert {r["top1"] for r in read_records(tmp_path) if r["method"] == "KD"} == {1.0}
 
 
+def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_file, tmp_path):
+    first = jobs(load_ladder(ladder_file(name="first")))
+    (tmp_path / "a").mkdir()
+    write_records(tmp_path / "a", {j: record(j, 10.0 + j.seed) for j in first})
+    methods = {
+        "nothing": METHODS["none"],
+        "KD T 2": {"losses": {"ce": {}, "kd": {"temperature": 2}}},
+        "KD": METHODS["KD"],
+    }
+    second = jobs(load_ladder(ladder_file(name="second", methods=methods, baseline="nothing", seeds=[1, 2])))
+    assert known_records(tmp_path / "b", second) == {}
+    found = known_records(tmp_path / "b", second, [tmp_path / "a"])
+    assert {(j.method, j.seed): r["top1"] for j, r in found.items()} == {("nothing", 1): 11.0, ("KD", 1): 11.0}
+    assert all(r["method"] == j.method and r["from"] == str(tmp_path / "a") for j, r in found.items())
+    assert known_records(tmp_path / "b", jobs(load_ladder(ladder_file()), ["optim.lr=0.7"]), [tmp_path / "a"]) == {}
+
+
 def test_a_job_is_known_by_its_labels():
     config = check_config(TINY, "x")
     assert Job("a", "b", 0, config) == Job("a", "b", 0, config.model_copy(update={"seed": 1}))

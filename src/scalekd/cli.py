@@ -81,6 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="build everything, run the pre-flight, write nothing")
     sub.add_argument("--no-preflight", action="store_true", help="start at once")
 
+    sub = command(
+        "head", _head, "a classifier for your classes on a frozen teacher that has none (docs/any-teacher.md)"
+    )
+    sub.add_argument("model", metavar="MODEL", help="the teacher's timm name")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where head.safetensors and head.json go")
+    sub.add_argument("--weights", default="pretrained", metavar="FILE", help="as teacher.weights (default: timm's own)")
+    sub.add_argument("--kwargs", metavar="YAML", help="teacher.kwargs of a recipe: '{global_pool: avg}'")
+    sub.add_argument("--image-size", metavar="N", help="pixels, such as 98 or '[98, 126]' (default: timm's own)")
+    sub.add_argument("--channels", type=int, choices=[1, 3], help="as data.channels (default: 3)")
+    sub.add_argument("--mean", metavar="YAML", help="of the input, such as '[0.5, 0.5, 0.5]' (default: timm's own)")
+    sub.add_argument("--std", metavar="YAML", help="as --mean")
+    sub.add_argument("--crop-pct", type=float, metavar="X", help="as augment.crop_pct (default: timm's own)")
+    sub.add_argument("--limit", type=int, metavar="N", help="use only N labels, the same number per class")
+    sub.add_argument("--seed", type=int, help="as data.seed: chooses the labels and what is held out (default: 0)")
+    sub.add_argument("--draws", type=int, default=1, metavar="K", help="K sets of labels; the first one's head is kept")
+    sub.add_argument("--val-limit", type=int, metavar="N", help="use only N validation images")
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept (default: runs/features)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+
     sub = command("compare", _compare, "methods x students x seeds on your data; started again, it goes on")
     sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/compare.md)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as train.epochs=20")
@@ -93,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--teacher", metavar="MODEL", help="as for train")
     sub.add_argument("--student", metavar="MODEL", help="as for train; for a ladder without students of its own")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the comparison's folder (default: runs/compare-NAME)")
+    sub.add_argument(
+        "--known", type=Path, action="append", default=[], metavar="DIR", help="another comparison; its equal runs count"
+    )
     sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
     sub.add_argument(
         "--share-teacher", action="store_true", help="one teacher pass for all runs of a seed, kept on disk meanwhile"
@@ -135,6 +159,29 @@ def _parser() -> argparse.ArgumentParser:
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
+
+    sub = command("cost", _cost, "what a recipe's step costs, by part and beside plain feature distillation; no data")
+    sub.add_argument("recipe", help="as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument("--teacher", metavar="MODEL", help="as for train")
+    sub.add_argument("--student", metavar="MODEL", help="as for train")
+    sub.add_argument("--classes", type=int, default=1000, metavar="N", help="of the data (default: 1000)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images a device (default: 32 counted, 4 measured)")
+    sub.add_argument("--measure", action="store_true", help="also time real steps on random pixels")
+    sub.add_argument("--device", help="for --measure: cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(data=None, val=None, on_bad_image=None)
+
+    sub = command("analyze", _analyze, "what a model's features hold: their frequencies (docs/analyze.md)")
+    sub.add_argument("what", choices=["frequency"])
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="a timm name, NAME=FILE, or an exported student")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
+    sub.add_argument("--images", type=int, default=1600, metavar="N", help="how many (default: 1600)")
+    sub.add_argument("--random", action="store_true", help="initial values for models given by name alone")
+    sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+    sub.add_argument("--device", help="as for train")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figure there")
 
     sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` writes one out and explains it")
     sub.add_argument("show", nargs="*", metavar="show NAME")
@@ -194,6 +241,37 @@ def shortcuts(args: argparse.Namespace) -> list[str]:
     return overrides
 
 
+def _head(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .config import Augment, Data, Model
+    from .head import fit_head, parsed
+    from .parallel import pick_device
+    from .shortages import shortages_told
+    from .sources import pair_of
+    from .yaml_file import parse_yaml
+
+    for name in ("draws", "val_limit"):
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count}: one or more")
+    values = {
+        key: None if text is None else parse_yaml(text, f"--{key.replace('_', '-')}")
+        for key, text in vars(args).items()
+        if key in ("kwargs", "image_size", "mean", "std")
+    }
+    spec = parsed(Model, {"model": args.model, "weights": args.weights} | values)
+    train, val = pair_of(args.data) or (args.data, None)
+    split = {"limit": args.limit, "seed": args.seed, "channels": args.channels}
+    data = parsed(Data, {"train": train, "val": args.val or val} | split)
+    crop_pct = None if args.crop_pct is None else parsed(Augment, {"crop_pct": args.crop_pct}).crop_pct
+    more = {"crop_pct": crop_pct, "draws": args.draws, "val_limit": args.val_limit}
+    if args.cache:
+        more["cache"] = args.cache
+    device = pick_device(args.device)
+    with shortages_told(device, "Try --device cpu, or a smaller --image-size."):
+        fit_head(spec, data, args.out, device, Console(), **more)
+
+
 def _compare(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
         from rich.console import Console
@@ -212,7 +290,17 @@ def _compare(args: argparse.Namespace) -> int:
             return 0
         out = args.out or Path("runs") / f"compare-{ladder.name}"
         at = places(args.jobs, args.device)
-        return compare(ladder, args.ladder, overrides, out, at, share=args.share_teacher, stop=stop, console=Console())
+        return compare(
+            ladder,
+            args.ladder,
+            overrides,
+            out,
+            at,
+            share=args.share_teacher,
+            known=args.known,
+            stop=stop,
+            console=Console(),
+        )
 
 
 def _labels(text: str) -> list[str]:
@@ -289,6 +377,39 @@ def _pairs(args: argparse.Namespace) -> None:
         print(markdown(listed), end="")
     else:
         show(listed, Console())
+
+
+def _cost(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .config import load_recipe
+    from .cost import cost, measure, show, write
+    from .parallel import pick_device
+
+    config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
+    device = pick_device(args.device)
+    found = cost(config, classes=args.classes, batch=args.batch)
+    if args.measure:
+        found["measured"] = measure(config, device, classes=args.classes, batch=args.batch or 4)
+    if args.out:
+        write(found, args.out)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, Console())
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .analyze.frequency import analyze, show, write
+    from .parallel import pick_device
+
+    device = pick_device(args.device)
+    found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
+    show(found, Console())
+    if args.out:
+        write(found, args.out)
 
 
 def _recipes(args: argparse.Namespace) -> None:

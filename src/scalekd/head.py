@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import statistics as stats
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -25,7 +27,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .compare.results import half_width
-from .config import Augment, Data, Model, height_and_width
+from .config import Augment, Data, Model, Section, described, height_and_width
 from .data import Images, Split, _by_class, eval_batches, eval_transform, open_split, seed_from
 from .distiller import interpolation
 from .errors import UserError, counted, printable
@@ -33,7 +35,7 @@ from .files import cannot_write, replacing, write_text
 from .head_solver import STRENGTHS, Choice, Linear, choose, fit, scores
 from .models import Loaded, backbone_sha256, build_model, put_head, sha256_of, statistics
 from .runlog import duration
-from .runs import as_written, git_state, machine, versions
+from .runs import git_state, machine, versions
 from .sources import Source
 
 CHUNK = 4096  # images whose features are written to the cache at a time
@@ -94,8 +96,24 @@ def pooled(model: Any, images: Tensor) -> Tensor:
     if isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (1, 1):
         x = x.flatten(1)  # the classifier is a 1x1 convolution
     if not isinstance(x, Tensor) or x.ndim != 2:
-        raise UserError(f"{type(model).__name__} does not pool into one vector per image: a linear head does not fit it")
+        raise UserError(
+            f"{type(model).__name__} does not pool into one vector per image: a linear head does not fit it"
+        )
     return x
+
+
+def parsed(section: type[Section], values: dict[str, Any]) -> Any:
+    """`section` with these values, less those that are None. Raises `UserError` that names the options."""
+    try:
+        return section.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in described(dict(e), section)]
+        raise UserError("\n".join(re.sub(r"^(?!model)[a-z_]+", _option, line) for line in lines)) from None
+
+
+def _option(key: re.Match[str]) -> str:
+    name = {"train": "data"}.get(key[0], key[0])
+    return "--" + name.replace("_", "-")
 
 
 def fit_head(
@@ -126,7 +144,7 @@ def fit_head(
     _say(console, f"{told}: {teacher.loaded.matched} of {teacher.loaded.total} tensors from {teacher.loaded.source}")
 
     classes = splits[0].classes
-    rows, heads = [], []
+    choices, heads, validations = list[Choice](), list[Linear](), list[dict[str, dict[str, float]]]()
     for k, split in enumerate(splits):
         x, y = _features(teacher, split.train, split.train_indices, data.train, cache, console)
         choice = choose(x, y, len(classes), seed_from("head", data.seed + k))
@@ -136,13 +154,17 @@ def fit_head(
         val_indices = _some(split.val, split.val_indices, val_limit, data.seed)
         x, y = _features(teacher, split.val, val_indices, data.val or data.train, cache, console)
         validation = {"before": scores(plain(x), y), "after": scores(head(x), y)}
-        rows.append({"seed": data.seed + k, "choice": choice, "validation": validation})
+        choices.append(choice)
         heads.append(head)
+        validations.append(validation)
         if draws > 1:
-            _say(console, f"draw {k + 1} of {draws}: top-1 {validation['after']['top1']:.2f} %, strength {choice.strength:g}")
+            _say(
+                console,
+                f"draw {k + 1} of {draws}: top-1 {validation['after']['top1']:.2f} %, strength {choice.strength:g}",
+            )
 
-    top1 = [row["validation"]["after"]["top1"] for row in rows]
-    choice = rows[0]["choice"]
+    top1 = [validation["after"]["top1"] for validation in validations]
+    choice = choices[0]
     tensors = {"weight": heads[0].weight.float().contiguous(), "bias": heads[0].bias.float().contiguous()}
     difference = _difference(teacher, splits[0], heads[0], tensors)
     try:
@@ -161,13 +183,13 @@ def fit_head(
         "temperature": choice.temperature,
         "held_out": choice.held_out,
         "tried": choice.tried,
-        "validation": rows[0]["validation"],
+        "validation": validations[0],
         "draws": {
-            "seeds": [row["seed"] for row in rows],
+            "seeds": [data.seed + k for k in range(draws)],
             "top1": top1,
             "mean": stats.mean(top1),
             "half_width_95": half_width(top1),
-            "strengths": [row["choice"].strength for row in rows],
+            "strengths": [c.strength for c in choices],
         },
         "largest_logit_difference": difference,
         "provenance": {
@@ -277,9 +299,9 @@ def _refuse_empty_classes(split: Split, data: Data) -> None:
     targets = split.train.targets
     empty = set(range(len(split.classes))) - {targets[i] for i in split.train_indices}
     if empty:
-        names = ", ".join(split.classes[i] for i in sorted(empty)[:3])
+        names = ", ".join(split.classes[i] for i in sorted(empty)[:3]) + ", ..." * (len(empty) > 3)
         few = f"--limit {data.limit} is fewer than the {len(split.classes)} classes" if data.limit else "label some"
-        raise UserError(f"--data: no labelled image of {counted(len(empty), 'class')}: {printable(names)}; {few}")
+        raise UserError(f"--data: no labelled image of {len(empty)} of the classes: {printable(names)}; {few}")
 
 
 def _check_folder(out: Path) -> None:
@@ -318,7 +340,10 @@ def _tell(console: Console, card: dict[str, Any], choice: Choice, out: Path) -> 
     labels = f"{card['labels']} labels of {len(card['classes'])} classes, {card['features']} features"
     if choice.held_out:
         images = choice.held_out["after"]["images"]
-        _say(console, f"{labels}; strength {choice.strength:.3g}, temperature {choice.temperature:.3f}, chosen on {images}")
+        _say(
+            console,
+            f"{labels}; strength {choice.strength:.3g}, temperature {choice.temperature:.3f}, chosen on {images}",
+        )
         if choice.strength in (STRENGTHS[0], STRENGTHS[-1]):
             _say(console, f"the strength is at the end of what is tried, {STRENGTHS[-1]:g} to {STRENGTHS[0]:g}")
     else:
@@ -337,4 +362,4 @@ def _tell(console: Console, card: dict[str, Any], choice: Choice, out: Path) -> 
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -20,8 +20,10 @@ STRENGTHS = tuple(10 ** (k / 2) for k in range(8, -5, -1))  # 10^4 to 10^-2, fro
 UNCHOSEN = 10.0  # where nothing can be held out: the middle of the grid
 PARTS = 5  # the labelled images are dealt into so many parts
 BY_TURNS = 2000  # up to so many images each part is held out in its turn; above, only the first
-FLAT = 1e-6  # the largest entry of the gradient of the mean loss at which a fit counts as converged
-FLATTER = 1e-9  # what the fit that is kept goes on to, as far as rounding lets it
+FLAT = (
+    1e-6  # the largest entry of the gradient of the mean loss at which a fit has converged; refused above 10 times it
+)
+FLATTER = 1e-8  # what the fit that is kept goes on to; about where rounding ends it
 BINS = 15  # of the calibration error
 
 
@@ -64,13 +66,15 @@ def fit(
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-12 * (1 + mean.abs()), std, 1.0)  # a feature that never changes stays, as zeros
     z = (x - mean) / std
+    # in these units weights and bias curve the loss about alike, so few steps do; 0.1 is about p (1 - p)
+    unit = math.sqrt(0.1 / (0.1 + strength / len(z)))
     parameters = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
     if start is not None:
-        parameters = torch.cat([start.weight * std, (start.bias + start.weight @ mean)[:, None]], dim=1)
+        parameters = torch.cat([start.weight * std / unit, (start.bias + start.weight @ mean)[:, None]], dim=1)
     parameters.requires_grad_(True)
 
     def loss() -> Tensor:
-        weight, bias = parameters[:, :-1], parameters[:, -1]
+        weight, bias = parameters[:, :-1] * unit, parameters[:, -1]
         # over the count: sizes of steps and of the gradient then do not depend on it
         return F.cross_entropy(z @ weight.T + bias, targets) + strength / (2 * len(z)) * weight.square().sum()
 
@@ -95,13 +99,13 @@ def fit(
         slope = parameters.grad.abs().max().item()
         if slope <= flat:
             break
-    if not slope <= FLAT:  # also for nan
+    if not slope <= 10 * FLAT:  # also for nan
         raise UserError(
-            f"the head's fit with strength {strength:g} did not converge (gradient {slope:.1e}, {FLAT:g} is wanted); "
+            f"the head's fit with strength {strength:g} did not converge (gradient {slope:.1e}, {10 * FLAT:g} is wanted); "
             "are the features finite? Look at the images, mean and std"
         )
     weight, bias = parameters.detach()[:, :-1], parameters.detach()[:, -1]
-    weight = weight / std
+    weight = weight * unit / std
     return Linear(weight, bias - weight @ mean)
 
 

@@ -245,7 +245,9 @@ def read_head(folder: Path, where: str) -> tuple[HeadCard, dict[str, torch.Tenso
     except (ValidationError, SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{where}: {folder} holds no head that can be used: {first_line(error)}") from None
     if card.head_sha256 != sha256_of(file):
-        raise UserError(f"{where}: {file} is not the file that {card_file} tells of: it has another sha256; fit it anew")
+        raise UserError(
+            f"{where}: {file} is not the file that {card_file} tells of: it has another sha256; fit it anew"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     width = shapes.get("weight", (0,))[-1]
     if shapes != {"weight": (len(card.classes), width), "bias": (len(card.classes),)}:
@@ -273,7 +275,9 @@ def _with_head(
     refuse_unless(classes in (None, count), "classes in number", count, classes, "Fit one for the classes of the data")
     refuse_unless(card.channels == channels, "data.channels", card.channels, channels, again)
     size = list(card.image_size)
-    refuse_unless(size == list(image_size), "images of", size, list(image_size), f"Set {where}.image_size={size}. {again}")
+    refuse_unless(
+        size == list(image_size), "images of", size, list(image_size), f"Set {where}.image_size={size}. {again}"
+    )
 
     backbone, loaded = build_model(
         spec.model_copy(update={"head": None, "kwargs": ours}),

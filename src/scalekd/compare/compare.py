@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import statistics
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ from ..stop import StopRequest
 from ..teacher_outputs import SUFFIX
 from .ladder import Job, Ladder, jobs, ladder_text
 from .page import curve_plot, gain_plot, html, markdown
-from .results import Record, known_records, record_of, summary, write_records
+from .results import FILE, Record, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
 
 
@@ -37,19 +38,24 @@ def compare(
     at: Sequence[Place],
     *,
     share: bool,
+    known: Sequence[Path] = (),
     stop: StopRequest,
     console: Console,
 ) -> int:
     """Runs what is not there yet and writes results.jsonl, summary.json and .md, report.html and its plots into `out`.
 
     source: the ladder's name or file, whose header is shown. share: one teacher pass for the runs of a seed.
+    known: folders of other comparisons whose finished runs count where the recipe is the same.
     Returns 1 if a run failed, else 0. Raises `UserError`, and `Stopped` with everything saved.
     """
     planned = jobs(ladder, overrides)
+    for folder in known:
+        if not (folder / FILE).is_file():
+            raise UserError(f"--known: {folder} holds no comparison ({FILE} is not there)")
     _open(out)
     with in_use(out):
-        records = known_records(out, planned)
-        board = Board(ladder, planned, records, console)
+        records = known_records(out, planned, known)
+        board = Board(ladder, planned, records, out, console)
         missing = [job for job in planned if job not in records]
         console.print(
             f"{ladder.title or ladder.name}: {len(planned)} runs, {len(records)} of them finished before; "
@@ -171,11 +177,22 @@ def _write_pages(out: Path, told: dict[str, Any], console: Console) -> None:
     )
 
 
+def _progress(folder: Path) -> str:
+    """How far the run in `folder` is, by the end of its log: '62/744'."""
+    try:
+        with open(folder / "log.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4000))
+            steps = re.findall(rb'"step": (\d+), "steps": (\d+)', file.read())
+    except OSError:
+        steps = []
+    return "step {}/{}".format(*(n.decode() for n in steps[-1])) if steps else "starts"
+
+
 class Board:
     """The live table on a terminal; elsewhere one line for each run that ends."""
 
-    def __init__(self, ladder: Ladder, planned: Sequence[Job], records: dict[Job, Record], console: Console):
-        self.ladder, self.planned, self.records, self.console = ladder, planned, records, console
+    def __init__(self, ladder: Ladder, planned: Sequence[Job], records: dict[Job, Record], out: Path, console: Console):
+        self.ladder, self.planned, self.records, self.out, self.console = ladder, planned, records, out, console
         self.students = list(dict.fromkeys(job.student for job in planned))
         self.live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
         self.began, self.before = time.monotonic(), len(records)
@@ -187,7 +204,7 @@ class Board:
 
     def __exit__(self, *_: object) -> None:
         if self.live:
-            self.live.update(self.table(), refresh=True)
+            self.live.update(Group(*self.table()), refresh=True)
             self.live.stop()
 
     def ended(self, job: Job, record: Record | None, failure: str | None, code: int) -> None:
@@ -204,19 +221,21 @@ class Board:
     def show(self, running: dict[Job, float]) -> None:
         if self.live:
             now = time.monotonic()
-            lines = [Text(f"  {job}  {duration(now - since)}") for job, since in running.items()]
-            self.live.update(Group(self.table(), *lines), refresh=True)
+            lines = [
+                Text(f"  {job}  {_progress(self.out / 'runs' / job.folder)}  {duration(now - since)}")
+                for job, since in running.items()
+            ]
+            self.live.update(Group(*self.table(), *lines), refresh=True)
 
-    def table(self) -> Table:
-        title = f"{len(self.records)} of {len(self.planned)} runs{self._left()}"
-        table = Table(box=None, padding=(0, 2), title=title, title_justify="left")
+    def table(self) -> list[RenderableType]:
+        table = Table(box=None, padding=(0, 2))
         table.add_column("method")
         for student in self.students:
             table.add_column(printable(student), justify="right")
         for method in self.ladder.methods:
             cells = [self._cell(student, method) for student in self.students]
             table.add_row(Text(method), *cells)
-        return table
+        return [table, Text(f"  {len(self.records)} of {len(self.planned)} runs{self._left()}")]
 
     def _cell(self, student: str, method: str) -> str:
         values = [r["top1"] for job, r in self.records.items() if (job.student, job.method) == (student, method)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -37,12 +38,15 @@ def record_of(job: Job, folder: Path) -> Record | None:
         "steps": told["steps"],
         "curve": sorted(curve.items()),
         "made": {key: made.get(key) for key in ("machine", "scalekd", "torch", "timm", "git")},
-        "recipe": job.config.model_dump(mode="json", exclude_defaults=True),
+        "recipe": _recipe(job),
     }
 
 
-def known_records(out: Path, jobs: Iterable[Job]) -> dict[Job, Record]:
-    """The finished runs among `jobs`: from results.jsonl, which may outlive the runs' folders, or from the folders."""
+def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -> dict[Job, Record]:
+    """The finished runs among `jobs`: from results.jsonl, which may outlive the runs' folders, or from the folders.
+
+    others: folders of other comparisons; a run of theirs counts if its recipe is the same, whatever it is called there.
+    """
     of_label = {(job.student, job.method, job.seed): job for job in jobs}
     found: dict[Job, Record] = {}
     for record in read_records(out):
@@ -52,7 +56,21 @@ def known_records(out: Path, jobs: Iterable[Job]) -> dict[Job, Record]:
     for job in of_label.values():
         if job not in found and (of_folder := record_of(job, out / "runs" / job.folder)):
             found[job] = of_folder
+    elsewhere = {_key(r["recipe"]): (r, folder) for folder in others for r in read_records(folder)}
+    for job in of_label.values():
+        if job not in found and (there := elsewhere.get(_key(_recipe(job)))):
+            record, folder = there
+            found[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
     return found
+
+
+def _recipe(job: Job) -> dict[str, Any]:
+    return job.config.model_dump(mode="json", exclude_defaults=True)
+
+
+def _key(recipe: dict[str, Any]) -> str:
+    """Equal for recipes that differ in their names only."""
+    return json.dumps({k: v for k, v in recipe.items() if k != "name"}, sort_keys=True)
 
 
 def read_records(out: Path) -> list[Record]:
@@ -154,7 +172,7 @@ def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
     (x, y), goal, whole = curve[0], base["curve"][-1][1], base["curve"][-1][0]
     if y >= goal:
         return x / whole
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if y1 >= goal:
             return (x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / whole
     return None
