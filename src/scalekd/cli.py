@@ -115,7 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--student", metavar="MODEL", help="as for train; for a ladder without students of its own")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the comparison's folder (default: runs/compare-NAME)")
     sub.add_argument(
-        "--known", type=Path, action="append", default=[], metavar="DIR", help="another comparison; its equal runs count"
+        "--known",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another comparison; its equal runs count",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
     sub.add_argument(
@@ -182,6 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     sub.add_argument("--device", help="as for train")
     sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figure there")
+
+    sub = command("teachers", _teachers, "which methods a timm model serves as a teacher; without names, the families")
+    sub.add_argument("models", nargs="*", metavar="MODEL", help="timm names")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
 
     sub = command("recipes", _recipes, "the shipped recipes; `recipes show NAME` writes one out and explains it")
     sub.add_argument("show", nargs="*", metavar="show NAME")
@@ -410,6 +421,20 @@ def _analyze(args: argparse.Namespace) -> None:
     show(found, Console())
     if args.out:
         write(found, args.out)
+
+
+def _teachers(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .teachers import examine, families, markdown, show
+
+    found = [examine(name) for name in args.models] or families()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    elif args.markdown:
+        print(markdown(found), end="")
+    else:
+        show(found, Console())
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -1,0 +1,164 @@
+"""`scalekd teachers`: which methods a teacher serves, found by building it and the methods, without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError, nearest, printable
+from .methods import METHODS
+from .pairs import MODELS
+from .stages import Shapes, StageView
+
+# family -> a small member by timm's name; the others of a family are of the same class
+FAMILIES = {
+    "DINOv2": "vit_small_patch14_dinov2",
+    "DINOv2, registers": "vit_small_patch14_reg4_dinov2",
+    "DINOv3": "vit_small_patch16_dinov3",
+    "SigLIP 2": "vit_base_patch16_siglip_224",
+    "CLIP": "vit_base_patch16_clip_224",
+    "Perception Encoder": "vit_pe_core_tiny_patch16_384",
+    "EVA-02": "eva02_tiny_patch14_224",
+    "BEiTv2": "beitv2_base_patch16_224",
+    "MAE, ViT": "vit_base_patch16_224",
+    "DeiT-III": "deit3_small_patch16_224",
+    "Hiera": "hiera_tiny_224",
+    "MaxViT": "maxvit_tiny_rw_224",
+    "Swin": "swin_tiny_patch4_window7_224",
+    "SwinV2": "swinv2_tiny_window8_256",
+    "ConvNeXt": "convnext_tiny",
+    "EfficientNet": "efficientnet_b0",
+}
+RUN_ON = ["tpp", "scalekd"]
+ON_LOGITS = [name for name, method in METHODS.items() if not getattr(method, "needs_maps", True)]
+
+
+def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
+    """What there is to know of a timm model as a teacher, and for each method None, or why it cannot serve.
+
+    student: whom the methods are built for; a ResNet-50 at 224 pixels unless given. Raises `UserError` for an unknown name.
+    """
+    view = _view(name)
+    shapes, pupil = view.shapes, student or _view(MODELS["ResNet-50"].name).shapes
+    model = view.model
+    return {
+        "model": name,
+        "class": type(model).__name__,
+        "pixels": _pixels(name),
+        "maps": [list(shape) for shape in shapes.maps],
+        "prefix_tokens": getattr(model, "num_prefix_tokens", 0) if shapes.maps else None,
+        "classes": shapes.classes,
+        "resumable": shapes.can_resume,
+        "methods": {method: _obstacle(method, pupil, view) for method in METHODS if _has_teacher(method)},
+    }
+
+
+def _view(name: str) -> StageView:
+    from . import mixer  # noqa: F401 - adds a name to timm's
+
+    if not timm.is_model(name):
+        known = nearest(name.split(".")[0], timm.list_models())
+        raise UserError(f"timm has no model `{printable(name)}`.{known}")
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    return StageView(model, name=name, image_size=_pixels(name))
+
+
+def _pixels(name: str) -> tuple[int, int]:
+    cfg = timm.get_pretrained_cfg(name)
+    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
+
+
+def _has_teacher(method: str) -> bool:
+    return bool(getattr(METHODS[method], "needs_teacher", True))
+
+
+def _obstacle(method: str, student: Shapes, view: StageView) -> str | None:
+    if not view.shapes.classes and method in (*ON_LOGITS, "ofa"):
+        return "it has no classifier; `scalekd head` fits one for your classes"
+    if view.refusal and method not in ON_LOGITS:
+        return view.refusal.splitlines()[0]
+    teacher = view.shapes
+    if method in (*ON_LOGITS, "ofa"):  # whose classes it knows is a matter of its weights
+        student = Shapes(
+            student.model, student.maps, student.final, teacher.classes, student.can_resume, student.pooled
+        )
+    try:
+        with torch.device("meta"):
+            METHODS[method](student, teacher)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+COLUMNS = ("family", "teacher", "pixels", "last map", "tokens", "on logits", "on features", "tpp, scalekd")
+
+
+def rows(found: list[dict[str, Any]]) -> list[list[str]]:
+    """One for each teacher: which of three groups of methods it serves."""
+    return [
+        [
+            entry.get("family", ""),
+            entry["model"],
+            "x".join(map(str, entry["pixels"])),
+            "x".join(map(str, entry["maps"][-1])) if entry["maps"] else "-",
+            "-" if entry["prefix_tokens"] is None else f"+{entry['prefix_tokens']}",
+            _cell(entry, ON_LOGITS),
+            _cell(entry, [m for m in METHODS if m not in (*ON_LOGITS, *RUN_ON)]),
+            _cell(entry, RUN_ON),
+        ]
+        for entry in found
+    ]
+
+
+def _cell(entry: dict[str, Any], group: list[str]) -> str:
+    members = [m for m in group if m in entry["methods"]]
+    refused = [m for m in members if entry["methods"][m]]
+    return "yes" if not refused else "no" if len(refused) == len(members) else f"not {', '.join(refused)}"
+
+
+def notes(found: list[dict[str, Any]]) -> list[str]:
+    """Why, each reason once."""
+    told: dict[str, tuple[list[str], list[str]]] = {}
+    for entry in found:
+        for method, reason in entry["methods"].items():
+            if reason:
+                short = reason.replace(entry["model"], "it").removeprefix(f"{method} ").removeprefix("needs ")
+                methods, models = told.setdefault(short, ([], []))
+                methods += [] if method in methods else [method]
+                models += [] if entry["model"] in models else [entry["model"]]
+    return [f"{', '.join(methods)}, with {', '.join(models)}: {reason}" for reason, (methods, models) in told.items()]
+
+
+def show(found: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for row in rows(found):
+        table.add_row(*row)
+    console.print(table, "", markup=False, highlight=False)
+    for note in notes(found):
+        console.print(note, markup=False, highlight=False)
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """What docs/results/teachers.md holds."""
+    lines = [
+        "# Teachers and the methods they serve",
+        "",
+        "```sh",
+        "scalekd teachers --markdown > docs/results/teachers.md",
+    ]
+    lines += ["```", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(found)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(found))]) + "\n"
+
+
+def families() -> list[dict[str, Any]]:
+    """An entry for each of FAMILIES."""
+    student = _view(MODELS["ResNet-50"].name).shapes
+    return [{"family": family} | examine(name, student) for family, name in FAMILIES.items()]

@@ -1,0 +1,425 @@
+"""`scalekd head`: the solver against an independent one, what it may see, and its head as a teacher's classifier."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
+from small_images import write_images
+
+from scalekd import head, head_solver
+from scalekd.build import build
+from scalekd.config import Data, Model, check_config
+from scalekd.errors import UserError
+from scalekd.head import Teacher, fit_head
+from scalekd.head_solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
+from scalekd.models import build_model
+from scalekd.runlog import read_log
+
+CPU = torch.device("cpu")
+NAME, KWARGS = "test_vit", {"depth": 2}
+DINO = ("vit_small_patch14_dinov2", {"embed_dim": 24, "depth": 2, "num_heads": 3})
+
+
+@pytest.fixture(autouse=True)
+def few_strengths(monkeypatch):
+    monkeypatch.setattr(head_solver, "STRENGTHS", (100.0, 1.0, 0.01))
+
+
+def backbone_file(path: Path, name: str = NAME, seed: int = 0, **kwargs: Any) -> Path:
+    """Weights near timm's initial ones and nowhere on them, without a classifier."""
+    torch.manual_seed(seed)
+    state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
+    save_file({k: v + 0.1 * torch.rand_like(v) if v.is_floating_point() else v for k, v in state.items()}, path)
+    return path
+
+
+def fitted_on(root: Path, out: str, name: str = NAME, kwargs: dict[str, Any] = KWARGS, **options: Any) -> dict[str, Any]:
+    """`fit_head` of root/w.safetensors on the images in root."""
+    spec = Model(model=name, weights=str(root / "w.safetensors"), kwargs=kwargs, image_size=options.pop("size", 48))
+    data = Data(
+        train=str(root / "train"), val=str(options.pop("val", root / "val")), limit=options.pop("limit", None), seed=0
+    )
+    return fit_head(spec, data, root / out, CPU, Console(file=io.StringIO()), cache=root / "cache", **options)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    """A folder with train/, val/, w.safetensors and head/, fitted on them; not to be changed."""
+    root = tmp_path_factory.mktemp("head")
+    write_images(root / "train", per_class=8)
+    write_images(root / "val", per_class=4, seed=1)
+    backbone_file(root / "w.safetensors", **KWARGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_solver, "STRENGTHS", (100.0, 1.0, 0.01))
+        fitted_on(root, "head")
+    return root
+
+
+@pytest.fixture
+def own(fitted: Path, tmp_path: Path) -> Path:
+    """A copy of `fitted` to be changed."""
+    return Path(shutil.copytree(fitted, tmp_path / "own"))
+
+
+# ---------------------------------------------------------------- the solver
+
+
+def by_scipy(x: np.ndarray, y: np.ndarray, classes: int, strength: float) -> np.ndarray:
+    """Logits (N, C), each row's mean 0, of the same problem, written anew in NumPy and solved by BFGS."""
+    z = (x - x.mean(0)) / x.std(0)
+    truth = np.eye(classes)[y]
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w, b = flat[:-classes].reshape(classes, -1), flat[-classes:]
+        logits = z @ w.T + b
+        log_sum = np.log(np.exp(logits).sum(1, keepdims=True))
+        error = np.exp(logits - log_sum) - truth
+        slope = np.concatenate([(error.T @ z + strength * w).ravel(), error.sum(0)])
+        return -((logits - log_sum) * truth).sum() + strength / 2 * (w**2).sum(), slope
+
+    flat = minimize(loss, np.zeros(classes * (x.shape[1] + 1)), jac=True, method="BFGS", options={"gtol": 1e-8}).x
+    logits = z @ flat[:-classes].reshape(classes, -1).T + flat[-classes:]
+    return logits - logits.mean(1, keepdims=True)
+
+
+def blobs(n: int = 60, width: int = 5, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(classes, (n,), generator=generator)
+    x = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    return (x + 0.7 * torch.nn.functional.one_hot(y, width)) * torch.logspace(-2, 2, width) + 5, y
+
+
+@pytest.mark.parametrize("strength", [0.3, 3.0, 1000.0])
+def test_the_solver_finds_what_scipy_finds(strength):
+    x, y = blobs()
+    logits = fit(x, y, 3, strength)(x)
+    wanted = by_scipy(x.numpy(), y.numpy(), 3, strength)
+    assert np.abs((logits - logits.mean(1, keepdim=True)).numpy() - wanted).max() < 1e-5
+
+
+def test_a_start_elsewhere_ends_in_the_same_place():
+    x, y = blobs()
+    cold, warm = fit(x, y, 3, 1.0), fit(x, y, 3, 1.0, start=fit(x, y, 3, 100.0))
+    assert (cold(x).softmax(1) - warm(x).softmax(1)).abs().max() < 1e-6
+
+
+def test_a_feature_that_never_changes_is_harmless_and_one_that_is_not_finite_is_told():
+    x, y = blobs()
+    flat = torch.cat([x, torch.full((60, 1), 7.0)], 1)
+    assert (fit(flat, y, 3, 1.0)(flat) - fit(x, y, 3, 1.0)(x)).abs().max() < 1e-5
+    x[3, 1] = math.nan
+    with pytest.raises(UserError, match="did not converge"):
+        fit(x, y, 3, 1.0)
+
+
+def test_parts_are_disjoint_even_and_leave_one_image_of_each_class():
+    targets = [0] * 11 + [1] * 11 + [2] * 3 + [3]
+    parts = held_out_parts(targets, seed=1)
+    held = [i for part in parts for i in part]
+    assert len(held) == len(set(held)) and sorted(targets[i] for i in held) == [0] * 10 + [1] * 10 + [2] * 2
+    assert [sum(targets[i] < 2 for i in part) for part in parts] == [4] * 5
+    assert held_out_parts(targets, seed=1) == parts != held_out_parts(targets, seed=2)
+    assert held_out_parts([0, 1, 2], seed=0) == []
+
+
+def test_the_strength_is_the_one_with_the_least_held_out_loss():
+    x, y = blobs(n=200)
+    choice = choose(x, y, 3, seed=0)
+    assert choice.strength == min(choice.tried, key=lambda row: row["nll"])["strength"]
+    assert choice.held_out["before"]["nll"] == min(row["nll"] for row in choice.tried)
+    assert choice.held_out["after"]["nll"] <= choice.held_out["before"]["nll"]
+    unchosen = choose(x[:3], torch.arange(3), 3, seed=0)
+    assert (unchosen.strength, unchosen.temperature, unchosen.held_out) == (head_solver.UNCHOSEN, 1.0, {})
+
+
+def test_above_a_number_of_images_one_part_is_held_out(monkeypatch):
+    x, y = blobs(n=100)
+    monkeypatch.setattr(head_solver, "BY_TURNS", 99)
+    parts = held_out_parts(y.tolist(), seed=0)
+    assert choose(x, y, 3, seed=0).held_out["after"]["images"] == len(parts[0])
+
+
+def test_the_temperature_is_the_best_of_a_grid_and_goes_with_the_scale():
+    x, y = blobs()
+    logits = 4 * fit(x, y, 3, 1.0)(x)
+    found = best_temperature(logits, y)
+    grid = [math.exp(k / 100) for k in range(-200, 300)]
+    best = min(grid, key=lambda t: torch.nn.functional.cross_entropy(logits / t, y).item())
+    assert found == pytest.approx(best, rel=0.01) and best_temperature(3 * logits, y) == pytest.approx(3 * found, rel=1e-4)
+
+
+def test_calibration_error_by_hand():
+    # bins are 1/15 wide: 0.61 and 0.66 share one (0.6 to 0.667), 0.95 and 1.0 another (0.933 to 1); 0.3 is alone
+    confidence = torch.tensor([0.61, 0.66, 0.95, 1.0, 0.3], dtype=torch.float64)
+    right = torch.tensor([True, False, True, True, False])
+    by_hand = 2 / 5 * abs(0.5 - 0.635) + 2 / 5 * abs(1 - 0.975) + 1 / 5 * abs(0 - 0.3)
+    assert calibration_error(confidence, right) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_scores_by_hand():
+    logits = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]))
+    found = scores(logits, torch.tensor([0, 1]))
+    assert found["top1"] == 50 and found["top5"] == 100 and found["images"] == 2
+    assert found["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.3)) / 2)
+    assert found["ece"] == pytest.approx(100 * (abs(1 - 0.7) + abs(0 - 0.5)) / 2)
+
+
+# ---------------------------------------------------------------- what it sees, what it keeps
+
+
+def test_validation_images_choose_nothing(own, monkeypatch):
+    seen = []
+    monkeypatch.setattr(head, "choose", lambda x, y, *rest: seen.append((x, y)) or choose(x, y, *rest))
+    first = fitted_on(own, "first", limit=12)
+    for name, other in (("ant", "cat"), ("cat", "bee")):  # validation labels that would call for another choice
+        (own / "planted" / name).mkdir(parents=True)
+        for file in (own / "val" / other).iterdir():
+            shutil.copy(file, own / "planted" / name)
+    shutil.copytree(own / "val" / "ant", own / "planted" / "bee")
+    second = fitted_on(own, "second", limit=12, val=own / "planted")
+    for key in ("strength", "temperature", "tried", "held_out", "head_sha256"):
+        assert first[key] == second[key]
+    assert first["validation"] != second["validation"]
+    # and the twelve images that it was given are the twelve labelled ones
+    split = head.open_split(Data(train=str(own / "train"), val=str(own / "val"), limit=12))
+    assert [len(x) for x, _ in seen] == [12, 12]
+    assert seen[0][1].tolist() == [split.train.targets[i] for i in split.train_indices]
+    assert first["held_out"]["after"]["images"] == 12 - 3
+
+
+def test_features_are_computed_once_and_again_when_anything_changes(own, monkeypatch):
+    computed = []
+    give = Teacher.pooled
+    monkeypatch.setattr(Teacher, "pooled", lambda self, images: computed.append(len(images)) or give(self, images))
+
+    def images_computed(out: str, **options: Any) -> int:
+        computed.clear()
+        fitted_on(own, out, **options)
+        return sum(computed) - 8  # eight to compare the finished model with
+
+    (train, val) = (24, 12)
+    shutil.rmtree(own / "cache")
+    assert images_computed("a", limit=12) == 12 + val
+    assert images_computed("b") == 12  # those that are missing
+    assert images_computed("c") == 0
+    for file in (own / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert images_computed("d") == train + val  # of damaged files
+    assert images_computed("e", crop_pct=0.5) == train + val
+    assert images_computed("f", size=64) == train + val
+    backbone_file(own / "w.safetensors", seed=1, **KWARGS)
+    assert images_computed("g") == train + val
+    shutil.rmtree(own / "val")
+    write_images(own / "val", per_class=4, seed=2)
+    assert images_computed("h") == val  # other images under the same names
+
+
+MODELS = {
+    "test_vit": {"depth": 2},
+    "test_resnet": {},
+    "test_convnext": {},
+    "deit_tiny_distilled_patch16_224": {"embed_dim": 24, "depth": 2, "num_heads": 3},  # two classifiers
+    "resnetv2_50x1_bit": {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32], "stem_chs": 8, "num_groups": 4},  # 1x1
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_gives_the_head_s_logits_by_itself(own, name, monkeypatch):
+    kwargs = MODELS[name]
+    size = {"img_size": 48} if "vit" in name or "deit" in name else {}
+    if name == "resnetv2_50x1_bit":
+        kwargs = {k: v for k, v in kwargs.items() if k != "num_groups"}
+        kwargs = {"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 64], "stem_chs": 32}
+    backbone_file(own / "w.safetensors", name, **kwargs, **size)
+    found = []
+    monkeypatch.setattr(head, "Linear", lambda w, b: found.append(head_solver.Linear(w, b)) or found[-1])
+    card = fitted_on(own, "new", name, kwargs)
+    spec = Model(model=name, weights=str(own / "w.safetensors"), kwargs=kwargs, head=str(own / "new"))
+    model, loaded = build_model(spec, channels=3, image_size=(48, 48), classes=3, where="teacher")
+    bare, _ = build_model(spec.model_copy(update={"head": None}), channels=3, image_size=(48, 48), classes=3, where="teacher")
+    images = torch.randn(5, 3, 48, 48)
+    with torch.no_grad():
+        wanted = found[0](head.pooled(bare.eval(), images))
+        assert (model.eval()(images) - wanted).abs().max() < 1e-4 * (1 + wanted.abs().max())
+    assert bare.num_classes == 0 and model.num_classes == 3
+    assert loaded.kwargs["num_classes"] == 3 and card["largest_logit_difference"] < 1e-3
+    assert loaded.head == f"head {own / 'new'} (sha256 {card['head_sha256'][:12]}) for 3 classes, fitted on 24 labels"
+
+
+def test_what_is_written(fitted):
+    card = json.loads((fitted / "head" / "head.json").read_text())
+    tensors = load_file(fitted / "head" / "head.safetensors")
+    assert sorted(p.name for p in (fitted / "head").iterdir()) == ["head.json", "head.safetensors"]
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {"weight": (3, 64), "bias": (3,)}
+    assert card["model"] == NAME and card["kwargs"] == KWARGS and card["classes"] == ["ant", "bee", "cat"]
+    assert card["labels"] == 24 and len(card["sha256"]) == 64 and card["image_size"] == [48, 48]
+    assert card["validation"]["after"]["top1"] > 90  # colours are easy
+    assert card["held_out"]["after"]["images"] == 21
+
+
+def test_draws_and_their_interval(own):
+    card = fitted_on(own, "draws", limit=6, draws=3)
+    assert card["draws"]["seeds"] == [0, 1, 2] and len(card["draws"]["top1"]) == 3
+    assert card["draws"]["mean"] == pytest.approx(sum(card["draws"]["top1"]) / 3)
+    spread = np.std(card["draws"]["top1"], ddof=1)
+    assert card["draws"]["half_width_95"] == pytest.approx(4.302652729911275 * spread / math.sqrt(3))  # t, 2 d.f.
+    assert card["head_sha256"] == fitted_on(own, "first", limit=6)["head_sha256"]  # the first draw's is kept
+
+
+def test_one_label_of_each_class(own):
+    card = fitted_on(own, "one", limit=3)
+    assert card["held_out"] == {} and card["strength"] == head_solver.UNCHOSEN and card["validation"]["after"]["images"] == 12
+
+
+# ---------------------------------------------------------------- files without a classifier
+
+
+def test_a_backbone_s_file_at_another_size_is_as_timm_loads_it(tmp_path):
+    name, kwargs = DINO
+    file = backbone_file(tmp_path / "w.safetensors", name, img_size=70, **kwargs)
+    overlay = {"file": str(file), "num_classes": 0}
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=(42, 42), **kwargs)
+    spec = Model(model=name, weights=str(file), kwargs=kwargs)
+    for classes in (None, 3):
+        ours, loaded = build_model(spec, channels=3, image_size=(42, 42), classes=classes, where="teacher")
+        assert loaded.matched == loaded.total and loaded.head is None and ours.num_classes == 0
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    student, loaded = build_model(spec, channels=3, image_size=(42, 42), classes=3, where="student")
+    assert student.num_classes == 3 and loaded.matched == loaded.total - 2
+    assert loaded.head == "new head for 3 classes, they came without one"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def teacher_with(root: Path, size: int = 48, classes: int | None = 3, **changes: Any) -> Any:
+    values = {"model": NAME, "weights": str(root / "w.safetensors"), "kwargs": KWARGS, "head": str(root / "head")}
+    spec = Model.model_validate(values | changes)
+    return build_model(spec, channels=3, image_size=(size, size), classes=classes, where="teacher")
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"model": "test_vit2"}, "the backbone test_vit, here it is test_vit2.\nSet teacher.model=test_vit."),
+        ({"kwargs": {"depth": 3}}, r"kwargs \{'depth': 2\}, here it is \{'depth': 3\}"),
+        ({"kwargs": {"depth": 2, "num_classes": 9}}, r"here it is \{'depth': 2, 'num_classes': 9\}"),
+        ({"size": 64}, r"images of \[48, 48\], here it is \[64, 64\].\nSet teacher.image_size=\[48, 48\]"),
+        ({"classes": 4}, "classes in number 3, here it is 4"),
+        ({"mean": (0.1, 0.1, 0.1)}, "mean and std"),
+        ({"weights": "random"}, "its backbone's weights are not named; set teacher.weights="),
+        ({"head": "nowhere"}, "no head.safetensors with its head.json in nowhere; `scalekd head` makes them"),
+    ],
+)
+def test_another_backbone_or_input_is_refused(fitted, changes, told):
+    with pytest.raises(UserError, match=rf"^teacher\.head: .*{told}"):
+        teacher_with(fitted, **changes)
+
+
+def test_other_weights_are_refused(own):
+    before = json.loads((own / "head" / "head.json").read_text())["sha256"]
+    backbone_file(own / "w.safetensors", seed=1, **KWARGS)
+    with pytest.raises(UserError, match=rf"was fitted for weights of sha256 {before[:12]} .*, here it is (?!{before[:12]})"):
+        teacher_with(own)
+
+
+@pytest.mark.parametrize("harm", ["another file", "cut off", "no json", "a field less", "other shapes"])
+def test_a_damaged_head_is_refused(own, harm):
+    file, card_file = own / "head" / "head.safetensors", own / "head" / "head.json"
+    card = json.loads(card_file.read_text())
+    if harm == "another file":
+        save_file({"weight": torch.zeros(3, 64), "bias": torch.zeros(3)}, file)
+    elif harm == "cut off":
+        file.write_bytes(file.read_bytes()[:50])
+    elif harm == "no json":
+        card_file.write_text("{")
+    elif harm == "a field less":
+        card_file.write_text(json.dumps({k: v for k, v in card.items() if k != "sha256"}))
+    else:
+        card_file.write_text(json.dumps(card | {"classes": ["ant", "bee"]}))
+    with pytest.raises(UserError, match=r"^teacher\.head: "):
+        teacher_with(own)
+
+
+def test_a_student_takes_no_head(tiny_recipe):
+    tiny_recipe["student"]["head"] = "x"
+    with pytest.raises(UserError, match="student.head: has no effect here; it goes with a teacher"):
+        check_config(tiny_recipe, "test")
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--weights", "random"], "--weights: a head on initial values would know nothing"),
+        (["--weights", "nowhere.pt"], "--weights: no file nowhere.pt"),
+        (["--limit", 2], "--data: no labelled image of 1 of the classes: .*; --limit 2 is fewer than the 3 classes"),
+        (["--draws", 0], "--draws 0: one or more"),
+        (["--limit", -1], "--limit: Input should be greater than 0"),
+        (["--image-size", "wide"], "--image-size: pixels, such as 224"),
+        (["--mean", "[0.5]"], "--mean: 1 values for --channels=3"),
+        (["--out", "train"], "train is not empty; give --out another folder"),
+    ],
+)
+def test_mistakes_on_the_command_line(cli, fitted, monkeypatch, options, told):
+    monkeypatch.chdir(fitted)
+    given = ["--data", fitted, "--weights", "w.safetensors", "--kwargs", "{depth: 2}", "--image-size", 48, "--out", "o"]
+    shown = cli("head", NAME, *given, *options)
+    assert shown.code == 2 and not Path("o").exists()
+    import re
+
+    assert re.search(told, shown.err), shown.err
+
+
+# ---------------------------------------------------------------- from the command line to a student
+
+
+def test_a_head_is_fitted_and_a_student_learns_from_it(cli, recipe_file, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone_file(tmp_path / "w.safetensors", **{"depth": 4})
+    given = ["--weights", "w.safetensors", "--kwargs", "{depth: 4}", "--image-size", 48, "--crop-pct", 0.875]
+    shown = cli("head", NAME, "--data", image_folder, *given, "--out", "my-head", "--val-limit", 9)
+    assert shown.code == 0, shown.err
+    assert "24 labels of 3 classes, 64 features; strength" in shown.out and "validation, after temperature" in shown.out
+    assert json.loads(Path("my-head/head.json").read_text())["validation"]["after"]["images"] == 9
+
+    use = ["teacher.weights=w.safetensors", "teacher.head=my-head", "losses={ce: {}, kd: {}}"]
+    shown = cli("train", recipe_file, *use, "--out", "run")
+    told = " ".join(shown.out.split())
+    assert shown.code == 0, shown.err
+    assert "tensors from w.safetensors" in told and "head my-head (sha256" in told and "data 3, student 3, teacher 3" in told
+    assert "100.0 % on 12 validation images" in told
+    assert all(event["loss.kd"] > 0 for event in read_log(Path("run")) if "loss.kd" in event)
+    provenance = json.loads(Path("run/provenance.json").read_text())
+    assert provenance["weights"]["teacher"]["head"].startswith("head my-head (sha256")
+
+
+def test_classes_in_another_order_fail_the_pre_flight(cli, recipe_file, image_folder, own, monkeypatch):
+    for part in ("train", "val"):
+        (image_folder / part / "bee").rename(image_folder / part / "dog")
+    changes = {"weights": own / "w.safetensors", "head": own / "head", "kwargs": "{depth: 2}"}
+    use = [f"teacher.{key}={value}" for key, value in changes.items()]
+    shown = cli("train", recipe_file, "--dry-run", *use, "teacher.cuts=null", "losses={ce: {}, kd: {}}")
+    assert shown.code == 2
+    assert "classes: data 3, student 3; teacher.head was fitted for others: bee there, cat here" in shown.err
+
+
+def test_the_run_is_built_with_the_head(tiny_recipe, own):
+    tiny_recipe["teacher"] |= {"weights": str(own / "w.safetensors"), "head": str(own / "head"), "kwargs": KWARGS}
+    tiny_recipe["losses"] = {"kd": {}}
+    run = build(check_config(tiny_recipe, "test"), CPU)
+    assert run.distiller.teacher_view is not None
+    weight = run.distiller.teacher_view.model.get_classifier().weight
+    assert torch.equal(weight, load_file(own / "head" / "head.safetensors")["weight"])
