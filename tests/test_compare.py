@@ -209,6 +209,12 @@ def test_a_stopped_comparison_goes_on(ladder_file, tmp_path):
     assert any('"resumed"' in log.read_text() for log in runs.rglob("log.jsonl"))
 
 
+def test_torchrun_is_refused(ladder_file, tmp_path):
+    command = [sys.executable, "-m", "scalekd", "compare", ladder_file(), "--out", str(tmp_path / "out")]
+    told = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert told.returncode == 2 and "without torchrun" in told.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_something_else_is_refused(ladder_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")

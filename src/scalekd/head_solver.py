@@ -59,9 +59,11 @@ def fit(
 
     features: (N, D), any float type; z is each feature less its mean, over its standard deviation. The bias is not
     penalised. scikit-learn's C is 1 / strength. start: a fit of the same features to begin at. flat: the gradient
-    to stop at. Returns W and b for the features as given, standardisation folded in. Raises `UserError` if L-BFGS does not get
-    to a flat place, which needs features without finite values or far out of scale.
+    to stop at. Returns W and b for the features as given, standardisation folded in. Raises `UserError` for features
+    that are not finite, and if L-BFGS does not get to a flat place.
     """
+    if not features.isfinite().all():
+        raise UserError("the teacher's features are not finite; look at its weights, mean and std")
     x = features.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-12 * (1 + mean.abs()), std, 1.0)  # a feature that never changes stays, as zeros
@@ -99,10 +101,10 @@ def fit(
         slope = parameters.grad.abs().max().item()
         if slope <= flat:
             break
-    if not slope <= 10 * FLAT:  # also for nan
+    if slope > 10 * FLAT:
         raise UserError(
-            f"the head's fit with strength {strength:g} did not converge (gradient {slope:.1e}, {10 * FLAT:g} is wanted); "
-            "are the features finite? Look at the images, mean and std"
+            f"the head's fit with strength {strength:g} did not converge: its gradient is {slope:.1e}, wanted is "
+            f"{10 * FLAT:g}. Are some features far larger than others? Look at mean and std"
         )
     weight, bias = parameters.detach()[:, :-1], parameters.detach()[:, -1]
     weight = weight * unit / std

@@ -96,7 +96,10 @@ class TeacherOutputs:
             # all of its blocks now: a disk that is full later would end a process that writes to the map by SIGBUS
             number = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                os.posix_fallocate(number, 0, whole)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(number, 0, whole)
+                else:  # macOS
+                    os.ftruncate(number, max(whole, os.fstat(number).st_size))
                 self.file = mmap.mmap(number, whole)
             finally:
                 os.close(number)

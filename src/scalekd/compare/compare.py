@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -48,6 +49,8 @@ def compare(
     known: folders of other comparisons whose finished runs count where the recipe is the same.
     Returns 1 if a run failed, else 0. Raises `UserError`, and `Stopped` with everything saved.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare starts its runs itself, one process each; start it without torchrun")
     planned = jobs(ladder, overrides)
     for folder in known:
         if not (folder / FILE).is_file():

@@ -41,7 +41,7 @@ def places(jobs: int | None, device: str | None) -> list[Place]:
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: one or more")
     kind = pick_device(device)
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if kind.type != "cuda":
         return [Place("cpu", max(1, cores // (jobs or cores)))] * (jobs or cores)
     gpus = [str(kind)] if device and ":" in device else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -108,6 +108,8 @@ def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check:
     from ..runs import execute
 
     torch.set_num_threads(place.threads)
+    if place.device != "cpu":
+        torch.cuda.set_device(place.device)
     console = Console(file=sys.stdout, width=120)
     try:
         with StopRequest() as stop:

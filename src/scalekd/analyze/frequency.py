@@ -1,0 +1,316 @@
+"""Which frequencies a model's last maps hold: `scalekd analyze frequency`, docs/analyze.md.
+
+ScaleKD's Figures 2 and 5: "we first collect the output feature maps of 1600 samples, then conduct DCT on each channel,
+and finally take the average value across these samples after converting all responses into absolute values". Here the
+DCT is orthonormal, so that the squares of its coefficients add up to those of the map, and the direct component
+(frequency zero) has a share of that energy.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import timm
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from ..config import Augment, Data, Model
+from ..data import Images, eval_batches, eval_transform
+from ..distiller import Statistics, default_statistics, interpolation, resized
+from ..errors import UserError, first_line, nearest, shortened
+from ..export import load_student
+from ..files import cannot_write, replacing, write_text
+from ..models import build_model
+from ..shortages import shortages_told
+from ..sources import open_source, pair_of
+from ..stages import StageView
+
+FIGURES_MISSING = "the figure needs matplotlib: pip install 'scalekd[figures]'; without --out the table is shown alone"
+
+
+@dataclass
+class Subject:
+    """A model to look at, and how it wants its images."""
+
+    label: str
+    model: nn.Module  # in eval mode
+    source: str  # of its weights
+    sha256: str | None
+    size: tuple[int, int]
+    stats: Statistics  # one value per channel
+    interpolation: str
+    crop_pct: float
+
+
+# ---------------------------------------------------------------- the spectrum
+
+
+class Spectrum:
+    """Adds up the frequencies of maps `(B, D, H, W)`, batch by batch."""
+
+    def __init__(self) -> None:
+        self.magnitude: Any = 0.0  # (H, W): absolute coefficients, averaged over channels, summed over images
+        self.energy: Any = 0.0  # (H, W): each image's shares, which sum to 1, summed over images
+        self.direct: list[float] = []  # the direct component's share, by image
+
+    def add(self, maps: Tensor) -> None:
+        """DCT-II over height and width, orthonormal, per image and channel. Raises ValueError if not finite."""
+        coefficients = scipy.fft.dctn(maps.double().cpu().numpy(), type=2, norm="ortho", axes=(2, 3))
+        energy = (coefficients**2).sum(axis=1)  # (B, H, W)
+        whole = energy.sum(axis=(1, 2), keepdims=True)
+        if not np.isfinite(whole).all() or not whole.all():
+            raise ValueError("its last map is zero everywhere or not finite")
+        share = energy / whole
+        self.magnitude = self.magnitude + np.abs(coefficients).mean(axis=1).sum(axis=0)
+        self.energy = self.energy + share.sum(axis=0)
+        self.direct += share[:, 0, 0].tolist()
+
+    def result(self) -> dict[str, Any]:
+        """Plain data. Frequencies are in half waves over the map: (v, u) has v of them down and u across.
+
+        `radial`: by ring, the frequencies whose distance from zero rounds to it. Magnitudes are averaged over a ring's
+        frequencies, energy shares are summed.
+        """
+        n = len(self.direct)
+        magnitude, energy = self.magnitude / n, self.energy / n
+        rings = ring_of(*magnitude.shape)
+        counts = np.bincount(rings.ravel())
+        by_ring = [np.bincount(rings.ravel(), weights=values.ravel()) for values in (magnitude, energy)]
+        return {
+            "grid": list(magnitude.shape),
+            "images": n,
+            "direct_share": {
+                "mean": float(np.mean(self.direct)),
+                "std": float(np.std(self.direct, ddof=1)) if n > 1 else 0.0,
+                "least": min(self.direct),
+                "most": max(self.direct),
+            },
+            "magnitude": magnitude.tolist(),
+            "energy_share": energy.tolist(),
+            "radial": [
+                {"ring": r, "frequencies": int(count), "magnitude": float(m / count), "energy_share": float(e)}
+                for r, (count, m, e) in enumerate(zip(counts, *by_ring, strict=True))
+                if count
+            ],
+        }
+
+
+def ring_of(height: int, width: int) -> Any:
+    """(H, W): the distance of each frequency from zero, rounded."""
+    return np.rint(np.hypot(*np.indices((height, width)))).astype(int)
+
+
+# ---------------------------------------------------------------- models and images
+
+
+def analyze(
+    models: Sequence[str],
+    data: str,
+    images: int,
+    device: torch.device,
+    *,
+    random: bool = False,
+    batch: int = 32,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """The spectra of the models' last maps, each after the model's final norm, over the same images.
+
+    models: timm names (pretrained, or `random`), `NAME=FILE`, or exported students. data: any source; of one with a
+    part to validate on, that part. images: so many, spread evenly over the source. out: where the figure is to go,
+    asked for here so that a missing package is told at once. Raises `UserError`.
+    """
+    if out is not None:
+        _figure_class()
+    for name, value in (("--images", images), ("--batch", batch)):
+        if value < 1:
+            raise UserError(f"{name} {value}: one or more")
+    if double := [text for i, text in enumerate(models) if text in models[:i]]:
+        raise UserError(f"{double[0]} is named twice; name each model once")
+    pair = pair_of(data)
+    place = pair[1] if pair else data
+    source = open_source(place, "--data")
+    n = min(images, len(source))
+    indices = [i * len(source) // n for i in range(n)]
+    found = []
+    for text in models:
+        subject = _subject(text, random)
+        spec = Data.model_validate({"train": place, "image_size": subject.size, "channels": len(subject.stats[0])})
+        augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
+        chosen = Images(source, indices, eval_transform(spec, augment), None)
+        with shortages_told(device, f"Try a smaller --batch (now {batch}), or --device cpu."):
+            pixels = (b.images for b in eval_batches(chosen, batch, min(2, spec.workers), device.type == "cuda"))
+            spectrum = spectrum_of(subject, pixels, device)
+        known = {"model": subject.label, "weights": subject.source, "sha256": subject.sha256}
+        found.append(known | {"image_size": list(subject.size)} | spectrum)
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "scipy": scipy.__version__}
+    return {"data": place, "images": n, "of_images": len(source), "models": found, "versions": versions}
+
+
+@torch.no_grad()
+def spectrum_of(subject: Subject, batches: Iterable[Tensor], device: torch.device) -> dict[str, Any]:
+    """`Spectrum.result` over batches of pixels, (B, C, H, W) uint8. Raises `UserError` for a model without a map."""
+    model = subject.model.to(device).eval()
+    try:
+        view = StageView(model, name=subject.label, image_size=subject.size)
+    except ValueError as error:
+        raise UserError(f"{subject.label}: {error}") from None
+    if view.refusal or view.shapes.final is None:
+        raise UserError(str(view.refusal))
+    if view.shapes.final[1:] == (1, 1):
+        raise UserError(f"{subject.label}: its last map has one position, so it has no frequency but zero")
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in subject.stats)
+    spectrum = Spectrum()
+    try:
+        for pixels in batches:
+            seen = resized(pixels.to(device).float() / 255, subject.size, model)
+            final = view((seen - mean) / std).final
+            assert final is not None
+            spectrum.add(final)
+    except ValueError as error:
+        raise UserError(f"{subject.label}: {error}") from None
+    return spectrum.result()
+
+
+def _subject(text: str, random: bool) -> Subject:
+    """The model that a command line names, with its weights proved loaded. Raises `UserError`."""
+    name, equals, file = text.partition("=")
+    if not equals and Path(text).exists():
+        model, card = load_student(Path(text))
+        stats = (tuple(card["mean"]), tuple(card["std"]))
+        size = (card["image_size"][0], card["image_size"][1])
+        return Subject(text, model, text, card.get("sha256"), size, stats, card["interpolation"], card["crop_pct"])
+    weights = file if equals else "random" if random else "pretrained"
+    try:
+        spec = Model(model=name, weights=weights)
+    except ValidationError:
+        hint = nearest(name.split(".")[0], timm.list_models()) if name else ""
+        raise UserError(
+            f"{shortened(text)}: no timm model, and no exported student is there.{hint}\n"
+            "Write a timm name, NAME=FILE for weights in a file, or a run's folder."
+        ) from None
+    wanted = timm.get_pretrained_cfg(name)
+    size = tuple(wanted.input_size[1:]) if wanted else (224, 224)
+    try:
+        model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
+    except UserError as error:
+        told = first_line(error).removeprefix("teacher").lstrip(":. ")
+        raise UserError(f"{name}: {told}\nWeights in a file: {name}=FILE. Initial values: --random.") from None
+    if loaded.source != "random" and loaded.initial > 0.5:
+        raise UserError(
+            f"{text}: {loaded.initial:.0%} of the biases and norms are at their initial values, so these weights were "
+            "never trained; give others, or --random if you mean it"
+        )
+    own = resolve_model_data_config(model)
+    stats = default_statistics(model)
+    return Subject(text, model, loaded.source, loaded.sha256, size, stats, interpolation(model), own["crop_pct"])
+
+
+# ---------------------------------------------------------------- what is shown and written
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = ["model", "map", "direct component's energy", "least", "most", "next ring", "magnitude, direct : rest"]
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="left" if column == "model" else "right")
+    for m in found["models"]:
+        share = m["direct_share"]
+        cells = [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f} %"]
+        cells += [f"{100 * value:.1f} %" for value in (share["least"], share["most"], m["radial"][1]["energy_share"])]
+        table.add_row(m["model"], "x".join(map(str, m["grid"])), *cells, f"{_over_the_rest(m['magnitude']):.1f}")
+    console.print(table, markup=False, highlight=False)
+    told = f"{found['images']} of {found['of_images']} images of {found['data']}; ± is the spread over images."
+    console.print("", told, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def _over_the_rest(magnitude: list[list[float]]) -> float:
+    """The direct component's magnitude over the mean of all others."""
+    values = np.array(magnitude).ravel()
+    return float(values[0] / max(values[1:].mean(), np.finfo(float).tiny))
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """frequency.json, .csv, .svg and .png in `folder`. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    write_text(folder / "frequency.json", json.dumps(found, indent=2) + "\n")
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["model", "down", "across", "magnitude", "energy_share"])
+    for m in found["models"]:
+        for v, u in np.ndindex(*m["grid"]):
+            writer.writerow([m["model"], v, u, m["magnitude"][v][u], m["energy_share"][v][u]])
+    write_text(folder / "frequency.csv", lines.getvalue())
+    figure = draw(found["models"])
+    for form in ("svg", "png"):
+        drawn = io.BytesIO()
+        metadata = {"Date": None} if form == "svg" else None  # the same data, the same file
+        figure.savefig(drawn, format=form, dpi=150, metadata=metadata)
+        with replacing(folder / f"frequency.{form}") as file:
+            file.write(drawn.getvalue())
+
+
+def draw(models: Sequence[dict[str, Any]]) -> Any:
+    """A heat map per model above, the profiles below; readable in greyscale. Gives a matplotlib figure."""
+    colours = _figure_class()[1]
+    columns = min(4, len(models))
+    rows = math.ceil(len(models) / columns)
+    figure = _figure_class()[0](figsize=(max(7.0, 3.2 * columns), 3.0 * rows + 3.6), layout="constrained")
+    heat, lines = figure.subfigures(2, 1, height_ratios=[3.0 * rows, 3.6])
+    panels = heat.subplots(rows, columns, squeeze=False).ravel()
+    relative = [np.array(m["magnitude"]) / m["magnitude"][0][0] for m in models]
+    norm = colours.LogNorm(max(1e-4, min(r[r > 0].min() for r in relative)), 1.0)
+    for panel, m, values in zip(panels, models, relative):
+        image = panel.imshow(np.maximum(values, norm.vmin), cmap="viridis", norm=norm, origin="upper")
+        panel.set_title(f"{_short(m['model'])}\ndirect: {100 * m['direct_share']['mean']:.1f} % of the energy", fontsize=9)
+        panel.set_xlabel("half waves across", fontsize=8)
+        panel.set_ylabel("half waves down", fontsize=8)
+    for panel in panels[len(models) :]:
+        panel.set_visible(False)
+    heat.colorbar(image, ax=panels.tolist(), label="magnitude, direct = 1")
+    axes = lines.subplots()
+    for i, m in enumerate(models):
+        profile = m["radial"]
+        axes.plot(
+            [p["ring"] for p in profile],
+            [max(p["magnitude"] / profile[0]["magnitude"], norm.vmin) for p in profile],
+            label=_short(m["model"]),
+            marker="osD^vX*P"[i % 8],
+            linestyle=("-", "--", ":", "-.")[i % 4],
+            color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")[i % 6],  # Okabe and Ito
+        )
+    axes.set(yscale="log", xlabel="distance from frequency zero, half waves over the map", ylabel="magnitude, direct = 1")
+    axes.grid(True, which="major", color="#dddddd")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 34 else f"{label[:16]}...{label[-15:]}"
+
+
+def _figure_class() -> Any:
+    """matplotlib's figure and its colours. Raises `UserError` without the extra."""
+    try:
+        import matplotlib
+        from matplotlib import colors
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(FIGURES_MISSING) from None
+    matplotlib.rcParams["svg.hashsalt"] = "scalekd"  # else every figure has other ids
+    return Figure, colors
