@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from scalekd.analyze.frequency import FIGURES_MISSING, Spectrum, Subject, draw, ring_of, spectrum_of
 from scalekd.distiller import default_statistics
+from scalekd.errors import UserError
 from scalekd.export import export_student
 
 
@@ -88,9 +89,7 @@ def test_the_map_is_the_one_after_the_final_norm():
     found = spectrum_of(subject, [pixels[:2], pixels[2:]], torch.device("cpu"))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in stats)
     with torch.no_grad():
-        tokens = model.norm(model.forward_features((pixels / 255 - mean) / std))
-        # forward_features ends with the norm where the model pools its class token
-        tokens = model.forward_features((pixels / 255 - mean) / std) if not isinstance(model.fc_norm, torch.nn.LayerNorm) else tokens
+        tokens = model.forward_features((pixels / 255 - mean) / std)  # its norm included
     maps = tokens[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (3, 3))
     assert found["grid"] == [3, 3]
     np.testing.assert_allclose(found["magnitude"], spectrum(maps)["magnitude"], rtol=1e-4)
@@ -159,13 +158,10 @@ def test_mistakes_are_told(cli, image_folder, words, told):
     assert result.code == 2 and told in result.err and "Traceback" not in result.err
 
 
-def test_a_model_of_one_position_and_one_without_maps(cli, image_folder, monkeypatch):
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
-    import scalekd.analyze.frequency as module
-
-    subject = module._subject("test_resnet", random=True)
-    subject.size = (32, 32)
-    with pytest.raises(module.UserError, match="one position"):
+def test_a_map_of_one_position_is_refused():
+    model = timm.create_model("test_resnet").eval()
+    subject = Subject("test_resnet", model, "random", None, (32, 32), default_statistics(model), "bicubic", 1.0)
+    with pytest.raises(UserError, match="test_resnet: its last map has one position"):
         spectrum_of(subject, [], torch.device("cpu"))
 
 

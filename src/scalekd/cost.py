@@ -61,6 +61,8 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
     batch = batch or min(BATCH, config.train.batch_size // config.train.accumulate)
     if batch < 2:
         raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
+    if classes < 1:
+        raise UserError(f"--classes {classes}: one or more")
     with torch.device("meta"):
         distiller = _distiller(config, classes, config.losses)
         fd, why_not = _plain_distillation(config, classes)
@@ -199,11 +201,12 @@ def _count(distiller: Distiller, config: Config, classes: int, batch: int) -> di
 
     GMACs and `saved_mb` are those of one image; `fixed_mb` and `memory_mb` those of a device. MB are 10^6 bytes.
     """
-    modules = [distiller, distiller.teacher_view.model] if distiller.teacher_view else [distiller]
+    teacher = distiller.teacher_view.model if distiller.teacher_view else None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-            known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+            held = [distiller, teacher] if teacher else [distiller]  # the teacher is no sub-module
+            known = [t for module in held for t in (*module.parameters(), *module.buffers())]
             ledger = Ledger(known)
             pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
             mixed = config.augment.mixup or config.augment.cutmix
@@ -216,11 +219,10 @@ def _count(distiller: Distiller, config: Config, classes: int, batch: int) -> di
             f"this recipe's step cannot be counted, as it goes by the values of its tensors: {first_line(error)}\n"
             "--measure times real steps instead."
         ) from None
-    teacher = distiller.teacher_view.model if distiller.teacher_view else None
-    params = {"teacher": teacher, "student": distiller.student, **distiller.methods}
+    modules = {"student": distiller.student, **distiller.methods, **({"teacher": teacher} if teacher else {})}
     parts = {
         part: {
-            "params": _size(params[part].parameters()) if params.get(part) is not None else 0,
+            "params": _size(modules[part].parameters()) if part in modules else 0,
             "forward": forward / batch / 1e9,
             "backward": backward / batch / 1e9,
             "saved_mb": ledger.saved.get(part, 0) / batch / 1e6,
@@ -273,7 +275,7 @@ def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: L
                 before.backward(given.grad)
         ledger.on("student", backward=True)
         reached = [(tensor, leaf.grad) for tensor, leaf in cuts if leaf.grad is not None]
-        torch.autograd.backward(*(list(column) for column in zip(*reached, strict=True)))
+        torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
 
 
 def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
@@ -437,7 +439,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         sizes = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
         told.append(f"{method} trains beside the student: {sizes}.")
     if measured := found.get("measured"):
-        told.append(f"Measured on {measured['machine']}, {measured['batch']} images a step, {measured['rounds']} rounds:")
+        told.append(
+            f"Measured on {measured['machine']}, {measured['batch']} images a step, {measured['rounds']} rounds:"
+        )
         for name, (middle, least, most) in measured["ratio"].items():
             told.append(f"the recipe's step takes {middle:.2f} times as long as {name} ({least:.2f} to {most:.2f})")
     return told

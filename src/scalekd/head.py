@@ -38,7 +38,7 @@ from .runlog import duration
 from .runs import git_state, machine, versions
 from .sources import Source
 
-CHUNK = 4096  # images whose features are written to the cache at a time
+CHUNK = 512  # images whose features are written to the cache at a time
 BATCH = 64
 TELL_EVERY = 15.0  # seconds
 
@@ -235,6 +235,8 @@ def _features(
                 left = (told - began) / done * (len(missing) - done)
                 _say(console, f"  {done} of {len(missing)}, about {duration(left)} left")
         features = torch.cat(found)
+        if not features.isfinite().all():
+            raise UserError("the teacher's features are not finite; look at its weights, mean and std")
         _keep(folder / f"{seed_from(*chunk):016x}.safetensors", chunk, features)
         known |= dict(zip(chunk, features))
     targets = source.targets

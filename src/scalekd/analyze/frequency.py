@@ -151,7 +151,8 @@ def analyze(
         augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
         chosen = Images(source, indices, eval_transform(spec, augment), None)
         with shortages_told(device, f"Try a smaller --batch (now {batch}), or --device cpu."):
-            pixels = (b.images for b in eval_batches(chosen, batch, min(2, spec.workers), device.type == "cuda"))
+            workers = spec.workers if n > 10 * batch else 0  # for a few images, not worth their start
+            pixels = (b.images for b in eval_batches(chosen, batch, workers, device.type == "cuda"))
             spectrum = spectrum_of(subject, pixels, device)
         known = {"model": subject.label, "weights": subject.source, "sha256": subject.sha256}
         found.append(known | {"image_size": list(subject.size)} | spectrum)
@@ -223,17 +224,21 @@ def _subject(text: str, random: bool) -> Subject:
 
 def show(found: dict[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    columns = ["model", "map", "direct component's energy", "least", "most", "next ring", "magnitude, direct : rest"]
+    columns = ["model", "map", "direct component", "least", "most", "ring 1", "direct : rest"]
     for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column == "model" else "right")
+        is_name = column == "model"  # the one that gives way in a narrow terminal
+        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
     for m in found["models"]:
         share = m["direct_share"]
         cells = [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f} %"]
         cells += [f"{100 * value:.1f} %" for value in (share["least"], share["most"], m["radial"][1]["energy_share"])]
         table.add_row(m["model"], "x".join(map(str, m["grid"])), *cells, f"{_over_the_rest(m['magnitude']):.1f}")
     console.print(table, markup=False, highlight=False)
-    told = f"{found['images']} of {found['of_images']} images of {found['data']}; ± is the spread over images."
-    console.print("", told, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    told = [
+        "Shares of the energy, ± their standard deviation over images; direct : rest is of magnitudes.",
+        f"{found['images']} of {found['of_images']} images of {found['data']}.",
+    ]
+    console.print("", *told, sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def _over_the_rest(magnitude: list[list[float]]) -> float:
@@ -277,7 +282,9 @@ def draw(models: Sequence[dict[str, Any]]) -> Any:
     norm = colours.LogNorm(max(1e-4, min(r[r > 0].min() for r in relative)), 1.0)
     for panel, m, values in zip(panels, models, relative):
         image = panel.imshow(np.maximum(values, norm.vmin), cmap="viridis", norm=norm, origin="upper")
-        panel.set_title(f"{_short(m['model'])}\ndirect: {100 * m['direct_share']['mean']:.1f} % of the energy", fontsize=9)
+        panel.set_title(
+            f"{_short(m['model'])}\ndirect: {100 * m['direct_share']['mean']:.1f} % of the energy", fontsize=9
+        )
         panel.set_xlabel("half waves across", fontsize=8)
         panel.set_ylabel("half waves down", fontsize=8)
     for panel in panels[len(models) :]:
@@ -294,7 +301,9 @@ def draw(models: Sequence[dict[str, Any]]) -> Any:
             linestyle=("-", "--", ":", "-.")[i % 4],
             color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")[i % 6],  # Okabe and Ito
         )
-    axes.set(yscale="log", xlabel="distance from frequency zero, half waves over the map", ylabel="magnitude, direct = 1")
+    axes.set(
+        yscale="log", xlabel="distance from frequency zero, half waves over the map", ylabel="magnitude, direct = 1"
+    )
     axes.grid(True, which="major", color="#dddddd")
     axes.legend(fontsize=8)
     return figure
