@@ -20,7 +20,10 @@ from scalekd.methods import METHODS
 from scalekd.runlog import read_log
 from scalekd.version import __version__
 
-COMMANDS = ["train", "evaluate", "export", "demo", "methods", "recipes", "doctor"]
+COMMANDS = [
+    "train", "compare", "evaluate", "export", "import", "head", "demo", "methods", "pairs", "teachers", "recipes", "cost",
+    "analyze", "doctor",
+]  # fmt: skip
 
 
 def test_help_is_quick_and_lists_every_command():

@@ -12,6 +12,7 @@ from scalekd.build import build
 from scalekd.cli import main
 from scalekd.config import check_config, to_yaml
 from scalekd.errors import UserError
+from scalekd.models import Loaded
 from scalekd.runlog import read_log
 from scalekd.teacher_outputs import TeacherOutputs, outputs_name
 
@@ -97,21 +98,22 @@ def test_a_batch_of_another_size_is_computed(run, tmp_path):
 
 
 def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
-    def name(sha256="a", **sections):
+    def name(sha256="a", head=None, **sections):
         config = check_config(recipe(**sections), "test")
-        return outputs_name(config, build(config, CPU).distiller, sha256)
+        return outputs_name(config, build(config, CPU).distiller, Loaded({}, "file", sha256, 1, 1, 0.0, head))
 
     first = name()
     assert name() == first == name(losses={"ce": {}, "fd": {}}) == name(optim={"lr": 0.5})
     others = [
         name(sha256="b"),
+        name(head="another"),
         name(seed=1),
         name(augment={"flip": 0}),
         name(train={"batch_size": 4}),
         name(data={"image_size": 64}),
         name(teacher={"model": "test_vit2", "kwargs": {}, "weights": "random"}),
     ]
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
 
 
 def test_a_full_disk_is_told_before_the_run(run, tmp_path, monkeypatch):

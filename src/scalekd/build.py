@@ -15,8 +15,8 @@ from . import parallel
 from .config import Config, height_and_width
 from .data import Images, make_mixup, open_split, seed_everything, training_images, validation_images
 from .distiller import Distiller
-from .errors import UserError
-from .models import Loaded, build_model, statistics
+from .errors import UserError, printable
+from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .teacher_outputs import TeacherOutputs
 
@@ -65,6 +65,8 @@ def build(config: Config, device: torch.device) -> Run:
     loaded = {"student": student_loaded}
     teacher = teacher_stats = None
     if config.teacher:
+        if config.teacher.head:
+            _check_head(config.teacher.head, split.classes)
         head = None if config.teacher.weights == "pretrained" else classes
         teacher, loaded["teacher"] = build_model(
             config.teacher, channels=data.channels, image_size=teacher_size, classes=head, where="teacher"
@@ -111,6 +113,16 @@ def build(config: Config, device: torch.device) -> Run:
         make_mixup(config.augment, classes),
         steps_per_epoch,
     )
+
+
+def _check_head(folder: str, classes: list[str]) -> None:
+    theirs = read_head(resolve(folder), "teacher.head")[0].classes
+    if theirs != classes:
+        odd = next((f"{a} there, {b} here" for a, b in zip(theirs, classes) if a != b), f"{len(theirs)} there")
+        raise UserError(
+            f"teacher.head: {folder} was fitted for other classes than the data's {len(classes)}: {printable(odd)}. "
+            "Fit a head for these classes: scalekd head"
+        )
 
 
 def _check_batch(config: Config, images: int) -> None:

@@ -215,13 +215,13 @@ def _train(args: argparse.Namespace) -> None:
         folder = args.out or Path("runs") / config.name
         with processes(args.device) as device:
             if args.dry_run:
-                checked(config, device, Console())
+                checked(config, device, Console(emoji=False))
                 return
             summary = execute(
                 config,
                 folder,
                 device,
-                Console(),
+                Console(emoji=False),
                 check=not args.no_preflight,
                 stop=stop,
                 teacher_outputs=args.teacher_outputs,
@@ -280,7 +280,7 @@ def _head(args: argparse.Namespace) -> None:
         more["cache"] = args.cache
     device = pick_device(args.device)
     with shortages_told(device, "Try --device cpu, or a smaller --image-size."):
-        fit_head(spec, data, args.out, device, Console(), **more)
+        fit_head(spec, data, args.out, device, Console(emoji=False), **more)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -310,7 +310,7 @@ def _compare(args: argparse.Namespace) -> int:
             share=args.share_teacher,
             known=args.known,
             stop=stop,
-            console=Console(),
+            console=Console(emoji=False),
         )
 
 
@@ -335,7 +335,7 @@ def _export(args: argparse.Namespace) -> None:
 
     from .runs import export_run
 
-    export_run(args.run_folder, args.checkpoint, args.onnx, Console())
+    export_run(args.run_folder, args.checkpoint, args.onnx, Console(emoji=False))
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -387,7 +387,7 @@ def _pairs(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(markdown(listed), end="")
     else:
-        show(listed, Console())
+        show(listed, Console(emoji=False))
 
 
 def _cost(args: argparse.Namespace) -> None:
@@ -407,7 +407,7 @@ def _cost(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        show(found, Console())
+        show(found, Console(emoji=False))
 
 
 def _analyze(args: argparse.Namespace) -> None:
@@ -418,7 +418,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
     device = pick_device(args.device)
     found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
-    show(found, Console())
+    show(found, Console(emoji=False))
     if args.out:
         write(found, args.out)
 
@@ -434,7 +434,7 @@ def _teachers(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(markdown(found), end="")
     else:
-        show(found, Console())
+        show(found, Console(emoji=False))
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ from .distiller import Distiller, resized
 from .engine import AUTOCAST
 from .errors import UserError, first_line
 from .files import cannot_write, write_text
-from .models import _create
+from .models import create
 from .models import statistics as input_statistics
 from .optim import make_optimizer
 from .runs import machine
@@ -103,7 +103,7 @@ def _distiller(config: Config, classes: int, losses: Mapping[str, dict[str, Any]
     size, channels, spec = height_and_width(config.data.image_size), config.data.channels, config.teacher
     given: dict[str, Any] = {"in_chans": channels}
     of_data = given | {"num_classes": classes}
-    student, _ = _create(config.student.model, size, False, of_data | config.student.kwargs, "student")
+    student, _ = create(config.student.model, size, False, of_data | config.student.kwargs, "student")
     student_stats = input_statistics(student, config.student, channels, "student")
     if spec is None or not teacher:
         return Distiller(
@@ -112,7 +112,7 @@ def _distiller(config: Config, classes: int, losses: Mapping[str, dict[str, Any]
     if spec.weights != "pretrained" or spec.head:  # else it keeps the head that it came with, as in training
         given = of_data
     teacher_size = height_and_width(spec.image_size or size)
-    model, _ = _create(spec.model, teacher_size, False, given | spec.kwargs, "teacher")
+    model, _ = create(spec.model, teacher_size, False, given | spec.kwargs, "teacher")
     return Distiller(
         student,
         model,

@@ -64,7 +64,7 @@ def build_model(
             f"{where}.weights: timm has no pre-trained weights for {spec.model}."
             + (nearest(spec.model, tags) if tags else " Give a file, or another model.")
         )
-    model, kwargs = _create(spec.model, image_size, pretrained, kwargs, where)
+    model, kwargs = create(spec.model, image_size, pretrained, kwargs, where)
     if spec.weights in (None, "random"):
         return model, Loaded(kwargs, "random", None, 0, len(model.state_dict()), initial_share(model))
     new: dict[str, torch.Tensor] = {}  # what the source has not filled
@@ -81,7 +81,7 @@ def build_model(
         if theirs is not None and where == "student":
             new = _classifier(model)
         elif theirs is not None and "num_classes" not in spec.kwargs:
-            model, kwargs = _create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
+            model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
             state = _adapted(read, model)
         load_weights(model, state | new, path, where)
     if new and where == "teacher":
@@ -105,23 +105,23 @@ def resolve(weights: str) -> Path:
         return Path(weights)
 
 
-def _create(
+def create(
     name: str, image_size: tuple[int, int], pretrained: bool, kwargs: dict[str, Any], where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and the keyword arguments that it was made with."""
 
-    def create(given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    def made(given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return timm.create_model(name, pretrained=pretrained, **given), given
 
     try:
         try:
-            return create({"img_size": image_size} | kwargs)  # transformers and MLPs are built for one size
+            return made({"img_size": image_size} | kwargs)  # transformers and MLPs are built for one size
         except TypeError as error:
             if "img_size" not in str(error) or "img_size" in kwargs:
                 raise
-            return create(kwargs)
+            return made(kwargs)
     except TypeError as error:
         raise UserError(f"{where}.kwargs: {name} does not take them: {error}") from None
     except Exception as error:  # whatever timm ends with, given such arguments
@@ -318,7 +318,7 @@ def put_head(
     Both classifiers of a distilled DeiT get the same tensors: it gives the mean of their logits, and its pooled
     features are the mean of the two tokens.
     """
-    model, kwargs = _create(name, image_size, False, loaded.kwargs | {"num_classes": len(tensors["bias"])}, where)
+    model, kwargs = create(name, image_size, False, loaded.kwargs | {"num_classes": len(tensors["bias"])}, where)
     state = backbone.state_dict()
     head = _classifier(model)
     for key, place in head.items():

@@ -20,7 +20,6 @@ from .distiller import dead_parameters, interpolation
 from .engine import AUTOCAST, on_device
 from .errors import UserError, counted, printable
 from .evaluate import evaluate
-from .models import read_head, resolve
 from .runlog import duration
 
 SAMPLE = 512  # validation images for the teacher's accuracy
@@ -109,12 +108,6 @@ def _classes(run: Run) -> Check:
     if run.distiller.teacher_view is None:
         return Check("classes", "ok", told)
     teacher = run.distiller.teacher_view.shapes.classes
-    if run.config.teacher and run.config.teacher.head:
-        theirs = read_head(resolve(run.config.teacher.head), "teacher.head")[0].classes
-        if theirs != run.classes:
-            odd = next((f"{a} there, {b} here" for a, b in zip(theirs, run.classes) if a != b), f"{len(theirs)} there")
-            fix = "Fit a head for these classes: scalekd head"
-            return Check("classes", "fail", f"{told}; teacher.head was fitted for others: {odd}", fix)
     if teacher != data:  # methods that compare logits have refused it when they were built
         return Check(
             "classes",

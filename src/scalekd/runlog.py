@@ -37,7 +37,7 @@ class RunLog:
         open_trackers: OpenTrackers | None = None,
     ):
         self.active = parallel.rank() == 0
-        self.console = console or Console()
+        self.console = console or Console(emoji=False)
         self.label = label
         self.open_trackers, self.trackers = open_trackers, list[Tracker]()
         self.path = folder / "log.jsonl"

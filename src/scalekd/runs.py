@@ -61,7 +61,7 @@ def execute(
     if teacher_outputs and config.teacher:
         if parallel.world() > 1:
             raise UserError("--teacher-outputs goes with one process; leave it out")
-        name = outputs_name(config, run.distiller, run.loaded["teacher"].sha256)
+        name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():

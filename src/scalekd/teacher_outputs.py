@@ -23,6 +23,7 @@ from .data import seed_from
 from .distiller import Distiller
 from .errors import UserError
 from .files import cannot_write
+from .models import Loaded
 from .stages import Features
 
 SUFFIX = ".outputs"
@@ -134,12 +135,12 @@ class TeacherOutputs:
         return view.resumable(features) if maps and view.shapes.can_resume else features
 
 
-def outputs_name(config: Config, distiller: Distiller, teacher_sha256: str | None) -> str:
+def outputs_name(config: Config, distiller: Distiller, teacher: Loaded) -> str:
     """A file name that differs where the teacher, what it is shown or how it computes differs."""
     assert config.teacher is not None
     told = {
         "teacher": config.teacher.model_dump(mode="json"),
-        "weights": teacher_sha256,
+        "weights": [teacher.source, teacher.sha256, teacher.head],
         "data": config.data.model_dump(mode="json", exclude={"val", "workers", "on_bad_image", "max_bad"}),
         "augment": config.augment.model_dump(mode="json"),
         "student": [distiller.student_mean.tolist(), distiller.student_std.tolist()],  # fill what erasing leaves

@@ -110,7 +110,7 @@ def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check:
     torch.set_num_threads(place.threads)
     if place.device != "cpu":
         torch.cuda.set_device(place.device)
-    console = Console(file=sys.stdout, width=120)
+    console = Console(file=sys.stdout, width=120, emoji=False)
     try:
         with StopRequest() as stop:
             execute(

@@ -42,7 +42,7 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
     Runs that `folder` already holds are read, not repeated.
     """
-    console = Console()
+    console = Console(emoji=False)
     device = pick_device()
     began = time.perf_counter()
     recipe = load_recipe("demo", [f"seed={seeds[0]}"])
