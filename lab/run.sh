@@ -8,6 +8,8 @@ python=${PYTHON:-.venv/bin/python}
 export HF_HUB_OFFLINE=1
 
 test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
+(cd runs/lab/data && sha256sum --check --quiet ../../../lab/data.sha256)
+test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
 for size in small large; do
     test -f "runs/lab/teacher-$size/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "runs/lab/teacher-$size"
