@@ -11,12 +11,15 @@ test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 (cd runs/lab/data && sha256sum --check --quiet ../../../lab/data.sha256)
 test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
-for size in small large; do
-    test -f "runs/lab/teacher-$size/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "runs/lab/teacher-$size"
-done
 known=()
 for ladder in rates search ladder methods beta sizes pitfall; do
     "$python" lab/ladders.py
+    if [ "$ladder" = sizes ]; then
+        for size in small large; do
+            out=runs/lab/teacher-$size
+            test -f "$out/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "$out"
+        done
+    fi
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
 done
