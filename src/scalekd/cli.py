@@ -377,22 +377,26 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from .pairs import markdown, pairs, show
 
-    listed = pairs(args.names)
+    _tell(args, pairs(args.names), show, markdown)
+
+
+def _tell(
+    args: argparse.Namespace, found: Any, show: Callable[..., None], markdown: Callable[[Any], str] | None = None
+) -> None:
+    """In the form that was asked for: --json, --markdown where there is one, or on the screen."""
     if args.json:
-        print(json.dumps(listed, indent=2))
-    elif args.markdown:
-        print(markdown(listed), end="")
+        print(json.dumps(found, indent=2))
+    elif markdown and args.markdown:
+        print(markdown(found), end="")
     else:
-        show(listed, Console(emoji=False))
+        from rich.console import Console
+
+        show(found, Console(emoji=False))
 
 
 def _cost(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from .config import load_recipe
     from .cost import cost, measure, show, write
     from .parallel import pick_device
@@ -404,10 +408,7 @@ def _cost(args: argparse.Namespace) -> None:
         found["measured"] = measure(config, device, classes=args.classes, batch=args.batch or 4)
     if args.out:
         write(found, args.out)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found, Console(emoji=False))
+    _tell(args, found, show)
 
 
 def _analyze(args: argparse.Namespace) -> None:
@@ -424,17 +425,9 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _teachers(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from .teachers import examine, families, markdown, show
 
-    found = [examine(name) for name in args.models] or families()
-    if args.json:
-        print(json.dumps(found, indent=2))
-    elif args.markdown:
-        print(markdown(found), end="")
-    else:
-        show(found, Console(emoji=False))
+    _tell(args, [examine(name) for name in args.models] or families(), show, markdown)
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from .config import Config, height_and_width
 from .distiller import Distiller, resized
 from .engine import AUTOCAST
 from .errors import UserError, first_line
-from .files import cannot_write, write_text
+from .files import make_folder, write_text
 from .models import create
 from .models import statistics as input_statistics
 from .optim import make_optimizer
@@ -468,9 +468,6 @@ def write(found: dict[str, Any], folder: Path) -> None:
     lines = [f"# {_title(found)}", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in _rows(found)]
     lines += ["", *(f"- {line}" for line in _lines(found)), "", "Made by `scalekd cost` (docs/cost.md)."]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    make_folder(folder)
     write_text(folder / f"{found['name']}.json", json.dumps(found, indent=2) + "\n")
     write_text(folder / f"{found['name']}.md", "\n".join(lines) + "\n")

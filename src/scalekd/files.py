@@ -49,6 +49,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             scratch.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """With what is above it; it may be there already. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
 LOCK = ".lock"
 
 

@@ -31,7 +31,7 @@ from .config import Augment, Data, Model, Section, described, height_and_width
 from .data import Images, Split, _by_class, eval_batches, eval_transform, open_split, seed_from
 from .distiller import interpolation
 from .errors import UserError, counted, printable
-from .files import cannot_write, replacing, write_text
+from .files import make_folder, replacing, write_text
 from .head_solver import STRENGTHS, Choice, Linear, choose, fit, scores
 from .models import Loaded, backbone_sha256, build_model, put_head, sha256_of, statistics
 from .runlog import duration
@@ -167,10 +167,7 @@ def fit_head(
     choice = choices[0]
     tensors = {"weight": heads[0].weight.float().contiguous(), "bias": heads[0].bias.float().contiguous()}
     difference = _difference(teacher, splits[0], heads[0], tensors)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    make_folder(out)
     with replacing(out / "head.safetensors") as file:
         file.write(save(tensors))
     card = teacher.card | {
@@ -244,10 +241,7 @@ def _features(
 
 
 def _keep(file: Path, indices: Sequence[int], features: Tensor) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(file.parent, error) from None
+    make_folder(file.parent)
     with replacing(file) as opened:
         opened.write(save({"indices": torch.tensor(indices), "features": features.contiguous()}))
 
@@ -288,7 +282,7 @@ def _as_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_untrained(loaded: Loaded) -> None:
     if loaded.source == "random":
         raise UserError("--weights: a head on initial values would know nothing; name a file, or pretrained")
-    if loaded.initial > 0.5:
+    if loaded.untrained:
         raise UserError(
             f"--weights: {loaded.initial:.0%} of the biases and norms in {loaded.source} are at their initial values: "
             "these weights were never trained; give others"

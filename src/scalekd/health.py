@@ -46,13 +46,14 @@ def check_step(step: int, losses: dict[str, Tensor], grad_norm: Tensor, scaled: 
         raise NonFinite(step, found, before_update=True)
 
 
-def train_sampler(run: Run, start: int = 0) -> TrainSampler:
+def train_sampler(run: Run, start: int = 0, steps: int | None = None) -> TrainSampler:
+    """This process's micro-batches from step `start` to the run's end, or to step `steps`."""
     train = run.config.train
     return TrainSampler(
         len(run.train_images),
         train.batch_size,
         run.config.seed,
-        run.total_steps,
+        run.total_steps if steps is None else steps,
         start,
         train.accumulate,
         parallel.rank(),

@@ -37,6 +37,11 @@ class Loaded:
     initial: float  # share of biases and norm weights still exactly at their initial 0 or 1
     head: str | None = None  # what is there instead, where the source's classifier was for other classes
 
+    @property
+    def untrained(self) -> bool:
+        """Whether weights that a source gave are those of a model that nobody trained."""
+        return self.source != "random" and self.initial > 0.5
+
 
 def build_model(
     spec: Model, *, channels: int, image_size: tuple[int, int], classes: int | None, where: str
@@ -133,6 +138,12 @@ def create(
         raise UserError(
             f"{where}: timm cannot build {name} with {kwargs} at {image_size}: {first_line(error)}"
         ) from None
+
+
+def usual_size(name: str) -> tuple[int, int]:
+    """(height, width) in pixels that timm names for a model; 224 where it names none."""
+    cfg = timm.get_pretrained_cfg(name)
+    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
 
 
 def read_weights(path: Path, where: str) -> dict[str, torch.Tensor]:

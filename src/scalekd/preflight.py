@@ -15,11 +15,12 @@ from rich.text import Text
 from . import parallel
 from .build import Run
 from .config import height_and_width
-from .data import Batch, Images, TrainSampler, eval_batches, eval_transform, seed_everything, train_batches
+from .data import Batch, Images, eval_batches, eval_transform, seed_everything, train_batches
 from .distiller import dead_parameters, interpolation
 from .engine import AUTOCAST, on_device
 from .errors import UserError, counted, printable
 from .evaluate import evaluate
+from .health import train_sampler
 from .runlog import duration
 
 SAMPLE = 512  # validation images for the teacher's accuracy
@@ -71,7 +72,7 @@ def _weights(run: Run) -> list[Check]:
             told = f"{loaded.matched} of {loaded.total} tensors from {loaded.source}"
             told += f" (sha256 {loaded.sha256[:12]})" if loaded.sha256 else ""
             told += f"; {loaded.head}" if loaded.head else ""
-            if loaded.initial > 0.5:
+            if loaded.untrained:
                 checks.append(
                     Check(
                         name,
@@ -175,17 +176,7 @@ def _one_step(run: Run) -> list[Check]:
     """Two forward and backward passes on real batches; batch-norm statistics are put back, nothing is updated."""
     d, config = run.distiller, run.config
     before = {name: b.clone() for name, b in d.named_buffers()}
-    sampler = TrainSampler(
-        len(run.train_images),
-        config.train.batch_size,
-        config.seed,
-        2 if run.total_steps > 1 else 1,
-        0,
-        config.train.accumulate,
-        parallel.rank(),
-        parallel.world(),
-        config.augment.repeats,
-    )
+    sampler = train_sampler(run, steps=min(2, run.total_steps))
     d.train()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)

@@ -22,8 +22,8 @@ from . import mixer  # noqa: F401 - adds a name to timm's
 from .config import Model
 from .errors import UserError, first_line, nearest, printable, shortened
 from .export import export_student
-from .files import cannot_write, is_file
-from .models import _adapted, build_model, sha256_of
+from .files import is_file, make_folder
+from .models import _adapted, build_model, sha256_of, usual_size
 from .released_keys import BESIDE, EXTRAS, KWARGS, REFUSED, RULES, SIGNS, TIMM
 from .sources import open_source
 from .version import __version__
@@ -94,10 +94,7 @@ def import_student(
             "released": {"file": file.name, "sha256": sha256_of(file), "naming": naming, "entry": found.entry},
         },
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    make_folder(out)
     difference = export_student(student.eval(), out / "student.safetensors", card)
     parameters = sum(p.numel() for p in student.parameters())
     return [
@@ -296,8 +293,7 @@ def image_size(state: State, model_name: str, given: dict[str, Any]) -> tuple[in
         tokens, patch = state["blocks.0.mlp_tokens.fc1.weight"].shape[1], state["stem.proj.weight"].shape[-1]
     if tokens and math.isqrt(tokens) ** 2 == tokens:
         return math.isqrt(tokens) * patch, math.isqrt(tokens) * patch
-    cfg = timm.get_pretrained_cfg(model_name)
-    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
+    return usual_size(model_name)
 
 
 def class_count(model_name: str, state: State, file: Path) -> int:

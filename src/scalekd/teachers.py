@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .errors import UserError, nearest, printable
 from .methods import METHODS
+from .models import usual_size
 from .pairs import MODELS
 from .stages import Shapes, StageView
 
@@ -48,7 +49,7 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
     return {
         "model": name,
         "class": type(model).__name__,
-        "pixels": _pixels(name),
+        "pixels": usual_size(name),
         "maps": [list(shape) for shape in shapes.maps],
         "prefix_tokens": getattr(model, "num_prefix_tokens", 0) if shapes.maps else None,
         "classes": shapes.classes,
@@ -58,19 +59,12 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
 
 
 def _view(name: str) -> StageView:
-    from . import mixer  # noqa: F401 - adds a name to timm's
-
     if not timm.is_model(name):
         known = nearest(name.split(".")[0], timm.list_models())
         raise UserError(f"timm has no model `{printable(name)}`.{known}")
     with torch.device("meta"):
         model = timm.create_model(name).eval()
-    return StageView(model, name=name, image_size=_pixels(name))
-
-
-def _pixels(name: str) -> tuple[int, int]:
-    cfg = timm.get_pretrained_cfg(name)
-    return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
+    return StageView(model, name=name, image_size=usual_size(name))
 
 
 def _has_teacher(method: str) -> bool:

@@ -32,8 +32,8 @@ from ..data import Images, eval_batches, eval_transform
 from ..distiller import Statistics, default_statistics, interpolation, resized
 from ..errors import UserError, first_line, nearest, shortened
 from ..export import load_student
-from ..files import cannot_write, replacing, write_text
-from ..models import build_model
+from ..files import make_folder, replacing, write_text
+from ..models import build_model, usual_size
 from ..shortages import shortages_told
 from ..sources import open_source, pair_of
 from ..stages import StageView
@@ -202,14 +202,13 @@ def _subject(text: str, random: bool) -> Subject:
             f"{shortened(text)}: no timm model, and no exported student is there.{hint}\n"
             "Write a timm name, NAME=FILE for weights in a file, or a run's folder."
         ) from None
-    wanted = timm.get_pretrained_cfg(name)
-    size = tuple(wanted.input_size[1:]) if wanted else (224, 224)
+    size = usual_size(name)
     try:
         model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
     except UserError as error:
         told = first_line(error).removeprefix("teacher").lstrip(":. ")
         raise UserError(f"{name}: {told}\nWeights in a file: {name}=FILE. Initial values: --random.") from None
-    if loaded.source != "random" and loaded.initial > 0.5:
+    if loaded.untrained:
         raise UserError(
             f"{text}: {loaded.initial:.0%} of the biases and norms are at their initial values, so these weights were "
             "never trained; give others, or --random if you mean it"
@@ -249,10 +248,7 @@ def _over_the_rest(magnitude: list[list[float]]) -> float:
 
 def write(found: dict[str, Any], folder: Path) -> None:
     """frequency.json, .csv, .svg and .png in `folder`. Raises `UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    make_folder(folder)
     write_text(folder / "frequency.json", json.dumps(found, indent=2) + "\n")
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
