@@ -1,0 +1,1 @@
+"""The distilled backbone at work: probing, detection, segmentation."""

@@ -1,0 +1,396 @@
+"""COCO annotations: what each mistake in them becomes, and the items that are trained and evaluated on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scalekd.errors import UserError
+from scalekd.images import BadImages
+from scalekd.samplers import TrainSampler
+from scalekd.transfer.coco import Coco, Instance, open_coco
+from scalekd.transfer.coco_masks import mask_of, mask_tools, rle_counts
+from scalekd.transfer.detection_data import DetectionImages, Scales, detection_batches, eval_batches
+
+POLYGON = [[2, 2, 12, 2, 12, 10, 2, 10]]
+PLAIN = Scales(short=(20,), long=40, flip=0.0)  # pictures below are 40x20: nothing changes
+
+
+def annotation(id: int, image: Any = 1, category: Any = 7, bbox: Any = (2, 2, 10, 8), **more: Any) -> dict[str, Any]:
+    box = list(bbox) if isinstance(bbox, tuple) else bbox
+    entry = {"id": id, "image_id": image, "category_id": category, "bbox": box}
+    return entry | {"segmentation": POLYGON, "iscrowd": 0, "area": 80.0} | more
+
+
+GOOD: dict[str, Any] = {
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 20} for i in (1, 2, 3)],
+    "categories": [{"id": 90, "name": "tie"}, {"id": 7, "name": "bag"}],  # with holes, in no order
+    "annotations": [annotation(1), annotation(2, image=2, category=90)],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for i in (1, 2, 3):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def opened(folder: Path, data: Any = GOOD, **changed: Any) -> Coco:
+    """The annotations, with some of their lists replaced."""
+    path = folder / "instances.json"
+    path.write_text(json.dumps(data | changed if isinstance(data, dict) else data))
+    return open_coco(path, folder / "images", "data.train")
+
+
+def with_annotation(folder: Path, **changed: Any) -> Coco:
+    """The good ones and one more, of image 3."""
+    return opened(folder, annotations=[*GOOD["annotations"], annotation(9, **({"image": 3} | changed))])
+
+
+# ---------------------------------------------------------------- what is good
+
+
+def test_good_annotations_are_read_and_counted(folder):
+    coco = opened(folder)
+    assert coco.classes == ["bag", "tie"] and coco.category_ids == [7, 90]
+    assert [p.id for p in coco.pictures] == [1, 2, 3] and coco.with_objects() == [0, 1]
+    assert coco.pictures[1].instances == [Instance(2, (2, 2, 10, 8), POLYGON, False, 80.0)]
+    assert coco.told() == ["3 images; 1 of them without objects; 2 objects; 2 classes; 0 crowd regions"]
+
+
+def test_classes_without_objects_stay_and_are_told(folder):
+    coco = opened(folder, categories=[*GOOD["categories"], {"id": 8, "name": "cap"}])
+    assert coco.classes == ["bag", "cap", "tie"]
+    assert "3 classes, 1 of them without objects" in coco.told()[0]
+
+
+def test_text_ids_of_images(folder):
+    images = [i | {"id": f"x{i['id']}"} for i in GOOD["images"]]
+    coco = opened(folder, images=images, annotations=[annotation(1, image="x2")])
+    assert [len(p.instances) for p in coco.pictures] == [0, 1, 0]
+
+
+# ---------------------------------------------------------------- annotations that are left out, or mended
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"bbox": (50, 2, 5, 5)}, "boxes wholly outside their image, left out"),
+        ({"bbox": (-9, 2, 9, 5)}, "boxes wholly outside their image, left out"),
+        ({"bbox": (2, 2, 0, 5)}, "boxes without area, left out"),
+        ({"bbox": (2, 2, 5, -1)}, "boxes without area, left out"),
+        ({"bbox": (39.95, 2, 5, 5)}, "boxes with a side below 0.1 pixels within their image, left out"),
+        ({"bbox": (2, 2, 5)}, "annotations without a box of four numbers, left out"),
+        ({"bbox": None}, "annotations without a box of four numbers, left out"),
+        ({"bbox": (2, 2, float("nan"), 5)}, "annotations without a box of four numbers, left out"),
+        ({"bbox": (2, 2, 10**400, 5)}, "annotations without a box of four numbers, left out"),
+        ({"category": 8}, "annotations of categories that are not listed (ids 7, 90, ... are), left out"),
+        ({"category": [7]}, "annotations of categories that are not listed (ids 7, 90, ... are), left out"),
+        ({"image": 4}, "annotations of images that are not listed, left out"),
+        ({"image": None}, "annotations of images that are not listed, left out"),
+        ({"segmentation": []}, "annotations whose polygons are empty or malformed, left out"),
+        ({"segmentation": [[1, 1, 5, 5]]}, "annotations whose polygons are empty or malformed, left out"),
+        ({"segmentation": [[1, 1, 5, 5, 5, 1, 3]]}, "annotations whose polygons are empty or malformed, left out"),
+        ({"segmentation": [[1, 1, 5, 5, 1e12, 1]]}, "annotations whose polygons are empty or malformed, left out"),
+        ({"segmentation": None}, "annotations without a segmentation, left out"),
+        (
+            {"segmentation": {"size": [20, 40], "counts": [1, 2]}},
+            "annotations whose RLE does not cover their image exactly, left out",
+        ),
+        (
+            {"segmentation": {"size": [20, 40], "counts": "~~~"}},
+            "annotations whose RLE does not cover their image exactly, left out",
+        ),
+        (
+            {"segmentation": {"size": [40, 20], "counts": [700, 100]}},
+            "annotations whose RLE has another size than their image, left out",
+        ),
+        ({"segmentation": {"size": [20, 40], "counts": [800]}}, "annotations whose RLE is empty, left out"),
+        ({"iscrowd": 2}, "annotations whose iscrowd is neither 0 nor 1, left out"),
+    ],
+)
+def test_annotations_left_out(folder, changed, told):
+    coco = with_annotation(folder, **changed)
+    assert [len(p.instances) for p in coco.pictures] == [1, 1, 0]
+    assert list(coco.problems) == [told]
+    assert coco.told()[1].startswith(f"{told}: 1 (annotation 9")
+
+
+def test_boxes_partly_outside_are_clipped(folder):
+    coco = with_annotation(folder, bbox=(-5, 12, 20, 30))
+    assert coco.pictures[2].instances[0].box == (0, 12, 15, 8)
+    assert coco.told()[1] == "boxes partly outside their image, clipped: 1 (annotation 9)"
+    rounded = with_annotation(folder, bbox=(-0.3, 0, 40.6, 20))
+    assert rounded.pictures[2].instances[0].box == (0, 0, 40, 20) and not rounded.problems
+
+
+def test_of_several_polygons_the_good_ones_are_kept(folder):
+    coco = with_annotation(folder, segmentation=[[1, 1, 2], *POLYGON])
+    assert coco.pictures[2].instances[0].mask == POLYGON
+    assert list(coco.problems) == ["annotations with some malformed polygons, the others kept"]
+
+
+def test_ids_that_occur_twice(folder):
+    coco = opened(folder, annotations=[annotation(1), annotation(1), annotation(1, category=90)])
+    assert [x.label for x in coco.pictures[0].instances] == [1, 2]
+    assert coco.told()[1:] == [
+        "annotations listed again, counted once: 1 (annotation 1)",
+        "annotation ids that stand for several objects, all kept: 1 (annotation 1)",
+    ]
+    coco = opened(folder, images=[*GOOD["images"], GOOD["images"][0]])
+    assert len(coco.pictures) == 3 and coco.told()[1] == "images listed again, counted once: 1 (1.png)"
+    with pytest.raises(UserError, match=r"image id 1 stands for 1.png and 2.png: it is not known which"):
+        opened(folder, images=[*GOOD["images"], GOOD["images"][1] | {"id": 1}])
+    with pytest.raises(UserError, match=r"category id 7 stands for 'bag' and 'hat'"):
+        opened(folder, categories=[*GOOD["categories"], {"id": 7, "name": "hat"}])
+    with pytest.raises(UserError, match=r"two categories are called 'bag': ids \[7, 8\]"):
+        opened(folder, categories=[*GOOD["categories"], {"id": 8, "name": "bag"}])
+
+
+def test_problems_are_told_in_few_lines(folder):
+    many = [annotation(i, bbox=(99, 2, 5, 5)) for i in range(10, 60)]
+    coco = opened(folder, annotations=[*GOOD["annotations"], *many])
+    assert coco.told()[1] == (
+        "boxes wholly outside their image, left out: 50 (annotation 10, annotation 11, annotation 12, ...)"
+    )
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_image_entries_without_size_are_read_and_bad_ones_left_out(folder):
+    images = copy.deepcopy(GOOD["images"])
+    del images[0]["width"]
+    images.append({"id": 8, "width": 3, "height": 3})
+    (folder / "images" / "text.png").write_text("no image")
+    images.append({"id": 9, "file_name": "text.png"})
+    coco = opened(folder, images=images)
+    assert [(p.width, p.height) for p in coco.pictures] == [(40, 20)] * 3
+    assert list(coco.problems) == [
+        "image entries without id or file_name, left out",
+        "images without width and height whose file cannot be read, left out",
+    ]
+
+
+def test_missing_files(folder):
+    (folder / "images" / "3.png").unlink()
+    coco = opened(folder)
+    assert [p.id for p in coco.pictures] == [1, 2]
+    assert coco.told()[1] == "images whose file is missing, left out: 1 (3.png)"
+    (folder / "images" / "2.png").rename(folder / "images" / "two.png")
+    with pytest.raises(UserError, match=r"data.train: 2 of 3 images are not in .*images; the first: 2.png\."):
+        opened(folder)
+    (folder / "images" / "part").mkdir()
+    for i in (1, 2, 3):
+        (folder / "images" / "part" / f"{i}.png").touch()
+    with pytest.raises(UserError, match=r"the first: 2.png. It is in .*images/part: give that folder"):
+        opened(folder)
+    (folder / "images").rename(folder / "imagery")
+    with pytest.raises(UserError, match=r"There is no such folder. Did you mean `imagery`"):
+        opened(folder)
+
+
+# ---------------------------------------------------------------- no COCO at all
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("[1, 2", "cannot be read as JSON"),
+        ('{"images": [], "annotations": {}}', r"it has no list of annotations or categories"),
+        ("[]", r"it has no list of images or annotations or categories"),
+        ('[{"image_id": 1, "score": 0.5}]', r"holds results \(predictions with scores\), not annotations"),
+        ('{"images": [], "categories": [], "annotations": [{"caption": "x"}]}', r"has a bbox; captions .* have none"),
+        ('{"images": [], "categories": [], "annotations": [{"bbox": [1, 1, 1, 1]}]}', r"Mask R-CNN learns masks"),
+        ('{"images": [], "categories": [], "annotations": []}', "no object that could be used"),
+        ('{"images": [], "categories": [{"id": "a"}], "annotations": []}', "a category needs a whole number as id"),
+    ],
+)
+def test_what_is_not_coco_is_refused(folder, data, told):
+    path = folder / "instances.json"
+    path.write_text(data)
+    with pytest.raises(UserError, match=told):
+        open_coco(path, folder / "images", "data.train")
+
+
+def test_no_file_no_object_other_classes_no_extra(folder, monkeypatch):
+    opened(folder)
+    with pytest.raises(UserError, match=r"no file .*instance.json. Did you mean `instances.json`"):
+        open_coco(folder / "instance.json", folder / "images", "data.train")
+    with pytest.raises(UserError, match=r"has no object that could be used.\nboxes without area, left out: 1"):
+        opened(folder, annotations=[annotation(1, bbox=(1, 1, 0, 0))])
+    with pytest.raises(UserError, match=r"has other classes than the training set; not in both: cap, tie"):
+        open_coco(folder / "instances.json", folder / "images", "data.val", classes=["bag", "cap"])
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    with pytest.raises(UserError, match=r"pip install 'scalekd\[detection\]'"):
+        opened(folder)
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    7,
+    10**400,
+    float("nan"),
+    float("inf"),
+    -1e30,
+    "",
+    "x",
+    "1\x00",
+    [],
+    [[]],
+    {},
+    [1],
+]
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value."""
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
+    return [(tree, k) for k in keys] + [place for k in keys for place in places(tree[k])]
+
+
+def test_whatever_stands_anywhere_is_told_and_what_is_kept_can_be_used(folder):
+    runs = annotation(3, segmentation={"size": [20, 40], "counts": [100, 50, 650]})
+    text = annotation(
+        4, segmentation={"size": [20, 40], "counts": mask_tools().encode(np.eye(20, 40, dtype="u1"))["counts"]}
+    )
+    text["segmentation"]["counts"] = str(text["segmentation"]["counts"], "ascii")
+    whole = GOOD | {"annotations": [*GOOD["annotations"], runs, text]}
+    used = refused = 0
+    for place in range(len(places(whole))):
+        for junk in JUNK:
+            data = copy.deepcopy(whole)
+            container, key = places(data)[place]
+            container[key] = junk
+            try:
+                coco = opened(folder, data)
+            except UserError as error:
+                refused += 1
+                assert len(str(error)) < 600
+                continue
+            for picture in coco.pictures:
+                for instance in picture.instances:
+                    x, y, w, h = instance.box
+                    assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= picture.width + 1e-6
+                    assert mask_of(instance.mask, picture.height, picture.width).shape == (
+                        picture.height,
+                        picture.width,
+                    )
+                    used += 1
+    assert used > 100 and refused > 100
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_compressed_runs_are_read_as_cocos_own_tools_read_them():
+    random = np.random.default_rng(0)
+    for height, width in ((1, 1), (20, 40), (300, 7)):
+        for share in (0.0, 0.03, 0.5, 1.0):
+            mask = (random.random((height, width)) < share).astype(np.uint8)
+            rle = mask_tools().encode(np.asfortranarray(mask))
+            text = rle["counts"] if isinstance(rle["counts"], str) else rle["counts"].decode()
+            counts = rle_counts(text)
+            assert counts is not None and sum(counts) == mask.size
+            rle = {"size": [height, width], "counts": text}
+            np.testing.assert_array_equal(mask_of(rle, height, width), mask)
+
+
+def test_masks_of_polygons_and_runs():
+    wanted = np.zeros((20, 40), np.uint8)
+    wanted[2:10, 2:12] = 1
+    np.testing.assert_array_equal(mask_of(POLYGON, 20, 40), wanted)
+    wanted[0:5, 20:30] = 1
+    np.testing.assert_array_equal(mask_of([*POLYGON, [20, 0, 30, 0, 30, 5, 20, 5]], 20, 40), wanted)
+    runs = {"size": [2, 3], "counts": [1, 2, 3]}
+    np.testing.assert_array_equal(mask_of(runs, 2, 3), [[0, 1, 0], [1, 0, 0]])
+
+
+# ---------------------------------------------------------------- items
+
+
+def test_a_training_item(folder):
+    crowd = annotation(3, bbox=(0, 0, 40, 20), iscrowd=1, segmentation={"size": [20, 40], "counts": [0, 800]})
+    coco = opened(folder, annotations=[*GOOD["annotations"], crowd])
+    assert "1 crowd region" in coco.told()[0]
+    images = DetectionImages(coco, PLAIN, seed=0)
+    assert len(images) == 2  # the third has no object
+    (pixels,), (target,), _ = images[0, 0]
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(folder / "images" / "1.png")))
+    assert target["boxes"].tolist() == [[2, 2, 12, 10]] and target["labels"].tolist() == [1]  # without the crowd
+    assert target["masks"].shape == (1, 20, 40) and target["masks"].sum() == 80
+    assert target["picture"] == 0 and target["size"].tolist() == [20, 40]
+    assert type(pixels) is type(target["boxes"]) is torch.Tensor
+
+
+def test_flip_and_resize_move_boxes_and_masks_with_the_pixels(folder):
+    coco = opened(folder)
+    (straight,), _, _ = DetectionImages(coco, PLAIN, seed=0)[0, 0]
+    (flipped,), (target,), _ = DetectionImages(coco, Scales((20,), 40, flip=1.0), seed=0)[0, 0]
+    assert torch.equal(flipped, straight.flip(-1))
+    assert target["boxes"].tolist() == [[40 - 12, 2, 40 - 2, 10]]
+    assert target["masks"][0, 2:10, 28:38].all() and target["masks"].sum() == 80
+
+    (large,), (target,), _ = DetectionImages(coco, Scales((60,), 200, flip=0.0), seed=0)[0, 0]
+    assert large.shape == (3, 60, 120)
+    assert target["boxes"].tolist() == [[6, 6, 36, 30]]
+    assert target["masks"][0, 6:30, 6:36].all() and target["masks"].sum() == 24 * 30
+    (long,), _, _ = DetectionImages(coco, Scales((60,), 50, flip=0.0), seed=0)[0, 0]
+    assert long.shape == (3, 25, 50)
+
+
+def test_what_is_random_depends_on_seed_epoch_and_index_only(folder):
+    images = DetectionImages(opened(folder), Scales(tuple(range(20, 60)), 200), seed=3)
+    first = images[1, 0]
+    torch.manual_seed(99)
+    images[0, 1]
+    again = images[1, 0]
+    assert torch.equal(first.images[0], again.images[0])
+    assert torch.equal(first.targets[0]["boxes"], again.targets[0]["boxes"])
+    assert len({images[epoch, 0].images[0].shape for epoch in range(8)}) > 1
+
+
+def test_evaluation_items_are_all_images_as_they_are(folder):
+    coco = opened(folder)
+    batches = list(eval_batches(DetectionImages(coco, Scales(), None), 2, 0, False))
+    assert [[int(t["picture"]) for t in batch.targets] for batch in batches] == [[0, 1], [2]]
+    assert all(image.shape == (3, 20, 40) for batch in batches for image in batch.images)
+    assert set(batches[0].targets[0]) == {"picture", "size"}
+    grey = DetectionImages(coco, Scales(channels=1), None)
+    assert grey[0, 0].images[0].shape == (1, 20, 40)
+
+
+def test_scales_within_a_limit():
+    assert Scales((480, 800), 1333).limited(None) == Scales((480, 800), 1333)
+    assert Scales((480, 800), 1333).limited(512) == Scales((480,), 512)
+    assert Scales((480, 800), 1333).limited(224) == Scales((224,), 224)
+
+
+def test_bad_images_stop_or_are_passed_over(folder):
+    coco = opened(folder)
+    Image.new("RGB", (20, 40)).save(folder / "images" / "1.png")  # lies on its side now
+    sampler = TrainSampler(size=2, batch_size=2, seed=0, total_steps=1)
+    with pytest.raises(UserError, match=r"cannot use .*1.png: it has 20x40 pixels, upright, and .* for 40x20"):
+        list(detection_batches(DetectionImages(coco, PLAIN, 0), sampler, 0, False))
+    bad = BadImages("train", 30, 0.1)
+    (batch,) = detection_batches(DetectionImages(coco, PLAIN, 0, bad), sampler, 0, False)
+    assert [int(t["picture"]) for t in batch.targets] == [1, 1] and len(bad.found) == 1
+    bad = BadImages("val", 30, 0.1)
+    batches = list(eval_batches(DetectionImages(coco, PLAIN, None, bad), 1, 0, False))
+    assert [int(batch.targets[0]["picture"]) for batch in batches] == [1, 2]
