@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scalekd.analyze.distance import LinearMap, distances, mapped, solve_ridge
 from scalekd.compare.ladder import Job, jobs, load_ladder
 from scalekd.compare.results import half_width
 from scalekd.config import Model
@@ -87,20 +88,10 @@ def measure(view: StageView, parts: dict, seen: dict) -> dict[str, float]:
     agreement = (logits.argmax(1) == seen["test"][0].argmax(1)).double().mean()
     pooled = {name: features(view, parts[name][0])[1].mean((2, 3)) for name in ("probe-train", "probe-test")}
     right = probe(pooled["probe-train"], parts["probe-train"][1], pooled["probe-test"], parts["probe-test"][1])
-    fitted = ridge(alternative(features(view, parts["search"][0])[1]), alternative(seen["search"][1]), 1e-3)
-    distance = 2 - 2 * F.cosine_similarity(alternative(final) @ fitted, alternative(seen["test"][1])).mean()
+    linear, target = LinearMap(), seen["test"][1]
+    linear.add(features(view, parts["search"][0])[1], seen["search"][1])
+    distance = distances(mapped(final, target, linear.fit()), target).mean()
     return {"agreement": 100 * float(agreement), "probe": right, "distance": float(distance)}
-
-
-def alternative(maps: Tensor) -> Tensor:
-    """(N, D, H, W) to (N * H * W, D) without the mean over positions."""
-    return (maps - maps.mean((2, 3), keepdim=True)).permute(0, 2, 3, 1).flatten(0, 2).double()
-
-
-def ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """The W that makes |x W - y|^2 + strength * mean(x^2) * n * |W|^2 least."""
-    gram = x.T @ x
-    return torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram)).double(), x.T @ y)
 
 
 def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
@@ -113,8 +104,11 @@ def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
     def right(w: Tensor, of: Tensor, labels: Tensor) -> float:
         return 100 * float(((of @ w).argmax(1) == labels).double().mean())
 
-    strength = max(STRENGTHS, key=lambda s: right(ridge(x[:cut], target[:cut], s), x[cut:], y[cut:]))
-    return right(ridge(x, target, strength), test_x, test_y)
+    def fitted(x: Tensor, target: Tensor, strength: float) -> Tensor:
+        return solve_ridge(x.T @ x, x.T @ target, strength)
+
+    strength = max(STRENGTHS, key=lambda s: right(fitted(x[:cut], target[:cut], s), x[cut:], y[cut:]))
+    return right(fitted(x, target, strength), test_x, test_y)
 
 
 def tell(out: Path, rows: list[tuple[str, str]], known: list[dict]) -> None:

@@ -14,7 +14,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from scalekd.analyze.frequency import FIGURES_MISSING, Spectrum, Subject, draw, ring_of, spectrum_of
+from scalekd.analyze.figures import FIGURES_MISSING
+from scalekd.analyze.frequency import Spectrum, Subject, draw, ring_of, spectrum_of
 from scalekd.distiller import default_statistics
 from scalekd.errors import UserError
 from scalekd.export import export_student

@@ -8,8 +8,6 @@ DCT is orthonormal, so that the squares of its coefficients add up to those of t
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -32,13 +30,12 @@ from ..data import Images, eval_batches, eval_transform
 from ..distiller import Statistics, default_statistics, interpolation, resized
 from ..errors import UserError, first_line, nearest, shortened
 from ..export import load_student
-from ..files import make_folder, replacing, write_text
+from ..files import make_folder, write_text
 from ..models import build_model, usual_size
 from ..shortages import shortages_told
 from ..sources import open_source, pair_of
 from ..stages import StageView
-
-FIGURES_MISSING = "the figure needs matplotlib: pip install 'scalekd[figures]'; without --out the table is shown alone"
+from .figures import COLOURS, MARKERS, figure_class, short, write_csv, write_figure
 
 
 @dataclass
@@ -133,7 +130,7 @@ def analyze(
     asked for here so that a missing package is told at once. Raises `UserError`.
     """
     if out is not None:
-        _figure_class()
+        figure_class()
     for name, value in (("--images", images), ("--batch", batch)):
         if value < 1:
             raise UserError(f"{name} {value}: one or more")
@@ -250,28 +247,21 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """frequency.json, .csv, .svg and .png in `folder`. Raises `UserError`."""
     make_folder(folder)
     write_text(folder / "frequency.json", json.dumps(found, indent=2) + "\n")
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["model", "down", "across", "magnitude", "energy_share"])
-    for m in found["models"]:
-        for v, u in np.ndindex(*m["grid"]):
-            writer.writerow([m["model"], v, u, m["magnitude"][v][u], m["energy_share"][v][u]])
-    write_text(folder / "frequency.csv", lines.getvalue())
-    figure = draw(found["models"])
-    for form in ("svg", "png"):
-        drawn = io.BytesIO()
-        metadata = {"Date": None} if form == "svg" else None  # the same data, the same file
-        figure.savefig(drawn, format=form, dpi=150, metadata=metadata)
-        with replacing(folder / f"frequency.{form}") as file:
-            file.write(drawn.getvalue())
+    rows = (
+        [m["model"], v, u, m["magnitude"][v][u], m["energy_share"][v][u]]
+        for m in found["models"]
+        for v, u in np.ndindex(*m["grid"])
+    )
+    write_csv(folder / "frequency.csv", ["model", "down", "across", "magnitude", "energy_share"], rows)
+    write_figure(draw(found["models"]), folder, "frequency")
 
 
 def draw(models: Sequence[dict[str, Any]]) -> Any:
     """A heat map per model above, the profiles below; readable in greyscale. Gives a matplotlib figure."""
-    colours = _figure_class()[1]
+    figure_of, colours = figure_class()
     columns = min(4, len(models))
     rows = math.ceil(len(models) / columns)
-    figure = _figure_class()[0](figsize=(max(7.0, 3.2 * columns), 3.0 * rows + 3.6), layout="constrained")
+    figure = figure_of(figsize=(max(7.0, 3.2 * columns), 3.0 * rows + 3.6), layout="constrained")
     heat, lines = figure.subfigures(2, 1, height_ratios=[3.0 * rows, 3.6])
     panels = heat.subplots(rows, columns, squeeze=False).ravel()
     relative = [np.array(m["magnitude"]) / m["magnitude"][0][0] for m in models]
@@ -279,7 +269,7 @@ def draw(models: Sequence[dict[str, Any]]) -> Any:
     for panel, m, values in zip(panels, models, relative):
         image = panel.imshow(np.maximum(values, norm.vmin), cmap="viridis", norm=norm, origin="upper")
         panel.set_title(
-            f"{_short(m['model'])}\ndirect: {100 * m['direct_share']['mean']:.1f} % of the energy", fontsize=9
+            f"{short(m['model'])}\ndirect: {100 * m['direct_share']['mean']:.1f} % of the energy", fontsize=9
         )
         panel.set_xlabel("half waves across", fontsize=8)
         panel.set_ylabel("half waves down", fontsize=8)
@@ -292,10 +282,10 @@ def draw(models: Sequence[dict[str, Any]]) -> Any:
         axes.plot(
             [p["ring"] for p in profile],
             [max(p["magnitude"] / profile[0]["magnitude"], norm.vmin) for p in profile],
-            label=_short(m["model"]),
-            marker="osD^vX*P"[i % 8],
+            label=short(m["model"]),
+            marker=MARKERS[i % 8],
             linestyle=("-", "--", ":", "-.")[i % 4],
-            color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")[i % 6],  # Okabe and Ito
+            color=COLOURS[i % 6],
         )
     axes.set(
         yscale="log", xlabel="distance from frequency zero, half waves over the map", ylabel="magnitude, direct = 1"
@@ -303,19 +293,3 @@ def draw(models: Sequence[dict[str, Any]]) -> Any:
     axes.grid(True, which="major", color="#dddddd")
     axes.legend(fontsize=8)
     return figure
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 34 else f"{label[:16]}...{label[-15:]}"
-
-
-def _figure_class() -> Any:
-    """matplotlib's figure and its colours. Raises `UserError` without the extra."""
-    try:
-        import matplotlib
-        from matplotlib import colors
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(FIGURES_MISSING) from None
-    matplotlib.rcParams["svg.hashsalt"] = "scalekd"  # else every figure has other ids
-    return Figure, colors

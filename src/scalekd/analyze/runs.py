@@ -1,0 +1,303 @@
+"""Trained runs, rebuilt from their folders side by side: students, projectors, their one teacher, and the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..build import Run, build
+from ..config import Config, check_config, height_and_width
+from ..data import Images, eval_batches, eval_transform, same_classes
+from ..distiller import resized
+from ..errors import UserError, first_line
+from ..files import is_file
+from ..methods.features import FD
+from ..methods.scalekd import ScaleKD
+from ..shortages import shortages_told
+from ..sources import Source, open_source, pair_of
+from ..stages import Features, StageView
+from ..version import __version__
+from ..yaml_file import parse_yaml
+
+SEED = 0  # of the order of the images, and of which of them are drawn
+
+
+@dataclass
+class Looker:
+    """A model and how it sees pixels."""
+
+    view: StageView
+    size: tuple[int, int]
+    mean: Tensor  # (1, C, 1, 1), as std
+    std: Tensor
+
+    def features(self, pixels: Tensor, maps: bool = True) -> Features:
+        """pixels (B, C, H, W) in [0, 1]. A model that can be run on from a stage gives `resume` with its maps."""
+        seen = resized(pixels, self.size, self.view.model)
+        return self.view((seen - self.mean) / self.std, maps=maps, resumable=maps and self.view.shapes.can_resume)
+
+
+@dataclass
+class Trained:
+    """A run's student and projectors as its last checkpoint has them, in eval mode."""
+
+    label: str
+    config: Config
+    classes: list[str]
+    student: Looker
+    methods: nn.ModuleDict
+    weights: dict[str, Any]  # of the student: "student", as trained, and "deployed", as exported (docs/analyze.md)
+    step: int
+    of_steps: int
+
+    def use(self, which: Literal["student", "deployed"]) -> None:
+        """`student` goes with the projectors; `deployed` is the averaged one of a run with train.ema."""
+        self.student.view.model.load_state_dict(self.weights[which])
+
+    def known(self) -> dict[str, Any]:
+        """Plain data, for results.json."""
+        c = self.config
+        return {"run": self.label, "student": c.student.model, "losses": c.losses, "seed": c.seed} | {
+            "step": self.step,
+            "of_steps": self.of_steps,
+        }
+
+
+@dataclass
+class Runs:
+    trained: list[Trained]
+    teacher: Looker
+    images: Images
+    data: str
+    of_images: int
+    batch: int
+    device: torch.device
+
+    def batches(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, C, H, W) in [0, 1] and classes (B,), on the device; of the first `most` images, or of all.
+
+        The images are in a seeded random order, so a batch is a sample of all classes.
+        """
+        images, spec = self.images, self.trained[0].config.data
+        if most is not None:
+            images = Images(images.source, images.indices[:most], images.transform, None)
+        workers = spec.workers if len(images) > 10 * self.batch else 0  # for a few images, not worth their start
+        with shortages_told(self.device, f"Try a smaller --batch (now {self.batch}), or --device cpu."):
+            for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
+                yield b.images.to(self.device).float() / 255, b.targets.to(self.device)
+
+    def known(self) -> dict[str, Any]:
+        """Plain data, for results.json."""
+        versions = {"scalekd": __version__, "torch": torch.__version__, "timm": timm.__version__}
+        return {
+            "data": self.data,
+            "images": len(self.images),
+            "of_images": self.of_images,
+            "order_seed": SEED,
+            "teacher": self.teacher.view.name,
+            "versions": versions,
+        }
+
+
+def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch: int, device: torch.device) -> Runs:
+    """The runs in `folders`, whose teacher, classes and validation pixels must be the same.
+
+    data: any source with their classes; the first run's validation images unless given. most: so many, spread evenly.
+    A run without a teacher may stand beside one that has one. Raises `UserError`.
+    """
+    for name, value in (("--images", most), ("--batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: one or more")
+    if double := [f for i, f in enumerate(folders) if f.resolve() in [other.resolve() for other in folders[:i]]]:
+        raise UserError(f"{double[0]} is named twice; name each run once")
+    trained: list[Trained] = []
+    teacher: Looker | None = None
+    teacher_of = ""
+    validation: Images | None = None
+    for folder, label in zip(folders, labels(folders)):
+        one, run = _rebuilt(folder, label, device)
+        for other in trained[:1]:
+            _check_alike(other, one, validated=data is None)
+        own = _teacher(run, label)
+        if own and teacher:
+            _check_same_teacher(teacher_of, teacher, label, own)
+        elif own:
+            teacher, teacher_of = own, label
+        trained.append(one)
+        validation = validation or run.val_images
+    if teacher is None or validation is None:
+        raise UserError("no run here has a teacher in its recipe; name at least one that has")
+    first = trained[0]
+    place, source, indices = first.config.data.val or "data.train, held out", validation.source, validation.indices
+    if data is not None:
+        place = (pair_of(data) or ("", data))[1]
+        source = _opened(place, first)
+        indices = range(len(source))
+    n = min(most or len(indices), len(indices))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED)).tolist()
+    chosen = [indices[i * len(indices) // n] for i in order]
+    size = tuple(map(max, first.student.size, teacher.size))  # as in training: pixels for the larger of the two
+    pixels = first.config.data.model_copy(update={"image_size": size})
+    images = Images(source, chosen, eval_transform(pixels, first.config.augment), None)
+    return Runs(trained, teacher, images, place, len(indices), min(batch, n), device)
+
+
+def _opened(place: str, run: Trained) -> Source:
+    source = open_source(place, "--data")
+    if not same_classes(run.classes, source.classes):
+        raise UserError(
+            f"--data: {place} has {len(source.classes)} classes ({', '.join(source.classes[:4])}, ...) and the runs "
+            f"{len(run.classes)} ({', '.join(run.classes[:4])}, ...); they must be the same"
+        )
+    return source
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The folders without what all paths begin with: `CAP/seed0` and `DFM/seed0`."""
+    parts = [folder.absolute().parts for folder in folders]
+    common = 0
+    while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return ["/".join(p[common:] if len(parts) > 1 else p[-1:]) for p in parts]
+
+
+def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, Run]:
+    recipe, last = folder / "recipe.yaml", folder / "last.pt"
+    if not is_file(recipe):
+        raise UserError(f"{folder}: no run is there (no recipe.yaml); name a folder that `scalekd train` wrote")
+    if not is_file(last):
+        raise UserError(
+            f"{folder} has no last.pt, which holds the run's projectors; was it removed, or did the run not get so far?"
+        )
+    config = _config(recipe)
+    # the checkpoint has the student's weights: those that it began with need not be there any more
+    plain = config.model_copy(
+        update={
+            "student": config.student.model_copy(update={"weights": None}),
+            "train": config.train.model_copy(update={"sync_batchnorm": False, "ema": None}),
+        }
+    )
+    try:
+        run = build(plain, device)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be rebuilt: {error}") from None
+    state = checkpoint.load(last)
+    distiller = run.distiller
+    try:
+        weights = {"student": state["student"], "deployed": state["deployed"]}
+        distiller.student.load_state_dict(weights["deployed"])
+        distiller.student.load_state_dict(weights["student"])
+        distiller.methods.load_state_dict(state["methods"])
+        step = int(state["progress"]["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{last} does not fit {recipe}: {first_line(error)}") from None
+    distiller.eval()
+    size = height_and_width(config.data.image_size)
+    student = Looker(distiller.student_view, size, distiller.student_mean, distiller.student_std)
+    trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)
+    return trained, run
+
+
+def _config(recipe: Path) -> Config:
+    try:
+        text = recipe.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe} cannot be read: {first_line(error)}") from None
+    return check_config(parse_yaml(text, str(recipe)), str(recipe))
+
+
+def _teacher(run: Run, label: str) -> Looker | None:
+    d = run.distiller
+    try:
+        view = d.teacher_view
+    except UserError as error:  # of several
+        raise UserError(f"{label}: {error}") from None
+    return None if view is None else Looker(view, d.teacher_size, d.teacher_mean, d.teacher_std)
+
+
+def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
+    """Of the same classes and pixels; `validated`: on the same images."""
+    if a.classes != b.classes:
+        raise UserError(f"{a.label} and {b.label} were trained for other classes; look at them apart")
+    keys = ["data.image_size", "data.channels", "augment.crop_pct", "augment.interpolation"]
+    if validated:  # else one may have been trained on what the other held out
+        held_out = ["data.train", "data.val_fraction", "data.seed"]
+        keys += ["data.val", *(held_out if a.config.data.val is None else [])]
+    for key in keys:
+        section, field = key.split(".")
+        mine, theirs = (getattr(getattr(t.config, section), field) for t in (a, b))
+        if mine != theirs:
+            way_out = ", or name --data" if field in ("train", "val", "val_fraction", "seed") else ""
+            raise UserError(
+                f"{a.label} and {b.label} were not validated on the same pixels ({key}: {mine} and {theirs}); "
+                f"look at them apart{way_out}"
+            )
+
+
+def _check_same_teacher(label: str, teacher: Looker, other_label: str, other: Looker) -> None:
+    """Of one name, size, statistics and weights: those that are loaded, as a recipe's file may not be the same file."""
+    a, b = (t.view.model.state_dict() for t in (teacher, other))
+    same = teacher.view.name == other.view.name and teacher.size == other.size and a.keys() == b.keys()
+    same = same and teacher.view.indices == other.view.indices
+    same = same and torch.equal(teacher.mean, other.mean) and torch.equal(teacher.std, other.std)
+    if not same or not all(torch.equal(a[key], b[key]) for key in a):
+        raise UserError(
+            f"{label} and {other_label} have different teachers ({teacher.view.name} and {other.view.name}: another "
+            "model, size, mean or std, or other weights); look at them apart"
+        )
+
+
+# ---------------------------------------------------------------- what a run's projectors do
+
+
+class Call(NamedTuple):
+    """One call of a projector: what it was given, and its output (B, dt, H, W)."""
+
+    projector: nn.Module
+    stage: int  # of the teacher, whose map the output is to be like
+    given: tuple[Tensor, ...]  # the student's map (B, ds, h, w); the queries, of a CAP that is handed some
+    output: Tensor
+
+
+def projector_calls(methods: nn.ModuleDict, student: Features, teacher: Features) -> dict[str, Call]:
+    """What the projectors onto teacher maps do for these features; `METHOD.VIEW`, such as `scalekd.alt`, to `Call`.
+
+    Of `cap`, `dfm`, `tpp` and `scalekd` the student path's, by view, and the proxy path's (`proxy_VIEW`, onto the
+    teacher's stage 3); of `fd` those of its stages, `fd.s4`. Other methods have none that can be compared so.
+    """
+    calls: dict[str, Call] = {}
+
+    def note(name: str, stage: int, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[name] = Call(module, stage, given, output)
+
+    for name, method in methods.items():
+        hooks = [
+            projector.register_forward_hook(partial(note, f"{name}.{view}", stage))
+            for view, projector, stage in _projectors(method)
+        ]
+        try:
+            if hooks:
+                method(student, teacher, torch.empty(0, dtype=torch.int64))  # these do not look at targets
+        finally:
+            for hook in hooks:
+                hook.remove()
+    order = [f"{name}.{view}" for name, method in methods.items() for view, *_ in _projectors(method)]
+    return {name: calls[name] for name in order}  # proxies are called first, and come last
+
+
+def _projectors(method: nn.Module) -> list[tuple[str, nn.Module, int]]:
+    """View, projector, and the teacher's stage that it projects onto."""
+    if isinstance(method, ScaleKD):
+        proxies = [(f"proxy_{view}", cap, 3) for view, cap in method.proxy_caps.items()]
+        return [(view, cap, 4) for view, cap in method.student_caps.items()] + proxies
+    if isinstance(method, FD):
+        return [(name, projector, int(name[1:])) for name, projector in method.projectors.items()]  # s1 to s4
+    return []

@@ -1,0 +1,62 @@
+"""A few small runs, as on disk after training, that the tests of analyses look at."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_images import write_images
+from torch import nn
+from whole_runs import CPU, TINY, changed
+
+from scalekd import checkpoint
+from scalekd.build import Run, build
+from scalekd.config import check_config, to_yaml
+from scalekd.resume import Progress, snapshot
+
+LOSSES: dict[str, Any] = {
+    "plain": {"ce": {}},
+    "kd": {"ce": {}, "kd": {}},
+    "fd": {"ce": {}, "fd": {"stages": [3, 4]}},
+    "cap": {"ce": {}, "cap": {}},
+    "scalekd": {"ce": {}, "kd": {}, "scalekd": {}},
+}
+
+
+def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, Run]:
+    """Runs in `root`/NAME, by name as in `LOSSES`, on 24 images of three classes, validated on 12.
+
+    Every trainable weight is moved about in place of training: fresh projectors tell positions apart by little more
+    than rounding, and fresh students are all alike. The last bias is such that the answers differ from image to image.
+    """
+    if not (root / "images").exists():
+        write_images(root / "images" / "train", per_class=8)
+        write_images(root / "images" / "val", per_class=4, seed=1)
+    runs = {}
+    for i, name in enumerate(names):
+        recipe = copy.deepcopy(TINY)
+        recipe["data"] |= {"train": str(root / "images" / "train"), "val": str(root / "images" / "val")}
+        recipe = changed(recipe, losses=LOSSES[name], **sections)
+        if name == "plain":
+            del recipe["teacher"]
+        run = runs[name] = build(check_config(recipe, name), CPU)
+        noise = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for parameter in run.distiller.parameters():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
+        run.distiller.eval()
+        _answer_in_turn(run)
+        (root / name).mkdir()
+        (root / name / "recipe.yaml").write_text(to_yaml(run.config))
+        checkpoint.save(root / name / "last.pt", snapshot(run, Progress(step=run.total_steps)))
+    return runs
+
+
+@torch.no_grad()
+def _answer_in_turn(run: Run) -> None:
+    d, head = run.distiller, run.distiller.student.get_classifier()
+    if isinstance(head, nn.Linear):
+        pixels = torch.stack([run.val_images[0, i].image for i in range(len(run.val_images))]) / 255
+        head.bias -= d.student((pixels - d.student_mean) / d.student_std).mean(0)
