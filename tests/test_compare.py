@@ -60,6 +60,17 @@ def test_every_combination_seed_by_seed(ladder_file):
     assert len({str(j.folder) for j in planned}) == 12
 
 
+def test_the_seed_stands_where_a_ladder_names_it(ladder_file):
+    file = ladder_file(
+        set={"data": {"seed": "{seed}", "limit": 6}, "student": {"weights": "w-{seed}.pt"}}, seeds=[4, 7]
+    )
+    planned = jobs(load_ladder(file))
+    assert [(j.seed, j.config.data.seed, j.config.student.weights) for j in planned[::3]] == [
+        (4, 4, "w-4.pt"),
+        (7, 7, "w-7.pt"),
+    ]
+
+
 def test_a_part_of_a_ladder_keeps_its_baseline(ladder_file):
     ladder = load_ladder(ladder_file())
     assert list(chosen(ladder, [], ["KD"], 1).methods) == ["none", "KD"]

@@ -23,6 +23,7 @@ from scalekd import head, head_solver
 from scalekd.build import build
 from scalekd.config import Data, Model, check_config
 from scalekd.errors import UserError
+from scalekd.features import pooled
 from scalekd.head import Teacher, fit_head
 from scalekd.head_solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
 from scalekd.models import build_model
@@ -42,7 +43,7 @@ def backbone_file(path: Path, name: str = NAME, seed: int = 0, **kwargs: Any) ->
     """Weights near timm's initial ones and nowhere on them, without a classifier."""
     torch.manual_seed(seed)
     state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
-    save_file({k: v + 0.1 * torch.rand_like(v) if v.is_floating_point() else v for k, v in state.items()}, path)
+    save_file({k: v + 0.1 * torch.rand_like(v[:1]) if v.is_floating_point() else v for k, v in state.items()}, path)
     return path
 
 
@@ -110,6 +111,18 @@ def test_the_solver_finds_what_scipy_finds(strength):
     logits = fit(x, y, 3, strength)(x)
     wanted = by_scipy(x.numpy(), y.numpy(), 3, strength)
     assert np.abs((logits - logits.mean(1, keepdim=True)).numpy() - wanted).max() < 1e-5
+
+
+def test_with_fewer_images_than_features_the_solver_finds_what_scipy_finds():
+    x, y = blobs(n=12, width=20)
+    linear = fit(x, y, 3, 2.0)
+    wanted = by_scipy(x.numpy(), y.numpy(), 3, 2.0)
+    logits = linear(x)
+    assert np.abs((logits - logits.mean(1, keepdim=True)).numpy() - wanted).max() < 1e-5
+    # and no weight is off the axes that the twelve images span: the whole gradient is zero
+    z, weight = (x - x.mean(0)) / x.std(0, correction=0), linear.weight * x.std(0, correction=0)
+    slope = (logits.softmax(1) - torch.nn.functional.one_hot(y, 3)).T @ z + 2.0 * weight
+    assert slope.abs().max() < 1e-5
 
 
 def test_a_start_elsewhere_ends_in_the_same_place():
@@ -262,7 +275,7 @@ def test_the_model_gives_the_head_s_logits_by_itself(own, name, monkeypatch):
     )
     images = torch.randn(5, 3, 48, 48)
     with torch.no_grad():
-        wanted = found[0](head.pooled(bare.eval(), images))
+        wanted = found[0](pooled(bare.eval(), images))
         assert (model.eval()(images) - wanted).abs().max() < 1e-4 * (1 + wanted.abs().max())
     assert bare.num_classes == 0 and model.num_classes == 3
     assert loaded.kwargs["num_classes"] == 3 and card["largest_logit_difference"] < 1e-3

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scalekd.build import build
 from scalekd.config import Model, check_config
 from scalekd.errors import UserError
-from scalekd.models import build_model
+from scalekd.models import backbone_sha256, build_model
 from scalekd.runs import provenance
+from scalekd.weights import State, grouped, initial_share, noise_share
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 48}
 HEADS = {  # model: what makes it small, tensors of its classifier or classifiers
@@ -27,22 +30,40 @@ HEADS = {  # model: what makes it small, tensors of its classifier or classifier
 }
 
 
+def with_structure(tensor: torch.Tensor) -> torch.Tensor:
+    """Positive, of the same shape; a matrix is a product of two vectors."""
+    return torch.rand(len(tensor), *[1] * (tensor.ndim - 1)) * torch.rand(1, *tensor.shape[1:])
+
+
 def trained_file(path: Path, name: str, classes: int, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Writes weights in which no tensor is at its initial value; returns them."""
+    """Writes weights in which no tensor is at its initial value, nor without structure; returns them."""
     state = timm.create_model(name, num_classes=classes, **kwargs).state_dict()
-    state = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+    state = {k: with_structure(v) if v.is_floating_point() and v.ndim else v for k, v in state.items()}
     save_file(state, path)
     return state
 
 
-def made(where: str, weights: object, name: str, kwargs: dict[str, Any], classes: int | None = 3) -> Any:
-    spec = Model(model=name, weights=str(weights), kwargs=kwargs)
+def made(
+    where: str,
+    weights: object,
+    name: str,
+    kwargs: dict[str, Any],
+    classes: int | None = 3,
+    prefix: str | None = None,
+) -> Any:
+    spec = Model(model=name, weights=str(weights), kwargs=kwargs, prefix=prefix)
     return build_model(spec, channels=3, image_size=(48, 48), classes=classes, where=where)
 
 
 def filled(model: nn.Module, state: dict[str, torch.Tensor]) -> int:
     """How many tensors of the model are those of the file."""
     return sum(v.shape == state[k].shape and torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def refused(weights: Path, **more: Any) -> str:
+    with pytest.raises(UserError) as error:
+        made("teacher", weights, "test_resnet", {}, **more)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -159,3 +180,165 @@ def test_tables_of_another_window_are_resized_without_a_word(tmp_path, name, the
         warnings.simplefilter("always")
         _, loaded = build_model(spec, channels=3, image_size=(128, 128), classes=3, where="student")
     assert loaded.matched == loaded.total and [str(w.message) for w in told] == []
+
+
+# ---------------------------------------------------------------- what stands before the names
+
+
+def other(state: State) -> State:
+    return {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+
+
+def named(prefix: str, state: State) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+LAYOUTS = {  # what a file holds -> what is taken off, and how many of its tensors are left
+    "a plain file": (lambda s: s, "", 0),
+    "DataParallel's": (lambda s: named("module.", s), "module.", 0),
+    "torch.compile's": (lambda s: named("_orig_mod.module.", s), "_orig_mod.module.", 0),
+    "timm's checkpoint": (
+        lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {0: {"m": s["fc.bias"]}}}},
+        "state_dict.",
+        0,
+    ),
+    "timm's, averaged": (lambda s: {"state_dict": other(s), "state_dict_ema": s}, "state_dict_ema.", 1),
+    "Lightning's": (
+        lambda s: {"state_dict": named("model.", s) | {"loss.weight": torch.ones(2)}},
+        "state_dict.model.",
+        "one",
+    ),
+    "a wrapper's": (lambda s: named("backbone.", s) | {"neck.weight": torch.ones(2)}, "backbone.", "one"),
+    "DINO's": (
+        lambda s: {
+            "teacher": named("backbone.", s) | {"head.mlp.0.weight": torch.ones(2)},
+            "student": {"x": torch.ones(1)},
+        },
+        "teacher.backbone.",
+        "two",
+    ),
+    "torch's averaged": (lambda s: named("module.", s) | {"n_averaged": torch.tensor(7)}, "module.", "one"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prefix_is_taken_off_where_all_of_the_model_is_under_it(tmp_path, layout):
+    laid_out, prefix, left = LAYOUTS[layout]
+    state = trained_file(tmp_path / "w.safetensors", "test_resnet", 3)
+    torch.save(laid_out(state), tmp_path / "w.pt")
+    model, loaded = made("teacher", tmp_path / "w.pt", "test_resnet", {})
+    assert loaded.prefix == prefix and filled(model, state) == loaded.matched == loaded.total == len(state)
+    unexpected = sum(count_of(group) for group in loaded.keys["unexpected"])
+    assert unexpected == {"one": 1, "two": 2}.get(left, left * len(state))
+    assert sum(count_of(group) for group in loaded.keys["matched"]) == len(state) and not loaded.keys["missing"]
+
+
+def count_of(group: str) -> int:
+    return int(group.split("(")[1][:-1]) if "(" in group else 1
+
+
+def test_a_prefix_of_a_model_for_other_classes(tmp_path):
+    state = trained_file(tmp_path / "w.safetensors", "test_resnet", 7)
+    save_file(named("backbone.", state), tmp_path / "w.safetensors")
+    model, loaded = made("teacher", tmp_path / "w.safetensors", "test_resnet", {})
+    assert model.num_classes == 7 and filled(model, state) == len(state) and loaded.prefix == "backbone."
+    model, loaded = made("student", tmp_path / "w.safetensors", "test_resnet", {})
+    assert loaded.head == "new head for 3 classes, the old one was for 7"
+    assert loaded.keys["missing"] == ["fc.bias", "fc.weight"]
+    assert loaded.keys["unexpected"] == ["backbone.fc.bias", "backbone.fc.weight"]
+
+
+def test_of_two_models_in_a_file_none_is_chosen(tmp_path):
+    state = trained_file(tmp_path / "w.safetensors", "test_resnet", 3)
+    path = tmp_path / "w.pt"
+    torch.save({"teacher": named("backbone.", state), "student": named("module.backbone.", other(state))}, path)
+    told = refused(path)
+    assert "holds several models that fit; choose one: " in told
+    assert "teacher.prefix=teacher.backbone. or teacher.prefix=student.module.backbone." in told
+    model, loaded = made("teacher", path, "test_resnet", {}, prefix="teacher.backbone.")
+    assert filled(model, state) == len(state) and loaded.prefix == "teacher.backbone."
+    model, _ = made("teacher", path, "test_resnet", {}, prefix="student.module.backbone.")
+    assert filled(model, other(state)) == len(state)
+    told = refused(path, prefix="student.backbone.")
+    assert "teacher.prefix: no tensor in" in told and "begins with student.backbone." in told
+    with pytest.raises(UserError, match=r"teacher\.prefix: has no effect here"):
+        made("teacher", "random", "test_resnet", {}, prefix="x.")
+
+
+@pytest.mark.parametrize("change", ["one less", "one more"])
+def test_a_prefix_under_which_not_all_fits_is_not_taken_off(tmp_path, change):
+    state = trained_file(tmp_path / "w.safetensors", "test_resnet", 3)
+    if change == "one less":
+        del state["layer1.0.bn1.bias"]
+    else:
+        state["layer9.weight"] = torch.ones(2)
+    save_file(named("model.", state), tmp_path / "w.safetensors")
+    told = refused(tmp_path / "w.safetensors")
+    count = len(timm.create_model("test_resnet").state_dict())
+    if change == "one less":
+        assert f"{count - 1} of {count} tensors matched; 1 missing (layer1.0.bn1.bias)" in told
+    else:
+        assert f"{count} of {count} tensors matched; 1 left over (layer9.weight)" in told
+
+
+def test_names_are_told_in_groups():
+    keys = ["blocks.0.norm.weight", "blocks.1.norm.weight", "blocks.10.norm.weight", "0.bias", "conv1.weight", "norm.0"]
+    assert grouped(keys) == ["0.bias", "blocks.*.norm.weight (3)", "conv1.weight", "norm.0"]
+
+
+def test_an_object_that_could_run_code_is_named(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "where": Path("x")}, tmp_path / "w.pt")
+    told = refused(tmp_path / "w.pt")
+    assert "holds more than plain tensors and is not opened: pathlib" in told and "can run code" in told
+
+
+# ---------------------------------------------------------------- whether anyone trained them
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "mixer_s32_224"])
+def test_initial_values_have_no_structure(name):
+    torch.manual_seed(3)
+    assert noise_share(timm.create_model(name)) == 1.0
+
+
+@pytest.mark.parametrize("file", ["src/scalekd/demo/teacher.safetensors", "lab/teacher/student.safetensors"])
+def test_trained_weights_have_structure(file):
+    path = Path(__file__).parent.parent / file
+    card = json.loads(path.with_suffix(".json").read_text())
+    model = timm.create_model(card["model"], checkpoint_path=str(path), **card["kwargs"])
+    assert noise_share(model) == 0.0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.flatten()[torch.randperm(p.numel())].view(p.shape))
+    assert noise_share(model) == 1.0
+
+
+def test_a_step_is_not_enough_for_structure_and_a_product_of_vectors_is():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    assert initial_share(model) < 0.1 and noise_share(model) > 0.9
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.copy_(with_structure(p))
+    assert noise_share(model) == 0.0
+    assert noise_share(nn.Conv2d(3, 64, 3)) is None, "its matrices are too small to tell"
+
+
+def test_a_backbone_of_which_half_was_loaded(tmp_path):
+    """The first blocks from a trained model, the others fresh: no share of constant biases tells that for sure."""
+    file = Path(__file__).parent.parent / "src/scalekd/demo/teacher.safetensors"
+    card = json.loads(file.with_suffix(".json").read_text())
+    model = timm.create_model(card["model"], **card["kwargs"])
+    state = {k: v for k, v in load_file(file).items() if not k.startswith(("blocks.4", "blocks.5", "blocks.3"))}
+    model.load_state_dict(state, strict=False)
+    assert initial_share(model) < 0.5 and 0.3 < noise_share(model) < 0.7
+
+
+def test_timm_s_own_weights_have_a_checksum(pretrained):
+    model, loaded = made("teacher", "pretrained", "test_resnet", {}, classes=None)
+    assert loaded.sha256 == backbone_sha256(model, replace(loaded, sha256=None)) and len(loaded.sha256) == 64
+    assert sum(count_of(group) for group in loaded.keys["matched"]) == loaded.total

@@ -110,7 +110,8 @@ def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
 )
 @pytest.mark.parametrize(
-    ("function", "call", "step"), [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("evaluate", 1, 3)]
+    ("function", "call", "step"),
+    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("_validate", 1, 3)],
 )
 def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, function, call, step):
     assert command("whole").code == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -12,13 +14,29 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import parallel
-from .config import Config, height_and_width
-from .data import Images, make_mixup, open_split, seed_everything, training_images, validation_images
-from .distiller import Distiller
+from .config import Config, Model, height_and_width
+from .data import Batch, Images, make_mixup, open_split, seed_everything, training_images, validation_images
+from .distiller import Distiller, Teacher
 from .errors import UserError, printable
+from .evaluate import evaluate, evaluate_features
+from .methods import METHODS
 from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
+from .samplers import Mix
 from .teacher_outputs import TeacherOutputs
+
+
+class Taught(NamedTuple):
+    """A teacher of a run."""
+
+    place: str  # in the recipe: `teacher`, or `teachers.NAME`
+    spec: Model
+    teacher: Teacher
+    loaded: Loaded
+
+    @property
+    def label(self) -> str:
+        return self.place.removeprefix("teachers.")
 
 
 @dataclass
@@ -31,13 +49,14 @@ class Run:
     train_images: Images
     val_images: Images
     distiller: Distiller
-    loaded: dict[str, Loaded]  # of "student" and "teacher"
+    loaded: dict[str, Loaded]  # of "student", and of "teacher" or "teachers.NAME"
     optimizer: Optimizer
     schedule: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     mixup: Mixup | None
     steps_per_epoch: int
+    mix: Mix | None = None  # where images without labels are trained on beside those with
     teacher_outputs: TeacherOutputs | None = None
 
     @property
@@ -49,47 +68,69 @@ class Run:
         """The student that is evaluated and exported: the averaged one where there is one."""
         return self.ema.module if self.ema is not None else self.distiller.student
 
+    @property
+    def taught_by(self) -> list[Taught]:
+        """Its teachers."""
+        places = {name: place_of(self.config, name) for name in self.config.all_teachers}
+        return [
+            Taught(places[name], spec, self.distiller.teachers[name], self.loaded[places[name]])
+            for name, spec in self.config.all_teachers.items()
+        ]
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the student has one: not where no loss would train it."""
+        return self.distiller.student_view.shapes.classes > 0
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The deployed student's accuracy: `evaluate`, or `evaluate_features` without a classifier."""
+        by = evaluate if self.has_classifier else evaluate_features
+        return by(self.deployed, batches, self.distiller.student_mean, self.distiller.student_std, self.device)
+
 
 def build(config: Config, device: torch.device) -> Run:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
     seed_everything(config.seed, "models")
     data, train = config.data, config.train
     size = height_and_width(data.image_size)
-    teacher_size = height_and_width(config.teacher.image_size or size) if config.teacher else size
+    sizes = {name: height_and_width(spec.image_size or size) for name, spec in config.all_teachers.items()}
     split = open_split(data)
     classes = len(split.classes)
+    head = classes if any(map(reads_logits, config.losses)) else 0
     student, student_loaded = build_model(
-        config.student, channels=data.channels, image_size=size, classes=classes, where="student"
+        config.student, channels=data.channels, image_size=size, classes=head, where="student"
     )
     student_stats = statistics(student, config.student, data.channels, "student")
     loaded = {"student": student_loaded}
-    teacher = teacher_stats = None
-    if config.teacher:
-        if config.teacher.head:
-            _check_head(config.teacher.head, split.classes)
-        head = None if config.teacher.weights == "pretrained" else classes
-        teacher, loaded["teacher"] = build_model(
-            config.teacher, channels=data.channels, image_size=teacher_size, classes=head, where="teacher"
+    teachers, stats = {}, {}
+    for name, spec in config.all_teachers.items():
+        where = place_of(config, name)
+        if spec.head:
+            _check_head(spec.head, split.classes, where)
+        own = None if spec.weights == "pretrained" else classes
+        teachers[name], loaded[where] = build_model(
+            spec, channels=data.channels, image_size=sizes[name], classes=own, where=where
         )
-        teacher_stats = statistics(teacher, config.teacher, data.channels, "teacher")
-    # pixels for the larger of the two, so that neither sees a blown-up image
-    pixels = data.model_copy(update={"image_size": tuple(map(max, size, teacher_size))})
+        stats[name] = statistics(teachers[name], spec, data.channels, where)
+    # pixels for the largest of all, so that none sees a blown-up image
+    pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *sizes.values())))})
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
-    _check_batch(config, len(images))
+    mix = _mixed(config, len(images), split.labelled)
+    _check_batch(config, len(images), mix)
     if train.sync_batchnorm and device.type == "cpu":
         raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
     if train.sync_batchnorm:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     distiller = Distiller(
         student,
-        teacher,
+        teachers,
         config.losses,
         image_size=size,
-        teacher_size=teacher_size,
+        teacher_size=sizes,
         student_stats=student_stats,
-        teacher_stats=teacher_stats,
+        teacher_stats=stats,
         student_cuts=config.student.cuts,
-        teacher_cuts=config.teacher.cuts if config.teacher else None,
+        teacher_cuts={name: spec.cuts for name, spec in config.all_teachers.items()},
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
@@ -98,6 +139,9 @@ def build(config: Config, device: torch.device) -> Run:
         distiller.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config, distiller)
     steps_per_epoch = len(images) // train.batch_size
+    if mix is not None:  # until both were gone through
+        rest = len(images) - mix.labelled
+        steps_per_epoch = max(1, mix.labelled // mix.per_batch, rest // (train.batch_size - mix.per_batch))
     return Run(
         config,
         device,
@@ -112,22 +156,49 @@ def build(config: Config, device: torch.device) -> Run:
         ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
         make_mixup(config.augment, classes),
         steps_per_epoch,
+        mix,
     )
 
 
-def _check_head(folder: str, classes: list[str]) -> None:
-    theirs = read_head(resolve(folder), "teacher.head")[0].classes
+def place_of(config: Config, teacher: str) -> str:
+    """Where a recipe describes a teacher: `teacher`, or `teachers.NAME`."""
+    return f"teachers.{teacher}" if teacher in config.teachers else "teacher"
+
+
+def reads_logits(loss: str) -> bool:
+    """Whether a loss of a recipe reads the student's logits."""
+    method = METHODS[loss]
+    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
+
+
+def _mixed(config: Config, images: int, labelled: int) -> Mix | None:
+    """How labelled and unlabelled images share a batch, if there are both. Raises `UserError`."""
+    train, parts = config.train, config.train.accumulate * parallel.world()
+    if labelled in (0, images):
+        return None
+    share, part = config.data.unlabelled_share, train.batch_size // parts
+    unlabelled = round(part * share)
+    if unlabelled in (0, part):
+        raise UserError(
+            f"data.unlabelled_share {share:g} of {part} images per process and step is {unlabelled}: a step needs both "
+            "images with labels and without; change it, or raise train.batch_size"
+        )
+    return Mix(labelled, (part - unlabelled) * parts)
+
+
+def _check_head(folder: str, classes: list[str], where: str) -> None:
+    theirs = read_head(resolve(folder), f"{where}.head")[0].classes
     if theirs != classes:
         odd = next((f"{a} there, {b} here" for a, b in zip(theirs, classes) if a != b), f"{len(theirs)} there")
         raise UserError(
-            f"teacher.head: {folder} was fitted for other classes than the data's {len(classes)}: {printable(odd)}. "
+            f"{where}.head: {folder} was fitted for other classes than the data's {len(classes)}: {printable(odd)}. "
             "Fit a head for these classes: scalekd head"
         )
 
 
-def _check_batch(config: Config, images: int) -> None:
+def _check_batch(config: Config, images: int, mix: Mix | None) -> None:
     train, parts = config.train, config.train.accumulate * parallel.world()
-    if images < train.batch_size:
+    if images < train.batch_size and mix is None:
         raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
     if train.batch_size % parts:
         raise UserError(
@@ -136,7 +207,10 @@ def _check_batch(config: Config, images: int) -> None:
         )
     if train.batch_size == parts:
         raise UserError("one image per process and step: batch normalisation needs two or more; raise train.batch_size")
-    if (config.augment.mixup or config.augment.cutmix) and train.batch_size // parts % 2:
-        raise UserError(
-            f"mixup pairs images: {train.batch_size // parts} per process and step is odd; change train.batch_size"
-        )
+    labelled = mix.per_batch if mix else 0
+    for count, kind in ((labelled // parts, "labelled "), ((train.batch_size - labelled) // parts, "")):
+        if (config.augment.mixup or config.augment.cutmix) and count % 2:
+            raise UserError(
+                f"mixup pairs images: {count} {kind}per process and step is odd; change train.batch_size"
+                + " or data.unlabelled_share" * bool(mix)
+            )

@@ -65,11 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="SOURCE", help="a folder with train/ and val/ or one folder per class, tar:, wds:, hf:, ..."
     )
     sub.add_argument("--val", metavar="SOURCE", help="validation images (default: those of --data, or a part held out)")
+    sub.add_argument("--unlabelled", metavar="SOURCE", help="more training images, without labels; or `rest`")
     sub.add_argument("--on-bad-image", choices=["error", "skip"], help="an image that cannot be read (default: error)")
     sub.add_argument(
-        "--teacher", metavar="MODEL", help="a timm name; pre-trained unless teacher.weights says otherwise"
+        "--teacher", metavar="MODEL", help="a timm name, pre-trained unless teacher.weights says otherwise; or a folder"
     )
-    sub.add_argument("--student", metavar="MODEL", help="a timm name")
+    sub.add_argument("--teacher-random", action="store_true", help="the teacher at its initial values, on purpose")
+    sub.add_argument("--student", metavar="MODEL", help="a timm name, or the folder of a run")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     sub.add_argument(
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "head", _head, "a classifier for your classes on a frozen teacher that has none (docs/any-teacher.md)"
     )
-    sub.add_argument("model", metavar="MODEL", help="the teacher's timm name")
+    sub.add_argument("model", metavar="MODEL", help="the teacher's timm name, or its folder (docs/any-teacher.md)")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
     sub.add_argument("--val", metavar="SOURCE", help="as for train")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where head.safetensors and head.json go")
@@ -128,6 +130,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
     sub.add_argument("--dry-run", action="store_true", help="check every run's recipe, list them, write nothing")
+
+    sub = command(
+        "probe", _probe, "what frozen features tell of your classes, from few labels and all (docs/transfer.md)"
+    )
+    sub.add_argument(
+        "models", nargs="+", metavar="MODEL", help="an exported student, a timm name, or NAME=FILE for other weights"
+    )
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train: the labelled images")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train: the images to test on")
+    sub.add_argument("--shots", default="1,5,10,25,all", metavar="N,N,..", help="per class (default: 1,5,10,25,all)")
+    sub.add_argument("--draws", type=int, default=5, metavar="K", help="sets of labelled images (default: 5)")
+    sub.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="DIR", help="(default: runs/probe)")
+    sub.add_argument("--image-size", metavar="N", help="for timm names: pixels, such as 98 or '[98, 126]'")
+    sub.add_argument("--seed", type=int, help="of the draws, and of what is held out without --val (default: 0)")
+    sub.add_argument("--val-limit", type=int, metavar="N", help="test on N images only")
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept (default: runs/features)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    sub.add_argument("--dry-run", action="store_true", help="check data and models, tell the plan, write nothing")
 
     sub = command("evaluate", _evaluate, "top-1 and top-5 of an exported student")
     sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
@@ -178,15 +198,52 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(data=None, val=None, on_bad_image=None)
 
-    sub = command("analyze", _analyze, "what a model's features hold: their frequencies (docs/analyze.md)")
-    sub.add_argument("what", choices=["frequency"])
+    sub = command("plan", _plan, "before a big run: hours, GPU-hours and memory as intervals, and what holds it up")
+    sub.add_argument("recipe", help="as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument("--data", metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    sub.add_argument("--teacher", metavar="MODEL", help="as for train")
+    sub.add_argument("--student", metavar="MODEL", help="as for train")
+    sub.add_argument("--images", type=int, metavar="N", help="training images (default: the data's, or ImageNet-1K's)")
+    sub.add_argument("--classes", type=int, metavar="N", help="of the data (default: the data's, or 1000)")
+    sub.add_argument("--gpu", metavar="KIND", help="v100, a100, h100, l4, rtx4090, ... (default: a100)")
+    sub.add_argument("--gpus", type=int, default=1, metavar="K", help="how many (default: 1)")
+    sub.add_argument("--measure", action="store_true", help="time real steps and the reading of images on this machine")
+    sub.add_argument("--batch", type=int, metavar="N", help="for --measure: images of a step (default: up to 64)")
+    sub.add_argument("--device", help="for --measure: cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+    sub.set_defaults(on_bad_image=None)
+
+    sub = commands.add_parser("analyze", help="what models' features hold and how near a student is (docs/analyze.md)")
+    analyses = sub.add_subparsers(title="analyses", metavar="ANALYSIS", required=True)
+
+    def analysis(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = analyses.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=function)
+        sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+        sub.add_argument("--device", help="as for train")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figures there")
+        return sub
+
+    sub = analysis("frequency", _analyze_frequency, "the frequencies of models' last maps")
     sub.add_argument("models", nargs="+", metavar="MODEL", help="a timm name, NAME=FILE, or an exported student")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
     sub.add_argument("--images", type=int, default=1600, metavar="N", help="how many (default: 1600)")
     sub.add_argument("--random", action="store_true", help="initial values for models given by name alone")
-    sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    sub.add_argument("--device", help="as for train")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figure there")
+
+    for name, function, text in (
+        ("distance", _analyze_distance, "how far students' alternative components are from their teacher's"),
+        ("similarity", _analyze_similarity, "students beside their teacher: CKA, agreement, calibration, attention"),
+    ):
+        sub = analysis(name, function, text)
+        sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs with one teacher")
+        sub.add_argument("--data", metavar="SOURCE", help="other images than the first run's validation images")
+        sub.add_argument("--images", type=int, metavar="N", help="only so many, spread evenly (default: all)")
+    sub.add_argument("--baseline", type=Path, metavar="RUN", help="the run before: gains by class")
+    sub.add_argument("--pictures", type=int, default=4, metavar="N", help="images to draw attention for (default: 4)")
 
     sub = command("teachers", _teachers, "which methods a timm model serves as a teacher; without names, the families")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="timm names")
@@ -207,17 +264,18 @@ def _train(args: argparse.Namespace) -> None:
     with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal is answered in them too
         from rich.console import Console
 
+        from .chain import check_chain, train_chain
         from .config import load_recipe
         from .parallel import processes
-        from .runs import checked, execute
+        from .runlog import top1_of
 
         config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
         folder = args.out or Path("runs") / config.name
         with processes(args.device) as device:
             if args.dry_run:
-                checked(config, device, Console(emoji=False))
+                check_chain(config, device, Console(emoji=False))
                 return
-            summary = execute(
+            summary = train_chain(
                 config,
                 folder,
                 device,
@@ -227,9 +285,7 @@ def _train(args: argparse.Namespace) -> None:
                 teacher_outputs=args.teacher_outputs,
             )
     if int(os.environ.get("RANK", "0")) == 0:
-        told = (
-            f"top-1 {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
-        )
+        told = f"{top1_of(summary)} {summary['top1']:.2f} %  student {folder / 'student.safetensors'}  report {folder / 'report.html'}"
         print(printable(told))
 
 
@@ -243,12 +299,16 @@ def shortcuts(args: argparse.Namespace) -> list[str]:
         overrides += [f"data.train={json.dumps(train)}", f"data.val={json.dumps(val)}"]
     if args.val:
         overrides.append(f"data.val={json.dumps(args.val)}")
+    if getattr(args, "unlabelled", None):
+        overrides.append(f"data.unlabelled={json.dumps(args.unlabelled)}")
     if args.on_bad_image:
         overrides.append(f"data.on_bad_image={args.on_bad_image}")
     if args.teacher:
-        overrides += [f"teacher.model={args.teacher}", "teacher.weights=pretrained"]
+        overrides += [f"teacher.model={json.dumps(args.teacher)}", "teacher.weights=pretrained"]
+    if getattr(args, "teacher_random", False):
+        overrides.append("teacher.weights=random")
     if args.student:
-        overrides.append(f"student.model={args.student}")
+        overrides.append(f"student.model={json.dumps(args.student)}")
     return overrides
 
 
@@ -256,7 +316,8 @@ def _head(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .config import Augment, Data, Model
-    from .head import fit_head, parsed
+    from .head import _as_options, fit_head, parsed
+    from .model_folders import beside, written_out
     from .parallel import pick_device
     from .shortages import shortages_told
     from .sources import pair_of
@@ -270,11 +331,14 @@ def _head(args: argparse.Namespace) -> None:
         for key, text in vars(args).items()
         if key in ("kwargs", "image_size", "mean", "std")
     }
-    spec = parsed(Model, {"model": args.model, "weights": args.weights} | values)
+    named = {"model": args.model, "weights": args.weights} | values
+    spec = parsed(Model, _as_options(written_out)(named, "teacher", args.channels or 3))
     train, val = pair_of(args.data) or (args.data, None)
     split = {"limit": args.limit, "seed": args.seed, "channels": args.channels}
     data = parsed(Data, {"train": train, "val": args.val or val} | split)
     crop_pct = None if args.crop_pct is None else parsed(Augment, {"crop_pct": args.crop_pct}).crop_pct
+    if crop_pct is None and spec.model != args.model and (folder := beside(Path(str(spec.weights)))):
+        crop_pct = folder.crop_pct
     more = {"crop_pct": crop_pct, "draws": args.draws, "val_limit": args.val_limit}
     if args.cache:
         more["cache"] = args.cache
@@ -316,6 +380,34 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _labels(text: str) -> list[str]:
     return [label.strip() for label in text.split(",") if label.strip()]
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .config import Data, height_and_width
+    from .head import parsed
+    from .parallel import pick_device
+    from .probe import parse_shots, probe
+    from .shortages import shortages_told
+    from .sources import pair_of
+    from .yaml_file import parse_yaml
+
+    for name in ("draws", "val_limit"):
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count}: one or more")
+    shots = parse_shots(args.shots)
+    size = None if args.image_size is None else parse_yaml(args.image_size, "--image-size")
+    train, val = pair_of(args.data) or (args.data, None)
+    data = parsed(Data, {"train": train, "val": args.val or val, "seed": args.seed, "image_size": size})
+    more: dict[str, Any] = {"shots": shots, "draws": args.draws, "val_limit": args.val_limit, "dry_run": args.dry_run}
+    if size is not None:
+        more["image_size"] = height_and_width(data.image_size)
+    if args.cache:
+        more["cache"] = args.cache
+    device = pick_device(args.device)
+    with shortages_told(device, "Try --device cpu, a smaller --image-size, or fewer --shots."):
+        probe(args.models, data, args.out, device, Console(emoji=False), **more)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -366,12 +458,15 @@ def _methods(args: argparse.Namespace) -> None:
     for name, method in METHODS.items():
         doc = (method.__doc__ or "").strip().split("\n\n")[0]
         options = {k: p.default for k, p in options_of(method).items()}
-        listed.append({"name": name, "summary": " ".join(doc.split()), "options": options})
+        needs = {
+            key: getattr(method, f"needs_{key}", default) for key, default in (("teacher", True), ("targets", False))
+        }
+        listed.append({"name": name, "summary": " ".join(doc.split()), "needs": needs, "options": options})
     if args.json:
         print(json.dumps(listed, indent=2))
         return
     for entry in listed:
-        print(f"{entry['name']:9} {entry['summary']}")
+        print(f"{entry['name']:9} {entry['summary']}{' Reads labels.' * entry['needs']['targets']}")
         if entry["options"]:
             print(f"{'':9} {', '.join(f'{k}={v!r}' for k, v in entry['options'].items())}")
 
@@ -411,7 +506,29 @@ def _cost(args: argparse.Namespace) -> None:
     _tell(args, found, show)
 
 
-def _analyze(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> None:
+    from .config import load_recipe
+    from .parallel import pick_device
+    from .plan import plan
+    from .plan_page import markdown, show
+
+    if args.measure and args.gpu:
+        raise UserError("--gpu and --measure: one of them; --measure plans for the machine at hand")
+    if not args.measure and (args.device or args.batch):
+        raise UserError("--device and --batch go with --measure; without it nothing is run, and --gpu names the card")
+    found = plan(
+        load_recipe(args.recipe, [*shortcuts(args), *args.overrides]),
+        images=args.images,
+        gpu=args.gpu or "a100",
+        gpus=args.gpus,
+        classes=args.classes,
+        measure_on=pick_device(args.device) if args.measure else None,
+        batch=args.batch,
+    )
+    _tell(args, found, show, markdown)
+
+
+def _analyze_frequency(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .analyze.frequency import analyze, show, write
@@ -419,6 +536,39 @@ def _analyze(args: argparse.Namespace) -> None:
 
     device = pick_device(args.device)
     found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
+    show(found, Console(emoji=False))
+    if args.out:
+        write(found, args.out)
+
+
+def _analyze_distance(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .analyze.distance import analyze, show, write
+    from .parallel import pick_device
+
+    found = analyze(args.runs, args.data, args.images, pick_device(args.device), batch=args.batch, out=args.out)
+    show(found, Console(emoji=False))
+    if args.out:
+        write(found, args.out)
+
+
+def _analyze_similarity(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .analyze.similarity import analyze, show, write
+    from .parallel import pick_device
+
+    found = analyze(
+        args.runs,
+        args.data,
+        args.images,
+        pick_device(args.device),
+        baseline=args.baseline,
+        pictures=args.pictures,
+        batch=args.batch,
+        out=args.out,
+    )
     show(found, Console(emoji=False))
     if args.out:
         write(found, args.out)

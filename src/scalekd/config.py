@@ -48,6 +48,7 @@ def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
 
 ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -69,10 +70,17 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    train: str
+    train: str | None = None
     """Where the training images are: a folder with one sub-folder per class, or a named source (docs/data.md)."""
     val: str | None = None
     """Validation images, same forms. Without it `val_fraction` of `train` is held out."""
+    unlabelled: str | None = None
+    """Training images without labels: a folder or a named source, whose labels are not read if it has any; or `rest`,
+    what `limit` leaves out of `train` (docs/unlabelled.md)."""
+    unlabelled_limit: Positive | None = None
+    """Use only so many of them, chosen by `seed`."""
+    unlabelled_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of every batch, beside labelled images."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: Positive | None = None
     """Use only so many training images, the same number per class, chosen by `seed`."""
@@ -131,9 +139,11 @@ class Augment(Section):
 
 class Model(Section):
     model: str
-    """A timm model name."""
+    """A timm model name; or a folder, a scalekd run's or one in timm's format (docs/any-teacher.md)."""
     weights: str | None = None
     """`pretrained` (timm's own), the path of a .safetensors or .pt file, or `random` / nothing for the initial values."""
+    prefix: str | None = None
+    """What stands before the model's names in `weights`, such as `teacher.backbone.`; found out unless given."""
     kwargs: dict[str, JsonValue] = {}
     """Passed to `timm.create_model`."""
     cuts: tuple[int, int, int, int] | None = None
@@ -169,7 +179,10 @@ class Model(Section):
         from . import mixer  # noqa: F401 - adds a name to timm's
 
         if not timm.is_model(name):
-            raise ValueError(f"timm has no model `{printable(name)}`.{nearest(name.split('.')[0], timm.list_models())}")
+            folder = ", and there is no such folder" if "/" in name else ""
+            raise ValueError(
+                f"timm has no model `{printable(name)}`{folder}.{nearest(name.split('.')[0], timm.list_models())}"
+            )
         return name
 
 
@@ -238,8 +251,13 @@ class Config(Section):
     augment: Augment = Augment()
     student: Model
     teacher: Model | None = None
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], Model] = {}
+    """Several, by name, in place of `teacher`: the mean of their logits, and every other method once for each."""
+    assistant: dict[str, Any] | None = None
+    """A student to train first, which is then the teacher: what its recipe has different from this one, such as
+    {student: {model: resnet50}}. It may have an assistant itself."""
     losses: dict[str, dict[str, Any]]
-    """Method name -> its options, and `weight` (1 unless given)."""
+    """Method name -> its options, `weight` (1 unless given), and `teachers`, the names of those that it reads (all)."""
     train: Train
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -259,18 +277,24 @@ class Config(Section):
             raise ValueError("\n".join(problems))
         return {name: _typed_options(name, options) for name, options in kept.items()}
 
+    @property
+    def all_teachers(self) -> dict[str, Model]:
+        """By name; a single one's is `teacher`."""
+        return self.teachers if self.teacher is None else {"teacher": self.teacher}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         from .methods import METHODS
 
-        problems = []
+        problems = _unlabelled_problems(self)
         needing = [n for n in self.losses if getattr(METHODS[n], "needs_teacher", True)]
-        if needing and self.teacher is None:
+        if needing and not self.all_teachers:
             problems.append(
                 f"losses: {', '.join(needing)} need(s) a teacher; add `teacher: {{model: ..., weights: ...}}`"
             )
         if not needing and self.teacher is not None:
             problems.append("teacher: no loss uses it; add one (kd, scalekd, ...) or remove the teacher")
+        problems += _teachers_problems(self, needing)
         if self.train.batch_size % self.train.accumulate:
             problems.append(
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.accumulate {self.train.accumulate}"
@@ -281,9 +305,67 @@ class Config(Section):
                 "for a short trial add schedule.warmup_epochs=0"
             )
         problems += _ignored(self)
+        if self.assistant is not None and not problems:
+            problems += _assistant_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _assistant_problems(config: Config) -> list[str]:
+    if not config.all_teachers:
+        return ["assistant: it needs a teacher itself; name one, or leave it out"]
+    try:
+        assistant_of(config)
+    except UserError as error:
+        return [f"assistant: {line.removeprefix('  - ')}" for line in str(error).splitlines()[1:]] or [str(error)]
+    return []
+
+
+def _teachers_problems(config: Config, needing: list[str]) -> list[str]:
+    """What is wrong with several teachers and with the losses that choose among them."""
+    chosen = {name: options["teachers"] for name, options in config.losses.items() if "teachers" in options}
+    if not config.teachers:
+        return [f"losses.{name}.teachers: goes with several teachers, `teachers: {{NAME: ...}}`" for name in chosen]
+    if config.teacher is not None:
+        return ["teacher: there are `teachers` too; put it among them, or remove them"]
+    problems = []
+    for name, teachers in chosen.items():
+        if name not in needing:
+            problems.append(f"losses.{name}.teachers: {name} reads no teacher")
+        problems += [
+            f"losses.{name}.teachers: no teacher `{shortened(of)}`.{nearest(of, config.teachers)}"
+            for of in teachers
+            if of not in config.teachers
+        ]
+        if not teachers:
+            problems.append(f"losses.{name}.teachers: names none; leave it out for all of them")
+    used = {of for name in needing for of in chosen.get(name, config.teachers)}
+    return problems + [f"teachers.{of}: no loss uses it; remove it" for of in config.teachers if of not in used]
+
+
+def _unlabelled_problems(config: Config) -> list[str]:
+    from .methods import METHODS
+
+    data, problems = config.data, []
+    if data.train is None and data.unlabelled is None:
+        return ["data.train: missing; or name images without labels, data.unlabelled"]
+    if data.train is None:
+        if labels := [n for n in config.losses if getattr(METHODS[n], "needs_targets", False)]:
+            problems.append(
+                f"losses: {', '.join(labels)} need(s) labels; name a data.train, or turn off: losses.{labels[0]}=off"
+            )
+        if data.val is None:
+            problems.append(
+                "data.val: without a data.train, some labelled images are needed to validate on; some hundreds do"
+            )
+        if data.unlabelled == "rest":
+            problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; name a data.train")
+    elif data.unlabelled == "rest" and data.limit is None:
+        problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; set data.limit")
+    if data.unlabelled is not None and config.augment.repeats > 1:
+        problems.append("augment.repeats: goes with labelled images only; leave it out, or data.unlabelled")
+    return problems
 
 
 def _ignored(config: Config) -> list[str]:
@@ -311,10 +393,18 @@ def _ignored(config: Config) -> list[str]:
         (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
         (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
         (
-            config.data.val is not None and config.data.limit is None,
+            config.data.val is not None and config.data.limit is None and config.data.unlabelled_limit is None,
             "data.seed",
             config.data,
             "data.limit or no data.val; a run's own seed is `seed`",
+        ),
+        (config.data.train is None, "data.limit", config.data, "a data.train; data.unlabelled_limit is the other's"),
+        (config.data.unlabelled is None, "data.unlabelled_limit", config.data, "data.unlabelled"),
+        (
+            config.data.unlabelled is None or config.data.train is None,
+            "data.unlabelled_share",
+            config.data,
+            "both data.train and data.unlabelled",
         ),
         (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
         (True, "student.top1", config.student, "a teacher"),
@@ -351,7 +441,7 @@ def _method_problems(name: str, options: Any) -> list[str]:
         return [
             f"losses.{name}: options are a mapping, not {_short(options)}; write {{}} for none, or losses.{name}=off to leave it out"
         ]
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
     problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
         if isinstance(value, bool) and known.get(key, bool) is not bool:
@@ -367,7 +457,7 @@ def _method_problems(name: str, options: Any) -> list[str]:
 def _typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from .methods import METHODS
 
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | {"weight": LossWeight}
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
     return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
 
 
@@ -468,7 +558,13 @@ MOST_PROBLEMS = 30
 
 
 def check_config(values: dict[str, Any], where: str) -> Config:
-    """Validates plain values; `UserError` with all problems at once."""
+    """Validates plain values; `UserError` with all problems at once. Models named by a folder are written out."""
+    from .model_folders import with_folders
+
+    try:
+        values = with_folders(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -512,6 +608,12 @@ def _fields_at(path: list[str], schema: type[Section]) -> list[str]:
             schema,
         )
     return list(section.model_fields)
+
+
+def assistant_of(config: Config) -> Config:
+    """The recipe of a recipe's assistant: the recipe itself with what `assistant` says in its place. Raises `UserError`."""
+    values = config.model_dump(mode="json", exclude={"assistant"}) | {"name": f"{config.name}-assistant"}
+    return check_config(merged(values, config.assistant or {}), "assistant")
 
 
 def to_yaml(config: Config) -> str:

@@ -64,11 +64,11 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
     if classes < 1:
         raise UserError(f"--classes {classes}: one or more")
     with torch.device("meta"):
-        distiller = _distiller(config, classes, config.losses)
+        distiller = untrained(config, classes, config.losses)
         fd, why_not = _plain_distillation(config, classes)
     projectors = _projectors(distiller)
-    step = _count(distiller, config, classes, batch)
-    plain = _count(fd, config, classes, batch) if fd is not None else None
+    step = count_step(distiller, config, classes, batch)
+    plain = count_step(fd, config, classes, batch) if fd is not None else None
     ratio = None
     if plain is not None:
         ratio = {key: step["total"][key] / plain["total"][key] for key in ("gmacs", "saved_mb")}
@@ -95,11 +95,13 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
 # ---------------------------------------------------------------- the models
 
 
-def _distiller(config: Config, classes: int, losses: Mapping[str, dict[str, Any]], teacher: bool = True) -> Distiller:
+def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]], teacher: bool = True) -> Distiller:
     """What the recipe trains, with initial values in place of any weights. Raises `UserError`.
 
     teacher: False leaves it out, for losses that need none.
     """
+    if config.teachers:
+        raise UserError(f"the cost is counted for one teacher, and the recipe has {', '.join(config.teachers)}")
     size, channels, spec = height_and_width(config.data.image_size), config.data.channels, config.teacher
     given: dict[str, Any] = {"in_chans": channels}
     of_data = given | {"num_classes": classes}
@@ -132,7 +134,7 @@ def _plain_distillation(config: Config, classes: int) -> tuple[Distiller | None,
         return None, "the recipe has no teacher"
     task = {name: options for name, options in config.losses.items() if name in ("ce", "bce")} or {"ce": {}}
     try:
-        return _distiller(config, classes, task | {"fd": {}}), None
+        return untrained(config, classes, task | {"fd": {}}), None
     except UserError as error:
         return None, first_line(error)
 
@@ -196,7 +198,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # not data_ptr: stand-ins have no data
 
 
-def _count(distiller: Distiller, config: Config, classes: int, batch: int) -> dict[str, Any]:
+def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -> dict[str, Any]:
     """One step's parts, their total, and the memory of a device, without computing. Raises `UserError`.
 
     GMACs and `saved_mb` are those of one image; `fixed_mb` and `memory_mb` those of a device. MB are 10^6 bytes.
@@ -347,9 +349,9 @@ def measure(config: Config, device: torch.device, *, classes: int = 1000, batch:
     if batch < 2:
         raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
     with shortages_told(device, f"Try a smaller --batch (now {batch})."):
-        distillers: dict[str, Distiller | None] = {"recipe": _distiller(config, classes, config.losses)}
+        distillers: dict[str, Distiller | None] = {"recipe": untrained(config, classes, config.losses)}
         distillers["fd"] = _plain_distillation(config, classes)[0]
-        distillers["student alone"] = _distiller(config, classes, {"ce": {}}, teacher=False)
+        distillers["student alone"] = untrained(config, classes, {"ce": {}}, teacher=False)
         steps = {name: _real_step(d, config, device, classes, batch) for name, d in distillers.items() if d is not None}
         first = distillers["recipe"]
         if first is not None and first.teacher_view is not None:

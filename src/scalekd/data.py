@@ -1,15 +1,16 @@
 """From a data source to batches: `Batch(images, targets)`, reproducible sample by sample.
 
+Images without labels come after those with labels in every batch; there are as many targets as labels.
+
 Every random choice is derived from (seed, epoch, index), never from the order in which workers run,
 so a run can stop and go on at any step and see the same pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,26 +25,22 @@ from torchvision import transforms as T
 from .config import Augment, Data, height_and_width
 from .errors import UserError, printable
 from .images import Bad, BadImage, BadImages
-from .sources import Source, open_source
+from .samplers import EvalSampler, Key, TrainSampler, seed_from
+from .sources import UNLABELLED, Joined, Source, WithoutLabels, open_source, open_unlabelled
 from .stop import leave_signals_to_parent
 
-Key = tuple[int, int]  # epoch, index
+REST = "rest"  # `data.unlabelled`: what `data.limit` leaves out of `data.train`
 Statistic = tuple[float, ...]  # one value per channel, for pixels in [0, 1]
 
 
 class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) uint8
-    targets: Tensor  # (B,) int64
+    targets: Tensor  # (L,) int64, of the first L images; the others have no label
     skipped: Sequence[Bad] = ()  # images that could not be read on the way
 
 
 class Transform(Protocol):
     def __call__(self, image: Image.Image) -> Any: ...
-
-
-def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_everything(*parts: int | str) -> None:
@@ -65,6 +62,8 @@ class Sample(NamedTuple):
 class Images(Dataset):
     """A source's images, transformed; asked for by (epoch, index). Random, and for training, only with a seed.
 
+    labelled: how many of `indices` are of labelled images, which come first; all unless given.
+
     An image that cannot be read comes back as a `UserError` in place of the sample: an exception
     raised in a worker process would reach the person as a trace. With `bad`, which notes them, it is left out
     instead: in training the next image takes its place, so batches stay full and depend on the keys alone.
@@ -77,8 +76,10 @@ class Images(Dataset):
         transform: Transform,
         seed: int | None,
         bad: BadImages | None = None,
+        labelled: int | None = None,
     ):
         self.source, self.indices, self.transform, self.seed, self.bad = source, indices, transform, seed, bad
+        self.labelled = len(indices) if labelled is None else labelled
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -90,8 +91,9 @@ class Images(Dataset):
         skipped: list[Bad] = []
         # more bad ones in a row than are allowed: enough to know that the run must stop
         spare = self.bad.allowed if self.bad and self.seed is not None else 0
-        for i in range(index, index + spare + 1):
-            place = self.indices[i % len(self.indices)]
+        first, size = (0, self.labelled) if index < self.labelled else (self.labelled, len(self) - self.labelled)
+        for i in range(index, index + spare + 1):  # the one that takes its place has a label if it had one
+            place = self.indices[first + (i - first) % size]
             try:
                 image, target = self.source[place]
             except BadImage as error:
@@ -118,72 +120,8 @@ def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
     if not whole:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
     images, targets = zip(*whole)
-    return Batch(torch.stack(images), torch.tensor(targets), skipped)
-
-
-class TrainSampler(Sampler):
-    """The keys of every micro-batch from `start_step` to `total_steps`, epoch after epoch.
-
-    One global batch is a slice of the epoch's permutation; micro-batch a of rank r takes its
-    (a * world + r)-th part. So a run sees the same global batches on any number of processes,
-    and starts in the middle of an epoch by arithmetic. The rest of an epoch is left out.
-
-    With `repeats` an epoch has as many samples, but of the permutation's first size / repeats images only, each so
-    often, augmented anew each time. The versions of an image are in one global batch, and there as far apart as can be.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        total_steps: int,
-        start_step: int = 0,
-        accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        repeats: int = 1,
-    ):
-        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
-        self.total_steps, self.start_step = total_steps, start_step
-        self.accumulate, self.rank, self.world = accumulate, rank, world
-        self.shuffled, self.order = -1, list[int]()
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.start_step, self.total_steps):
-            yield from self.keys_of(step)
-
-    def keys_of(self, step: int) -> list[list[Key]]:
-        """This rank's micro-batches of one step, counted from 0."""
-        epoch, k = divmod(step, self.size // self.batch_size)
-        part = self.batch_size // (self.accumulate * self.world)
-        if epoch != self.shuffled:
-            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
-            self.shuffled, self.order = epoch, torch.randperm(self.size, generator=generator).tolist()
-        # every version of an image has an epoch of its own to be augmented by
-        places = [divmod(place, self.repeats) for place in range(k * self.batch_size, (k + 1) * self.batch_size)]
-        batch = [(epoch * self.repeats + version, self.order[i]) for i, version in places]
-        batch = [key for start in range(self.repeats) for key in batch[start :: self.repeats]]
-        firsts = [(a * self.world + self.rank) * part for a in range(self.accumulate)]
-        return [batch[first : first + part] for first in firsts]
-
-
-class _EvalSampler(Sampler):
-    """All images once, in order; rank r takes every world-th batch."""
-
-    def __init__(self, size: int, batch_size: int, rank: int, world: int):
-        self.starts = range(rank * batch_size, size, world * batch_size)
-        self.size, self.batch_size = size, batch_size
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for first in self.starts:
-            yield [(0, i) for i in range(first, min(first + self.batch_size, self.size))]
+    known = [target for target in targets if target != UNLABELLED]
+    return Batch(torch.stack(images), torch.tensor(known, dtype=torch.int64), skipped)
 
 
 # ---------------------------------------------------------------- transforms
@@ -260,17 +198,20 @@ def make_mixup(augment: Augment, classes: int) -> Mixup | None:
 
 
 class Split(NamedTuple):
-    """Which images of which source a run trains on and validates on."""
+    """Which images of which source a run trains on and validates on; those without labels follow those with."""
 
     classes: list[str]
     train: Source
     train_indices: Sequence[int]
     val: Source
     val_indices: Sequence[int]
+    labelled: int  # of train_indices
 
 
 def open_split(data: Data) -> Split:
     """Opens the sources of a run. Raises `UserError` for missing folders, empty classes, unequal class lists."""
+    if data.train is None:
+        return _with_unlabelled(None, data)
     train = open_source(data.train, "data.train")
     unused = sorted(set(range(len(train.classes))) - set(train.targets)) if _numbered(train.classes) else []
     if unused:
@@ -279,7 +220,7 @@ def open_split(data: Data) -> Split:
             + (f" and {len(unused) - 1} others" if unused[1:] else "")
             + ". Number the classes from 0 without gaps."
         )
-    order = _by_class(train.targets, data.seed)
+    order = by_class(train.targets, data.seed)
     if data.val is not None:
         val = open_source(data.val, "data.val")
         val_indices: Sequence[int] = range(len(val))
@@ -297,12 +238,53 @@ def open_split(data: Data) -> Split:
             raise UserError(
                 f"data.train has {len(train)} images, too few to hold out {held} for validation; name a data.val"
             )
-    return Split(list(train.classes), train, sorted(order[: data.limit]), val, val_indices)
+    kept, left = sorted(order[: data.limit]), sorted(order[len(order) if data.limit is None else data.limit :])
+    split = Split(list(train.classes), train, kept, val, val_indices, len(kept))
+    return split if data.unlabelled is None else _with_unlabelled(split, data, left)
+
+
+def _with_unlabelled(split: Split | None, data: Data, left: Sequence[int] = ()) -> Split:
+    """`split` with the images of `data.unlabelled`, or these alone. left: of the labelled source, what is not used."""
+    assert data.unlabelled is not None
+    if data.unlabelled == REST:
+        assert split is not None
+        unlabelled: Source = WithoutLabels(split.train)
+        indices = left
+    else:
+        unlabelled = open_unlabelled(data.unlabelled, "data.unlabelled")
+        indices = range(len(unlabelled))
+    if data.unlabelled_limit is not None:
+        generator = torch.Generator().manual_seed(seed_from("unlabelled", data.seed))
+        chosen = torch.randperm(len(indices), generator=generator)[: data.unlabelled_limit]
+        indices = sorted(indices[i] for i in chosen.tolist())
+    if not indices:
+        raise UserError("data.unlabelled: rest: data.limit leaves out no image of data.train; lower it")
+    if split is None:
+        assert data.val is not None
+        val = open_source(data.val, "data.val")
+        split = Split(list(val.classes), unlabelled, indices, val, range(len(val)), 0)
+    else:
+        behind = [len(split.train) + i for i in indices]
+        split = split._replace(train=Joined(split.train, unlabelled), train_indices=[*split.train_indices, *behind])
+    _refuse_seen(split)
+    return split
+
+
+def _refuse_seen(split: Split) -> None:
+    """Validation images must not be trained on, with or without their labels."""
+    held = {split.val.where(i) for i in split.val_indices}
+    seen = [name for i in split.train_indices[split.labelled :] if (name := split.train.where(i)) in held]
+    if seen:
+        raise UserError(
+            f"data.unlabelled holds {len(seen)} of the validation images, such as {seen[0]}. Name a source without "
+            "them; `data.unlabelled: rest` takes what data.limit leaves out of data.train"
+        )
 
 
 def training_images(split: Split, data: Data, augment: Augment, mean: Statistic, std: Statistic, seed: int) -> Images:
     bad = _bad_images("train", data, len(split.train_indices))
-    return Images(split.train, split.train_indices, train_transform(data, augment, mean, std), seed, bad)
+    transform = train_transform(data, augment, mean, std)
+    return Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
@@ -323,7 +305,7 @@ def _numbered(classes: Sequence[str]) -> bool:
     return list(classes) == [str(i) for i in range(len(classes))]
 
 
-def _by_class(targets: Sequence[int], seed: int) -> list[int]:
+def by_class(targets: Sequence[int], seed: int) -> list[int]:
     """A seeded order of all indices in which every prefix holds the classes as evenly as can be."""
     generator = torch.Generator().manual_seed(seed_from("by class", seed))
     shuffled = torch.randperm(len(targets), generator=generator).tolist()
@@ -343,7 +325,7 @@ def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool
 def eval_batches(
     images: Images, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[Batch, None, None]:
-    sampler = _EvalSampler(len(images), batch_size, rank, world)
+    sampler = EvalSampler(len(images), batch_size, rank, world)
     return _checked(_loader(images, sampler, workers, pin), images.bad)
 
 
@@ -370,5 +352,5 @@ def _checked(loader: Iterable[Batch | UserError], bad: BadImages | None) -> Gene
             raise batch
         if bad is not None:
             bad.add(batch.skipped)
-        if len(batch.targets):
+        if len(batch.images):
             yield batch

@@ -15,6 +15,7 @@ import torch
 PACKAGES = ["torch", "torchvision", "timm", "numpy", "pydantic", "safetensors", "tensorboard"]
 OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # package -> extra
 OPTIONAL |= {name: name for name in ("wandb", "mlflow", "trackio")}
+OPTIONAL |= {"matplotlib": "figures", "faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
 
 
 def examine(as_json: bool) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -18,7 +19,6 @@ from . import checkpoint, health, parallel, resume
 from .build import Run
 from .data import Batch, eval_batches, seed_everything, train_batches
 from .errors import UserError
-from .evaluate import evaluate
 from .health import NonFinite
 from .images import read_list
 from .meter import Meter
@@ -86,7 +86,20 @@ def on_device(batch: Batch, run: Run) -> tuple[Tensor, Tensor]:
     targets = batch.targets.to(run.device, non_blocking=True)
     if run.config.train.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    return run.mixup(images, targets) if run.mixup else (images, targets)
+    return mixed(images, targets, run.mixup) if run.mixup else (images, targets)
+
+
+def mixed(images: Tensor, targets: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
+    """Mixup among the labelled images, which come first, and among the others; targets (L, classes) of the former."""
+    labelled = len(targets)
+    if labelled == len(images):
+        return mixup(images, targets)
+    nothing = targets.new_zeros(len(images) - labelled)
+    others, _ = mixup(images[labelled:], nothing)
+    if not labelled:
+        return others, targets
+    first, soft = mixup(images[:labelled], targets)
+    return torch.cat([first, others]), soft
 
 
 # ---------------------------------------------------------------- a whole run
@@ -124,6 +137,8 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
         "steps": at.step,
         "bad_images": len(read_list(folder)),
     }
+    if not run.has_classifier:
+        summary["neighbours"] = at.history[-1]["neighbours"]  # what the top-1 is of
     if summary["bad_images"]:
         log.say(
             f"{summary['bad_images']} image(s) could not be read and were left out; {folder}/bad-images.txt lists them"
@@ -220,7 +235,6 @@ def _validation_is_due(run: Run, at: Progress) -> bool:
 
 def _validate(run: Run, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
     """Adds a validation to `at.history`, and writes best.pt if it is the best. Raises `Stopped`."""
-    d = run.distiller
     parallel.copy_buffers_of_first(run.deployed)
     part = run.config.train.batch_size // (run.config.train.accumulate * parallel.world())
     size = min(256, 4 * part)  # without gradients, four times as many fit
@@ -229,8 +243,8 @@ def _validate(run: Run, at: Progress, stop: StopRequest, folder: Path, log: RunL
     rounds = math.ceil(math.ceil(len(run.val_images) / size) / parallel.world())
     with contextlib.closing(batches):
         heard = _until_stopped(batches, rounds, stop, at.step)
-        result = evaluate(run.deployed, heard, d.student_mean, d.student_std, run.device)
-    if not math.isfinite(result["loss"]):
+        result = run.validate(heard)
+    if not math.isfinite(result.get("loss", 0.0)):
         raise UserError(
             f"the loss is not finite: validation after step {at.step}. The last checkpoint is from before.\n{health.ADVICE}"
         )

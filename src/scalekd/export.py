@@ -58,7 +58,7 @@ class Card(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
     model: str
     kwargs: dict[str, Any]
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: list[str]  # none of a backbone without a classifier
     image_size: tuple[Pixels, Pixels]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]

@@ -47,8 +47,35 @@ class Choice:
     tried: list[dict[str, float]]  # strength, held-out nll and top1
 
 
+@dataclass(frozen=True)
+class Turned:
+    """Features standardised and along their principal axes: what the fits of all strengths have in common."""
+
+    z: Tensor  # (N, R) float64, R at most N and D
+    spread: Tensor  # (R,): the mean square of each column of z
+    axes: Tensor  # (D, R), orthonormal: z = (features - mean) / std @ axes
+    mean: Tensor  # (D,)
+    std: Tensor  # (D,)
+
+
+def turned(features: Tensor) -> Turned:
+    """features: (N, D), any float type. Raises `UserError` for features that are not finite."""
+    if not features.isfinite().all():
+        raise UserError("the features are not finite; look at the model's weights, mean and std")
+    x = features.double()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 1e-12 * (1 + mean.abs()), std, 1.0)  # a feature that never changes stays, as zeros
+    z = (x - mean) / std
+    if len(z) < z.shape[1]:  # N images span N axes; a penalised weight has no part outside of them
+        lengths, axes = torch.linalg.svd(z, full_matrices=False)[1:]
+        spread, axes = lengths.square() / len(z), axes.T
+    else:
+        spread, axes = torch.linalg.eigh(z.T @ z / len(z))
+    return Turned(z @ axes, spread, axes, mean, std)
+
+
 def fit(
-    features: Tensor,
+    features: Tensor | Turned,
     targets: Tensor,
     classes: int,
     strength: float,
@@ -62,18 +89,13 @@ def fit(
     to stop at. Returns W and b for the features as given, standardisation folded in. Raises `UserError` for features
     that are not finite, and if L-BFGS does not get to a flat place.
     """
-    if not features.isfinite().all():
-        raise UserError("the teacher's features are not finite; look at its weights, mean and std")
-    x = features.double()
-    mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-12 * (1 + mean.abs()), std, 1.0)  # a feature that never changes stays, as zeros
-    z = (x - mean) / std
+    known = features if isinstance(features, Turned) else turned(features)
+    mean, std, axes = known.mean, known.std, known.axes
     # Along the features' principal axes, and in these units, the loss curves about alike in all directions, so a
     # few dozen steps do where plain features need hundreds; 0.1 is about p (1 - p). The penalty does not mind turns.
-    spread, axes = torch.linalg.eigh(z.T @ z / len(z))
-    unit = (0.1 / (0.1 * spread.clamp(min=0) + strength / len(z))).sqrt()
-    z = z @ axes * unit
-    parameters = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    unit = (0.1 / (0.1 * known.spread.clamp(min=0) + strength / len(known.z))).sqrt()
+    z = known.z * unit
+    parameters = torch.zeros(classes, z.shape[1] + 1, dtype=torch.float64, device=z.device)
     if start is not None:
         weight, bias = start.weight * std @ axes / unit, start.bias + start.weight @ mean
         parameters = torch.cat([weight, bias[:, None]], dim=1)
@@ -107,7 +129,7 @@ def fit(
             break
     if slope > 10 * FLAT:
         raise UserError(
-            f"the head's fit with strength {strength:g} did not converge: its gradient is {slope:.1e}, wanted is "
+            f"the fit with strength {strength:g} did not converge: its gradient is {slope:.1e}, wanted is "
             f"{10 * FLAT:g}. Are some features far larger than others? Look at mean and std"
         )
     weight, bias = parameters.detach()[:, :-1], parameters.detach()[:, -1]
@@ -128,14 +150,15 @@ def choose(features: Tensor, targets: Tensor, classes: int, seed: int) -> Choice
         return Choice(UNCHOSEN, 1.0, {}, [])
     fits: list[Linear | None] = [None] * len(parts)
     everything = torch.arange(len(targets), device=targets.device)
+    helds = [torch.tensor(part, device=targets.device) for part in parts]
+    rests = [everything[~torch.isin(everything, held)] for held in helds]
+    seen = [turned(features[rest]) for rest in rests]
     truth = targets[torch.tensor([i for part in parts for i in part], device=targets.device)]
     tried, best, best_logits = list[dict[str, float]](), math.inf, torch.empty(0)
     for strength in STRENGTHS:
         logits = []
-        for k, part in enumerate(parts):
-            held = torch.tensor(part, device=targets.device)
-            rest = everything[~torch.isin(everything, held)]
-            fits[k] = linear = fit(features[rest], targets[rest], classes, strength, fits[k], FLAT)
+        for k, (held, rest) in enumerate(zip(helds, rests)):
+            fits[k] = linear = fit(seen[k], targets[rest], classes, strength, fits[k], FLAT)
             logits.append(linear(features[held]))
         found = torch.cat(logits)
         score = scores(found, truth)

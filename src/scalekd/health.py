@@ -11,9 +11,10 @@ from torch import Tensor
 from . import checkpoint, parallel
 from .build import Run, build
 from .config import check_config, to_yaml
-from .data import Batch, TrainSampler, load_batch
+from .data import Batch, load_batch
 from .errors import UserError
 from .resume import Progress, load_snapshot, snapshot
+from .samplers import TrainSampler
 from .yaml_file import parse_yaml
 
 ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
@@ -59,6 +60,7 @@ def train_sampler(run: Run, start: int = 0, steps: int | None = None) -> TrainSa
         parallel.rank(),
         parallel.world(),
         run.config.augment.repeats,
+        run.mix,
     )
 
 

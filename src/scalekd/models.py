@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import timm
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import load_state_dict
 from torch import nn
 
 from . import mixer  # noqa: F401 - adds a name to timm's
@@ -23,6 +20,23 @@ from .config import Model
 from .distiller import Statistics, default_statistics
 from .errors import UserError, first_line, nearest
 from .files import is_file
+from .model_folders import beside
+from .weights import (
+    State,
+    adapted,
+    classifier,
+    find_prefix,
+    grouped,
+    initial_share,
+    load_weights,
+    noise_share,
+    other_classes,
+    read_weights,
+    sha256_of,
+    told_briefly,
+    under,
+    without_classifier,
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,14 @@ class Loaded:
 
     kwargs: dict[str, Any]  # what `timm.create_model` was given beside the name
     source: str  # "pretrained (...)", a path, or "random"
-    sha256: str | None  # of the file, if one was read
+    sha256: str | None  # of the file; `backbone_sha256` for timm's own weights
     matched: int  # tensors filled from the source
     total: int  # tensors of the model
     initial: float  # share of biases and norm weights still exactly at their initial 0 or 1
     head: str | None = None  # what is there instead, where the source's classifier was for other classes
+    prefix: str = ""  # what was taken off the names in the file
+    keys: dict[str, list[str]] = field(default_factory=dict)  # `matched`, `missing`, `unexpected`, as `grouped`
+    noise: float | None = None  # `noise_share`; None: not looked at, or nothing to look at
 
     @property
     def untrained(self) -> bool:
@@ -63,6 +80,8 @@ def build_model(
         {"in_chans": channels} | ({} if classes is None else {"num_classes": classes}) | spec.kwargs
     )
     pretrained = spec.weights == "pretrained"
+    if spec.prefix is not None and spec.weights in (None, "random", "pretrained"):
+        raise UserError(f"{where}.prefix: has no effect here; it goes with {where}.weights in a file")
     if pretrained and not timm.models.is_model_pretrained(spec.model):
         tags = timm.list_pretrained(spec.model.split(".")[0] + ".*")
         raise UserError(
@@ -72,24 +91,36 @@ def build_model(
     model, kwargs = create(spec.model, image_size, pretrained, kwargs, where)
     if spec.weights in (None, "random"):
         return model, Loaded(kwargs, "random", None, 0, len(model.state_dict()), initial_share(model))
-    new: dict[str, torch.Tensor] = {}  # what the source has not filled
+    new: State = {}  # what the source has not filled
+    prefix, unused = "", set[str]()  # what stood before the names; tensors of the file that the model has no use for
     if pretrained:
         cfg = getattr(model, "pretrained_cfg", {})
         source, sha256, theirs = f"pretrained ({cfg.get('tag', '')})", None, cfg.get("num_classes")
         if getattr(model, "num_classes", theirs) != theirs:  # timm has left the head out
-            new = _classifier(model)
+            new = classifier(model)
     else:
         path = resolve(str(spec.weights))
-        read = read_weights(path, where)
-        state = _adapted(read, model)
-        source, sha256, theirs = str(spec.weights), sha256_of(path), _other_classes(model, state)
+        flat = read_weights(path, where)
+        source, sha256 = str(spec.weights), sha256_of(path)
+        _refuse_other_file(path, sha256, where)
+        prefix = find_prefix(model, flat, path, where) if spec.prefix is None else spec.prefix
+        read = under(prefix, flat)
+        if not read:
+            raise UserError(f"{where}.prefix: no tensor in {path} begins with {prefix}; they are {told_briefly(flat)}")
+        state = adapted(read, model)
+        if classes == 0:
+            state = without_classifier(state, model)
+        theirs = other_classes(model, state)
         if theirs is not None and where == "student":
-            new = _classifier(model)
+            new = classifier(model)
         elif theirs is not None and "num_classes" not in spec.kwargs:
             model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
-            state = _adapted(read, model)
+            state = adapted(read, model)
         load_weights(model, state | new, path, where)
-    if new and where == "teacher":
+        renamed = state.keys() - read.keys()  # by timm's filter; then its names do not tell what it left out
+        used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
+        unused = flat.keys() - used
+    if new and where != "student":
         raise UserError(
             f"teacher.kwargs: num_classes would give a head that was never trained in place of that for {theirs} "
             "classes; leave it out"
@@ -97,7 +128,20 @@ def build_model(
     total = len(model.state_dict())
     old = f"the old one was for {theirs}" if theirs else "they came without one"
     head = f"new head for {kwargs['num_classes']} classes, {old}" if new else None
-    return model, Loaded(kwargs, source, sha256, total - len(new), total, initial_share(model), head)
+    keys = {"matched": model.state_dict().keys() - new.keys(), "missing": new.keys(), "unexpected": unused}
+    loaded = Loaded(
+        kwargs,
+        source,
+        sha256,
+        total - len(new),
+        total,
+        initial_share(model),
+        head,
+        prefix,
+        {kind: grouped(names) for kind, names in keys.items()},
+        noise_share(model),
+    )
+    return model, loaded if sha256 else replace(loaded, sha256=backbone_sha256(model, loaded))
 
 
 def resolve(weights: str) -> Path:
@@ -146,83 +190,13 @@ def usual_size(name: str) -> tuple[int, int]:
     return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
 
 
-def read_weights(path: Path, where: str) -> dict[str, torch.Tensor]:
-    """The named tensors of a .safetensors or torch file. Runs no code from it. Raises `UserError`."""
-    if not is_file(path):
-        near = path.parent if len(str(path)) < 4096 and path.parent.is_dir() else None
-        beside = [p.name for p in near.iterdir()] if near else []
-        beside += ["pretrained", "random"] if path.parent == Path() else []
-        raise UserError(f"{where}.weights: no file {path}.{nearest(path.name, beside) if beside else ''}")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}.weights: {path} cannot be read as weights: {first_line(error)}") from None
-    except Exception as error:  # pickle refuses what is not plain tensors with an error class of its own
+def _refuse_other_file(path: Path, sha256: str, where: str) -> None:
+    card = beside(path)
+    if card and card.sha256 and card.sha256 != sha256:
         raise UserError(
-            f"{where}.weights: {path} holds more than plain tensors and is not opened: {first_line(error)}"
-        ) from None
-    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise UserError(f"{where}.weights: {path} holds no named tensors")
-    return state
-
-
-def _adapted(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Through timm's own filter for the family: other key names, position tables of another size."""
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is None or {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
-        return state
-    with warnings.catch_warnings():  # torch's, on how timm resizes tables of relative positions
-        for told in (".*searchsorted", ".*non-tuple sequence"):
-            warnings.filterwarnings("ignore", told, UserWarning)
-        return adapt(dict(state), model)
-
-
-def _classifier(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of the model's classifier (or classifiers: a distilled DeiT has two)."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    names = (names,) if isinstance(names, str) else names
-    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] in names}
-
-
-def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> int | None:
-    """The class count of `state`, if all fits `model` but a classifier for another number of classes; 0: it has none."""
-    wanted = model.state_dict()
-    if wanted.keys() - state.keys() == _classifier(model).keys() != set() and not state.keys() - wanted.keys():
-        return 0  # a backbone's file, such as DINOv2's; shapes are looked at when it is loaded
-    if wanted.keys() != state.keys():
-        return None
-    other = {name for name in wanted if wanted[name].shape != state[name].shape}
-    counts = {len(state[name]) for name in other if state[name].ndim}
-    apart = all(wanted[name].shape[1:] == state[name].shape[1:] for name in other)
-    return counts.pop() if apart and len(counts) == 1 and other == _classifier(model).keys() else None
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path, where: str) -> None:
-    """Fills every tensor of `model`; nothing may be missing or left over. Raises `UserError`."""
-    wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
-    if missing or extra or other:
-        raise UserError(
-            f"{where}.weights: {path} does not fit {where}.model and its kwargs: "
-            + "; ".join(
-                part
-                for part in (
-                    f"{len(missing)} missing ({', '.join(missing[:3])})" if missing else "",
-                    f"{len(extra)} left over ({', '.join(extra[:3])})" if extra else "",
-                    _shape_differences(other, wanted, state),
-                )
-                if part
-            )
-            + ".\nGive the model name, kwargs and class count that the weights were made with."
+            f"{where}.weights: {path} is not the file that the card beside it tells of: it has another sha256. "
+            f"Make both anew (`scalekd export {path.parent}`), or take the file away from the card"
         )
-    model.load_state_dict(state)
-
-
-def _shape_differences(names: list[str], wanted: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
-    return ", ".join(
-        f"{k} is {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} in the model" for k in sorted(names)[:2]
-    )
 
 
 # ---------------------------------------------------------------- a head fitted by `scalekd head`
@@ -245,7 +219,7 @@ class HeadCard(BaseModel):
     head_sha256: str  # of head.safetensors
 
 
-def read_head(folder: Path, where: str) -> tuple[HeadCard, dict[str, torch.Tensor]]:
+def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
     """The card and {"weight": (C, D), "bias": (C,)} that `scalekd head` wrote. Raises `UserError` that names `where`."""
     file, card_file = folder / "head.safetensors", folder / "head.json"
     if not is_file(file) or not is_file(card_file):
@@ -312,14 +286,14 @@ def _with_head(
     model, kwargs = put_head(backbone, loaded, tensors, spec.model, image_size, where)
     total = len(model.state_dict())
     told = f"head {spec.head} (sha256 {card.head_sha256[:12]}) for {count} classes, fitted on {card.labels} labels"
-    matched = total - len(_classifier(model))
-    return model, Loaded(kwargs, loaded.source, loaded.sha256, matched, total, loaded.initial, told)
+    matched = total - len(classifier(model))
+    return model, replace(loaded, kwargs=kwargs, matched=matched, total=total, head=told)
 
 
 def put_head(
     backbone: nn.Module,
     loaded: Loaded,
-    tensors: dict[str, torch.Tensor],
+    tensors: State,
     name: str,
     image_size: tuple[int, int],
     where: str,
@@ -331,7 +305,7 @@ def put_head(
     """
     model, kwargs = create(name, image_size, False, loaded.kwargs | {"num_classes": len(tensors["bias"])}, where)
     state = backbone.state_dict()
-    head = _classifier(model)
+    head = classifier(model)
     for key, place in head.items():
         tensor = tensors[key.rpartition(".")[2]] if key.endswith(("weight", "bias")) else place
         if tensor.numel() != place.numel():
@@ -349,24 +323,14 @@ def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
     The latter leaves out the classifier and the tables of positions, which timm resizes to the image size with
     a rounding that may differ from machine to machine.
     """
-    if loaded.sha256:
+    if loaded.sha256:  # of timm's own, it is what stands below
         return loaded.sha256
-    summed, head = hashlib.sha256(), _classifier(model)
+    summed, head = hashlib.sha256(), classifier(model)
     for name, parameter in sorted(model.named_parameters()):
         if name not in head and not re.search("pos_embed|position|rel_pos", name):
             summed.update(f"{name} {tuple(parameter.shape)}".encode())
             summed.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return summed.hexdigest()
-
-
-def initial_share(model: nn.Module) -> float:
-    """Share of one-dimensional parameters that hold only zeros or only ones, as timm initialises biases and norms.
-
-    Trained models have next to none; freshly built ones nearly all.
-    """
-    flat = [p.detach() for p in model.parameters() if p.ndim == 1 and p.numel() > 1]
-    constant = sum(bool((p == 0).all() or (p == 1).all()) for p in flat)
-    return constant / max(1, len(flat))
 
 
 def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Statistics:
@@ -377,7 +341,3 @@ def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Stat
         if len(values) != channels:
             raise UserError(f"{where}.{name}: {len(values)} values for data.channels={channels}")
     return chosen
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import time
-from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -13,32 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from . import parallel
-from .build import Run
+from .build import Run, Taught
 from .config import height_and_width
-from .data import Batch, Images, eval_batches, eval_transform, seed_everything, train_batches
-from .distiller import dead_parameters, interpolation
+from .data import Batch, seed_everything, train_batches
+from .distiller import dead_parameters
 from .engine import AUTOCAST, on_device
 from .errors import UserError, counted, printable
-from .evaluate import evaluate
 from .health import train_sampler
 from .runlog import duration
-
-SAMPLE = 512  # validation images for the teacher's accuracy
-TIGHT = 10.0  # points: an accuracy known this well and at chance is chance
-
-
-class Check(NamedTuple):
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    text: str
-    fix: str = ""
+from .teacher_checks import Check, class_names, from_source, shown, teacher_accuracy, teacher_input
 
 
 def preflight(run: Run, console: Console) -> None:
     """Prints every check; raises `UserError` with the fixes when one fails. Leaves the run as it found it."""
-    checks = [*_weights(run), _classes(run), *_inputs(run)]
-    if run.distiller.teacher_view is not None and not any(c.status == "fail" for c in checks):
-        checks += _teacher_accuracy(run)
+    checks = [*_weights(run), *_classes(run), *_unlabelled(run), *_inputs(run)]
+    if not any(c.status == "fail" for c in checks):
+        checks += [check for of in run.taught_by for check in teacher_accuracy(run, of)]
     if not any(c.status == "fail" for c in checks):
         checks += [*_one_step(run), *_bad_images(run)]
     if parallel.rank() == 0:
@@ -49,7 +38,8 @@ def preflight(run: Run, console: Console) -> None:
 
 
 def _print(run: Run, checks: list[Check], console: Console) -> None:
-    teacher = f" <- {run.distiller.teacher_view.name}" if run.distiller.teacher_view else ""
+    names = ", ".join(of.teacher.view.name for of in run.taught_by)
+    teacher = f" <- {names}" if names else ""
     losses = ", ".join(run.config.losses)
     console.print(f"Pre-flight: {run.distiller.student_view.name}{teacher}  ({losses})", highlight=False, markup=False)
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -63,29 +53,12 @@ def _print(run: Run, checks: list[Check], console: Console) -> None:
 
 def _weights(run: Run) -> list[Check]:
     checks = []
-    for role in ("teacher", "student"):
-        if role not in run.loaded:
-            continue
-        loaded, spec = run.loaded[role], getattr(run.config, role)
+    models = [(of.label, of.place, of.spec, of.loaded) for of in run.taught_by]
+    for role, place, spec, loaded in (*models, ("student", "student", run.config.student, run.loaded["student"])):
         name = f"{role} weights"
         if loaded.source != "random":
-            told = f"{loaded.matched} of {loaded.total} tensors from {loaded.source}"
-            told += f" (sha256 {loaded.sha256[:12]})" if loaded.sha256 else ""
-            told += f"; {loaded.head}" if loaded.head else ""
-            if loaded.untrained:
-                checks.append(
-                    Check(
-                        name,
-                        "fail",
-                        f"{told}, but {loaded.initial:.0%} of the biases and norms are at their initial values",
-                        f"These weights were never trained; give others, or {role}.weights=random if you mean it",
-                    )
-                )
-            else:
-                checks.append(
-                    Check(name, "ok", f"{told}; {loaded.initial:.0%} of the biases and norms at initial values")
-                )
-        elif role == "student":
+            checks.append(from_source(role, place, loaded))
+        elif place == "student":
             checks.append(Check(name, "ok", "initial values, from seed " + str(run.config.seed)))
         elif spec.weights == "random":
             checks.append(Check(name, "warn", "random, as the recipe asks: it knows nothing"))
@@ -95,81 +68,55 @@ def _weights(run: Run) -> list[Check]:
                     name,
                     "fail",
                     "none are named",
-                    "Set teacher.weights=pretrained, or to a file; teacher.weights=random if you mean it",
+                    f"Set {place}.weights=pretrained, or to a file; {place}.weights=random if you mean it",
                 )
             )
     return checks
 
 
-def _classes(run: Run) -> Check:
+def _classes(run: Run) -> list[Check]:
     student, data = run.distiller.student_view.shapes.classes, len(run.classes)
     told = f"data {data}, student {student}"
-    if student != data:
-        return Check("classes", "fail", told, f"Leave num_classes out of student.kwargs, or set it to {data}")
-    if run.distiller.teacher_view is None:
-        return Check("classes", "ok", told)
-    teacher = run.distiller.teacher_view.shapes.classes
-    if teacher != data:  # methods that compare logits have refused it when they were built
-        return Check(
-            "classes",
-            "ok",
-            f"{told}; the teacher's {teacher or 'missing'} classes are others, only its features are used",
-        )
-    return Check("classes", "ok", f"{told}, teacher {teacher}")
+    if not run.has_classifier:
+        told = f"data {data}; no loss reads the student's logits: it has no classifier, and its features are validated"
+    elif student != data:
+        return [Check("classes", "fail", told, f"Leave num_classes out of student.kwargs, or set it to {data}")]
+    return [_teachers_classes(run, of, told) for of in run.taught_by] or [Check("classes", "ok", told)]
+
+
+def _teachers_classes(run: Run, of: Taught, told: str) -> Check:
+    count = of.teacher.view.shapes.classes
+    if count != len(run.classes):  # methods that compare logits have refused it when they were built
+        label = of.label if of.place != "teacher" else "the teacher"
+        others = f"{label}'s {count} classes are others" if count else f"{label} has no classifier"
+        return Check("classes", "ok", f"{told}; {others}, only its features are used")
+    return class_names(run, of, f"{told}, {of.label} {count}")
+
+
+def _unlabelled(run: Run) -> list[Check]:
+    """What a step is made of, where there are images without labels."""
+    labelled, train = run.train_images.labelled, run.config.train
+    rest = len(run.train_images) - labelled
+    if not rest:
+        return []
+    told = f"{rest} without labels"
+    if run.mix is not None:
+        told += f", {labelled} with; {train.batch_size - run.mix.per_batch} and {run.mix.per_batch} a step"
+        reading = [name for name, m in run.distiller.methods.items() if getattr(m, "needs_targets", False)]
+        told += f"; only those with are seen by {', '.join(reading)}" if reading else "; no loss reads labels"
+    return [Check("images", "ok", told)]
 
 
 def _inputs(run: Run) -> list[Check]:
     d = run.distiller
     height, width = height_and_width(run.config.data.image_size)
-    checks = [Check("student input", "ok", f"{height}x{width}, {_stats(d.student_mean, d.student_std)}")]
-    if d.teacher_view is not None:
-        other = ", from the same augmented pixels" if d.teacher_size != d.image_size else ""
-        checks.append(
-            Check(
-                "teacher input",
-                "ok",
-                f"{d.teacher_size[0]}x{d.teacher_size[1]}{other}, {_stats(d.teacher_mean, d.teacher_std)}",
-            )
-        )
+    checks = [Check("student input", "ok", f"{height}x{width}, {shown(d.student_mean, d.student_std)}")]
+    for of in run.taught_by:
+        t = of.teacher
+        other = ", from the same augmented pixels" if t.size != d.image_size else ""
+        told = f"{t.size[0]}x{t.size[1]}{other}, {shown(t.mean, t.std)}"
+        checks.append(teacher_input(run, of, told))
     return checks
-
-
-def _stats(mean: torch.Tensor, std: torch.Tensor) -> str:
-    mean_text, std_text = (" ".join(f"{v:.3f}" for v in t.flatten().tolist()) for t in (mean, std))
-    return f"mean {mean_text}, std {std_text}"
-
-
-def _teacher_accuracy(run: Run) -> list[Check]:
-    d = run.distiller
-    assert d.teacher_view is not None and run.config.teacher is not None
-    classes = len(run.classes)
-    if d.teacher_view.shapes.classes != classes:
-        return []
-    val = run.val_images
-    stride = max(1, len(val) // SAMPLE)
-    data = run.config.data.model_copy(update={"image_size": d.teacher_size})
-    augment = run.config.augment.model_copy(update={"interpolation": interpolation(d.teacher_view.model)})
-    sample = Images(val.source, list(val.indices)[::stride][:SAMPLE], eval_transform(data, augment), None, val.bad)
-    result = evaluate(
-        d.teacher_view.model,
-        eval_batches(sample, 64, 0, False),
-        d.teacher_mean,
-        d.teacher_std,
-        run.device,
-    )
-    top1, n = result["top1"], int(result["images"])
-    known, chance = run.config.teacher.top1, 100 / classes
-    told = f"{top1:.1f} % on {n} validation images" + (f" (known: {known:.1f} %)" if known else "")
-    slack = 3 * math.sqrt(max(top1, 1) * max(100 - top1, 1) / n)  # three standard errors, in points
-    at_chance = top1 <= chance + slack and classes > 1
-    doubt = ""
-    if at_chance and slack <= TIGHT:
-        doubt = f"That is chance level ({chance:.1f} %): wrong weights, or classes in another order?"
-    elif known and top1 < known - slack:
-        doubt = "Far below its known figure: other mean/std, size or class order?"
-    elif at_chance:
-        doubt = f"That cannot be told from chance ({chance:.1f} %) on {n} images; if it should be far above, look at weights and class order"
-    return [Check("teacher accuracy", "warn" if doubt else "ok", told, doubt)]
 
 
 def _one_step(run: Run) -> list[Check]:

@@ -82,7 +82,7 @@ def explained(recipe: str) -> str:
 
 def amount(config: Config) -> dict[str, int] | None:
     """Steps and images seen, of a recipe for ImageNet-1K; the last, partial batch of an epoch is left out."""
-    if "imagenet" not in config.data.train or config.data.limit:
+    if "imagenet" not in (config.data.train or "") or config.data.limit:
         return None
     steps = IMAGENET_IMAGES // config.train.batch_size
     epochs = config.train.epochs

@@ -23,10 +23,11 @@ from .config import Model
 from .errors import UserError, first_line, nearest, printable, shortened
 from .export import export_student
 from .files import is_file, make_folder
-from .models import _adapted, build_model, sha256_of, usual_size
+from .models import build_model, sha256_of, usual_size
 from .released_keys import BESIDE, EXTRAS, KWARGS, REFUSED, RULES, SIGNS, TIMM
 from .sources import open_source
 from .version import __version__
+from .weights import adapted as through_timm
 
 State = dict[str, Tensor]
 MOST_NAMES = 12  # of each kind, in an error
@@ -314,7 +315,7 @@ def class_count(model_name: str, state: State, file: Path) -> int:
 def adapted(state: State, student: nn.Module) -> State:
     """Through timm's own filter for older names. Raises `UserError` where that would resize a tensor."""
     try:
-        new = _adapted(dict(state), student)
+        new = through_timm(dict(state), student)
     except (KeyError, ValueError, RuntimeError, AttributeError, IndexError, TypeError):
         return state  # of another model; `check` tells how
     resized = [k for k in state.keys() & new.keys() if state[k].shape != new[k].shape and state[k].ndim > 1]

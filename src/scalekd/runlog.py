@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,13 @@ class RunLog:
 
     def validation(self, **values: Any) -> None:
         self.event("validation", **values)
-        self._track(values["step"], {f"val/{name}": values[name] for name in ("top1", "top5", "loss")})
-        self.accuracy = f"top-1 {values['top1']:.2f} %"
+        self._track(
+            values["step"], {f"val/{name}": values[name] for name in ("top1", "top5", "loss") if name in values}
+        )
+        of = top1_of(values)
+        self.accuracy = f"{of} {values['top1']:.2f} %"
         self.say(
-            f"{self.label} epoch {values['epoch']}/{values['epochs']}  top-1 {values['top1']:.2f} %  "
+            f"{self.label} epoch {values['epoch']}/{values['epochs']}  {of} {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  best {values['best']:.2f} %  {duration(values['elapsed_s'])}"
         )
 
@@ -130,6 +133,11 @@ class RunLog:
         if self.file:
             self.file.close()
             self.file = None
+
+
+def top1_of(result: Mapping[str, Any]) -> str:
+    """What a validation's top-1 is of: the student's classifier, or its features' neighbours."""
+    return f"{result['neighbours']}-nn top-1" if "neighbours" in result else "top-1"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

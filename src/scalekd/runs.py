@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, parallel
-from .build import Run, build
-from .config import Augment, Config, Data, height_and_width, to_yaml
+from .build import Run, build, place_of
+from .config import Augment, Config, Data, Model, height_and_width, to_yaml
 from .data import Images, eval_batches, eval_transform, same_classes
 from .engine import train
 from .errors import UserError, counted, first_line, printable
@@ -26,12 +26,14 @@ from .evaluate import evaluate
 from .export import create_student, export_onnx, export_student, load_student, read_card
 from .files import LOCK, in_use, write_text
 from .memory import keep_freed_memory
+from .models import Loaded
 from .preflight import preflight
 from .report import ReportRun, write_report
 from .resume import recipe_difference
 from .runlog import RunLog, read_log
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
+from .stages import StageView
 from .stop import StopRequest
 from .teacher_outputs import TeacherOutputs, outputs_name
 from .trackers import check_trackers, open_trackers
@@ -55,9 +57,13 @@ def execute(
     teacher_outputs: a folder where runs that show their teacher the same pixels share what it gives.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
+    if config.assistant is not None:
+        raise UserError("a recipe with an assistant is two runs: `scalekd train` makes both")
     open_folder(folder, config)
     parallel.wait_for_all()  # rank 0 writes into the folder below
     run = checked(config, device, console) if check else _built(config, device)
+    if teacher_outputs and config.teachers:
+        raise UserError("--teacher-outputs goes with one teacher; leave it out")
     if teacher_outputs and config.teacher:
         if parallel.world() > 1:
             raise UserError("--teacher-outputs goes with one process; leave it out")
@@ -225,13 +231,13 @@ def student_card(run: Run) -> dict[str, Any]:
     return {
         "model": config.student.model,
         "kwargs": run.loaded["student"].kwargs,
-        "classes": run.classes,
+        "classes": run.classes if run.has_classifier else [],
         "image_size": list(height_and_width(config.data.image_size)),
         "mean": as_written(run.distiller.student_mean),
         "std": as_written(run.distiller.student_std),
         "interpolation": config.augment.interpolation,
         "crop_pct": config.augment.crop_pct,
-        "teacher": config.teacher.model if config.teacher else None,
+        "teacher": " + ".join(spec.model for spec in config.all_teachers.values()) or None,
         "losses": config.losses,
         "provenance": provenance(run),
     }
@@ -245,11 +251,12 @@ def as_written(values: torch.Tensor) -> list[float]:
 def facts(run: Run) -> dict[str, str]:
     config = run.config
     told = {
-        "data": f"{config.data.train}, {len(run.train_images)} images of {len(run.classes)} classes; validation on {len(run.val_images)}",
-        "student": _model_fact(run, "student"),
+        "data": _data_fact(run),
+        "student": _model_fact(run.distiller.student_view, config.student, run.loaded["student"]),
     }
-    if config.teacher:
-        told["teacher"] = _model_fact(run, "teacher")
+    for name, spec in config.all_teachers.items():
+        place = place_of(config, name)
+        told[place] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[place])
     made = provenance(run)
     return told | {
         "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
@@ -259,11 +266,19 @@ def facts(run: Run) -> dict[str, str]:
     }
 
 
-def _model_fact(run: Run, role: str) -> str:
-    view = run.distiller.student_view if role == "student" else run.distiller.teacher_view
-    assert view is not None
+def _data_fact(run: Run) -> str:
+    data, labelled = run.config.data, run.train_images.labelled
+    parts = [f"{data.train}, {labelled} images of {len(run.classes)} classes"] if labelled else []
+    if rest := len(run.train_images) - labelled:
+        parts.append(f"{rest} images without labels, {data.unlabelled}")
+    if not run.has_classifier:
+        parts.append("the student has no classifier; validation by the nearest neighbours of its features")
+    return "; ".join([*parts, f"validation on {len(run.val_images)}"])
+
+
+def _model_fact(view: StageView, spec: Model, loaded: Loaded) -> str:
     millions = sum(p.numel() for p in view.model.parameters()) / 1e6
-    return f"{getattr(run.config, role).model}, {millions:.2f} M parameters, weights: {run.loaded[role].source}"
+    return f"{spec.model}, {millions:.2f} M parameters, weights: {loaded.source}"
 
 
 def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
@@ -297,6 +312,10 @@ def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
 def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
     """Top-1, top-5 and loss of an exported student on any data source. Raises `UserError` if classes differ."""
     student, card = load_student(path)
+    if not card["classes"]:
+        raise UserError(
+            f"{path} has no classifier: its losses read no logits. `scalekd probe` tells how good its features are"
+        )
     device = parallel.pick_device(device_name)
     source = open_source(source_text, "--data")
     if not same_classes(card["classes"], source.classes):

@@ -56,6 +56,17 @@ class Features:
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. The gradient flows to its input."""
 
+    def first(self, count: int) -> Features:
+        """Those of the first `count` images, without `resume`."""
+        return Features(
+            logits=self.logits[:count],
+            maps=tuple(m[:count] for m in self.maps),
+            final=None if self.final is None else self.final[:count],
+            prefix=tuple(None if p is None else p[:count] for p in self.prefix),
+            pooled=None if self.pooled is None else self.pooled[:count],
+            classify=self.classify,
+        )
+
 
 class StageView:
     """Calls a timm model and gives its `Features`. Holds the model, changes nothing in it.

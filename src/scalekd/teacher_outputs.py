@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .data import seed_from
 from .distiller import Distiller
 from .errors import UserError
 from .files import cannot_write
 from .models import Loaded
+from .samplers import seed_from
 from .stages import Features
 
 SUFFIX = ".outputs"

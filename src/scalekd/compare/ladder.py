@@ -32,7 +32,10 @@ Label = Annotated[str, Field(pattern=r"^[\w(][\w .+,()=&/-]*$", max_length=60)]
 
 
 class Ladder(Section):
-    """Methods x students x seeds. A method and a student say what differs from `recipe`, as a recipe with a `base` does."""
+    """Methods x students x seeds. A method and a student say what differs from `recipe`, as a recipe with a `base` does.
+
+    `{seed}` in a value stands for the run's seed: `data: {seed: "{seed}"}` draws the labels anew for each.
+    """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     title: str = ""
@@ -162,7 +165,7 @@ def jobs(ladder: Ladder, overrides: Iterable[str] = ()) -> list[Job]:
                 for text in overrides:
                     _expect_kept(text, shared, values, f"{student}, {method}")
                 for seed in ladder.seeds:
-                    config = check_config(values | {"seed": seed}, f"{student}, {method}")
+                    config = check_config(with_seed(values, seed) | {"seed": seed}, f"{student}, {method}")
                     found.append(Job(student, method, seed, config))
             except UserError as error:
                 first, _, rest = str(error).partition("\n")
@@ -170,6 +173,15 @@ def jobs(ladder: Ladder, overrides: Iterable[str] = ()) -> list[Job]:
     if problems:
         raise UserError("\n".join(f"{first}\n{rest}" for rest, first in problems.items()))
     return sorted(found, key=lambda job: ladder.seeds.index(job.seed))
+
+
+def with_seed(value: Any, seed: int) -> Any:
+    """Plain values in which `{seed}` is replaced by the seed in every text."""
+    if isinstance(value, dict):
+        return {key: with_seed(inner, seed) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_seed(inner, seed) for inner in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
 def _expect_kept(text: str, shared: dict[str, Any], values: dict[str, Any], where: str) -> None:

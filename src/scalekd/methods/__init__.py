@@ -17,6 +17,9 @@ The contract (nobody inherits it; write an `nn.Module` that has it):
 - Class attributes `needs_teacher` and `needs_maps` (both True unless said): a recipe in which nothing
   needs maps asks only for logits, so any timm model will do. With `needs_classifier = True` (False unless
   said) a method gets the teacher's `pooled` and `classify`, if `teacher.pooled` at build says that it has them.
+- `needs_targets = True` (False unless said) for a method that reads the targets: where a batch has images
+  without labels too, it gets the labelled ones alone. `needs_logits = True` for one that reads the student's
+  logits beside maps: where nothing does, a recipe's student is built without a classifier.
 
 An entry may also be a function with the same signature that returns such a module.
 docs/add-a-method.md walks through an example.

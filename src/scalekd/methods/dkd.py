@@ -35,6 +35,7 @@ class DKD(nn.Module):
     """
 
     needs_maps = False
+    needs_targets = True
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class CrossEntropy(nn.Module):
 
     needs_teacher = False
     needs_maps = False
+    needs_targets = True
 
     def __init__(self, student: Shapes, teacher: Shapes | None = None, *, smoothing: float = 0.0) -> None:
         super().__init__()
@@ -65,6 +66,7 @@ class BinaryCrossEntropy(nn.Module):
 
     needs_teacher = False
     needs_maps = False
+    needs_targets = True
 
     def __init__(
         self,

@@ -35,6 +35,9 @@ class OFA(nn.Module):
             range.
     """
 
+    needs_targets = True
+    needs_logits = True
+
     def __init__(
         self,
         student: Shapes,

@@ -7,7 +7,7 @@ resumes exactly with all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +21,18 @@ from .idx import FASHION_CLASSES, Idx, fashion_mnist
 from .shards import Shards
 from .tars import Tar
 from .torchvision import TorchVision
+from .unlabelled import UNLABELLED, Joined, WithoutLabels, loose_files, loose_members
 
-__all__ = ["FASHION_CLASSES", "Source", "open_source", "pair_of"]
+__all__ = [
+    "FASHION_CLASSES",
+    "UNLABELLED",
+    "Joined",
+    "Source",
+    "WithoutLabels",
+    "open_source",
+    "open_unlabelled",
+    "pair_of",
+]
 
 
 class Source(Protocol):
@@ -53,20 +63,47 @@ def open_source(text: str, key: str) -> Source:
     - `idx:/a/folder/train`: the pair `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]`;
     - `fashion-mnist:train`, `fashion-mnist:test`: the embedded part (10,000 + 10,000 images).
     """
+    return _guarded(_opened, text, key)
+
+
+def open_unlabelled(text: str, key: str) -> Source:
+    """Opens what `data.unlabelled` names: the same forms, every image with the target `UNLABELLED`.
+
+    A folder, an archive and shards need no class folders and no labels: all images in them count, at any depth.
+    The other kinds are read as `open_source` reads them, and their labels are not told. Raises `UserError`.
+    """
+    return _guarded(_opened_unlabelled, text, key)
+
+
+def _guarded(opened: Callable[[str, str], Source], text: str, key: str) -> Source:
     if not text:  # as from an unset variable of a shell; a path of no characters is the working folder
         raise UserError(f"{key}: it is empty; name a folder or a source")
     try:
-        return _opened(text, key)
+        return opened(text, key)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, or no path at all: ~nobody, a name too long
         raise UserError(f"{key}: cannot open {shortened(text)}: {shortened(first_line(error))}") from None
 
 
-def _opened(text: str, key: str) -> Source:
+def _opened_unlabelled(text: str, key: str) -> Source:
     kind, _, rest = text.partition(":")
+    _refuse_stream(text, key)
+    if kind in ("tar", "wds"):
+        return loose_members(rest, key, shards=kind == "wds")
+    if kind in ("fashion-mnist", "idx", "hf", "torchvision"):
+        return WithoutLabels(_opened(text, key))
+    return loose_files(rest if kind == "folder" else text, key)
+
+
+def _refuse_stream(text: str, key: str) -> None:
     if re.match(r"(\w+:)?(pipe:|\w{2,}://)", text):
         raise UserError(
             f"{key}: {text} is a stream, which cannot be resumed exactly; copy it to a disk and name the files"
         )
+
+
+def _opened(text: str, key: str) -> Source:
+    kind, _, rest = text.partition(":")
+    _refuse_stream(text, key)
     if kind == "fashion-mnist":
         return fashion_mnist(rest, key)
     if kind == "idx":

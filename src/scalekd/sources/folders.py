@@ -23,7 +23,7 @@ class Folder:
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not self.classes:
             raise UserError(f"{key}: {text} has no class folders; it needs one sub-folder of images per class")
-        found = [_images_below(root / name) for name in self.classes]
+        found = [images_below(root / name) for name in self.classes]
         refuse_empty([name for name, files in zip(self.classes, found) if not files], text, key)
         self.files = [file for files in found for file in files]
         self.targets = [target for target, files in enumerate(found) for _ in files]
@@ -42,7 +42,7 @@ class Folder:
         return printable(self.files[i])
 
 
-def _images_below(folder: Path) -> list[str]:
+def images_below(folder: Path) -> list[str]:
     found = [Path(place) / name for place, _, names in os.walk(folder) for name in names if is_image(name)]
     return [str(path) for path in sorted(found)]
 

@@ -26,7 +26,7 @@ class Shards:
     """
 
     def __init__(self, text: str, key: str):
-        paths = _paths(text, key)
+        paths = shard_paths(text, key)
         self.names: list[str] = []
         self.places: list[Place] = []
         labels: list[str] = []
@@ -56,7 +56,13 @@ class Shards:
         return printable(f"{self.names[i]} in {self.places[i].archive}")
 
 
-def _paths(text: str, key: str) -> list[Path]:
+def is_sample_image(name: str) -> bool:
+    """Whether a file of a shard is a sample's image: not `0.mask.png`."""
+    extension = name.rpartition("/")[2].partition(".")[2]
+    return is_image(name) and f".{extension.lower()}" in EXTENSIONS
+
+
+def shard_paths(text: str, key: str) -> list[Path]:
     pattern = str(Path(text).expanduser())
     paths = [path for p in _ranges(pattern, key) for path in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
     if not paths:
@@ -95,7 +101,7 @@ def _samples(path: Path, key: str) -> list[tuple[str, Place, str]]:
         sample = f"{folder}/{stem}" if folder else stem
         if extension == "cls" and not base.startswith("."):
             labels[sample] = place
-        elif is_image(name) and f".{extension.lower()}" in EXTENSIONS:  # not `0.mask.png`
+        elif is_sample_image(name):
             if sample in images:
                 raise UserError(f"{key}: {printable(images[sample])} and {printable(name)} in {path} are one sample")
             images[sample] = name

@@ -1,0 +1,229 @@
+"""Weights in files: read, found under whatever stands before their names, and proved to be a trained model's."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .errors import UserError, first_line, nearest, shortened
+from .files import is_file
+
+State = dict[str, torch.Tensor]
+
+
+def read_weights(path: Path, where: str) -> State:
+    """All tensors of a .safetensors or torch file, by name; those in dicts within dicts by names with dots.
+
+    `{"teacher": {"backbone.norm.weight": ...}}` gives `teacher.backbone.norm.weight`. Runs no code from the file.
+    Raises `UserError`.
+    """
+    if not is_file(path):
+        near = path.parent if len(str(path)) < 4096 and path.parent.is_dir() else None
+        names = [p.name for p in near.iterdir()] if near else []
+        names += ["pretrained", "random"] if path.parent == Path() else []
+        raise UserError(f"{where}.weights: no file {path}.{nearest(path.name, names) if names else ''}")
+    try:
+        if path.suffix == ".safetensors":
+            contents: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
+                contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged zip or pickle can raise nearly anything
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{where}.weights: {path} holds more than plain tensors and is not opened: {shortened(code[1])} can "
+                "run code. If you trust it, save its state_dict alone"
+            ) from None
+        raise UserError(f"{where}.weights: {path} cannot be read as weights: {first_line(error)}") from None
+    flat = dict(_named(contents))
+    if not flat:
+        raise UserError(f"{where}.weights: {path} holds no named tensors")
+    return flat
+
+
+def _named(contents: object, within: str = "", depth: int = 0) -> Iterable[tuple[str, torch.Tensor]]:
+    for key, value in contents.items() if isinstance(contents, Mapping) and depth < 4 else ():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            yield within + key, value
+        elif isinstance(key, str):
+            yield from _named(value, f"{within}{key}.", depth + 1)
+
+
+AVERAGED, PLAIN = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # in timm's checkpoints
+
+
+def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
+    """What to take off the names in a file so that they are the model's; "" if they are, or nothing helps.
+
+    A prefix counts only if all of the model is found under it and nothing else is. Of timm's averaged and plain
+    weights the averaged are taken, as timm does. Raises `UserError` where several models of the file fit.
+    """
+    if _fits(model, flat):
+        return ""
+    parts = [key.split(".")[:-1] for key in flat]
+    counts = Counter(".".join(words[:n]) + "." for words in parts for n in range(1, min(len(words), 5) + 1))
+    large = [prefix for prefix, count in counts.items() if 2 * count >= len(model.state_dict())]
+    fitting = [prefix for prefix in large if _fits(model, under(prefix, flat))]
+    averaged = [prefix for prefix in fitting if prefix.split(".")[0] in AVERAGED]
+    if len(averaged) == 1 and all(p in averaged or p.split(".")[0] in PLAIN for p in fitting):
+        return averaged[0]
+    if len(fitting) > 1:
+        raise UserError(
+            f"{where}.weights: {path} holds several models that fit; choose one: "
+            + " or ".join(f"{where}.prefix={shortened(prefix)}" for prefix in fitting[:5])
+        )
+    # none fits: that with most of the names, so that the error tells what is wrong with it
+    wanted = model.state_dict().keys()
+    return fitting[0] if fitting else max(["", *large], key=lambda p: len(wanted & under(p, flat).keys()))
+
+
+def under(prefix: str, flat: State) -> State:
+    return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+
+
+def _fits(model: nn.Module, read: State) -> bool:
+    """Whether it is the model's, but perhaps for the classifier."""
+    try:
+        state = adapted(read, model)
+    except Exception:  # timm's filters take other models' files as they come
+        return False
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    return wanted == {key: value.shape for key, value in state.items()} or other_classes(model, state) is not None
+
+
+def grouped(keys: Iterable[str]) -> list[str]:
+    """Names in which a number stands for all: blocks.0.norm1.weight and its like as `blocks.*.norm1.weight (12)`."""
+    groups: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        groups.setdefault(re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", key), []).append(key)
+    return [f"{group} ({len(names)})" if len(names) > 1 else names[0] for group, names in groups.items()]
+
+
+def told_briefly(keys: Iterable[str], most: int = 5) -> str:
+    groups = grouped(keys)
+    return shortened(", ".join(groups[:most]) + f" and {len(groups) - most} kinds more" * (len(groups) > most))
+
+
+def adapted(state: State, model: nn.Module) -> State:
+    """Through timm's own filter for the family: other key names, position tables of another size."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
+        return state
+    with warnings.catch_warnings():  # torch's, on how timm resizes tables of relative positions
+        for told in (".*searchsorted", ".*non-tuple sequence"):
+            warnings.filterwarnings("ignore", told, UserWarning)
+        return adapt(dict(state), model)
+
+
+def classifier(model: nn.Module) -> State:
+    """The tensors of the model's classifier (or classifiers: a distilled DeiT has two)."""
+    return {name: tensor for name, tensor in model.state_dict().items() if _of_classifier(name, model)}
+
+
+def without_classifier(state: State, model: nn.Module) -> State:
+    """`state` less the tensors of such a model's classifier, whether this one has it or not."""
+    return {name: tensor for name, tensor in state.items() if not _of_classifier(name, model)}
+
+
+def _of_classifier(name: str, model: nn.Module) -> bool:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return name.rpartition(".")[0] in ((names,) if isinstance(names, str) else names)
+
+
+def other_classes(model: nn.Module, state: State) -> int | None:
+    """The class count of `state`, if all fits `model` but a classifier for another number of classes; 0: it has none."""
+    wanted = model.state_dict()
+    if wanted.keys() - state.keys() == classifier(model).keys() != set() and not state.keys() - wanted.keys():
+        return 0  # a backbone's file, such as DINOv2's; shapes are looked at when it is loaded
+    if wanted.keys() != state.keys():
+        return None
+    other = {name for name in wanted if wanted[name].shape != state[name].shape}
+    counts = {len(state[name]) for name in other if state[name].ndim}
+    apart = all(wanted[name].shape[1:] == state[name].shape[1:] for name in other)
+    return counts.pop() if apart and len(counts) == 1 and other == classifier(model).keys() else None
+
+
+def load_weights(model: nn.Module, state: State, path: Path, where: str) -> None:
+    """Fills every tensor of `model`; nothing may be missing or left over. Raises `UserError`."""
+    wanted = model.state_dict()
+    missing, extra = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
+    if missing or extra or other:
+        matched = len(wanted.keys() & state.keys()) - len(other)
+        raise UserError(
+            f"{where}.weights: {path} does not fit {where}.model and its kwargs: "
+            + "; ".join(
+                part
+                for part in (
+                    f"{matched} of {len(wanted)} tensors matched",
+                    f"{len(missing)} missing ({told_briefly(missing)})" if missing else "",
+                    f"{len(extra)} left over ({told_briefly(extra)})" if extra else "",
+                    _shape_differences(other, wanted, state),
+                )
+                if part
+            )
+            + ".\nGive the model name, kwargs and class count that the weights were made with"
+            + (f", or {where}.prefix, what stands before the model's names in the file." if matched == 0 else ".")
+        )
+    model.load_state_dict(state)
+
+
+def _shape_differences(names: list[str], wanted: State, state: State) -> str:
+    return ", ".join(
+        f"{k} is {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} in the model" for k in sorted(names)[:2]
+    )
+
+
+# ---------------------------------------------------------------- whether anyone trained them
+
+
+def initial_share(model: nn.Module) -> float:
+    """Share of one-dimensional parameters that hold only zeros or only ones, as timm initialises biases and norms.
+
+    Trained models have next to none; freshly built ones nearly all.
+    """
+    flat = [p.detach() for p in model.parameters() if p.ndim == 1 and p.numel() > 1]
+    constant = sum(bool((p == 0).all() or (p == 1).all()) for p in flat)
+    return constant / max(1, len(flat))
+
+
+def noise_share(model: nn.Module) -> float | None:
+    """Share of weight matrices without structure: their entries might as well be in any other order.
+
+    That is so at initial values, which are drawn one by one, and after too few steps to matter; training gives rows
+    and columns that go together, and with them singular values larger than chance gives. Looked at is the norm of
+    W W^T, the root of the sum of the fourth powers of the singular values, against that of W with its entries shuffled:
+    W counts as noise up to 1.05 times that. The two are equal in distribution for independent entries whatever their
+    distribution; for matrices of 32 x 32 and more the ratio then was below 1.03 in 16 families.
+    At most 24 matrices, evenly spaced, and 512 rows and columns of each. None for a model without such matrices.
+    """
+    parameters = [p.detach() for p in model.parameters() if p.ndim > 1]
+    matrices = [m for p in parameters if min((m := p.flatten(1)).shape) >= 32]
+    count = min(24, len(matrices))
+    if not count:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    some = [matrices[i * len(matrices) // count] for i in range(count)]
+    return sum(_ratio_to_shuffled(m, generator) <= 1.05 for m in some) / len(some)
+
+
+def _ratio_to_shuffled(matrix: torch.Tensor, generator: torch.Generator) -> float:
+    rows, columns = (torch.randperm(n, generator=generator)[:512] for n in matrix.shape)
+    part = matrix.cpu().float()[rows][:, columns]
+    shuffled = part.flatten()[torch.randperm(part.numel(), generator=generator)].view(part.shape)
+    ours, chance = (torch.linalg.norm(m @ m.T if len(m) < len(m.T) else m.T @ m).item() for m in (part, shuffled))
+    return ours / chance if chance else 1.0
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

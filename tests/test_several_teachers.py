@@ -1,0 +1,164 @@
+"""Several teachers for one student: the mean of their logits, and every other method once for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional as F
+from whole_runs import assert_same, changed, start
+
+from scalekd import Distiller
+from scalekd.build import build
+from scalekd.config import check_config
+from scalekd.errors import UserError
+
+SIZE = (64, 64)
+IMAGES, TARGETS = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+
+def model(name: str, seed: int, classes: int = 5, **kwargs: Any) -> nn.Module:
+    made = timm.create_model(name, num_classes=classes, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.1, generator=generator)
+    return made.eval()
+
+
+def teachers() -> dict[str, nn.Module]:
+    return {"vit": model("test_vit", 1, img_size=64), "cnn": model("test_convnext", 2)}
+
+
+def distiller(losses: dict[str, Any], given: Any = None, **options: Any) -> Distiller:
+    torch.manual_seed(0)  # of the methods' own parameters
+    student = model("test_resnet", 0)
+    return Distiller(student, given or teachers(), losses, image_size=SIZE, **options).eval()
+
+
+def test_methods_of_logits_read_the_mean_of_the_teachers_logits() -> None:
+    both = distiller({"kd": {"temperature": 2.0}})
+    normal = {name: (IMAGES - t.mean) / t.std for name, t in both.teachers.items()}
+    mean = sum(t.view.model(normal[name]) for name, t in both.teachers.items()) / 2
+    ours = both.student((IMAGES - both.student_mean) / both.student_std)
+    wanted = 4 * F.kl_div((ours / 2).log_softmax(1), (mean / 2).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(both(IMAGES, TARGETS)["kd"], wanted)
+
+
+def test_other_methods_are_there_once_for_each_teacher_with_half_the_weight() -> None:
+    both = distiller({"fd": {"weight": 3.0}})
+    torch.manual_seed(0)
+    found = both(IMAGES, TARGETS)
+    assert set(found) == {"fd@vit.s4", "fd@cnn.s4", "total"}
+    for name, teacher in teachers().items():
+        alone = distiller({"fd": {}}, teacher)
+        alone.methods["fd"].load_state_dict(both.methods[f"fd@{name}"].state_dict())
+        torch.testing.assert_close(found[f"fd@{name}.s4"], 1.5 * alone(IMAGES, TARGETS)["fd.s4"])
+    torch.testing.assert_close(found["total"], found["fd@vit.s4"] + found["fd@cnn.s4"])
+
+
+def test_scalekd_has_projectors_of_its_own_for_each_teacher_and_all_get_gradients() -> None:
+    both = distiller({"ce": {}, "kd": {}, "scalekd": {}}).train()
+    both(IMAGES, TARGETS)["total"].backward()
+    assert [name for name, p in both.named_parameters() if p.grad is None] == []
+    caps = [both.methods[f"scalekd@{name}"].student_caps["ori"] for name in ("vit", "cnn")]
+    assert not {id(p) for p in caps[0].parameters()} & {id(p) for p in caps[1].parameters()}
+    assert all(p.grad is None for t in both.teachers.values() for p in t.view.model.parameters())
+    assert not any("teacher" in key for key in both.state_dict())
+
+
+def test_a_loss_can_choose_its_teachers_and_others_need_not_fit_it() -> None:
+    given = {"vit": model("test_vit", 1, img_size=64), "other": model("test_convnext", 2, classes=7)}
+    chosen = distiller({"kd": {"teachers": ["vit"]}, "fd": {"teachers": ["other"]}}, given)
+    assert set(chosen(IMAGES, TARGETS)) == {"kd", "fd.s4", "total"}
+    assert not chosen.teachers["vit"].needs_maps and chosen.teachers["other"].needs_maps
+    torch.testing.assert_close(
+        chosen(IMAGES, TARGETS)["kd"], distiller({"kd": {}}, given["vit"])(IMAGES, TARGETS)["kd"]
+    )
+    with pytest.raises(
+        UserError, match=r"losses.kd: the mean of several teachers' logits .*test_vit 5, test_convnext 7"
+    ):
+        distiller({"kd": {}}, given)
+
+
+def test_each_teacher_sees_its_own_size_and_statistics() -> None:
+    own = {"teacher_size": {"vit": (96, 96)}, "teacher_stats": {"cnn": ((0.1,) * 3, (0.2,) * 3)}}
+    given = {"vit": model("test_vit", 1, img_size=96), "cnn": model("test_convnext", 2)}
+    both = distiller({"kd": {}}, given, **own)
+    assert both.teachers["vit"].size == (96, 96) and both.teachers["cnn"].size == SIZE
+    assert both.teachers["cnn"].std.flatten().tolist() == pytest.approx([0.2] * 3)
+    both.double()
+    assert both.teachers["cnn"].mean.dtype == torch.float64
+    with pytest.raises(UserError, match="this is for one teacher, and there are vit, cnn"):
+        both.teacher_features(IMAGES)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.fixture
+def recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """Two teachers of which one sees other sizes."""
+    several = changed(tiny_recipe, losses={"ce": {}, "kd": {}, "fd": {"teachers": ["small", "large"]}})
+    several["teachers"] = {
+        "small": {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},
+        "large": {"model": "test_convnext", "weights": "random", "image_size": 64},
+    }
+    del several["teacher"]
+    return several
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ({"kd": {"teachers": ["smal"]}}, r"losses.kd.teachers: no teacher `smal`. Did you mean `?small"),
+        ({"kd": {"teachers": []}}, "losses.kd.teachers: names none"),
+        ({"ce": {"teachers": ["small"]}, "kd": {}}, "losses.ce.teachers: ce reads no teacher"),
+        ({"kd": {"teachers": ["small"]}}, "teachers.large: no loss uses it"),
+        ({"ce": {}}, "teachers.small: no loss uses it"),
+    ],
+)
+def test_a_choice_that_means_nothing_is_told(recipe: dict[str, Any], losses: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        check_config(changed(recipe, losses=losses), "test")
+
+
+def test_one_teacher_or_several_not_both(recipe: dict[str, Any], tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="teacher: there are `teachers` too"):
+        check_config(recipe | {"teacher": {"model": "test_vit"}}, "test")
+    with pytest.raises(UserError, match=r"losses.kd.teachers: goes with several teachers"):
+        check_config(changed(tiny_recipe, losses={"kd": {"teachers": ["a"]}}), "test")
+
+
+def test_a_teachers_mistake_is_told_by_its_place(recipe: dict[str, Any]) -> None:
+    recipe["teachers"]["large"]["weights"] = "nowhere.pt"
+    with pytest.raises(UserError, match=r"teachers.large.weights: no file nowhere.pt"):
+        build(check_config(recipe, "test"), torch.device("cpu"))
+
+
+def test_a_run_with_two_teachers(recipe: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    result = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    screen = " ".join(result.out.split())
+    assert "test_resnet <- test_convnext, test_vit" in screen and "fd@small.s4" in screen
+    assert "large weights" in screen and "small accuracy" in screen
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "teachers.small" in report and "fd@large.s4" in report
+    refused = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "b", "--teacher-outputs", tmp_path / "o")
+    assert refused.code == 2 and "goes with one teacher" in refused.err
+
+
+def test_a_run_with_two_teachers_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from whole_runs import Interrupted
+
+    whole = start(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        start(changed(recipe, train={"save_minutes": 0}), tmp_path / "parts", stop_at=4)
+    parts = start(recipe, tmp_path / "parts")
+    assert_same(whole.distiller.state_dict(), parts.distiller.state_dict())
