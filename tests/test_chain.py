@@ -13,6 +13,7 @@ import torch
 import yaml
 from whole_runs import changed
 
+from scalekd.chain import rehearse
 from scalekd.config import assistant_of, check_config, load_recipe
 from scalekd.errors import UserError
 from scalekd.models import sha256_of
@@ -85,6 +86,24 @@ def test_what_does_not_fit_is_told_before_the_assistant_is_trained(
     result = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "run", "--no-preflight")
     assert result.code == 2 and "the student does not fit its assistant: losses.dfm" in result.err
     assert not (tmp_path / "run-assistant").exists()
+
+
+def test_an_assistant_without_a_classifier_cannot_teach_logits(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["assistant"] = {"student": {"model": "test_vit2"}, "losses": {"fd": {}}}
+    with pytest.raises(UserError, match=r"the student does not fit its assistant: losses.kd"):
+        rehearse(check_config(recipe, "test"), torch.device("cpu"))
+
+
+def test_an_assistant_teaches_from_the_stages_that_its_recipe_cuts(
+    recipe: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    recipe = changed(recipe, losses={"ce": {}, "fd": {"stages": [3]}}, train={"epochs": 1})
+    vit = {"model": "test_vit", "kwargs": {"depth": 6}, "cuts": [0, 1, 2, 5]}
+    recipe["assistant"] = {"student": vit, "losses": {"ce": {}, "kd": {}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli("train", tmp_path / "r.yaml", "--out", tmp_path / "run", "--no-preflight").code == 0
+    last = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert last.teacher is not None and last.teacher.cuts == (0, 1, 2, 5)
 
 
 def test_all_mistakes_of_an_assistant_are_told_with_the_recipes(recipe: dict[str, Any]) -> None:

@@ -60,6 +60,15 @@ def test_every_combination_seed_by_seed(ladder_file):
     assert len({str(j.folder) for j in planned}) == 12
 
 
+def test_runs_that_cannot_stand_in_one_table_are_told(ladder_file):
+    features = METHODS | {"features": {"losses": {"fd": {}}}}
+    with pytest.raises(UserError, match=r"features: 1 problem\n  - losses: none reads the student's logits"):
+        jobs(load_ladder(ladder_file(methods=features)))
+    chain = METHODS | {"chain": {"assistant": {"student": {"model": "test_vit"}}, "losses": {"ce": {}, "kd": {}}}}
+    with pytest.raises(UserError, match=r"chain: 1 problem\n  - assistant: a comparison is of single runs"):
+        jobs(load_ladder(ladder_file(methods=chain)))
+
+
 def test_the_seed_stands_where_a_ladder_names_it(ladder_file):
     file = ladder_file(
         set={"data": {"seed": "{seed}", "limit": 6}, "student": {"weights": "w-{seed}.pt"}}, seeds=[4, 7]

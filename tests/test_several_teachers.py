@@ -80,6 +80,8 @@ def test_a_loss_can_choose_its_teachers_and_others_need_not_fit_it() -> None:
     torch.testing.assert_close(
         chosen(IMAGES, TARGETS)["kd"], distiller({"kd": {}}, given["vit"])(IMAGES, TARGETS)["kd"]
     )
+    with pytest.raises(UserError, match=r"losses.kd: the mean .*test_vit 5, test_vit 9"):
+        distiller({"kd": {}}, {"a": given["vit"], "b": model("test_vit", 3, classes=9, img_size=64)})
     with pytest.raises(
         UserError, match=r"losses.kd: the mean of several teachers' logits .*test_vit 5, test_convnext 7"
     ):

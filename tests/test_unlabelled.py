@@ -162,6 +162,16 @@ def test_validation_images_are_never_trained_on_without_their_labels(image_folde
         open_split(data)
 
 
+def test_an_image_is_known_however_its_path_is_written(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(image_folder)
+    monkeypatch.chdir(tmp_path)
+    for unlabelled in ("images/val", "./images/../images/val", str(tmp_path / "link" / "val"), "link"):
+        with pytest.raises(UserError, match=r"data.unlabelled holds 12 of the validation images"):
+            open_split(Data(train=str(image_folder / "train"), val=str(image_folder / "val"), unlabelled=unlabelled))
+
+
 def test_an_image_that_cannot_be_read_is_replaced_by_one_of_its_kind(
     mixed_recipe: dict[str, Any], image_folder: Path, pool: Path
 ) -> None:
@@ -257,6 +267,12 @@ RECIPE: dict[str, Any] = {
 def test_what_does_not_go_together_is_told(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         check_config(changed(RECIPE, **changes), "test")
+
+
+def test_a_student_with_a_layer_that_nothing_would_train_is_told(only_images: dict[str, Any]) -> None:
+    recipe = changed(only_images, student={"model": "mobilenetv3_small_050"})
+    with pytest.raises(UserError, match=r"mobilenetv3_small_050 has a layer between its last map"):
+        build(check_config(recipe, "test"), CPU)
 
 
 def test_a_share_that_leaves_one_kind_out_is_told(mixed_recipe: dict[str, Any]) -> None:

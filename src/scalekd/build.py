@@ -14,12 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import parallel
-from .config import Config, Model, height_and_width
+from .config import Config, Model, height_and_width, reads_logits
 from .data import Batch, Images, make_mixup, open_split, seed_everything, training_images, validation_images
 from .distiller import Distiller, Teacher
 from .errors import UserError, printable
 from .evaluate import evaluate, evaluate_features
-from .methods import METHODS
 from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Mix
@@ -100,6 +99,8 @@ def build(config: Config, device: torch.device) -> Run:
     student, student_loaded = build_model(
         config.student, channels=data.channels, image_size=size, classes=head, where="student"
     )
+    if not head:
+        _check_backbone(student, config.student.model)
     student_stats = statistics(student, config.student, data.channels, "student")
     loaded = {"student": student_loaded}
     teachers, stats = {}, {}
@@ -165,10 +166,14 @@ def place_of(config: Config, teacher: str) -> str:
     return f"teachers.{teacher}" if teacher in config.teachers else "teacher"
 
 
-def reads_logits(loss: str) -> bool:
-    """Whether a loss of a recipe reads the student's logits."""
-    method = METHODS[loss]
-    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
+def _check_backbone(student: nn.Module, name: str) -> None:
+    hidden, features = getattr(student, "head_hidden_size", None), getattr(student, "num_features", None)
+    if hidden != features:
+        raise UserError(
+            f"student.model: no loss reads the student's logits, and {name} has a layer between its last map and its "
+            f"classifier ({features} to {hidden} channels) that nothing would train. Add a loss on logits, such as kd "
+            "with a teacher that has a classifier for your classes, or choose a student without such a layer, as ResNets are"
+        )
 
 
 def _mixed(config: Config, images: int, labelled: int) -> Mix | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from . import parallel
 from .build import build
-from .config import Config, assistant_of, check_config
+from .config import Config, assistant_of, check_config, reads_logits
 from .errors import UserError
 from .files import is_file
 from .resume import recipe_difference
@@ -56,17 +56,25 @@ def check_chain(config: Config, device: torch.device, console: Console) -> None:
 def taught_by(config: Config, run: Path) -> Config:
     """The recipe with the student of a finished run as its teacher. Raises `UserError`."""
     values = config.model_dump(mode="json", exclude={"assistant", "teachers"})
-    return check_config(values | {"teacher": {"model": str(run)}}, config.name)
+    teacher = {"model": str(run), "cuts": assistant_of(config).student.cuts}
+    return check_config(values | {"teacher": teacher}, config.name)
+
+
+def taught_by_untrained(config: Config) -> Config:
+    """The recipe with an assistant that knows nothing as its teacher. Raises `UserError`."""
+    assistant = assistant_of(config)
+    teacher = assistant.student.model_dump(mode="json", include={"model", "kwargs", "mean", "std", "cuts"})
+    teacher |= {"weights": "random", "image_size": assistant.data.image_size}
+    if not any(map(reads_logits, assistant.losses)):
+        teacher["kwargs"] |= {"num_classes": 0}
+    values = config.model_dump(mode="json", exclude={"assistant", "teachers"})
+    return check_config(values | {"teacher": teacher}, config.name)
 
 
 def rehearse(config: Config, device: torch.device) -> None:
     """Builds the student's run with an assistant that knows nothing. Raises `UserError` for what does not fit."""
-    assistant = assistant_of(config)
-    student = assistant.student.model_dump(mode="json", include={"model", "kwargs", "mean", "std", "cuts"})
-    teacher = student | {"weights": "random", "image_size": assistant.data.image_size}
-    values = config.model_dump(mode="json", exclude={"assistant", "teachers"}) | {"teacher": teacher}
     try:
-        build(check_config(values, config.name), device)
+        build(taught_by_untrained(config), device)
     except UserError as error:
         raise UserError(f"the student does not fit its assistant: {error}") from None
 

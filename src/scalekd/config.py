@@ -315,6 +315,8 @@ class Config(Section):
 def _assistant_problems(config: Config) -> list[str]:
     if not config.all_teachers:
         return ["assistant: it needs a teacher itself; name one, or leave it out"]
+    if chosen := [name for name, options in config.losses.items() if "teachers" in options]:
+        return [f"losses.{chosen[0]}.teachers: the student's teacher is the assistant; say that in assistant.losses"]
     try:
         assistant_of(config)
     except UserError as error:
@@ -419,6 +421,14 @@ def _ignored(config: Config) -> list[str]:
 
 def _changed(section: Section, field: str) -> bool:
     return getattr(section, field) != type(section).model_fields[field].default
+
+
+def reads_logits(loss: str) -> bool:
+    """Whether a loss of a recipe reads the student's logits."""
+    from .methods import METHODS
+
+    method = METHODS[loss]
+    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
 
 
 # ---------------------------------------------------------------- method options

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Config, height_and_width
+from .config import Config, height_and_width, reads_logits
 from .distiller import Distiller, resized
 from .engine import AUTOCAST
 from .errors import UserError, first_line
@@ -63,6 +63,8 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
         raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
     if classes < 1:
         raise UserError(f"--classes {classes}: one or more")
+    if config.assistant is not None:
+        raise UserError("the cost is counted for one run, and an assistant's recipe is two; give a recipe of either")
     with torch.device("meta"):
         distiller = untrained(config, classes, config.losses)
         fd, why_not = _plain_distillation(config, classes)
@@ -105,7 +107,8 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
     size, channels, spec = height_and_width(config.data.image_size), config.data.channels, config.teacher
     given: dict[str, Any] = {"in_chans": channels}
     of_data = given | {"num_classes": classes}
-    student, _ = create(config.student.model, size, False, of_data | config.student.kwargs, "student")
+    of_student = given | {"num_classes": classes if any(map(reads_logits, losses)) else 0}
+    student, _ = create(config.student.model, size, False, of_student | config.student.kwargs, "student")
     student_stats = input_statistics(student, config.student, channels, "student")
     if spec is None or not teacher:
         return Distiller(

@@ -258,7 +258,8 @@ def _with_unlabelled(split: Split | None, data: Data, left: Sequence[int] = ()) 
         chosen = torch.randperm(len(indices), generator=generator)[: data.unlabelled_limit]
         indices = sorted(indices[i] for i in chosen.tolist())
     if not indices:
-        raise UserError("data.unlabelled: rest: data.limit leaves out no image of data.train; lower it")
+        left_out = "rest: data.limit leaves out no image of data.train; lower it"
+        raise UserError(f"data.unlabelled: {left_out if data.unlabelled == REST else 'it holds no images'}")
     if split is None:
         assert data.val is not None
         val = open_source(data.val, "data.val")
@@ -272,11 +273,11 @@ def _with_unlabelled(split: Split | None, data: Data, left: Sequence[int] = ()) 
 
 def _refuse_seen(split: Split) -> None:
     """Validation images must not be trained on, with or without their labels."""
-    held = {split.val.where(i) for i in split.val_indices}
-    seen = [name for i in split.train_indices[split.labelled :] if (name := split.train.where(i)) in held]
+    held = {split.val.identity(i) for i in split.val_indices}
+    seen = [i for i in split.train_indices[split.labelled :] if split.train.identity(i) in held]
     if seen:
         raise UserError(
-            f"data.unlabelled holds {len(seen)} of the validation images, such as {seen[0]}. Name a source without "
+            f"data.unlabelled holds {len(seen)} of the validation images, such as {split.train.where(seen[0])}. Name a source without "
             "them; `data.unlabelled: rest` takes what data.limit leaves out of data.train"
         )
 

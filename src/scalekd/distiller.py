@@ -226,9 +226,8 @@ def _together(shapes: Sequence[Shapes]) -> Shapes | None:
     """What a method is told of its teachers: the one's, or of several what the mean of their logits has."""
     if len(shapes) < 2:
         return shapes[0] if shapes else None
-    counts = {of.model: of.classes for of in shapes}
-    if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if len({of.classes for of in shapes}) > 1:
+        told = ", ".join(f"{of.model} {of.classes}" for of in shapes)
         raise ValueError(
             f"the mean of several teachers' logits is taken, and their classes differ in number ({told}). "
             "Name those to take: `teachers: [...]`"

@@ -60,7 +60,8 @@ def evaluate_features(
     found = []
     for batch in batches:
         pixels = batch.images.to(device, non_blocking=True).float() / 255
-        found.append((model((pixels - mean) / std).float().cpu(), batch.targets))
+        pooled = model((pixels - mean) / std).float().cpu().clone()  # not a view that keeps all tokens
+        found.append((pooled, batch.targets))
     model.train(was_training)
     of_all = [pair for of_one in parallel.gather(found) for pair in of_one]
     if sum(len(targets) for _, targets in of_all) < 2:
@@ -69,7 +70,8 @@ def evaluate_features(
     if not features.isfinite().all():
         raise UserError("the student's features of the validation images are not finite")
     votes = knn_predict(features, targets, features, k=NEIGHBOURS, classes=int(targets.max()) + 1, leave_one_out=True)
-    hits = votes.topk(min(5, votes.shape[1]), dim=1).indices == targets[:, None]
+    best = votes.topk(min(5, votes.shape[1]), dim=1)
+    hits = (best.indices == targets[:, None]) & (best.values > 0)  # a class without a vote was not named
     count = len(targets)
     return {
         "top1": 100 * hits[:, 0].sum().item() / count,

@@ -75,7 +75,8 @@ def build_model(
     if spec.kwargs.get("in_chans", channels) != channels:
         raise UserError(f"{where}.kwargs: in_chans is data.channels, which is {channels}; leave it out")
     if where == "student" and spec.kwargs.get("num_classes", classes) != classes:
-        raise UserError(f"{where}.kwargs: num_classes is that of the data, which is {classes}; leave it out")
+        needed = f"that of the data, which is {classes}" if classes else "0, as no loss reads the student's logits"
+        raise UserError(f"{where}.kwargs: num_classes is {needed}; leave it out")
     kwargs: dict[str, Any] = (
         {"in_chans": channels} | ({} if classes is None else {"num_classes": classes}) | spec.kwargs
     )

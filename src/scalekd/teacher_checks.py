@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .build import Run, Taught, reads_logits
+from .build import Run, Taught
+from .config import reads_logits
 from .data import Images, eval_batches, eval_transform
 from .distiller import default_statistics, interpolation
 from .errors import UserError

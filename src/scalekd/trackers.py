@@ -214,7 +214,8 @@ def _mlflow(folder: Path, config: dict[str, Any], run_name: str, step: int, know
 
     def write(at: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
-        client.log_batch(run_id, metrics=[Metric(name, value, now, at) for name, value in values.items()])
+        plain = {name.replace("@", "/"): value for name, value in values.items()}  # it takes no @ in a name
+        client.log_batch(run_id, metrics=[Metric(name, value, now, at) for name, value in plain.items()])
 
     return Opened(write, lambda: client.set_terminated(run_id), run_id)
 

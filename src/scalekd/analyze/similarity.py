@@ -55,6 +55,10 @@ def analyze(
     if batch < LEAST:
         raise UserError(f"--batch {batch}: CKA compares the images of a batch; {LEAST} or more")
     runs = open_runs([*([baseline] if baseline else []), *folders], data, images, batch, device)
+    if bare := [t.label for t in runs.trained if not t.student.view.shapes.classes]:
+        raise UserError(
+            f"{bare[0]} has no classifier to compare answers of; `scalekd probe` tells how good its features are"
+        )
     for t in runs.trained:
         t.use("deployed")
     answers, cka, note = _seen(runs)

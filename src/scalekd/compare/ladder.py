@@ -19,6 +19,7 @@ from ..config import (
     described,
     merged,
     override,
+    reads_logits,
     recipe_names,
     recipe_text,
     recipe_values,
@@ -170,9 +171,27 @@ def jobs(ladder: Ladder, overrides: Iterable[str] = ()) -> list[Job]:
             except UserError as error:
                 first, _, rest = str(error).partition("\n")
                 problems.setdefault(rest or first, first)
+    problems |= _not_comparable(found)
     if problems:
         raise UserError("\n".join(f"{first}\n{rest}" for rest, first in problems.items()))
     return sorted(found, key=lambda job: ladder.seeds.index(job.seed))
+
+
+def _not_comparable(found: Iterable[Job]) -> dict[str, str]:
+    """Why runs cannot stand in one table, and where."""
+    problems = {}
+    kinds: dict[bool, Job] = {}
+    for job in found:
+        if job.config.assistant is not None:
+            problems["  - assistant: a comparison is of single runs; name a finished assistant's run as teacher"] = (
+                f"{job.student}, {job.method}: 1 problem"
+            )
+        kinds.setdefault(any(map(reads_logits, job.config.losses)), job)
+    if len(kinds) > 1:
+        problems[
+            "  - losses: none reads the student's logits; its top-1 would be of neighbours, the others' is not"
+        ] = f"{kinds[False].student}, {kinds[False].method}: 1 problem"
+    return problems
 
 
 def with_seed(value: Any, seed: int) -> Any:

@@ -7,7 +7,7 @@ resumes exactly with all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,10 @@ class Source(Protocol):
 
     def where(self, i: int) -> str:
         """Names image i for a person: the file, or the archive and the file in it."""
+        ...
+
+    def identity(self, i: int) -> Hashable:
+        """Equal for one image in two sources, however their paths are written. Reads no image."""
         ...
 
 

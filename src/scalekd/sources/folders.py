@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -40,6 +41,20 @@ class Folder:
 
     def where(self, i: int) -> str:
         return printable(self.files[i])
+
+    def identity(self, i: int) -> str:
+        return real(self.files[i])
+
+
+def real(file: str) -> str:
+    """The file's path without links in its folders, which are looked at once each."""
+    folder, name = os.path.split(file)
+    return os.path.join(_real_folder(folder), name)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def images_below(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import UserError, first_line, nearest, printable
 from ..images import BadImage, decode
+from .folders import real
 
 LABELS = ("label", "labels", "class", "target", "fine_label")
 
@@ -21,6 +22,7 @@ class HuggingFace:
         folder, _, rest = text.partition(":")
         split, _, columns = rest.partition(":")
         self.text = f"hf:{text}"
+        self.place = real(folder), split
         rows = _open(folder, split, key)
         self.image, label = _columns(rows, columns, self.text, key)
         self.classes, self.targets = _labels(rows, label, self.text, key)
@@ -55,6 +57,9 @@ class HuggingFace:
         except BadImage:
             path = None
         return printable(f"{path} (image {i} of {self.text})" if path else f"image {i} of {self.text}")
+
+    def identity(self, i: int) -> tuple[str, str, int]:
+        return *self.place, i
 
 
 def pair(text: str) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from .folders import real
 
 FASHION_CLASSES = [
     "T-shirt/top",
@@ -47,6 +48,9 @@ class Idx:
 
     def where(self, i: int) -> str:
         return f"image {i} of {self.prefix}"
+
+    def identity(self, i: int) -> tuple[str, int]:
+        return real(self.prefix), i
 
 
 def fashion_mnist(split: str, key: str) -> Idx:

@@ -55,6 +55,9 @@ class Shards:
     def where(self, i: int) -> str:
         return printable(f"{self.names[i]} in {self.places[i].archive}")
 
+    def identity(self, i: int) -> tuple[str, int]:
+        return self.places[i].identity()
+
 
 def is_sample_image(name: str) -> bool:
     """Whether a file of a shard is a sample's image: not `0.mask.png`."""

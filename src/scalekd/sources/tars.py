@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import UserError, first_line, nearest, printable
 from ..images import BadImage, decode, is_image
-from .folders import refuse_empty
+from .folders import real, refuse_empty
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512
@@ -37,6 +37,9 @@ class Place(NamedTuple):
         if len(data) < self.size:
             raise BadImage("the archive has become shorter since it was opened")
         return data
+
+    def identity(self) -> tuple[str, int]:
+        return real(self.archive), self.offset
 
 
 class Tar:
@@ -72,6 +75,9 @@ class Tar:
 
     def where(self, i: int) -> str:
         return printable(f"{self.names[i]} in {self.archive}")
+
+    def identity(self, i: int) -> tuple[str, int]:
+        return self.places[i].identity()
 
 
 def _parent(name: str) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..errors import UserError, first_line, nearest
 from ..images import BadImage, plain
+from .folders import real
 
 
 class TorchVision:
@@ -36,7 +37,7 @@ class TorchVision:
         except Exception as error:  # its readers of damaged files raise nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {reason}") from None
-        self.name = f"{name} {split}"
+        self.name, self.root = f"{name} {split}", real(root)
         labels: Any = next(
             (getattr(self.images, a) for a in ("targets", "labels", "_labels") if hasattr(self.images, a)), None
         )
@@ -67,3 +68,6 @@ class TorchVision:
 
     def where(self, i: int) -> str:
         return f"image {i} of {self.name}"
+
+    def identity(self, i: int) -> tuple[str, str, int]:
+        return self.name, self.root, i

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError, printable
 from ..images import BadImage, decode, is_image
-from .folders import images_below
+from .folders import images_below, real
 from .shards import is_sample_image, shard_paths
 from .tars import Place, index
 
@@ -44,6 +44,10 @@ class Loose:
     def where(self, i: int) -> str:
         return printable(self.names[i])
 
+    def identity(self, i: int) -> Hashable:
+        place = self.places[i]
+        return place.identity() if isinstance(place, Place) else real(place)
+
 
 class WithoutLabels:
     """A labelled source whose labels are not told."""
@@ -61,6 +65,9 @@ class WithoutLabels:
 
     def where(self, i: int) -> str:
         return self.source.where(i)
+
+    def identity(self, i: int) -> Hashable:
+        return self.source.identity(i)
 
 
 class Joined:
@@ -84,6 +91,10 @@ class Joined:
     def where(self, i: int) -> str:
         source, place = self._of(i)
         return source.where(place)
+
+    def identity(self, i: int) -> Hashable:
+        source, place = self._of(i)
+        return source.identity(place)
 
 
 def loose_files(text: str, key: str) -> Loose:
