@@ -116,7 +116,7 @@ def build(config: Config, device: torch.device) -> Run:
     # pixels for the largest of all, so that none sees a blown-up image
     pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *sizes.values())))})
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
-    mix = _mixed(config, len(images), split.labelled)
+    mix = mix_of(config, len(images), split.labelled)
     _check_batch(config, len(images), mix)
     if train.sync_batchnorm and device.type == "cpu":
         raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
@@ -176,7 +176,7 @@ def _check_backbone(student: nn.Module, name: str) -> None:
         )
 
 
-def _mixed(config: Config, images: int, labelled: int) -> Mix | None:
+def mix_of(config: Config, images: int, labelled: int) -> Mix | None:
     """How labelled and unlabelled images share a batch, if there are both. Raises `UserError`."""
     train, parts = config.train, config.train.accumulate * parallel.world()
     if labelled in (0, images):

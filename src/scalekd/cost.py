@@ -64,7 +64,7 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
     if classes < 1:
         raise UserError(f"--classes {classes}: one or more")
     if config.assistant is not None:
-        raise UserError("the cost is counted for one run, and an assistant's recipe is two; give a recipe of either")
+        raise UserError("the cost is counted for one run, and an assistant's recipe is two; `scalekd plan` takes it")
     with torch.device("meta"):
         distiller = untrained(config, classes, config.losses)
         fd, why_not = _plain_distillation(config, classes)

@@ -112,7 +112,7 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
     Raises `Stopped`, saved, when `stop` asks for it, and `UserError` when a loss or gradient is not finite.
     """
     stop = stop or StopRequest()
-    checked = _looks_at_every_step(run)
+    checked = looks_at_every_step(run)
     stop.wait_for_step = True
     for images in (run.train_images, run.val_images):
         if images.bad is not None:
@@ -147,7 +147,7 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
     return summary
 
 
-def _looks_at_every_step(run: Run) -> bool:
+def looks_at_every_step(run: Run) -> bool:
     """On a CPU that costs nothing; a GPU would have to be waited for."""
     return run.device.type == "cpu" or run.config.train.skip_nonfinite > 0
 

@@ -20,7 +20,7 @@ from .config import Config
 from .cost import ROUNDS, untrained
 from .data import Batch, Images, Split, load_batch, make_mixup, training_images, validation_images
 from .distiller import Distiller
-from .engine import _looks_at_every_step, train_step
+from .engine import looks_at_every_step, train_step
 from .memory import keep_freed_memory
 from .optim import make_optimizer
 from .runs import machine
@@ -28,7 +28,7 @@ from .shortages import shortages_told
 
 MOST = 64  # images of a timed step unless given
 ROUND_SECONDS = 1.0  # at least, so that a round of a small model is no accident of the scheduler's
-READ = 40  # images of a round
+WARM, MOST_READ = 8, 400  # images read before the rounds, and at most in one
 
 
 def probe(
@@ -108,7 +108,7 @@ def _step(run: Run, classes: int, size: int) -> Callable[[], object]:
     sides = map(max, distiller.image_size, distiller.teacher_size)
     pixels = torch.randint(256, (size, channels, *sides), dtype=torch.uint8)
     batch = Batch(pixels, torch.randint(classes, (size,)))
-    checked = _looks_at_every_step(run)
+    checked = looks_at_every_step(run)
     return lambda: train_step(distiller, [batch], run, 0, checked)
 
 
@@ -173,12 +173,15 @@ def _reading(config: Config, distiller: Distiller, split: Split) -> dict[str, An
 
 
 def _read(images: Images) -> list[float]:
-    """Seconds an image, [least, most] of ROUNDS, with images spread over all of them."""
-    count = min(READ, max(1, len(images) // ROUNDS))
-    seconds = []
-    for start in range(ROUNDS):
-        keys = [(0, (start + ROUNDS * i) * len(images) // (ROUNDS * count)) for i in range(count)]
-        began = time.perf_counter()
-        load_batch(images, keys)
-        seconds.append((time.perf_counter() - began) / count)
+    """Seconds an image, [least, most] of ROUNDS of different images, each round spread over all; a first one warms up."""
+    warm = _seconds_an_image(images, 0, min(WARM, len(images)))
+    count = max(1, min(MOST_READ, math.ceil(ROUND_SECONDS / warm), len(images) // ROUNDS))
+    seconds = [_seconds_an_image(images, start, count) for start in range(ROUNDS)]
     return [min(seconds), max(seconds)]
+
+
+def _seconds_an_image(images: Images, start: int, count: int) -> float:
+    keys = [(0, (start + ROUNDS * i) * len(images) // (ROUNDS * count)) for i in range(count)]
+    began = time.perf_counter()
+    load_batch(images, keys)
+    return (time.perf_counter() - began) / count
