@@ -150,4 +150,14 @@ def test_what_to_try_can_be_run(tiny_recipe, monkeypatch, batch_size, accumulate
     assert tries or told == "a smaller data.image_size or a smaller model."
     for override in tries:
         key, value = override.removeprefix("train.").split("=")
-        _check_batch(check_config(changed(recipe, train={key: int(value)}), "test"), images=1000)
+        _check_batch(check_config(changed(recipe, train={key: int(value)}), "test"), images=1000, mix=None)
+
+
+@pytest.mark.parametrize(
+    ("share", "mixup", "tries"), [(0.5, 0, "accumulate=2"), (0.75, 0.2, "accumulate=2"), (0.9, 0.2, None)]
+)
+def test_what_to_try_leaves_images_with_and_without_labels(tiny_recipe, share, mixup, tries):
+    data = {"unlabelled": "rest", "limit": 12, "unlabelled_share": share}
+    recipe = changed(tiny_recipe, data=data, train={"batch_size": 16}, augment={"mixup": mixup})
+    found = re.findall(r"train\.\w+=\d+", smaller_steps(check_config(recipe, "test")).split("; try ")[1])
+    assert found[:1] == ([f"train.{tries}"] if tries else [])

@@ -572,7 +572,7 @@ def check_config(values: dict[str, Any], where: str) -> Config:
     from .model_folders import with_folders
 
     try:
-        values = with_folders(values)
+        values = with_folders(values) if isinstance(values, dict) else values
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     try:

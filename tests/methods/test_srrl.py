@@ -177,4 +177,4 @@ def test_in_a_distiller():
     assert student.conv1[0].weight.grad.abs().max() > 0
     assert all(p.grad is None for p in teacher.parameters())
     other = Distiller(student, teacher, {"rkd": {}}, image_size=(160, 160))
-    assert not other.needs_classifier
+    assert not other.teachers["teacher"].needs_classifier
