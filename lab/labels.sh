@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A real DINOv2 ViT-S/14 teaches with 10, 100 and 1,000 labels and with none. What is finished is not run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+weights=$(realpath "${DINOV2:?the file of vit_small_patch14_dinov2, DINOV2=dinov2.safetensors lab/labels.sh}")
+fashion=${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}
+run=${SCALEKD:-.venv/bin/scalekd}
+export HF_HUB_OFFLINE=1
+data=(--data "idx:$fashion/train" --val "idx:$fashion/t10k")
+
+mkdir -p runs/labels
+ln -sfn "$weights" runs/labels/dinov2.safetensors
+for seed in 0 1 2 3 4; do
+    for labels in 10 100 1000; do
+        out=runs/labels/head-$labels-$seed
+        test -f "$out/head.json" || "$run" head vit_small_patch14_dinov2 --weights runs/labels/dinov2.safetensors \
+            "${data[@]}" --val-limit 1000 --image-size 56 --crop-pct 1.0 --limit $labels --seed $seed --out "$out"
+    done
+done
+"$run" compare lab/labels.yaml --out docs/results/labels --share-teacher
+students=()
+for seed in 0 1 2 3 4; do
+    out=runs/labels/none-$seed
+    test -f "$out/summary.json" || "$run" train lab/labels-none.yaml seed=$seed data.seed=$seed --out "$out"
+    students+=("$out")
+done
+"$run" probe "${students[@]}" "${data[@]}" --shots 1,10,100 --draws 5 --out docs/results/labels-none
