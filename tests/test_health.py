@@ -91,7 +91,7 @@ def test_the_state_in_the_report_is_the_one_before_the_step(recipe, spoiled, tmp
 
 def test_a_gpu_goes_back_and_finds_the_step(recipe, spoiled, tmp_path, monkeypatch):
     """Where losses are read only every 50 steps, the weights are spoiled when it is noticed."""
-    monkeypatch.setattr(engine, "_looks_at_every_step", lambda run: False)
+    monkeypatch.setattr(engine, "looks_at_every_step", lambda run: False)
     step = white_steps(recipe)[0]
     with pytest.raises(UserError, match=f"not finite: {spoiled} in step {step}, on "):
         start(changed(recipe, train={"log_every": 50}), tmp_path / "run")
@@ -120,7 +120,7 @@ def test_no_more_steps_are_left_out_than_asked(recipe, spoiled, tmp_path):
 
 def test_finite_steps_do_not_depend_on_the_look(light_recipe, tmp_path, monkeypatch):
     start(light_recipe, tmp_path / "checked")
-    monkeypatch.setattr(engine, "_looks_at_every_step", lambda run: False)
+    monkeypatch.setattr(engine, "looks_at_every_step", lambda run: False)
     start(light_recipe, tmp_path / "unchecked")
     assert_same(final_state(tmp_path / "checked"), final_state(tmp_path / "unchecked"))
 
