@@ -55,9 +55,7 @@ def check_chain(config: Config, device: torch.device, console: Console) -> None:
 
 def taught_by(config: Config, run: Path) -> Config:
     """The recipe with the student of a finished run as its teacher. Raises `UserError`."""
-    values = config.model_dump(mode="json", exclude={"assistant", "teachers"})
-    teacher = {"model": str(run), "cuts": assistant_of(config).student.cuts}
-    return check_config(values | {"teacher": teacher}, config.name)
+    return _with_teacher(config, {"model": str(run), "cuts": assistant_of(config).student.cuts})
 
 
 def taught_by_untrained(config: Config) -> Config:
@@ -67,6 +65,10 @@ def taught_by_untrained(config: Config) -> Config:
     teacher |= {"weights": "random", "image_size": assistant.data.image_size}
     if not any(map(reads_logits, assistant.losses)):
         teacher["kwargs"] |= {"num_classes": 0}
+    return _with_teacher(config, teacher)
+
+
+def _with_teacher(config: Config, teacher: dict[str, Any]) -> Config:
     values = config.model_dump(mode="json", exclude={"assistant", "teachers"})
     return check_config(values | {"teacher": teacher}, config.name)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Generator, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -320,35 +320,51 @@ def by_class(targets: Sequence[int], seed: int) -> list[int]:
 
 def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The micro-batches of a whole run. Raises `UserError` for an image that cannot be read."""
-    return _checked(_loader(images, sampler, workers, pin), images.bad)
+    return checked(loader(images, sampler, workers, pin, _collate), images.bad)
 
 
 def eval_batches(
     images: Images, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[Batch, None, None]:
     sampler = EvalSampler(len(images), batch_size, rank, world)
-    return _checked(_loader(images, sampler, workers, pin), images.bad)
+    return checked(loader(images, sampler, workers, pin, _collate), images.bad)
 
 
 def load_batch(images: Images, keys: list[Key]) -> Batch:
     """One batch in this process, the same as a loader's. Raises `UserError` for an image that cannot be read."""
-    return next(_checked([_collate([images[key] for key in keys])], images.bad))
+    return next(checked([_collate([images[key] for key in keys])], images.bad))
 
 
-def _loader(images: Images, sampler: Sampler, workers: int, pin: bool) -> DataLoader:
+def loader(
+    images: Dataset, sampler: Sampler, workers: int, pin: bool, collate: Callable[[list[Any]], Any]
+) -> DataLoader:
+    """Batches of samples whose keys `sampler` gives, in `workers` processes that leave signals to this one."""
     workers = min(workers, os.cpu_count() or 1)  # more only get in each other's way; the images do not depend on it
     return DataLoader(
         images,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=leave_signals_to_parent,
     )
 
 
-def _checked(loader: Iterable[Batch | UserError], bad: BadImages | None) -> Generator[Batch, None, None]:
-    for batch in loader:
+class Checkable(Protocol):
+    """A batch: the images in it, and those that could not be read on the way."""
+
+    @property
+    def images(self) -> Sized: ...
+    @property
+    def skipped(self) -> Sequence[Bad]: ...
+
+
+B = TypeVar("B", bound=Checkable)
+
+
+def checked(batches: Iterable[B | UserError], bad: BadImages | None) -> Generator[B, None, None]:
+    """The batches that hold an image. Raises `UserError` where one stands in place of a batch, and for too many bad."""
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         if bad is not None:

@@ -39,6 +39,14 @@ def is_image(name: str) -> bool:
     return base.lower().endswith(EXTENSIONS) and not base.startswith(".")
 
 
+def read_file(path: str) -> bytes:
+    """Raises `BadImage`."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+
+
 def decode(data: bytes) -> Image.Image:
     """The first frame of an encoded image, upright, 8 bits, mode L or RGB. Raises `BadImage`.
 

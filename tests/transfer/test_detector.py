@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from torchvision.ops import box_iou
 
 from scalekd.errors import UserError
 from scalekd.transfer.decay import layer_groups
@@ -143,4 +144,4 @@ def test_it_learns_where_a_square_is():
     model.freeze_norms = True
     with torch.no_grad():
         (found,) = model.train().student.eval()([pixels / 255])
-    torch.testing.assert_close(found["boxes"][0], wanted["boxes"][0], atol=4, rtol=0)
+    assert box_iou(found["boxes"][:1], wanted["boxes"]).item() > 0.7

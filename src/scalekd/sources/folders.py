@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError, nearest, printable
-from ..images import BadImage, decode, is_image
+from ..images import decode, is_image, read_file
 
 
 class Folder:
@@ -33,11 +33,7 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        try:
-            data = Path(self.files[i]).read_bytes()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
-        return decode(data), self.targets[i]
+        return decode(read_file(self.files[i])), self.targets[i]
 
     def where(self, i: int) -> str:
         return printable(self.files[i])

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError, first_line, nearest, printable
-from ..images import BadImage, decode
+from ..images import BadImage, decode, read_file
 from .folders import real
 
 LABELS = ("label", "labels", "class", "target", "fine_label")
@@ -37,10 +37,7 @@ class HuggingFace:
         cell = self._cell(i)
         data = cell.get("bytes")
         if data is None and cell.get("path"):
-            try:
-                data = Path(cell["path"]).read_bytes()
-            except OSError as error:
-                raise BadImage(error.strerror or str(error)) from None
+            data = read_file(cell["path"])
         return decode(data or b""), self.targets[i]
 
     def _cell(self, i: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..errors import UserError, printable
-from ..images import BadImage, decode, is_image
+from ..images import decode, is_image, read_file
 from .folders import images_below, real
 from .shards import is_sample_image, shard_paths
 from .tars import Place, index
@@ -33,13 +33,7 @@ class Loose:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         place = self.places[i]
-        if isinstance(place, Place):
-            return decode(place.read()), UNLABELLED
-        try:
-            data = Path(place).read_bytes()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
-        return decode(data), UNLABELLED
+        return decode(place.read() if isinstance(place, Place) else read_file(place)), UNLABELLED
 
     def where(self, i: int) -> str:
         return printable(self.names[i])

@@ -6,8 +6,7 @@ As in `scalekd.data`, items are asked for by (epoch, index) and every random cho
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,16 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from ..data import seed_everything
+from ..data import checked, loader, seed_everything
 from ..errors import UserError, printable
 from ..images import Bad, BadImage, BadImages, decode
 from ..samplers import EvalSampler, Key
-from ..stop import leave_signals_to_parent
 from .coco import Coco, Instance, Picture
 from .coco_masks import mask_of
 
@@ -167,30 +165,10 @@ def detection_batches(
     images: DetectionImages, sampler: Sampler, workers: int, pin: bool
 ) -> Generator[DetectionBatch, None, None]:
     """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
-    loader = DataLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    return _checked(loader, images.bad)
+    return checked(loader(images, sampler, workers, pin, collate), images.bad)
 
 
 def eval_batches(
     images: DetectionImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[DetectionBatch, None, None]:
     return detection_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
-
-
-def _checked(
-    loader: Iterable[DetectionBatch | UserError], bad: BadImages | None
-) -> Generator[DetectionBatch, None, None]:
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        if bad is not None:
-            bad.add(batch.skipped)
-        if batch.images:
-            yield batch

@@ -6,8 +6,7 @@ As in `scalekd.data`, items are asked for by (epoch, index) and every random cho
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,15 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from ..data import Batch, Statistic, seed_everything
+from ..data import Batch, Statistic, checked, loader, seed_everything
 from ..errors import UserError, printable
 from ..images import Bad, BadImage, BadImages
 from ..samplers import EvalSampler, Key
-from ..stop import leave_signals_to_parent
 from .segment_pairs import IGNORED, Mask, Pairs
 
 # ---------------------------------------------------------------- transforms
@@ -188,15 +186,7 @@ def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
 
 def segment_batches(images: SegmentImages, sampler: Sampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
-    loader = DataLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    return _checked(loader, images.bad)
+    return checked(_one_by_one(loader(images, sampler, workers, pin, collate)), images.bad)
 
 
 def eval_batches(
@@ -205,12 +195,6 @@ def eval_batches(
     return segment_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
 
 
-def _checked(loader: Iterable[list[Batch] | UserError], bad: BadImages | None) -> Generator[Batch, None, None]:
-    for batches in loader:
-        if isinstance(batches, UserError):
-            raise batches
-        for batch in batches:
-            if bad is not None:
-                bad.add(batch.skipped)
-            if len(batch.targets):
-                yield batch
+def _one_by_one(collated: Iterable[list[Batch] | UserError]) -> Iterator[Batch | UserError]:
+    for of_one in collated:
+        yield from [of_one] if isinstance(of_one, UserError) else of_one
