@@ -21,7 +21,7 @@ import timm
 import torch
 
 from scalekd.memory import keep_freed_memory
-from scalekd.runs import machine
+from scalekd.provenance import machine
 
 BATCH, ROUNDS = 128, 7
 

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 
 from scalekd import checkpoint
+from scalekd.provenance import machine
 from scalekd.runlog import read_log
-from scalekd.runs import machine
 
 STEPS, EPOCHS, BATCH = 10, 3, 20  # steps are per epoch
 RECIPE = [

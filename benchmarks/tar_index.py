@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scalekd.runs import machine
+from scalekd.provenance import machine
 from scalekd.sources import open_source
 
 CLASSES = 100

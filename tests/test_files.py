@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from whole_runs import assert_same, changed, events, final_state
 
-from scalekd import runs
+from scalekd import run_folder
 from scalekd.errors import UserError
 from scalekd.files import replacing, write_text
 
@@ -168,7 +168,7 @@ def test_a_recipe_without_newer_fields_is_the_same_run(cli, recipe_file, tmp_pat
 
 def test_a_folder_without_permission_is_told_before_the_preflight(cli, recipe_file, tmp_path, monkeypatch):
     """The tests may run as root, who may write anywhere."""
-    monkeypatch.setattr(runs.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: path != tmp_path)
     for folder in (tmp_path / "run", tmp_path / "new" / "run"):
         told = cli("train", recipe_file, "--out", folder)
         assert (

@@ -13,7 +13,7 @@ from scalekd.build import build
 from scalekd.config import check_config
 from scalekd.distiller import Distiller
 from scalekd.errors import UserError
-from scalekd.health import NonFinite, load_report, train_sampler
+from scalekd.health import NonFinite, load_report
 from scalekd.resume import Progress, snapshot
 
 
@@ -51,7 +51,7 @@ def spoiled(request, monkeypatch):
 def white_steps(recipe) -> list[int]:
     """The steps, from 1, whose batch has the white image."""
     run = build(check_config(recipe, "test"), CPU)
-    sampler = train_sampler(run)
+    sampler = run.train_sampler()
     return [step + 1 for step in range(6) if any(i == 0 for keys in sampler.keys_of(step) for _, i in keys)]
 
 

@@ -18,7 +18,7 @@ from scalekd.build import build
 from scalekd.config import Model, check_config
 from scalekd.errors import UserError
 from scalekd.models import backbone_sha256, build_model
-from scalekd.runs import provenance
+from scalekd.provenance import provenance
 from scalekd.weights import State, grouped, initial_share, noise_share
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 48}

@@ -19,9 +19,7 @@ from torch import nn
 from scalekd.build import build
 from scalekd.cli import main
 from scalekd.config import Config, load_recipe, recipe_names, recipe_text
-from scalekd.data import train_batches
-from scalekd.engine import AUTOCAST, on_device
-from scalekd.health import train_sampler
+from scalekd.engine import AUTOCAST
 from scalekd.optim import make_optimizer, make_schedule
 from scalekd.recipe_list import IMAGENET_IMAGES, entry, header, listed, table
 
@@ -393,8 +391,7 @@ def cheap_initial_values(monkeypatch):
 def test_a_recipe_is_built_and_stepped(name, tmp_path, cheap_initial_values):
     config = load_recipe(name, small(name, tmp_path))
     run = build(config, torch.device("cpu"))
-    sampler = train_sampler(run, steps=1)
-    images, targets = on_device(next(train_batches(run.train_images, sampler, workers=0, pin=False)), run)
+    images, targets = run.inputs(next(run.train_batches(run.train_sampler(steps=1), workers=0)))
     run.distiller.train()
     dtype = AUTOCAST[config.train.precision]
     with torch.autocast("cpu", dtype, enabled=dtype is not None):

@@ -129,7 +129,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
 
 
 def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("scalekd.runs.write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("scalekd.run_folder.write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     stopped = command("run")
     assert stopped.code == 75 and "stopped by SIGTERM before the first step" in stopped.err
     assert command("run").code == 75  # nothing there that is in the way

@@ -120,7 +120,18 @@ def test_names_do_not_steer_the_terminal(tmp_path, terminal):
     log.say(f"says {bad}")
     log.start(0, 9)
     log.step(step=1, losses={bad: 1.0}, **STEP)
-    log.validation(step=1, epoch=1, epochs=2, top1=1.0, top5=1.0, loss=1.0, best=1.0, elapsed_s=1.0)
+    log.validation(
+        {"top1": "top-1", "top5": "top-5"},
+        step=1,
+        steps=9,
+        epoch=1,
+        epochs=2,
+        top1=1.0,
+        top5=1.0,
+        loss=1.0,
+        best=1.0,
+        elapsed_s=1.0,
+    )
     log.close()
     shown = out.getvalue()
     assert r"says [red]x[/] \x1b[2J\x1b]0;title\x07 \udcff [/]" in shown

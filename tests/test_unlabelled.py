@@ -23,12 +23,10 @@ from whole_runs import changed
 from scalekd import Distiller
 from scalekd.build import build
 from scalekd.config import Data, check_config
-from scalekd.data import make_mixup, open_split, train_batches
-from scalekd.engine import mixed, on_device
+from scalekd.data import make_mixup, mixed, open_split, train_batches
 from scalekd.errors import UserError
 from scalekd.evaluate import evaluate_features
 from scalekd.export import load_student
-from scalekd.health import train_sampler
 from scalekd.samplers import Mix, TrainSampler
 from scalekd.sources import UNLABELLED, open_unlabelled
 
@@ -181,7 +179,7 @@ def test_an_image_that_cannot_be_read_is_replaced_by_one_of_its_kind(
         Path(run.train_images.source.where(run.train_images.indices[i])).write_bytes(b"no image")
     assert run.train_images[0, 5].target in (0, 1, 2)
     assert run.train_images[0, 25].target == UNLABELLED
-    for batch in train_batches(run.train_images, train_sampler(run), 0, pin=False):
+    for batch in train_batches(run.train_images, run.train_sampler(), 0, pin=False):
         assert (len(batch.images), len(batch.targets)) == (8, 2)
 
 
@@ -301,8 +299,8 @@ def test_a_run_with_both_kinds(mixed_recipe: dict[str, Any], tmp_path: Path, cli
 
 def test_the_first_images_of_a_batch_are_those_of_the_targets(mixed_recipe: dict[str, Any]) -> None:
     run = build(check_config(mixed_recipe, "test"), CPU)
-    batch = next(train_batches(run.train_images, train_sampler(run), 0, pin=False))
-    images, targets = on_device(batch, run)
+    batch = next(train_batches(run.train_images, run.train_sampler(), 0, pin=False))
+    images, targets = run.inputs(batch)
     colours = {0: 0, 1: 1, 2: 2}  # ant is red, bee green, cat blue
     for image, target in zip(images, targets.tolist()):
         assert image.mean((1, 2)).argmax().item() == colours[target]

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from . import parallel
+from .clock import Stopwatch
 from .config import Config, Model, height_and_width, reads_logits
-from .data import Batch, Images, make_mixup, open_split, seed_everything, training_images, validation_images
+from .data import (
+    Batch,
+    Images,
+    eval_batches,
+    load_batch,
+    make_mixup,
+    mixed,
+    open_split,
+    seed_everything,
+    train_batches,
+    training_images,
+    validation_images,
+)
 from .distiller import Distiller, Teacher
 from .errors import UserError, printable
-from .evaluate import evaluate, evaluate_features
+from .evaluate import NEIGHBOURS, evaluate, evaluate_features
 from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
-from .samplers import Mix
+from .samplers import Key, Mix, TrainSampler
 from .teacher_outputs import TeacherOutputs
+from .training import Training
 
 
 class Taught(NamedTuple):
@@ -38,34 +50,41 @@ class Taught(NamedTuple):
         return self.place.removeprefix("teachers.")
 
 
-@dataclass
-class Run:
-    """Everything that a recipe names, built."""
+@dataclass(kw_only=True)
+class Run(Training):
+    """A distillation, or a training without a teacher, built."""
 
     config: Config
-    device: torch.device
-    classes: list[str]
     train_images: Images
     val_images: Images
-    distiller: Distiller
-    loaded: dict[str, Loaded]  # of "student", and of "teacher" or "teachers.NAME"
-    optimizer: Optimizer
-    schedule: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
+    model: Distiller
     mixup: Mixup | None
-    steps_per_epoch: int
-    mix: Mix | None = None  # where images without labels are trained on beside those with
     teacher_outputs: TeacherOutputs | None = None
 
     @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.train.epochs
+    def distiller(self) -> Distiller:
+        return self.model
 
     @property
-    def deployed(self) -> nn.Module:
-        """The student that is evaluated and exported: the averaged one where there is one."""
-        return self.ema.module if self.ema is not None else self.distiller.student
+    def student(self) -> nn.Module:
+        return self.model.student
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"student": self.model.student, "methods": self.model.methods}
+
+    @property
+    def figures(self) -> dict[str, str]:
+        neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
+        return {"top1": f"{neighbours}top-1", "top5": "top-5"}
+
+    @property
+    def eval_batch_size(self) -> int:
+        return min(256, 4 * super().eval_batch_size)  # without gradients, four times as many fit
+
+    @property
+    def teacher_clock(self) -> Stopwatch:
+        return self.model.teacher_clock
 
     @property
     def taught_by(self) -> list[Taught]:
@@ -81,10 +100,40 @@ class Run:
         """Whether the student has one: not where no loss would train it."""
         return self.distiller.student_view.shapes.classes > 0
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
+        images, targets = self.inputs(batch)
+        known = self.teacher_outputs and self.teacher_outputs.features(micro, images)
+        return model(images, targets, known) if known else model(images, targets)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        if shared := self.teacher_outputs:
+            told = {"computed": shared.computed, "read": shared.read, "file": str(shared.path)}
+            return {"teacher_outputs": told}
+        return {}
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the distiller is called with: images (B, C, H, W) in [0, 1] and targets, mixed where the recipe says so."""
+        images = batch.images.to(self.device, non_blocking=True).float() / 255
+        targets = batch.targets.to(self.device, non_blocking=True)
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return mixed(images, targets, self.mixup) if self.mixup else (images, targets)
+
+    def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Batch, None, None]:
+        return train_batches(self.train_images, sampler, workers, self.device.type == "cuda")
+
+    def eval_batches(self, size: int, workers: int) -> Generator[Batch, None, None]:
+        pin = self.device.type == "cuda"
+        return eval_batches(self.val_images, size, workers, pin, parallel.rank(), parallel.world())
+
+    def again(self, keys: list[Key]) -> tuple[Batch, list[str]]:
+        images = self.train_images
+        return load_batch(images, keys), [images.source.where(images.indices[i]) for _, i in keys]
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The deployed student's accuracy: `evaluate`, or `evaluate_features` without a classifier."""
         by = evaluate if self.has_classifier else evaluate_features
-        return by(self.deployed, batches, self.distiller.student_mean, self.distiller.student_std, self.device)
+        return by(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
 
 
 def build(config: Config, device: torch.device) -> Run:
@@ -144,20 +193,21 @@ def build(config: Config, device: torch.device) -> Run:
         rest = len(images) - mix.labelled
         steps_per_epoch = max(1, mix.labelled // mix.per_batch, rest // (train.batch_size - mix.per_batch))
     return Run(
-        config,
-        device,
-        split.classes,
-        images,
-        validation_images(split, data, config.augment),
-        distiller,
-        loaded,
-        optimizer,
-        make_schedule(config, optimizer, steps_per_epoch),
-        torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
-        make_mixup(config.augment, classes),
-        steps_per_epoch,
-        mix,
+        config=config,
+        device=device,
+        classes=split.classes,
+        train_images=images,
+        val_images=validation_images(split, data, config.augment),
+        model=distiller,
+        loaded=loaded,
+        optimizer=optimizer,
+        schedule=make_schedule(config, optimizer, steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
+        ema=ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
+        mixup=make_mixup(config.augment, classes),
+        steps_per_epoch=steps_per_epoch,
+        mix=mix,
+        repeats=config.augment.repeats,
     )
 
 

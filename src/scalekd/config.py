@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -67,6 +67,9 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("bool", "true and false are no value for it")
         return value
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Data(Section):
@@ -137,7 +140,7 @@ class Augment(Section):
     """Validation: the image is resized to image_size / crop_pct and its centre is cut out."""
 
 
-class Model(Section):
+class Backbone(Section):
     model: str
     """A timm model name; or a folder, a scalekd run's or one in timm's format (docs/any-teacher.md)."""
     weights: str | None = None
@@ -146,17 +149,11 @@ class Model(Section):
     """What stands before the model's names in `weights`, such as `teacher.backbone.`; found out unless given."""
     kwargs: dict[str, JsonValue] = {}
     """Passed to `timm.create_model`."""
-    cuts: tuple[int, int, int, int] | None = None
-    """Plain ViTs and MLPs: the blocks after which stages 1 to 4 end. Quarters of the depth unless given."""
     image_size: ImageSize | None = None
-    """Teachers: the size the teacher sees, if not the student's; resized from the same augmented pixels."""
+    """Pixels that it is built for; timm's own for that model unless given."""
     mean: tuple[float, ...] | None = None
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Statistics of the model's input for pixels in [0, 1]; timm's own for that model unless given."""
-    top1: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
-    head: str | None = None
-    """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone; it takes the place of any other."""
 
     @field_validator("kwargs")
     @classmethod
@@ -186,8 +183,18 @@ class Model(Section):
         return name
 
 
-class Train(Section):
-    epochs: Positive
+class Model(Backbone):
+    image_size: ImageSize | None = None
+    """Teachers: the size the teacher sees, if not the student's; resized from the same augmented pixels."""
+    cuts: tuple[int, int, int, int] | None = None
+    """Plain ViTs and MLPs: the blocks after which stages 1 to 4 end. Quarters of the depth unless given."""
+    top1: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
+    head: str | None = None
+    """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone; it takes the place of any other."""
+
+
+class Steps(Section):
     batch_size: Annotated[int, Field(gt=0, le=2**20)]
     """Global: over all processes and accumulated steps."""
     accumulate: Positive = 1
@@ -198,8 +205,6 @@ class Train(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average of the student's weights, which is then evaluated and exported."""
     sync_batchnorm: bool = False
-    eval_every: Positive = 1
-    """Epochs between validations."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
     """Between checkpoints; every validation writes one too. 0: one after every step."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
@@ -209,7 +214,13 @@ class Train(Section):
     """Steps between log lines; losses are read from the device only then."""
 
 
-class Optim(Section):
+class Train(Steps):
+    epochs: Positive
+    eval_every: Positive = 1
+    """Epochs between validations."""
+
+
+class BaseOptim(Section):
     name: str = "adamw"
     """A timm optimiser name."""
 
@@ -227,6 +238,9 @@ class Optim(Section):
     momentum: Share = 0.9
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class Optim(BaseOptim):
     decay_norm_and_bias: bool = False
     """Apply weight decay to biases and normalisation layers too."""
     projector_lr: Annotated[float, Field(gt=0)] = 1.0
@@ -372,50 +386,71 @@ def _unlabelled_problems(config: Config) -> list[str]:
 
 def _ignored(config: Config) -> list[str]:
     """Values that were changed and that nothing would read."""
+    augment, schedule = config.augment, config.schedule
+    return unread(config.optim) + without_effect(
+        [
+            (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
+            (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
+            (
+                augment.auto_augment is not None,
+                "augment.color_jitter",
+                augment,
+                "no augment.auto_augment, which brings its own",
+            ),
+            (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
+            (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
+            (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
+            (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
+            (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
+            (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
+            (
+                config.data.val is not None and config.data.limit is None and config.data.unlabelled_limit is None,
+                "data.seed",
+                config.data,
+                "data.limit or no data.val; a run's own seed is `seed`",
+            ),
+            (
+                config.data.train is None,
+                "data.limit",
+                config.data,
+                "a data.train; data.unlabelled_limit is the other's",
+            ),
+            (config.data.unlabelled is None, "data.unlabelled_limit", config.data, "data.unlabelled"),
+            (
+                config.data.unlabelled is None or config.data.train is None,
+                "data.unlabelled_share",
+                config.data,
+                "both data.train and data.unlabelled",
+            ),
+            (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
+            (True, "student.top1", config.student, "a teacher"),
+            (True, "student.head", config.student, "a teacher"),
+        ]
+    )
+
+
+Idle = tuple[bool, str, Section, str]  # whether a field is not read, its name, the section it is in, what it goes with
+
+
+def unread(optim: BaseOptim) -> list[str]:
+    """Values of `optim` that were changed and that its optimiser does not have."""
     from timm.optim import get_optimizer_info
 
-    augment, optim, schedule = config.augment, config.optim, config.schedule
     info = get_optimizer_info(optim.name)
-    idle: list[tuple[bool, str, Section, str]] = [
-        (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
-        (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
-        (
-            augment.auto_augment is not None,
-            "augment.color_jitter",
-            augment,
-            "no augment.auto_augment, which brings its own",
-        ),
-        (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
-        (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
-        (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
-        (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
-        (not info.has_betas, "optim.betas", optim, "an optimiser with betas"),
-        (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
-        (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
-        (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
-        (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
-        (
-            config.data.val is not None and config.data.limit is None and config.data.unlabelled_limit is None,
-            "data.seed",
-            config.data,
-            "data.limit or no data.val; a run's own seed is `seed`",
-        ),
-        (config.data.train is None, "data.limit", config.data, "a data.train; data.unlabelled_limit is the other's"),
-        (config.data.unlabelled is None, "data.unlabelled_limit", config.data, "data.unlabelled"),
-        (
-            config.data.unlabelled is None or config.data.train is None,
-            "data.unlabelled_share",
-            config.data,
-            "both data.train and data.unlabelled",
-        ),
-        (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
-        (True, "student.top1", config.student, "a teacher"),
-        (True, "student.head", config.student, "a teacher"),
-    ]
+    return without_effect(
+        [
+            (not info.has_betas, "optim.betas", optim, "an optimiser with betas"),
+            (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
+            (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
+        ]
+    )
+
+
+def without_effect(idle: Iterable[Idle]) -> list[str]:
     return [
         f"{name}: has no effect here; it goes with {needs}"
-        for unread, name, section, needs in idle
-        if unread and _changed(section, name.split(".")[1])
+        for not_read, name, section, needs in idle
+        if not_read and _changed(section, name.split(".")[1])
     ]
 
 
@@ -569,6 +604,11 @@ MOST_PROBLEMS = 30
 
 def check_config(values: dict[str, Any], where: str) -> Config:
     """Validates plain values; `UserError` with all problems at once. Models named by a folder are written out."""
+    return checked_as(Config, values, where)
+
+
+def checked_as(schema: type[S], values: dict[str, Any], where: str) -> S:
+    """`check_config` for the recipe of any task."""
     from .model_folders import with_folders
 
     try:
@@ -576,10 +616,10 @@ def check_config(values: dict[str, Any], where: str) -> Config:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        lines = [line for e in errors[:MOST_PROBLEMS] for line in described(dict(e), Config)]
+        lines = [line for e in errors[:MOST_PROBLEMS] for line in described(dict(e), schema)]
     count = len(lines) + max(0, len(errors) - MOST_PROBLEMS)
     listed = [f"  - {shortened(line)}" for line in lines[:MOST_PROBLEMS]]
     if count > MOST_PROBLEMS:
@@ -626,5 +666,5 @@ def assistant_of(config: Config) -> Config:
     return check_config(merged(values, config.assistant or {}), "assistant")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -194,6 +194,19 @@ def make_mixup(augment: Augment, classes: int) -> Mixup | None:
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes)
 
 
+def mixed(images: Tensor, targets: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
+    """Mixup among the labelled images, which come first, and among the others; targets (L, classes) of the former."""
+    labelled = len(targets)
+    if labelled == len(images):
+        return mixup(images, targets)
+    nothing = targets.new_zeros(len(images) - labelled)
+    others, _ = mixup(images[labelled:], nothing)
+    if not labelled:
+        return others, targets
+    first, soft = mixup(images[:labelled], targets)
+    return torch.cat([first, others]), soft
+
+
 # ---------------------------------------------------------------- the data of a run
 
 

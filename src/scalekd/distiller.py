@@ -254,9 +254,9 @@ def _of(given: T | Mapping[str, T | None] | None, name: str) -> T | None:
     return given.get(name) if isinstance(given, Mapping) else given
 
 
-def dead_parameters(distiller: Distiller) -> list[str]:
+def dead_parameters(model: nn.Module) -> list[str]:
     """After a backward pass: names of trainable parameters that received no gradient."""
-    return [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def resized(pixels: Tensor, size: tuple[int, int], model: nn.Module) -> Tensor:

@@ -25,7 +25,7 @@ def shortened(text: str, most: int = 400) -> str:
     return printable(text if len(text) <= most else f"{text[:most]} ...")
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: float, what: str) -> str:
     """1 epoch, 2 epochs."""
     return f"{number} {what}{'s' * (number != 1)}"
 

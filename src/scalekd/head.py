@@ -33,7 +33,7 @@ from .features import FEATURES, Backbone, features, say, sensible_crop, some
 from .files import make_folder, replacing, write_text
 from .head_solver import STRENGTHS, Choice, Linear, choose, fit, scores
 from .models import Loaded, backbone_sha256, build_model, put_head, sha256_of, statistics
-from .runs import git_state, machine, versions
+from .provenance import git_state, machine, versions
 
 
 class Teacher(Backbone):

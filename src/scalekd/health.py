@@ -11,10 +11,10 @@ from torch import Tensor
 from . import checkpoint, parallel
 from .build import Run, build
 from .config import check_config, to_yaml
-from .data import Batch, load_batch
+from .data import Batch
 from .errors import UserError
 from .resume import Progress, load_snapshot, snapshot
-from .samplers import TrainSampler
+from .training import Training
 from .yaml_file import parse_yaml
 
 ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
@@ -47,29 +47,10 @@ def check_step(step: int, losses: dict[str, Tensor], grad_norm: Tensor, scaled: 
         raise NonFinite(step, found, before_update=True)
 
 
-def train_sampler(run: Run, start: int = 0, steps: int | None = None) -> TrainSampler:
-    """This process's micro-batches from step `start` to the run's end, or to step `steps`."""
-    train = run.config.train
-    return TrainSampler(
-        len(run.train_images),
-        train.batch_size,
-        run.config.seed,
-        run.total_steps if steps is None else steps,
-        start,
-        train.accumulate,
-        parallel.rank(),
-        parallel.world(),
-        run.config.augment.repeats,
-        run.mix,
-    )
-
-
-def report(run: Run, at: Progress, found: NonFinite, folder: Path) -> UserError:
+def report(run: Training, at: Progress, found: NonFinite, folder: Path) -> UserError:
     """Saves the step, one file per process, for `replay`; returns the error to raise."""
-    images = run.train_images
-    keys = train_sampler(run).keys_of(found.step - 1)
-    batches = [load_batch(images, of_one) for of_one in keys]
-    files = [images.source.where(images.indices[i]) for of_one in keys for _, i in of_one]
+    micro = [run.again(keys) for keys in run.train_sampler().keys_of(found.step - 1)]
+    batches, files = [batch for batch, _ in micro], [file for _, of_one in micro for file in of_one]
     rank = f"-rank-{parallel.rank()}" if parallel.rank() else ""
     path = folder / f"nonfinite-step-{found.step}{rank}.pt"
     content = {

@@ -6,31 +6,28 @@ import time
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import parallel
 from .clock import Stopwatch
-from .config import Train
 from .health import NonFinite, non_finite
 from .resume import Progress
 from .runlog import RunLog
+from .training import Training
 
 
 class Meter:
     """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
 
-    def __init__(
-        self, config: Train, log: RunLog, optimizer: Optimizer, teacher: Stopwatch, steps_per_epoch: int, at: Progress
-    ):
-        self.config, self.log, self.optimizer, self.teacher, self.data = config, log, optimizer, teacher, Stopwatch()
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * config.epochs
+    def __init__(self, run: Training, log: RunLog, at: Progress):
+        self.run, self.config, self.log, self.data = run, run.config.train, log, Stopwatch()
         # what was added up before the run was stopped goes on in the first process
         self.sums: dict[str, Tensor | float] = {n: v * (parallel.rank() == 0) for n, v in at.sums.items()}
         self.counted, self.before = at.counted, at.elapsed
         self.timed = 0  # steps in this window that this process saw
         self.first_bad: Tensor | None = None
         self.began = self.window = time.perf_counter()
-        teacher.seconds()
+        if run.teacher_clock:
+            run.teacher_clock.seconds()
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
@@ -71,17 +68,17 @@ class Meter:
             assert self.first_bad is not None
             first = [s for s in parallel.gather(int(self.first_bad)) if s]
             raise NonFinite(min(first, default=step), terms, before_update=False)
-        grad_norm = means.pop("gradient")
+        grad_norm, total, teacher = means.pop("gradient"), self.run.total_steps, self.run.teacher_clock
         self.log.step(
             step=step,
-            steps=self.total_steps,
-            epoch=step / self.steps_per_epoch,
+            steps=total,
+            epoch=step / self.run.steps_per_epoch,
             losses=means,
             grad_norm=grad_norm,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.run.optimizer.param_groups[0]["lr"],
             images_per_s=timed * self.config.batch_size / seconds,
             data_share=self.data.seconds() / seconds,
-            teacher_share=self.teacher.seconds() / seconds,
-            left_s=seconds / timed * (self.total_steps - step),
+            **({"teacher_share": teacher.seconds() / seconds} if teacher else {}),
+            left_s=seconds / timed * (total - step),
         )
         self.sums, self.counted, self.timed, self.first_bad, self.window = {}, 0, 0, None, now

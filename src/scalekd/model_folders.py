@@ -37,7 +37,7 @@ def with_folders(values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's plain values in which every `model` that is a folder is written out. Raises `UserError`."""
     data = values.get("data")
     channels = data.get("channels", 3) if isinstance(data, dict) else 3
-    found = {role: values[role] for role in ("student", "teacher") if isinstance(values.get(role), dict)}
+    found = {role: values[role] for role in ("student", "teacher", "backbone") if isinstance(values.get(role), dict)}
     whole = values | {role: written_out(section, role, channels) for role, section in found.items()}
     if isinstance(several := values.get("teachers"), dict):
         whole["teachers"] = {
@@ -48,7 +48,7 @@ def with_folders(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, Any]:
-    """The values of a recipe's `student` or `teacher`; the folder of `model` becomes name, arguments, weights, input.
+    """The values of a recipe's `student`, `teacher` or `backbone`; the folder of `model` becomes name, arguments, weights, input.
 
     Its mean, std and, for a teacher, image size are taken where the section says nothing; so are its weights, for
     `pretrained` too. `weights: random` stays. Raises `UserError` for other weights or arguments than the folder's.

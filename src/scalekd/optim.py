@@ -11,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from .config import Config
+from .config import BaseOptim, Config
 from .distiller import Distiller
 
 
@@ -21,6 +21,11 @@ def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:
     groups = _groups(distiller.student, config, optim.lr) + _groups(
         distiller.methods, config, optim.lr * optim.projector_lr
     )
+    return of_groups(optim, groups)
+
+
+def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimiser that a recipe names, through timm's factory, with these parameter groups."""
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = ({"betas": optim.betas} if info.has_betas else {}) | (
         {"eps": optim.eps} if info.has_eps else {}
@@ -46,8 +51,8 @@ def _groups(module: nn.Module, config: Config, lr: float) -> list[dict[str, Any]
     return [group | {"lr": lr} for group in groups if group["params"]]
 
 
-def make_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule, counted in steps: call `schedule.step_update(step)` before each step."""
+def make_schedule(config: Any, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule for a recipe's `schedule` and `train.epochs`, counted in steps: call `schedule.step_update(step)` before each step."""
     s, epochs = config.schedule, config.train.epochs
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -64,3 +69,21 @@ def make_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) ->
     )
     assert schedule is not None
     return schedule
+
+
+def make_iteration_schedule(schedule: Any, iterations: int, optimizer: Optimizer) -> Scheduler:
+    """timm's cosine or polynomial schedule over `iterations` steps. schedule: a recipe's, with `warmup_iterations`."""
+    made, _ = create_scheduler_v2(
+        optimizer,
+        sched=schedule.name,
+        num_epochs=iterations,
+        warmup_epochs=schedule.warmup_iterations,
+        warmup_lr=schedule.warmup_lr,
+        warmup_prefix=False,
+        min_lr=schedule.min_lr,
+        decay_rate=schedule.power,  # what timm's factory takes as the power of `poly`
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    assert made is not None
+    return made

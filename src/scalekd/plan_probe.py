@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -22,8 +21,8 @@ from .data import Batch, Images, Split, load_batch, make_mixup, training_images,
 from .distiller import Distiller
 from .engine import looks_at_every_step, train_step
 from .memory import keep_freed_memory
-from .optim import make_optimizer
-from .runs import machine
+from .optim import make_optimizer, make_schedule
+from .provenance import machine
 from .shortages import shortages_told
 
 MOST = 64  # images of a timed step unless given
@@ -82,7 +81,7 @@ def an_image(of_small: list[float], of_large: list[float], small: int, large: in
 
 
 def _run(config: Config, device: torch.device, classes: int) -> Run:
-    """As much of a run as `train_step` reads, untrained."""
+    """A run as far as a step goes: untrained, without images."""
     distiller = untrained(config, classes, config.losses).to(device).train()
     if config.train.channels_last:
         distiller.to(memory_format=torch.channels_last)
@@ -90,17 +89,21 @@ def _run(config: Config, device: torch.device, classes: int) -> Run:
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
     ema = config.train.ema
-    parts = SimpleNamespace(
+    return Run(
         config=config,
         device=device,
-        distiller=distiller,
+        classes=[],
+        train_images=cast(Images, None),
+        val_images=cast(Images, None),
+        model=distiller,
+        loaded={},
         optimizer=optimizer,
+        schedule=make_schedule(config, optimizer, 1),
         scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
         ema=ModelEmaV3(distiller.student, decay=ema, use_warmup=True) if ema else None,
         mixup=make_mixup(config.augment, classes),
-        teacher_outputs=None,
+        steps_per_epoch=1,
     )
-    return cast(Run, parts)
 
 
 def _step(run: Run, classes: int, size: int) -> Callable[[], object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,13 +15,13 @@ from rich.text import Text
 from . import parallel
 from .build import Run, Taught
 from .config import height_and_width
-from .data import Batch, seed_everything, train_batches
+from .data import seed_everything
 from .distiller import dead_parameters
-from .engine import AUTOCAST, on_device
+from .engine import AUTOCAST
 from .errors import UserError, counted, printable
-from .health import train_sampler
 from .runlog import duration
 from .teacher_checks import Check, class_names, from_source, shown, teacher_accuracy, teacher_input
+from .training import Training
 
 
 def preflight(run: Run, console: Console) -> None:
@@ -28,20 +29,24 @@ def preflight(run: Run, console: Console) -> None:
     checks = [*_weights(run), *_classes(run), *_unlabelled(run), *_inputs(run)]
     if not any(c.status == "fail" for c in checks):
         checks += [check for of in run.taught_by for check in teacher_accuracy(run, of)]
+    names = ", ".join(of.teacher.view.name for of in run.taught_by)
+    teacher = f" <- {names}" if names else ""
+    finish(run, f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", checks, console)
+
+
+def finish(run: Training, title: str, checks: list[Check], console: Console) -> None:
+    """Adds a step to the checks unless one failed already, prints all; raises `UserError` with the fixes if one fails."""
     if not any(c.status == "fail" for c in checks):
-        checks += [*_one_step(run), *_bad_images(run)]
+        checks = [*checks, *_one_step(run), *_bad_images(run)]
     if parallel.rank() == 0:
-        _print(run, checks, console)
+        _print(title, checks, console)
     failed = [c for c in checks if c.status == "fail"]
     if failed:
         raise UserError("pre-flight: " + "\n".join(f"{c.name}: {c.text}. {c.fix}" for c in failed))
 
 
-def _print(run: Run, checks: list[Check], console: Console) -> None:
-    names = ", ".join(of.teacher.view.name for of in run.taught_by)
-    teacher = f" <- {names}" if names else ""
-    losses = ", ".join(run.config.losses)
-    console.print(f"Pre-flight: {run.distiller.student_view.name}{teacher}  ({losses})", highlight=False, markup=False)
+def _print(title: str, checks: list[Check], console: Console) -> None:
+    console.print(f"Pre-flight: {title}", highlight=False, markup=False)
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     table = Table(box=None, show_header=False, padding=(0, 1))
     for c in checks:
@@ -119,17 +124,17 @@ def _inputs(run: Run) -> list[Check]:
     return checks
 
 
-def _one_step(run: Run) -> list[Check]:
+def _one_step(run: Training) -> list[Check]:
     """Two forward and backward passes on real batches; batch-norm statistics are put back, nothing is updated."""
-    d, config = run.distiller, run.config
+    d, config = run.model, run.config
     before = {name: b.clone() for name, b in d.named_buffers()}
-    sampler = train_sampler(run, steps=min(2, run.total_steps))
+    sampler = run.train_sampler(steps=min(2, run.total_steps))
     d.train()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     losses: dict[str, torch.Tensor] = {}
     data_s = step_s = 0.0
-    batches = train_batches(run.train_images, sampler, workers=0, pin=False)
+    batches = run.train_batches(sampler, workers=0)
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
@@ -151,7 +156,7 @@ def _one_step(run: Run) -> list[Check]:
     return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s)]
 
 
-def _bad_images(run: Run) -> list[Check]:
+def _bad_images(run: Training) -> list[Check]:
     found = {k: v for images in (run.train_images, run.val_images) if images.bad for k, v in images.bad.found.items()}
     if not found:
         return []
@@ -160,10 +165,10 @@ def _bad_images(run: Run) -> list[Check]:
     return [Check("images", "warn", told, "They are left out, as data.on_bad_image says")]
 
 
-def _forward_backward(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+def _forward_backward(run: Training, batch: Any) -> dict[str, torch.Tensor]:
     precision = run.config.train.precision
     with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
-        losses = run.distiller(*on_device(batch, run))
+        losses = run.losses(run.model, batch, 0)
     losses["total"].backward()
     return {name: value.detach() for name, value in losses.items()}
 
@@ -188,7 +193,7 @@ def _gradients(values: dict[str, float], dead: list[str]) -> Check:
     return Check("one step", "ok", f"all parameters get gradients; {told}")
 
 
-def _memory(run: Run) -> Check:
+def _memory(run: Training) -> Check:
     if run.device.type == "cuda":
         peak, total = (
             torch.cuda.max_memory_allocated(run.device) / 2**30,
@@ -203,12 +208,12 @@ def _memory(run: Run) -> Check:
     return Check("memory", "ok", f"{peak:.1f} GiB at the peak of this process")
 
 
-def _time(run: Run, data_s: float, step_s: float) -> Check:
+def _time(run: Training, data_s: float, step_s: float) -> Check:
     workers, parts = run.config.data.workers, run.config.train.accumulate
     step = parts * (max(step_s, data_s / workers) if workers else step_s + data_s)
     return Check(
         "time",
         "ok",
-        f"about {duration(step * run.total_steps)} for {counted(run.config.train.epochs, 'epoch')} of "
+        f"about {duration(step * run.total_steps)} for {counted(run.epochs(run.total_steps), 'epoch')} of "
         f"{counted(run.steps_per_epoch, 'step')}, {step:.2f} s a step, without validation",
     )

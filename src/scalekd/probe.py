@@ -30,8 +30,8 @@ from .files import make_folder, write_text
 from .head_solver import choose, fit, scores
 from .knn import knn_predict
 from .probe_page import ALL, Shots, drawing, markdown, show
+from .provenance import git_state, machine, versions
 from .runlog import duration
-from .runs import git_state, machine, versions
 
 Set = tuple[Shots, int]  # labelled images: so many per class, of such a draw
 Fit = dict[str, Any]  # what came of one model on one set

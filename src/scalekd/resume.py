@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from . import checkpoint, parallel
-from .build import Run
-from .config import Config, check_config, to_yaml
+from .config import Section, checked_as, to_yaml
 from .errors import UserError, first_line
 from .runlog import RunLog
+from .training import Training
 from .yaml_file import parse_yaml
 
 
@@ -22,7 +22,7 @@ class Progress:
     """All of a run that is neither a weight nor the optimiser's; random numbers follow from seed and position."""
 
     step: int = 0
-    best_top1: float = -1.0
+    best: float = -1.0  # of the first of the run's `figures`
     history: list[dict[str, Any]] = field(default_factory=list)  # of validations
     elapsed: float = 0.0  # seconds
     skipped: int = 0  # steps whose loss or gradient was not finite
@@ -30,11 +30,10 @@ class Progress:
     counted: int = 0  # the steps in them
 
 
-def snapshot(run: Run, at: Progress) -> dict[str, Any]:
+def snapshot(run: Training, at: Progress) -> dict[str, Any]:
     """A checkpoint: separate entries for student, method parameters, optimiser and position."""
     return {
-        "student": run.distiller.student.state_dict(),
-        "methods": run.distiller.methods.state_dict(),
+        **{name: part.state_dict() for name, part in run.parts.items()},
         "deployed": run.deployed.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -44,13 +43,13 @@ def snapshot(run: Run, at: Progress) -> dict[str, Any]:
     }
 
 
-def save(run: Run, at: Progress, folder: Path) -> None:
+def save(run: Training, at: Progress, folder: Path) -> None:
     """Writes `last.pt`; the one before becomes `previous.pt`. Rank 0's work."""
     if parallel.rank() == 0:
         checkpoint.save(folder / "last.pt", snapshot(run, at), previous=folder / "previous.pt")
 
 
-def restore(run: Run, folder: Path, log: RunLog) -> Progress:
+def restore(run: Training, folder: Path, log: RunLog) -> Progress:
     """Puts a run where its folder's newest whole checkpoint was; a fresh `Progress` if there is none.
 
     A damaged `last.pt` is moved to `last.pt.damaged`, and told. Raises `UserError` when all are damaged or are
@@ -88,7 +87,7 @@ def _newest_whole(folder: Path, log: RunLog) -> str | None:
     return str(previous)
 
 
-def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
+def load_snapshot(run: Training, state: dict[str, Any], name: str) -> Progress:
     """Loads a `snapshot`. Raises `UserError` for one of another recipe's run."""
     there = state.get("recipe")  # a checkpoint of an older version has none
     if there is not None and (difference := recipe_difference(str(there), run.config)):
@@ -97,11 +96,13 @@ def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
             "Remove it to start this run anew, or put back a copy."
         )
     try:
-        at = TypeAdapter(Progress).validate_python(state["progress"])
+        told = dict(state["progress"])
+        told.setdefault("best", told.pop("best_top1", -1.0))  # as versions up to 0.1 named it
+        at = TypeAdapter(Progress).validate_python(told)
         if not 0 <= at.step <= run.total_steps:
             raise ValueError(f"step {at.step} of {run.total_steps}")
-        run.distiller.student.load_state_dict(state["student"])
-        run.distiller.methods.load_state_dict(state["methods"])
+        for name, part in run.parts.items():
+            part.load_state_dict(state[name])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
@@ -114,13 +115,13 @@ def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
         ) from None
 
 
-def recipe_difference(text: str, config: Config) -> str:
+def recipe_difference(text: str, config: Section) -> str:
     """Where a run's recipe.yaml differs from `config`, or ''. What leaves the run the same may differ.
 
     Fields that an older version did not have are as they are by default.
     """
     try:
-        before = to_yaml(_what_counts(check_config(parse_yaml(text, "recipe.yaml"), "recipe.yaml"))).splitlines()
+        before = to_yaml(_what_counts(checked_as(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))).splitlines()
     except UserError:  # of another version, perhaps
         before = text.splitlines()
     now = to_yaml(_what_counts(config)).splitlines()
@@ -130,7 +131,7 @@ def recipe_difference(text: str, config: Config) -> str:
     return "more lines in one than in the other" if len(before) != len(now) else ""
 
 
-def _what_counts(config: Config) -> Config:
+def _what_counts(config: Any) -> Any:
     # what becomes of bad images: a run that stopped at its first one has trained on none
     data = config.data.model_copy(update={"workers": 0, "on_bad_image": "error", "max_bad": 0.01})
     train = config.train.model_copy(update={"save_minutes": 0.0, "skip_nonfinite": 0})

@@ -86,16 +86,18 @@ class RunLog:
             self.live.start()
 
     def step(self, **values: Any) -> None:
-        """One log interval: epoch, step, steps, lr, losses, images_per_s, data_share, teacher_share, left_s."""
+        """One log interval: epoch, step, steps, lr, losses, images_per_s, data_share, left_s, and teacher_share if there is
+        a teacher."""
         self.event("step", **values)
         if not self.active:
             return
         scalars = {f"loss/{name}": value for name, value in values["losses"].items()}
         self._track(values["step"], scalars | {name: values[name] for name in SCALARS if name in values})
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values["losses"].items())
+        teacher = f"teacher {values['teacher_share']:.0%}  " if "teacher_share" in values else ""
         speed = (
             f"{values['images_per_s']:.0f} img/s  data {values['data_share']:.0%}  "
-            f"teacher {values['teacher_share']:.0%}  {duration(values['left_s'])} left"
+            f"{teacher}{duration(values['left_s'])} left"
         )
         if self.live:
             self.progress.update(self.task, completed=values["step"], speed=speed)
@@ -104,16 +106,16 @@ class RunLog:
             self.last_line = time.time()
             self.say(f"{self.label} step {values['step']}/{values['steps']}  {losses}  {speed}")
 
-    def validation(self, **values: Any) -> None:
+    def validation(self, figures: Mapping[str, str], **values: Any) -> None:
+        """figures: key -> name of what is told, in %. values: these, step and steps, epoch and epochs, best, elapsed_s."""
         self.event("validation", **values)
-        self._track(
-            values["step"], {f"val/{name}": values[name] for name in ("top1", "top5", "loss") if name in values}
-        )
-        of = top1_of(values)
-        self.accuracy = f"{of} {values['top1']:.2f} %"
+        self._track(values["step"], {f"val/{name}": values[name] for name in (*figures, "loss") if name in values})
+        told = [f"{name} {values[key]:.2f} %" for key, name in figures.items()]
+        self.accuracy = told[0]
+        unit = "epoch" if values["epoch"] == int(values["epoch"]) else "step"
         self.say(
-            f"{self.label} epoch {values['epoch']}/{values['epochs']}  {of} {values['top1']:.2f} %  "
-            f"top-5 {values['top5']:.2f} %  best {values['best']:.2f} %  {duration(values['elapsed_s'])}"
+            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(told)}  best {values['best']:.2f} %  "
+            f"{duration(values['elapsed_s'])}"
         )
 
     def _track(self, step: int, values: dict[str, float]) -> None:

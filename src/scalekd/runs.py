@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +10,24 @@ from rich.console import Console
 
 from . import checkpoint, parallel
 from .build import Run, build, place_of
-from .config import Augment, Config, Data, Model, height_and_width, to_yaml
+from .config import Augment, Config, Data, Model, height_and_width
 from .data import Images, eval_batches, eval_transform, same_classes
-from .engine import train
 from .errors import UserError, counted, first_line, printable
 from .evaluate import evaluate
 from .export import create_student, export_onnx, export_student, load_student, read_card
-from .files import LOCK, in_use, write_text
 from .memory import keep_freed_memory
 from .models import Loaded
 from .preflight import preflight
+from .provenance import provenance
 from .report import ReportRun, write_report
-from .resume import recipe_difference
-from .runlog import RunLog, read_log
+from .run_folder import Outcome, open_folder, run_into
+from .runlog import read_log
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
 from .stages import StageView
 from .stop import StopRequest
 from .teacher_outputs import TeacherOutputs, outputs_name
-from .trackers import check_trackers, open_trackers
+from .trackers import check_trackers
 from .version import __version__
 
 
@@ -70,41 +61,20 @@ def execute(
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
-    with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
-        return _execute(run, folder, console, title or config.name, stop)
+    return run_into(folder, run, OUTCOME, console, title=title or config.name, way_out=smaller_steps(config), stop=stop)
 
 
-def _execute(run: Run, folder: Path, console: Console, title: str, stop: StopRequest | None) -> dict[str, Any]:
-    config, device = run.config, run.device
-    if parallel.rank() == 0:
-        open_folder(folder, config)  # once more: another process may have had it since
-        write_folder(folder, run)
-    parallel.wait_for_all()
-    trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
-    log = RunLog(folder, console, title, trackers)
-    try:
-        with shortages_told(device, smaller_steps(config) + " That is another run: add --out with a new folder."):
-            summary = train(run, folder, log, stop)
-        if shared := run.teacher_outputs:
-            log.event("teacher_outputs", computed=shared.computed, read=shared.read, file=str(shared.path))
-    finally:
-        log.close()
-    if parallel.rank() == 0:
-        summary["student"] = str(folder / "student.safetensors")
-        summary["reload_difference"] = export_student(
-            run.deployed, folder / "student.safetensors", student_card(run) | {"top1": summary["top1"]}
-        )
-        teacher = config.teacher.top1 if config.teacher else None
-        write_report(
-            folder / "report.html",
-            title=title,
-            facts=facts(run),
-            teacher_top1=teacher,
-            runs=[ReportRun(config.name, read_log(folder), [summary["top1"]], [summary["seconds"]], config.losses)],
-        )
-        # last: it says that the run is finished
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+def _finish(run: Run, folder: Path, summary: dict[str, Any]) -> None:
+    config, file = run.config, folder / "student.safetensors"
+    summary["student"] = str(file)
+    summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
+    write_report(
+        folder / "report.html",
+        title=config.name,
+        facts=facts(run),
+        teacher_top1=config.teacher.top1 if config.teacher else None,
+        runs=[ReportRun(config.name, read_log(folder), [summary["top1"]], [summary["seconds"]], config.losses)],
+    )
 
 
 def checked(config: Config, device: torch.device, console: Console) -> Run:
@@ -121,108 +91,6 @@ def _built(config: Config, device: torch.device) -> Run:
         keep_freed_memory()
     with shortages_told(device, smaller_steps(config)):
         return build(config, device)
-
-
-def open_folder(folder: Path, config: Config) -> None:
-    """Refuses a folder that holds something else, another recipe's run or a finished one. Writes nothing."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; give --out a folder")
-        inside = list(folder.iterdir()) if folder.exists() else []
-        # a run that was killed at its very beginning leaves such files, or nothing
-        if all(path.name.endswith(".part") or path.name == LOCK for path in inside):
-            _check_writable(folder)
-            return
-        recipe = folder / "recipe.yaml"
-        if not recipe.is_file():
-            raise UserError(f"{folder} is not empty and holds no run; give --out another folder")
-        if difference := recipe_difference(recipe.read_text(), config):
-            raise UserError(
-                f"{folder} holds a run of another recipe (first difference: {difference}).\n"
-                "Give --out another folder, or remove this one."
-            )
-        if (folder / "summary.json").is_file():
-            raise UserError(
-                f"{folder} holds this run, finished. Give --out another folder, or remove this one to run it again."
-            )
-        _check_writable(folder)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot use {folder}: {error}. Give --out a folder that you may read and write.") from None
-
-
-def _check_writable(folder: Path) -> None:
-    """Told before the minutes of a pre-flight, not after."""
-    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write to {folder}: no permission in {there}. Give --out a folder that you may write to."
-        )
-
-
-def write_folder(folder: Path, run: Run) -> None:
-    """The recipe first: it is what makes a folder a run's, wherever the rest is cut off."""
-    write_text(folder / "recipe.yaml", to_yaml(run.config))
-    made = provenance(run)
-    file = folder / "provenance.json"
-    with contextlib.suppress(OSError, ValueError):  # of a run that goes on: what made its first part is kept
-        before = json.loads(file.read_text())
-        made["before"] = [*before.pop("before", []), before]
-    write_text(file, json.dumps(made, indent=2) + "\n")
-    write_text(folder / "student.json", json.dumps(student_card(run), indent=2) + "\n")  # for `scalekd export`
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """What made this run: versions, command, machine, weights by checksum, git state."""
-    return {
-        "command": shlex.join(["scalekd", *sys.argv[1:]]),
-        **versions(),
-        "machine": machine(run.device),
-        "processes": parallel.world(),
-        "seeds": {"seed": run.config.seed, "data.seed": run.config.data.seed},
-        "git": git_state(),
-        "weights": {role: vars(loaded) for role, loaded in run.loaded.items()},
-    }
-
-
-def versions() -> dict[str, str]:
-    import timm
-    import torchvision
-
-    return {
-        "scalekd": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
-            model,
-        )
-    return f"CPU, {model}, {torch.get_num_threads()} threads"
-
-
-def git_state() -> str | None:
-    """The commit of the code that runs, with '+' if it has local changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit[:12] + ("+" if changed else "")
 
 
 def student_card(run: Run) -> dict[str, Any]:
@@ -246,6 +114,9 @@ def student_card(run: Run) -> dict[str, Any]:
 def as_written(values: torch.Tensor) -> list[float]:
     """0.485 and not 0.48500001430511475: the shortest decimals that are the same float32."""
     return [float(str(v)) for v in values.flatten().cpu().numpy()]
+
+
+OUTCOME = Outcome("student.json", student_card, _finish)
 
 
 def facts(run: Run) -> dict[str, str]:

@@ -21,12 +21,13 @@ from rich.text import Text
 
 from ..errors import UserError, printable
 from ..files import in_use, write_text
+from ..provenance import versions
+from ..report.compared import write_comparison
 from ..runlog import duration
-from ..runs import versions
 from ..stop import StopRequest
 from ..teacher_outputs import SUFFIX
 from .ladder import Job, Ladder, jobs, ladder_text
-from .page import curve_plot, gain_plot, html, markdown
+from .page import curve_plot, gain_plot, markdown
 from .results import FILE, Record, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
 
@@ -164,7 +165,7 @@ def _remove_outputs(out: Path, seed: int) -> None:
 def _write_pages(out: Path, told: dict[str, Any], console: Console) -> None:
     write_text(out / "summary.json", json.dumps(told, indent=1) + "\n")
     write_text(out / "summary.md", markdown(told))
-    write_text(out / "report.html", html(told))
+    write_comparison(out, out / "report.html", told)
     write_text(out / "gain.svg", gain_plot(told))
     if curves := curve_plot(told):
         write_text(out / "curves.svg", curves)

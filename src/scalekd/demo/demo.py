@@ -26,8 +26,9 @@ from ..export import export_onnx, load_student
 from ..files import write_text
 from ..parallel import pick_device
 from ..report import ReportRun, write_report
+from ..resume import recipe_difference
 from ..runlog import duration, read_log
-from ..runs import checked, execute, facts, recipe_difference
+from ..runs import checked, execute, facts
 
 METHODS = {
     "baseline": ["teacher=null", "losses.kd=off", "losses.scalekd=off", "losses.ce.weight=1"],

@@ -45,6 +45,8 @@ class Detector(nn.Module):
     anchors: pixels, the side of an anchor at each of the five strides; smaller for smaller objects than COCO's.
     freeze_norms: batch norms of the backbone keep the statistics that they came with, as usual for a pre-trained one in
     batches of a few images; their scales and shifts are trained. Not for a backbone from scratch.
+    regions: of an image, how many the box head learns from, a quarter of them on objects where there are as many.
+    proposals: of an image, how many the box head chooses among, in training and in evaluation.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Detector(nn.Module):
         long: int = 1333,
         anchors: Sequence[int] = (32, 64, 128, 256, 512),
         freeze_norms: bool = True,
+        regions: int = 512,
+        proposals: tuple[int, int] = (2000, 1000),
     ):
         super().__init__()
         self.freeze_norms = freeze_norms
@@ -76,6 +80,9 @@ class Detector(nn.Module):
             image_mean=list(mean),
             image_std=list(std),
             size_divisible=STRIDES[-1],
+            box_batch_size_per_image=regions,
+            rpn_post_nms_top_n_train=proposals[0],
+            rpn_post_nms_top_n_test=proposals[1],
             rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in anchors), ((0.5, 1.0, 2.0),) * len(anchors)),
             _skip_resize=True,  # in training only
         )

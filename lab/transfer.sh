@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A distilled, a supervised and an untrained backbone inside a segmenter and a detector, equal budgets, three seeds.
+# What is finished is not run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=${SCALEKD:-.venv/bin/scalekd}
+python=$(dirname "$run")/python
+export HF_HUB_OFFLINE=1
+
+# backbones: the demo's students of the same seeds, ScaleKD's and those without a teacher
+demo=${DEMO:-runs/demo-5-seeds}
+test -f "$demo/summary.json" || "$run" demo --seeds 5 --out "$demo"
+test -f runs/transfer/scenes/scenes.json || "$python" -m scalekd.transfer.scenes runs/transfer/scenes \
+    --train 400 --val 200 --size 64 --background textured
+for seed in 0 1 2; do
+    for task in segment detect; do
+        for start in distilled supervised scratch; do
+            case $start in
+                distilled) backbone=(--backbone "$demo/scalekd-seed$seed") ;;
+                supervised) backbone=(--backbone "$demo/baseline-seed$seed") ;;
+                # the same architecture, named without its weights
+                scratch) backbone=(backbone.model="$demo/baseline-seed$seed" backbone.weights=random) ;;
+            esac
+            out=runs/transfer/$task-$start-$seed
+            test -f "$out/summary.json" || "$run" $task train lab/transfer-$task.yaml seed=$seed "${backbone[@]}" --out "$out"
+        done
+    done
+done
+"$python" lab/transfer.py runs/transfer docs/results/transfer

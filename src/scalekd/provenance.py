@@ -1,0 +1,71 @@
+"""What made a result: versions, command, machine, weights by checksum, git state."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import parallel
+from .training import Training
+from .version import __version__
+
+
+def provenance(run: Training) -> dict[str, Any]:
+    """What made this run: versions, command, machine, weights by checksum, git state."""
+    data = run.config.data
+    return {
+        "command": shlex.join(["scalekd", *sys.argv[1:]]),
+        **versions(),
+        "machine": machine(run.device),
+        "processes": parallel.world(),
+        "seeds": {"seed": run.config.seed} | ({"data.seed": data.seed} if hasattr(data, "seed") else {}),
+        "git": git_state(),
+        "weights": {role: vars(loaded) for role, loaded in run.loaded.items()},
+    }
+
+
+def versions() -> dict[str, str]:
+    import timm
+    import torchvision
+
+    return {
+        "scalekd": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            model,
+        )
+    return f"CPU, {model}, {torch.get_num_threads()} threads"
+
+
+def git_state() -> str | None:
+    """The commit of the code that runs, with '+' if it has local changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit[:12] + ("+" if changed else "")

@@ -1,0 +1,127 @@
+"""What the engine needs of a run, whatever its task: distillation (`build.Run`), detection, segmentation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import parallel
+from .clock import Stopwatch
+from .models import Loaded
+from .samplers import Key, Mix, TrainSampler
+
+
+@dataclass(kw_only=True)
+class Training(ABC):
+    """Everything that a recipe names, built. The fields are every task's, the methods are its own.
+
+    config: a recipe with `name`, `seed`, `data`, `train` and `track`. model: all that is trained.
+    train_images, val_images: with a length and `bad`, the `BadImages` that notes what is left out, or None.
+    loaded: where the weights of each model are from. mix, repeats: of `TrainSampler`.
+    """
+
+    config: Any
+    device: torch.device
+    classes: list[str]
+    train_images: Any
+    val_images: Any
+    model: nn.Module
+    loaded: dict[str, Loaded]
+    optimizer: Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    steps_per_epoch: int
+    mix: Mix | None = None
+    repeats: int = 1
+
+    @property
+    @abstractmethod
+    def figures(self) -> dict[str, str]:
+        """What a validation finds, in %: key -> name for people. The first one chooses the best checkpoint."""
+
+    @property
+    @abstractmethod
+    def student(self) -> nn.Module:
+        """The part of `model` that is deployed."""
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds of `model`, by name."""
+        return {"student": self.student}
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any, micro: int) -> dict[str, Tensor]:
+        """Term -> scalar, with `total`. model: `self.model`, or its DDP wrapper. micro: how many micro-batches came before."""
+
+    @abstractmethod
+    def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Any, None, None]:
+        """The micro-batches whose keys the sampler gives."""
+
+    @abstractmethod
+    def eval_batches(self, size: int, workers: int) -> Generator[Any, None, None]:
+        """This process's validation images, `size` at a time."""
+
+    @abstractmethod
+    def again(self, keys: list[Key]) -> tuple[Any, list[str]]:
+        """A training batch once more, and where its images are from."""
+
+    @abstractmethod
+    def validate(self, batches: Iterable[Any]) -> dict[str, Any]:
+        """`figures` of the deployed student, and what else is to be logged; the same in all processes."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.train.epochs
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps between validations."""
+        return self.steps_per_epoch * self.config.train.eval_every
+
+    def epochs(self, step: int) -> float:
+        """How often the images were gone through after a step; a whole number where it is one."""
+        whole, rest = divmod(step, self.steps_per_epoch)
+        return round(step / self.steps_per_epoch, 2) if rest else whole
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images that a process validates at a time: as many as it trains on."""
+        return self.config.train.batch_size // (self.config.train.accumulate * parallel.world())
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The student that is evaluated and exported: the averaged one where there is one."""
+        return self.ema.module if self.ema is not None else self.student
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Events for the end of the log."""
+        return {}
+
+    @property
+    def teacher_clock(self) -> Stopwatch | None:
+        """Of the teachers' forward passes, where there are any."""
+        return None
+
+    def train_sampler(self, start: int = 0, steps: int | None = None) -> TrainSampler:
+        """This process's micro-batches from step `start` to the run's end, or to step `steps`."""
+        return TrainSampler(
+            len(self.train_images),
+            self.config.train.batch_size,
+            self.config.seed,
+            self.total_steps if steps is None else steps,
+            start,
+            self.config.train.accumulate,
+            parallel.rank(),
+            parallel.world(),
+            self.repeats,
+            self.mix,
+        )

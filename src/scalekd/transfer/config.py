@@ -1,0 +1,257 @@
+"""The recipes of `scalekd detect` and `scalekd segment`: YAML + `key=value`, with all errors told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..config import (
+    Backbone,
+    BaseOptim,
+    ImageSize,
+    Pixels,
+    Positive,
+    Schedule,
+    Section,
+    Seed,
+    Share,
+    Steps,
+    Train,
+    checked_as,
+    merged,
+    override,
+    unread,
+    without_effect,
+)
+from ..errors import UserError, nearest, shortened
+from ..files import is_file
+from ..yaml_file import parse_yaml
+
+RECIPES = resources.files("scalekd.transfer") / "recipes"
+# what a validation finds, in %; the first one chooses the best checkpoint
+FIGURES = {
+    "detection": {"mask_ap": "mask AP", "box_ap": "box AP"},
+    "segmentation": {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
+}
+
+
+class Reading(Section):
+    channels: Literal[1, 3] = 3
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image or mask that cannot be used: stop and name it, or leave it out and list it in the run's folder."""
+    max_bad: Share = 0.01
+    """`on_bad_image: skip` stops when more than this share of the images is bad."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 4
+
+
+class DetectionData(Reading):
+    annotations: str
+    """COCO's instances file to train on."""
+    images: str
+    """The folder that its file names are relative to."""
+    val_annotations: str
+    val_images: str
+    scales: tuple[Pixels, ...] = tuple(range(480, 801, 32))
+    """Training: an image's short side is one of these."""
+    short: Pixels = 800
+    """Validation: its short side."""
+    long: Pixels = 1333
+    """Its long side at most, in both."""
+    flip: Share = 0.5
+
+
+class SegmentationData(Reading):
+    root: str
+    """A folder in ADE20K's layout, or with images and masks (docs/transfer.md)."""
+    classes: str | None = None
+    """A file with the name of a class per line; `classes.txt` of the folder unless given."""
+    reduce_zero_label: bool = False
+    """Masks hold 0 for pixels without a class and count the classes from 1, as ADE20K's."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Held out where the folder has no validation part."""
+    seed: Seed = 0
+    """Chooses what is held out."""
+    crop: ImageSize = 512
+    """Pixels of a training crop; its shorter side is what an image's short side is resized to."""
+    scale: tuple[Annotated[float, Field(gt=0, le=16)], Annotated[float, Field(gt=0, le=16)]] = (0.5, 2.0)
+    """Training: times that size."""
+    flip: Share = 0.5
+    photometric: bool = True
+    """Training: random brightness, contrast, saturation and hue."""
+
+
+class DetectorOptions(Section):
+    anchors: Annotated[tuple[Pixels, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
+    """Pixels of an anchor's side at the strides 4, 8, 16, 32 and 64."""
+    regions: Positive = 512
+    """Of an image, how many the box head learns from in a step."""
+    proposals: tuple[Positive, Positive] = (2000, 1000)
+    """Of an image, how many the box head chooses among, in training and in evaluation."""
+    freeze_norms: bool = True
+    """Batch norms of the backbone keep the statistics they came with; off for a backbone from scratch."""
+
+
+class SegmenterOptions(Section):
+    width: Positive = 512
+    """Channels of the decoder."""
+    inference: Literal["whole", "sliding"] = "whole"
+    """Validation: images at once, or through windows of `data.crop` every two thirds of it."""
+
+
+class Iterations(Steps):
+    iterations: Positive
+    eval_every: Positive = 8000
+    """Iterations between validations."""
+
+
+class TransferOptim(BaseOptim):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    stage_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of n stages (of a ViT: blocks) the i-th from the image, counted from 0, learns at lr * stage_decay ** (n - i)."""
+
+
+class IterationSchedule(Section):
+    name: Literal["cosine", "poly"] = "cosine"
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Of `poly`: lr * (1 - step / iterations) ** power."""
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Transfer(Section):
+    name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
+    """The run's; its folder is runs/NAME unless --out says otherwise."""
+    seed: Seed = 0
+    backbone: Backbone
+    optim: TransferOptim = TransferOptim()
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+
+
+class Detection(Transfer):
+    data: DetectionData
+    detector: DetectorOptions = DetectorOptions()
+    train: Train
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Detection:
+        data, schedule = self.data, self.schedule
+        problems = _common_problems(self)
+        if data.short > data.long or max(data.scales) > data.long:
+            problems.append(
+                f"data.long {data.long} is below data.short or one of data.scales; no image gets that large"
+            )
+        if schedule.warmup_epochs >= self.train.epochs:
+            problems.append(
+                f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}"
+            )
+        if self.detector.freeze_norms and self.backbone.weights in (None, "random"):
+            problems.append(
+                "detector.freeze_norms: a backbone without trained weights has no statistics to keep; set "
+                "detector.freeze_norms=false, or name backbone.weights"
+            )
+        problems += without_effect(
+            [
+                (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
+                (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
+                (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
+                (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
+            ]
+        )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Segmentation(Transfer):
+    data: SegmentationData
+    segmenter: SegmenterOptions = SegmenterOptions()
+    train: Iterations
+    schedule: IterationSchedule = IterationSchedule()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Segmentation:
+        data, schedule = self.data, self.schedule
+        problems = _common_problems(self)
+        if data.scale[0] > data.scale[1]:
+            problems.append(f"data.scale: {list(data.scale)} ends below its beginning")
+        if data.photometric and data.channels == 1:
+            problems.append(
+                "data.photometric: it changes saturation and hue, and grey images have none; set data.photometric=false"
+            )
+        if schedule.warmup_iterations >= self.train.iterations:
+            problems.append(
+                f"schedule.warmup_iterations {schedule.warmup_iterations} leaves nothing of train.iterations "
+                f"{self.train.iterations}"
+            )
+        problems += without_effect(
+            [
+                (schedule.name != "poly", "schedule.power", schedule, "schedule.name: poly"),
+                (schedule.warmup_iterations == 0, "schedule.warmup_lr", schedule, "schedule.warmup_iterations above 0"),
+            ]
+        )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _common_problems(config: Any) -> list[str]:
+    train, data = config.train, config.data
+    problems = unread(config.optim)
+    if train.batch_size % train.accumulate:
+        problems.append(f"train.batch_size {train.batch_size} is not a multiple of train.accumulate {train.accumulate}")
+    if config.backbone.weights is None:
+        problems.append(
+            "backbone.weights: none are named; set backbone.weights=pretrained, to a file, or to random if you mean it"
+        )
+    problems += without_effect([(data.on_bad_image == "error", "data.max_bad", data, "data.on_bad_image: skip")])
+    return problems
+
+
+SCHEMAS: dict[str, type[Transfer]] = {"detection": Detection, "segmentation": Segmentation}
+
+
+def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
+    """A `Detection` or `Segmentation`, by `task`. recipe: a shipped one's name or a YAML file.
+
+    Raises `UserError` that lists every problem, each with the nearest valid name.
+    """
+    values = _values(task, recipe)
+    for text in overrides:
+        override(values, text)
+    return checked_as(SCHEMAS[task], values, recipe)
+
+
+def recipe_names(task: str) -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in (RECIPES / task).iterdir() if p.name.endswith(".yaml"))
+
+
+def _values(task: str, recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a recipe says, with what its `base` says where it says nothing itself."""
+    names = recipe_names(task)
+    path = Path(str(RECIPES / task / f"{recipe}.yaml")) if recipe in names else Path(recipe)
+    if not is_file(path):
+        command = "detect" if task == "detection" else "segment"
+        raise UserError(
+            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, names)} "
+            f"`scalekd {command} recipes` lists them."
+        )
+    try:
+        values = parse_yaml(path.read_text(), recipe)
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{recipe} cannot be read as text: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, backbone, train, ...")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    there = str(beside) if base not in names and is_file(beside) else str(base)
+    if there in (*within, recipe):
+        raise UserError(f"{recipe}: base: {shortened(there)} is made from this recipe; name another")
+    return merged(_values(task, there, (*within, recipe)), values)

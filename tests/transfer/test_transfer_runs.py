@@ -1,0 +1,216 @@
+"""Detectors and segmenters through the engine: trained, stopped, gone on with, exported; recipes and their mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from scalekd import engine
+from scalekd.errors import UserError
+from scalekd.runlog import read_log
+from scalekd.transfer import detect, segment
+from scalekd.transfer.config import SCHEMAS, load, recipe_names
+from scalekd.transfer.deploy import load as load_trained
+from scalekd.transfer.scenes import Options, make_scenes
+
+CPU = torch.device("cpu")
+TRAIN = {"detection": detect.train, "segmentation": segment.train}
+BUILD = {"detection": detect.build, "segmentation": segment.build}
+CARDS = {"detection": "detector.json", "segmentation": "segmenter.json"}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "set"
+    options = Options(size=48, items=(1, 2), scales=(0.5, 1.0), background="plain", rgb=True, seed=0)
+    make_scenes(out, "fashion-mnist:train", "fashion-mnist:test", 6, 3, options)
+    return out
+
+
+def recipe(task: str, scenes: Path, **changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {"workers": 0}
+    values: dict[str, Any] = {
+        "name": "small",
+        "backbone": {"model": "test_resnet", "weights": "random"},
+        "optim": {"lr": 1e-3, "stage_decay": 0.7},
+        "track": [],
+    }
+    train: dict[str, Any] = {"batch_size": 2, "log_every": 1}
+    if task == "detection":
+        for part, key in (("train", ""), ("val", "val_")):
+            data |= {
+                f"{key}annotations": str(scenes / f"instances_{part}.json"),
+                f"{key}images": str(scenes / "images"),
+            }
+        data |= {"scales": [40, 48], "short": 48, "long": 48}
+        train |= {"epochs": 2}
+        anchors = {"anchors": [8, 16, 24, 32, 48], "regions": 4, "proposals": [16, 8], "freeze_norms": False}
+        values |= {"detector": anchors}
+    else:
+        data |= {"root": str(scenes), "reduce_zero_label": True, "crop": 32}
+        train |= {"iterations": 6, "eval_every": 4}
+        values |= {"segmenter": {"width": 16}}
+    values |= {"data": data, "train": train}
+    for section, change in changes.items():
+        values[section] = values[section] | change if isinstance(change, dict) and section in values else change
+    return values
+
+
+def config_of(task: str, tmp_path: Path, values: dict[str, Any]) -> Any:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(values))
+    return load(task, str(file))
+
+
+def trained(task: str, config: Any, folder: Path) -> dict[str, Any]:
+    summary = TRAIN[task](config, folder, CPU, Console(file=io.StringIO()))
+    assert summary is not None
+    return summary
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path, monkeypatch):
+    config = config_of(task, tmp_path, recipe(task, scenes))
+    whole = trained(task, config, tmp_path / "whole")
+
+    real, taken = engine.train_step, []
+
+    def failing(*args, **kwargs):
+        taken.append(0)
+        if len(taken) == 5:  # after the first validation, before the end
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "train_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        trained(task, config, tmp_path / "parts")
+    monkeypatch.setattr(engine, "train_step", real)
+    parts = trained(task, config, tmp_path / "parts")
+
+    figures = list(BUILD[task](config, CPU).figures)
+    assert {key: parts[key] for key in figures} == {key: whole[key] for key in figures}
+    first, second = (load_trained(tmp_path / name, task)[0].state_dict() for name in ("whole", "parts"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert whole["reload_difference"] < 1e-5
+    events = read_log(tmp_path / "parts")
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events if e["event"] == "validation"] == ([3, 6] if task == "detection" else [4, 6])
+    card = json.loads((tmp_path / "whole" / CARDS[task]).read_text())
+    assert card["figures"] == {key: whole[key] for key in figures} and len(card["classes"]) == 10
+    assert card["provenance"]["weights"]["backbone"]["source"] == "random"
+    with pytest.raises(UserError, match="holds this run, finished"):
+        trained(task, config, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_all_of_the_model_learns_and_the_rates_fall_towards_the_image(task, scenes, tmp_path):
+    run = BUILD[task](config_of(task, tmp_path, recipe(task, scenes)), CPU)
+    groups = {group["name"].removesuffix(", no decay"): group["lr"] for group in run.optimizer.param_groups}
+    # a stem and four stages of 0.7: 0.7 ** 5 at the stem; timm's warm-up of 0 leaves the rates as they are
+    assert groups["rest"] == pytest.approx(1e-3) and groups["layer 0"] == pytest.approx(1e-3 * 0.7**5)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    batches = run.train_batches(run.train_sampler(), 0)
+    run.model.train()
+    for step in range(2):
+        run.schedule.step_update(step)
+        done = engine.train_step(run.model, [next(batches)], run, step, checked=True)
+    assert done.losses["total"].isfinite()
+    still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
+    assert [name for name in still if "mask_fcn" not in name and "mask_predictor" not in name] == []
+
+
+def test_poly_and_warm_up_by_hand(scenes, tmp_path):
+    schedule = {"name": "poly", "power": 2.0, "warmup_iterations": 2, "warmup_lr": 0.0}
+    run = BUILD["segmentation"](
+        config_of("segmentation", tmp_path, recipe("segmentation", scenes, schedule=schedule)), CPU
+    )
+    rest = next(group for group in run.optimizer.param_groups if group["name"] == "rest")
+    rates = []
+    for step in range(6):
+        run.schedule.step_update(step)
+        rates.append(rest["lr"])
+    expected = [0.0, 0.5e-3] + [1e-3 * (1 - step / 6) ** 2 for step in (2, 3, 4, 5)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_dry_run_writes_nothing(scenes, tmp_path):
+    config = config_of("segmentation", tmp_path, recipe("segmentation", scenes))
+    out = io.StringIO()
+    assert segment.train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
+    assert not (tmp_path / "run").exists()
+    assert "6 images to train on, 3 to validate on, 10 classes" in out.getvalue()
+    assert "all parameters get gradients" in out.getvalue()
+
+
+def test_validation_images_are_not_trained_on(scenes, tmp_path):
+    values = recipe("detection", scenes, data={"val_annotations": str(scenes / "instances_train.json")})
+    with pytest.raises(UserError, match=r"6 of the validation images are training images too"):
+        detect.build(config_of("detection", tmp_path, values), CPU)
+
+
+def test_a_backbone_of_one_size_is_told_what_fits(scenes, tmp_path):
+    mixer = {"model": "mixer_s32_224", "weights": "random", "image_size": 64}
+    values = recipe("segmentation", scenes, backbone=mixer, data={"crop": 96})
+    with pytest.raises(UserError, match=r"64x64 pixels and no others; set data.crop=64 segmenter.inference=sliding"):
+        segment.build(config_of("segmentation", tmp_path, values), CPU)
+
+
+def test_every_mistake_of_a_recipe_at_once(scenes, tmp_path):
+    values = recipe(
+        "segmentation",
+        scenes,
+        train={"iterations": 2, "epochs": 3, "accumulate": 3},
+        schedule={"name": "cosine", "power": 2.0, "warmup_iterations": 2},
+        optim={"stage_decya": 0.9},
+        backbone={"model": "test_resnt", "weights": None},
+    )
+    with pytest.raises(UserError) as told:
+        config_of("segmentation", tmp_path, values)
+    for line in ("train.epochs: unknown", "optim.stage_decya: unknown. Did you mean `stage_decay`", "`test_resnet`"):
+        assert line in str(told.value)
+    values |= {"optim": {}, "train": {"iterations": 2, "accumulate": 3, "batch_size": 2}}
+    values["backbone"] = {"model": "test_resnet"}
+    with pytest.raises(UserError) as told:
+        config_of("segmentation", tmp_path, values)
+    for line in (
+        "train.batch_size 2 is not a multiple of train.accumulate 3",
+        "backbone.weights: none are named",
+        "schedule.warmup_iterations 2 leaves nothing of train.iterations 2",
+        "schedule.power: has no effect here; it goes with schedule.name: poly",
+    ):
+        assert line in str(told.value)
+    values = recipe("detection", scenes, data={"long": 40}, detector={"freeze_norms": True})
+    with pytest.raises(UserError) as told:
+        config_of("detection", tmp_path, values)
+    assert "data.long 40 is below" in str(told.value) and "detector.freeze_norms=false" in str(told.value)
+
+
+@pytest.mark.parametrize("task", list(SCHEMAS))
+def test_the_shipped_recipes_load(task):
+    names = recipe_names(task)
+    assert names
+    for name in names:
+        config = load(task, name)
+        assert config.name == name and config.backbone.weights == "pretrained"
+    with pytest.raises(UserError, match="Did you mean"):
+        load(task, names[0] + "x")
+
+
+def test_table_11_is_what_the_recipes_say():
+    coco, swin = load("detection", "coco-mask-rcnn"), load("detection", "coco-mask-rcnn-swin")
+    assert (coco.train.epochs, coco.train.batch_size, coco.optim.lr, coco.optim.weight_decay) == (8, 16, 1e-4, 0.05)
+    assert coco.optim.stage_decay == 0.7 and coco.data.scales[-1] == 800 and coco.data.long == 1333
+    assert swin.backbone.kwargs == {"drop_path_rate": 0.2} and swin.optim == coco.optim
+    rates = {name: load("segmentation", f"ade20k-upernet{name}").optim for name in ("", "-swin", "-vit")}
+    assert {n: (o.lr, o.stage_decay) for n, o in rates.items()} == {
+        "": (1e-4, 0.9),
+        "-swin": (1e-4, 0.9),
+        "-vit": (2e-4, 0.6),
+    }
+    assert load("segmentation", "ade20k-upernet").train.iterations == 160_000
