@@ -22,7 +22,7 @@ from scalekd.version import __version__
 
 COMMANDS = [
     "train", "compare", "evaluate", "export", "import", "head", "demo", "methods", "pairs", "teachers", "recipes", "cost",
-    "analyze", "doctor",
+    "analyze", "doctor", "detect", "segment",
 ]  # fmt: skip
 
 

@@ -21,17 +21,20 @@ from scalekd.config import (
     recipe_text,
 )
 from scalekd.methods import METHODS
+from scalekd.transfer import cli as transfer_cli
+from scalekd.transfer import config as transfer
 from scalekd.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
+TRANSFER_RECIPES = [name for task in transfer.SCHEMAS for name in transfer.recipe_names(task)]
 TO_BE_WRITTEN = {"src/scalekd/methods/similarity.py", "tests/methods/test_similarity.py"}  # in docs/add-a-method.md
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w./-])(?:src|docs|tests|tools|examples|benchmarks)/[\w./-]*[\w/]")
 KEY = re.compile(
-    r"(?<![\w./-])(?:data|augment|student|teacher|losses|train|optim|schedule)\.(?!(?:py|json|safetensors|onnx|pt)\b)[\w.]+(?=[=`])"
+    r"(?<![\w./-])(?:data|augment|student|teacher|losses|train|optim|schedule|backbone|detector|segmenter)\.(?!(?:py|json|safetensors|onnx|pt)\b)[\w.]+(?=[=`])"
 )
 
 
@@ -52,8 +55,10 @@ def commands() -> list[tuple[str, str]]:
         blocks = [m[2] for m in FENCE.finditer(file.read_text())] if file.is_file() else []
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         found += [(relative(file), line.split("scalekd ", 1)[1]) for line in lines if is_command(line)]
-    for name in recipe_names():
-        line = re.search(r"^# command: +(.*?)(  .*)?$", recipe_text(name), re.MULTILINE)
+    texts = {name: recipe_text(name) for name in recipe_names()}
+    texts |= {f.stem: f.read_text() for f in SOURCES if f.suffix == ".yaml" and "transfer" in f.parts}
+    for name, text in texts.items():
+        line = re.search(r"^# command: +(.*?)(  .*)?$", text, re.MULTILINE)
         if line:
             found.append((name, line[1].split("scalekd ", 1)[1]))
     return found
@@ -72,7 +77,11 @@ def test_there_is_something_to_look_at():
 @pytest.mark.parametrize("file, line", commands())
 def test_a_command_line_is_understood(file, line):
     args = parse(shlex.split(line, comments=True))
-    if hasattr(args, "ladder"):
+    if hasattr(args, "task"):
+        if getattr(args, "recipe", None) in transfer.recipe_names(args.task):
+            args.backbone = args.backbone and "resnet50"  # in place of a run's folder
+            transfer.load(args.task, args.recipe, [*transfer_cli.shortcuts(args), *args.overrides])
+    elif hasattr(args, "ladder"):
         if args.ladder in ladder_names():
             assert jobs(load_ladder(args.ladder), [*shortcuts(args), *args.overrides])
         else:
@@ -108,7 +117,7 @@ def test_a_link_leads_somewhere(file, link):
 
 @pytest.mark.parametrize("file, name", each(re.compile(r"`(imagenet|own|demo)-[\w-]+`")))
 def test_a_recipe_is_shipped(file, name):
-    assert name.strip("`") in recipe_names() + ladder_names()
+    assert name.strip("`") in [*recipe_names(), *ladder_names(), *TRANSFER_RECIPES]
 
 
 @pytest.mark.parametrize("file, key", each(KEY))
@@ -118,7 +127,8 @@ def test_a_key_exists(file, key):
         assert field in METHODS
         assert not rest or rest[0] in {"weight", *options_of(METHODS[field])}
     else:
-        assert section in Config.model_fields and field in _fields_at([section], Config)
+        schemas = (Config, *transfer.SCHEMAS.values())
+        assert any(section in s.model_fields and field in _fields_at([section], s) for s in schemas)
 
 
 LOSSES = [

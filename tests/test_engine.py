@@ -204,7 +204,9 @@ def test_log_goes_on_after_half_a_line(tmp_path):
     assert [e["step"] for e in read_log(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize(("epochs", "eval_every", "expected"), [(3, 1, [1, 2, 3]), (3, 2, [2, 3]), (2, 5, [2])])
+@pytest.mark.parametrize(
+    ("epochs", "eval_every", "expected"), [(3, 1, [1, 2, 3]), (3, 2, [2, 3]), (2, 5, [2]), (2, 0.7, [0.67, 1.33, 2])]
+)
 def test_validation_epochs(light_recipe, tmp_path, epochs, eval_every, expected):
     start(changed(light_recipe, train={"epochs": epochs, "eval_every": eval_every}), tmp_path / "run")
     assert [e["epoch"] for e in events(tmp_path / "run", "validation")] == expected

@@ -11,15 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scalekd.report import (
-    ReportRun,
-    accuracy_points,
-    events_of,
-    loss_points,
-    thin,
-    time_use,
-    write_report,
-)
+from scalekd.report import ReportRun, write_report
+from scalekd.report.series import events_of, figure_points, loss_points, share_interval, thin, time_use
 from scalekd.svg import LEFT, RIGHT, Axis, escape, log_ticks, nice_ticks, tick_text, value_axis
 
 NO_END_TAG = {"meta", "br", "link", "img", "hr"}
@@ -72,7 +65,9 @@ def well_formed(page: str) -> list[ElementTree.Element]:
     parser.feed(page)
     parser.close()
     assert not parser.open
-    figures = [ElementTree.fromstring(s) for s in re.findall(r'<svg class="figure".*?</svg>(?=<ul)', page, re.DOTALL)]
+    figures = [
+        ElementTree.fromstring(s) for s in re.findall(r'<svg class="figure".*?</svg>(?=<ul|</figure>)', page, re.DOTALL)
+    ]
     assert len(figures) == page.count('<svg class="figure"')
     for swatch in re.findall(r"<svg width.*?</svg>(?=[^<]*</li>)", page):
         ElementTree.fromstring(swatch)
@@ -118,6 +113,41 @@ def test_a_known_value_has_its_place_in_the_drawing(tmp_path):
     assert "teacher 90.00 %" in page
 
 
+def test_other_figures_than_top1(tmp_path):
+    events = [
+        {"event": "validation", "step": 10 * e, "epoch": e, "mask_ap": 10.0 * e, "box_ap": 11.0 * e} for e in (1, 2)
+    ]
+    figures = {"mask_ap": "mask AP", "box_ap": "box AP"}
+    page = write(tmp_path, [run("detector", events, (20.0,))], figures=figures)
+    drawn = well_formed(page)
+    assert [e.text for f in drawn[:2] for e in f.iter("text") if "AP" in (e.text or "")] == [
+        "mask AP (%)",
+        "box AP (%)",
+    ]
+    assert cells(page)[0][1] == "mask AP (%)" and cells(page)[1][1] == "20.00"
+    # from 10 to 20 % with ticks every 2 %: the lowest and the highest of the drawing
+    assert [y for _, y in lines(drawn[0])[0]] == [222.0, 40.0]
+
+
+def test_the_interval_of_one_seed():
+    # scipy.stats.binomtest(...).proportion_ci(0.95, method="wilson")
+    assert share_interval(80.0, 100) == pytest.approx((71.1170, 86.6633), abs=2e-4)
+    assert share_interval(80.22, 10000) == pytest.approx((79.427726, 80.989065), abs=1e-4)
+    assert share_interval(100.0, 1) == pytest.approx((20.6549, 100.0), abs=1e-3)
+
+
+def test_the_interval_stands_beside_one_seed_and_not_beside_several(tmp_path):
+    events = [validation(1, 80.0) | {"images": 100}]
+    page = write(tmp_path, [run("one", events, (80.0,)), run("two", events, (80.0, 82.0))])
+    assert [row[1] for row in cells(page)[1:3]] == ["80.00 [71.12, 86.66]", "81.00 ± 1.41"]
+
+
+def test_a_run_without_a_teacher_logs_no_share_of_one():
+    event = step(10, data=0.25)
+    del event["teacher_share"]
+    assert time_use([event])[1] == pytest.approx((0.25, 0.0, 0.75))
+
+
 def test_bars_are_as_long_as_the_time(tmp_path):
     page = write(tmp_path, [run("a", [step(10, 1000.0, 0.25, 0.5)]), run("b", [step(10, 500.0, 0.0, 0.0)])])
     bars = [e for e in well_formed(page)[-1].iter("rect") if e.get("height") == "20.0"]
@@ -161,7 +191,7 @@ def test_a_resumed_run_goes_back_to_its_checkpoint():
 def test_non_finite_numbers_are_left_out_of_curves(tmp_path):
     events = [step(1, ce=1.0, kd=math.nan), step(2, ce=math.inf, kd=3.0), validation(1, math.nan), validation(2, 80.0)]
     assert loss_points(events) == {"ce": [(1, 1.0)], "kd": [(2, 3.0)]}
-    assert accuracy_points(events) == [(2, 80.0)]
+    assert figure_points(events, "top1") == [(2, 80.0)]
     assert "teacher nan" not in write(tmp_path, [run("a", events)], teacher_top1=math.nan)
     well_formed(write(tmp_path, [run("a", events)]))
 
@@ -186,7 +216,7 @@ def test_short_logs(tmp_path, events):
     for runs in ([run("a", events)], [run("a", events, ()), run("b")]):
         page = write(tmp_path, runs)
         well_formed(page)
-        assert ("No validation was logged." in page) == (not accuracy_points(events))
+        assert ("No validation was logged." in page) == (not figure_points(events, "top1"))
         assert ("No training step was logged." in page) == (not loss_points(events))
 
 

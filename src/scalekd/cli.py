@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import UserError, printable
 from .stop import Stopped, StopRequest
+from .transfer.cli import add_commands as add_transfer_commands
 from .version import __version__
 
 
@@ -149,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     sub.add_argument("--dry-run", action="store_true", help="check data and models, tell the plan, write nothing")
 
+    add_transfer_commands(commands)
+
     sub = command("evaluate", _evaluate, "top-1 and top-5 of an exported student")
     sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
     sub.add_argument(
@@ -161,6 +164,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_folder", type=Path)
     sub.add_argument("--checkpoint", choices=["best", "last"], default="last")
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
+
+    sub = command("report", _report, "one HTML page about a run or a comparison, finished or not (docs/report.md)")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run or of a comparison")
+    sub.add_argument(
+        "--baseline", type=Path, action="append", default=[], metavar="RUN", help="another run beside it; repeat it"
+    )
+    sub.add_argument("--data", metavar="SOURCE", help="other images than the run's validation images")
+    sub.add_argument("--images", type=int, default=2000, metavar="N", help="look at so many (default: 2000)")
+    sub.add_argument(
+        "--analysis", type=Path, action="append", default=[], metavar="DIR", help="`analyze --out` wrote it; repeat it"
+    )
+    sub.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the folder)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
 
     sub = command("import", _import, "weights that the papers' authors released, as an exported student")
     sub.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt or .safetensors, on this disk")
@@ -428,6 +444,23 @@ def _export(args: argparse.Namespace) -> None:
     from .runs import export_run
 
     export_run(args.run_folder, args.checkpoint, args.onnx, Console(emoji=False))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .parallel import pick_device
+    from .report.run import report
+
+    path, left_out = report(
+        args.folder,
+        pick_device(args.device),
+        baselines=args.baseline,
+        data=args.data,
+        images=args.images,
+        analyses=args.analysis,
+        out=args.out,
+    )
+    for line in [*left_out, f"report {path}"]:
+        print(printable(line))
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -216,8 +216,8 @@ class Steps(Section):
 
 class Train(Steps):
     epochs: Positive
-    eval_every: Positive = 1
-    """Epochs between validations."""
+    eval_every: Annotated[float, Field(gt=0)] = 1
+    """Epochs between validations; 0.25 for four in each."""
 
 
 class BaseOptim(Section):

@@ -38,7 +38,7 @@ from .files import make_folder, write_text
 from .models import create
 from .models import statistics as input_statistics
 from .optim import make_optimizer
-from .runs import machine
+from .provenance import machine
 from .shortages import shortages_told
 from .stages import Features
 
@@ -416,7 +416,7 @@ def _spread(values: list[float]) -> list[float]:
 COLUMNS = ["part", "params M", "GMACs forward", "GMACs backward", "saved MB"]
 
 
-def _rows(found: dict[str, Any]) -> list[list[str]]:
+def cost_rows(found: dict[str, Any]) -> list[list[str]]:
     rows = [[name, *_cells(part)] for name, part in found["step"]["parts"].items()]
     rows.append(["whole step", *_cells(found["step"]["total"])])
     if found["fd"]:
@@ -428,7 +428,7 @@ def _cells(part: dict[str, float]) -> list[str]:
     return [f"{part['params'] / 1e6:.2f}", *(f"{part[key]:.2f}" for key in ("forward", "backward", "saved_mb"))]
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def cost_lines(found: dict[str, Any]) -> list[str]:
     """What is told beside the table."""
     step, ratio = found["step"], found["ratio"]
     total, fixed = step["total"], step["fixed_mb"]
@@ -463,16 +463,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "part" else "right")
-    for row in _rows(found):
+    for row in cost_rows(found):
         table.add_row(*row)
-    console.print(table, "", *_lines(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(table, "", *cost_lines(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
     """NAME.json and NAME.md in `folder`. Raises `UserError` when they cannot be written."""
     lines = [f"# {_title(found)}", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(found)]
-    lines += ["", *(f"- {line}" for line in _lines(found)), "", "Made by `scalekd cost` (docs/cost.md)."]
+    lines += [f"| {' | '.join(row)} |" for row in cost_rows(found)]
+    lines += ["", *(f"- {line}" for line in cost_lines(found)), "", "Made by `scalekd cost` (docs/cost.md)."]
     make_folder(folder)
     write_text(folder / f"{found['name']}.json", json.dumps(found, indent=2) + "\n")
     write_text(folder / f"{found['name']}.md", "\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from .memory import keep_freed_memory
 from .models import Loaded
 from .preflight import preflight
 from .provenance import provenance
-from .report import ReportRun, write_report
+from .report.run import write_run_report
 from .run_folder import Outcome, open_folder, run_into
-from .runlog import read_log
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
 from .stages import StageView
@@ -41,10 +41,12 @@ def execute(
     title: str | None = None,
     stop: StopRequest | None = None,
     teacher_outputs: Path | None = None,
+    look: bool = True,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
 
     check: pre-flight before training. stop: looked at between steps; `Stopped` is raised with the run saved.
+    look: at the student's answers to validation images, for the report; a minute at most.
     teacher_outputs: a folder where runs that show their teacher the same pixels share what it gives.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
@@ -61,20 +63,16 @@ def execute(
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
-    return run_into(folder, run, OUTCOME, console, title=title or config.name, way_out=smaller_steps(config), stop=stop)
+    return run_into(
+        folder, run, outcome(look), console, title=title or config.name, way_out=smaller_steps(config), stop=stop
+    )
 
 
-def _finish(run: Run, folder: Path, summary: dict[str, Any]) -> None:
-    config, file = run.config, folder / "student.safetensors"
+def _finish(run: Run, folder: Path, summary: dict[str, Any], look: bool) -> None:
+    file = folder / "student.safetensors"
     summary["student"] = str(file)
     summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
-    write_report(
-        folder / "report.html",
-        title=config.name,
-        facts=facts(run),
-        teacher_top1=config.teacher.top1 if config.teacher else None,
-        runs=[ReportRun(config.name, read_log(folder), [summary["top1"]], [summary["seconds"]], config.losses)],
-    )
+    write_run_report(folder, summary, facts(run), run if look else None)
 
 
 def checked(config: Config, device: torch.device, console: Console) -> Run:
@@ -116,7 +114,8 @@ def as_written(values: torch.Tensor) -> list[float]:
     return [float(str(v)) for v in values.flatten().cpu().numpy()]
 
 
-OUTCOME = Outcome("student.json", student_card, _finish)
+def outcome(look: bool) -> Outcome:
+    return Outcome("student.json", student_card, partial(_finish, look=look))
 
 
 def facts(run: Run) -> dict[str, str]:

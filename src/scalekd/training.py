@@ -85,7 +85,7 @@ class Training(ABC):
     @property
     def eval_steps(self) -> int:
         """Steps between validations."""
-        return self.steps_per_epoch * self.config.train.eval_every
+        return max(1, round(self.steps_per_epoch * self.config.train.eval_every))
 
     def epochs(self, step: int) -> float:
         """How often the images were gone through after a step; a whole number where it is one."""

@@ -9,6 +9,7 @@ from scalekd.methods.projectors import (
     conv_projector,
     default_heads,
     linear_projector,
+    make_tokens,
 )
 
 STUDENT, TEACHER = (4, 3, 2), (12, 2, 5)
@@ -210,3 +211,68 @@ def test_resampling_to_the_teachers_grid(build):
     both = build((4, 4, 2), (12, 1, 4)).double()
     expected = x.numpy().mean(axis=2, keepdims=True) @ columns
     np.testing.assert_allclose(both[0](x).numpy(), expected, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- cheaper forms of CAP
+
+FORMS = ["conv", "separable", "pointwise", "reduced"]
+
+
+@pytest.mark.parametrize("tokens", FORMS)
+@pytest.mark.parametrize("student", [(4, 3, 2), (16, 3, 2)], ids=["narrower", "wider"])
+def test_the_student_branch_by_hand(tokens, student):
+    """Every form is one 3x3 convolution, of a kernel that is put together here from its factors."""
+    ds, dt = student[0], TEACHER[0]
+    conv, width = make_tokens(tokens, ds, dt)
+    conv = randomised(conv)
+    assert width == (min(ds, dt) if tokens == "reduced" else ds)
+    p, x = weights(conv), random(2, *student)
+    bias = p["1.bias"] if "1.bias" in p else p["bias"]
+    if tokens == "conv":
+        kernel = p["weight"]
+    elif tokens == "pointwise":
+        kernel = np.zeros((ds, ds, 3, 3))
+        kernel[:, :, 1, 1] = p["weight"][:, :, 0, 0]
+    elif tokens == "separable":  # output o reads channel c through c's own kernel, times the 1x1 from c to o
+        kernel = p["1.weight"][:, :, 0, 0][:, :, None, None] * p["0.weight"][:, 0][None]
+        bias = p["1.bias"]
+    else:  # the kernel of output o, times the 1x1 from each channel to o
+        kernel = p["0.weight"][:, :, 0, 0][:, :, None, None] * p["1.weight"][:, 0][:, None]
+    expected = np_conv3x3(x.numpy(), kernel, bias)
+    np.testing.assert_allclose(conv(x).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", FORMS)
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_parameters_of_the_cheaper_forms(tokens, expansion):
+    ds, dt, positions = 16, 12, 6
+    cap = CrossAttentionProjector((ds, 3, 2), (dt, 1, 3), tokens=tokens, expansion=expansion)
+    width = 12 if tokens == "reduced" else ds
+    convolution = {
+        "conv": 9 * ds * ds + ds,
+        "separable": 9 * ds + ds * ds + ds,
+        "pointwise": ds * ds + ds,
+        "reduced": ds * width + 9 * width + width,
+    }[tokens]
+    rest = 2 * width + width * positions + 3 * dt + 3 * (dt * dt + dt) + 2 * (width * dt + dt) + 2 * dt
+    feed_forward = 2 * expansion * dt * dt + expansion * dt + dt
+    assert sum(p.numel() for p in cap.parameters()) == convolution + rest + feed_forward
+    assert cap(torch.randn(2, ds, 3, 2)).shape == (2, dt, 1, 3)
+
+
+def test_refusals_of_the_cheaper_forms():
+    with pytest.raises(
+        ValueError, match="tokens is 'grouped'; it can be 'conv', 'separable', 'pointwise' or 'reduced'"
+    ):
+        CrossAttentionProjector(STUDENT, TEACHER, tokens="grouped")
+    with pytest.raises(ValueError, match="expansion is 0; it is 1 or more"):
+        CrossAttentionProjector(STUDENT, TEACHER, expansion=0)
+
+
+def test_keys_and_values_read_one_copy_of_the_tokens():
+    """A linear layer copies an input that is not contiguous, and keeps its copy for the backward pass."""
+    cap, inputs = CrossAttentionProjector(STUDENT, TEACHER), []
+    for layer in (cap.k, cap.v):
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    cap(torch.randn(2, *STUDENT))
+    assert inputs[0] is inputs[1] and inputs[0].is_contiguous()

@@ -162,6 +162,13 @@ def test_the_sum_over_processes_is_taken_once(monkeypatch):
     assert len(summed) == 1 and summed[0].sum() == 12 and result["pixels"] == 24
 
 
+def test_a_few_classes_at_a_time_are_all_of_them():
+    logits = torch.randn(2, 21, 7, 9, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.interpolate(logits, (33, 20), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(classes_of(logits, (33, 20)), whole)
+    assert classes_of(torch.zeros(1, 10, 2, 2), (2, 2)).max() == 0  # the first of those that are alike
+
+
 def test_classes_of_enlarges_before_it_decides():
     logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]])  # (1, 2, 1, 2)
     assert classes_of(logits, (1, 2)).tolist() == [[[0, 1]]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report import NONE, facts_section, page, section
+from ..report.page import NONE, facts_section, page, section
 from ..runlog import duration
 from ..svg import escape, finite, keys, svg_figure
 from .plot import (
@@ -52,7 +52,8 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join([*blocks, "## Facts", "\n".join(facts)]) + "\n"
 
 
-def html(summary: dict[str, Any]) -> str:
+def html(summary: dict[str, Any], more: Sequence[str] = ()) -> str:
+    """more: sections to stand before the facts."""
     main, *details = _tables(summary)
     intro = [*_about(summary), _what_was_run(summary)]
     legend = f'<ul class="note">{"".join(f"<li>{escape(line)}</li>" for line in _legend(summary))}</ul>'
@@ -70,7 +71,7 @@ def html(summary: dict[str, Any]) -> str:
     if summary["failed"]:
         rows = [[which, error] for which, error in _failed(summary)]
         sections.append(section("Failed runs", _html_table(Table("", ["run", "error"], rows), "words")))
-    sections.append(facts_section(dict(_facts(summary))))
+    sections += [*more, facts_section(dict(_facts(summary)))]
     return page(escape(summary["title"]), sections, STYLE + PAGE_STYLE)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..report import thin
+from ..report.series import thin
 from ..svg import (
     BOTTOM,
     HEIGHT,

@@ -122,6 +122,7 @@ def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check:
                 title=str(job),
                 stop=stop,
                 teacher_outputs=outputs,
+                look=False,
             )
         return FINISHED
     except Stopped:

@@ -133,7 +133,7 @@ def _run_or_read(config: Config, folder: Path, device: torch.device, console: Co
         told = f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})"
         console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
         return summary
-    return execute(config, folder, device, console, check=False, title=title)
+    return execute(config, folder, device, console, check=False, title=title, look=False)
 
 
 def _teacher_top1(distiller: Distiller, batches: Any, device: torch.device) -> float:

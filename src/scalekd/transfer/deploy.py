@@ -18,7 +18,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torchvision.ops.poolers import initLevelMapper
 
 from ..config import Backbone, Pixels
 from ..errors import UserError, first_line, nearest, printable, shortened
@@ -197,8 +196,6 @@ def load(path: Path, task: Task) -> tuple[Any, dict[str, Any]]:
     model = _built(card, card_file)
     deployed = model.student if isinstance(model, Detector) else model
     _fill(deployed, file, card_file)
-    if isinstance(model, Detector):
-        _fix_levels(model.student.roi_heads)
     return model.eval(), card
 
 
@@ -265,12 +262,3 @@ def _fill(model: nn.Module, file: Path, card_file: Path) -> None:
             f"{printable(first)}, {theirs.get(first, 'missing')} in the file and {ours.get(first, 'none')} in the model"
         )
     model.load_state_dict(state)
-
-
-def _fix_levels(heads: Any) -> None:
-    """The strides of the FPN's maps, told: torchvision works them out from the first image that comes, and keeps them,
-    and after a very low one (of 33 to 45 pixels in height, say) it would look for all boxes in wrong places."""
-    for pool in (heads.box_roi_pool, heads.mask_roi_pool):
-        pool.scales = [1 / stride for stride in STRIDES]
-        first, last = (stride.bit_length() - 1 for stride in (STRIDES[0], STRIDES[-1]))
-        pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)

@@ -28,6 +28,7 @@ from .coco import Coco, Instance, Picture
 from .coco_masks import mask_of
 
 Target = dict[str, Tensor]
+NARROWEST = 400  # the long side of an image, in short sides
 
 
 class DetectionBatch(NamedTuple):
@@ -124,6 +125,8 @@ def _read(picture: Picture) -> Image.Image:
             f"it has {image.width}x{image.height} pixels, upright, and its annotations are for "
             f"{picture.width}x{picture.height}"
         )
+    if max(image.size) > NARROWEST * min(image.size):
+        raise BadImage(f"it has {image.width}x{image.height} pixels; resized, nothing would be left of the short side")
     return image
 
 

@@ -13,6 +13,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from ..data import Statistic
 from ..errors import UserError
@@ -86,6 +87,8 @@ class Detector(nn.Module):
             rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in anchors), ((0.5, 1.0, 2.0),) * len(anchors)),
             _skip_resize=True,  # in training only
         )
+        for pool in (self.student.roi_heads.box_roi_pool, self.student.roi_heads.mask_roi_pool):
+            _tell_levels(pool)
 
     @property
     def backbone(self) -> nn.Module:
@@ -117,6 +120,14 @@ class Detector(nn.Module):
         losses = self.student(pixels, wanted)
         terms = {ours: losses[theirs] for theirs, ours in LOSSES.items()}
         return terms | {"total": torch.stack(list(terms.values())).sum()}
+
+
+def _tell_levels(pool: Any) -> None:
+    """The strides of the FPN's maps. torchvision works them out from the first images that come, and keeps them: after
+    low ones (of 33 to 45 pixels in height, say) it would look for all boxes in wrong places."""
+    pool.scales = [1 / stride for stride in STRIDES]
+    first, last = (stride.bit_length() - 1 for stride in (STRIDES[0], STRIDES[-1]))
+    pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
 
 
 LOSSES = {

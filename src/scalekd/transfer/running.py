@@ -18,6 +18,7 @@ from ..memory import keep_freed_memory
 from ..optim import of_groups
 from ..preflight import finish
 from ..provenance import provenance
+from ..report.run import write_run_report
 from ..run_folder import Outcome, open_folder, run_into
 from ..runs import as_written
 from ..shortages import shortages_told
@@ -126,6 +127,7 @@ def _finish(task: str, run: Any, folder: Path, summary: dict[str, Any]) -> None:
     figures = {key: summary[key] for key in run.figures}
     summary["model"] = str(file)
     summary["reload_difference"] = export(run.deployed, file, _card(run) | {"figures": figures})
+    write_run_report(folder, summary, facts(run))
 
 
 def facts(run: Any) -> dict[str, str]:

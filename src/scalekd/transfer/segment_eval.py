@@ -65,11 +65,22 @@ def inference(mode: str, crop: tuple[int, int], stride: tuple[int, int] | None =
     return partial(sliding, crop=crop, stride=stride or (max(1, 2 * crop[0] // 3), max(1, 2 * crop[1] // 3)))
 
 
-def classes_of(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, K, h, w) to the likeliest class of each pixel at (height, width) `size`: (B, H, W) int64."""
-    if tuple(logits.shape[-2:]) != size:
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits.argmax(1)
+def classes_of(logits: Tensor, size: tuple[int, int], at_once: int = 8) -> Tensor:
+    """Logits (B, K, h, w) to the likeliest class of each pixel at (height, width) `size`: (B, H, W) int64.
+
+    A few classes are enlarged at a time: a photo's logits of 150 classes would fill 7 GB.
+    """
+    best: Tensor | None = None
+    where = torch.zeros(0)
+    for first in range(0, logits.shape[1], at_once):
+        part = logits[:, first : first + at_once]
+        values, places = F.interpolate(part, size, mode="bilinear", align_corners=False).max(1)
+        if best is None:
+            best, where = values, places
+        else:
+            better = values > best
+            best, where = torch.where(better, values, best), torch.where(better, places + first, where)
+    return where
 
 
 # ---------------------------------------------------------------- what the predictions are worth

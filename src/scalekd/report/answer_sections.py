@@ -1,0 +1,195 @@
+"""Sections on what was answered: accuracy, classes, confusions, examples, calibration."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import shortened
+from ..svg import (
+    INK,
+    LEFT,
+    RIGHT,
+    Axis,
+    Curve,
+    chart,
+    escape,
+    finite,
+    legend,
+    nice_ticks,
+    svg_figure,
+    text_at,
+    value_axis,
+)
+from .answers import accuracies, by_class, confusion_matrix, confusions
+from .curves import bounds
+from .look import STUDENT, TEACHER, Example, Seen
+from .page import NONE, panels, section, table
+
+MOST_CLASSES = 40  # of the table: of more, the worst and the best
+MATRIX, NUMBERED = 30, 12  # classes of the matrix, and of one with numbers in its cells
+PAIRS = 12
+FEW = 10  # images of a class
+LEAST_IN_BIN = 10  # images of a bin that is drawn
+
+
+def answer_sections(seen: Seen) -> list[str]:
+    of = f"{seen.images:,} of {seen.of_images:,}" if seen.images < seen.of_images else f"{seen.images:,}"
+    return [
+        _accuracy(seen, f"On {of} validation images, the same for all. {' '.join(seen.notes)}".rstrip()),
+        _classes(seen),
+        _confusions(seen),
+        _examples(seen.examples),
+        _calibration(seen),
+    ]
+
+
+def name(text: str) -> str:
+    return shortened(text, 40)
+
+
+def _accuracy(seen: Seen, note: str) -> str:
+    rows = []
+    for row in accuracies(seen):
+        gain = f"{row['gain']:+.2f}" if "gain" in row else NONE
+        gain += f" ± {row['half_width']:.2f}" if finite(row.get("half_width")) else ""
+        cells = [row["model"], f"{row['top1']:.2f} [{bounds(row['top1'], row['images'])}]", gain]
+        cells += [NONE if row[key] is None else f"{row[key]:{form}}" for key, form in COLUMNS.items()]
+        rows.append(cells)
+    head = [
+        "model",
+        "top-1 (%)",
+        "the student has more (points)",
+        "agrees with the teacher (%)",
+        "KL",
+        "NLL",
+        "ECE (%)",
+    ]
+    note += (
+        " Brackets and ±: 95 % intervals that come from the number of images; that of a difference is over the pairs. "
+        "KL from the teacher and NLL in nats; ECE: expected calibration error."
+    )
+    return section(
+        "Beside the teacher" if TEACHER in seen.columns else "Answers", table(head, rows, "numbers"), escape(note)
+    )
+
+
+COLUMNS = {"agreement": ".2f", "kl": ".4f", "nll": ".4f", "ece": ".2f"}
+
+
+def _classes(seen: Seen) -> str:
+    rows = by_class(seen)
+    if len(rows) > MOST_CLASSES:
+        half = MOST_CLASSES // 2
+        rows, left = [*rows[:half], *rows[-half:]], len(rows) - MOST_CLASSES
+        note = f"The worst {half} and the best {half}; {left} between them are left out."
+    else:
+        note = "The student's worst first."
+    if seen.images < FEW * len(seen.classes):
+        note += f" {seen.images / len(seen.classes):.1f} images of a class tell little; `scalekd report --images` looks at more."
+    others = [label for label in seen.columns if label != STUDENT]
+    head = ["class", "images", "this student", *others]
+    cells = [
+        [name(row["class"]), str(row["images"]), *(f"{row['top1'][label]:.1f}" for label in (STUDENT, *others))]
+        for row in rows
+    ]
+    return section("Top-1 by class (%)", table(head, cells, "numbers"), note)
+
+
+def _confusions(seen: Seen) -> str:
+    pairs = confusions(seen, PAIRS)
+    if not pairs:
+        return section("Confusions", "<p>The student got every image right.</p>")
+    head = ["it is", "taken for", "images", "of the class"]
+    rows = [[name(p["class"]), name(p["taken_for"]), str(p["images"]), f"{p['images'] / p['of']:.1%}"] for p in pairs]
+    if TEACHER in seen.columns:
+        head.append("by the teacher")
+        for row, pair in zip(rows, pairs):
+            row.append(str(pair["teacher"]))
+    found = [table(head, rows, "numbers names")]
+    note = "The pairs that the student confuses most often."
+    if len(seen.classes) <= MATRIX:
+        found.append(f"<figure>{_matrix(seen)}</figure>")
+        note += " The matrix: rows are what an image is, columns what the student says; the stronger the shade, the larger the share of the row."
+    return section("Confusions", "".join(found), note)
+
+
+def _matrix(seen: Seen) -> str:
+    counts = confusion_matrix(seen.columns[STUDENT], len(seen.classes))
+    n, left = len(seen.classes), 96.0
+    cell = (RIGHT + 16 - left) / n
+    parts = ['<g class="faint">']
+    for i, label in enumerate(seen.classes):
+        middle = cell * (i + 0.5)
+        short = shortened(label, 11).replace(" ...", "…")
+        parts.append(text_at(left - 5, middle + 4, short, "end"))
+        parts.append(f'<g transform="translate({left + middle + 4:.1f} {cell * n + 6:.1f}) rotate(-60)">')
+        parts.append(f"{text_at(0, 0, short, 'end')}</g>")
+        for j in range(n):
+            x, y = left + cell * j, cell * i
+            share = counts[i, j] / max(1, counts[i].sum())
+            parts.append(
+                f'<rect class="shade" x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" fill-opacity="{share:.2f}"/>'
+            )
+            if n <= NUMBERED and counts[i, j]:
+                over = ' class="over"' if share > 0.5 else ""
+                parts.append(
+                    f'<text{over} x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" text-anchor="middle">{counts[i, j]}</text>'
+                )
+    frame = f'<rect x="{left}" y="0" width="{cell * n:.1f}" height="{cell * n:.1f}" fill="none" class="grid"/>'
+    return svg_figure([*parts, "</g>", frame], cell * n + 84, "Confusion matrix of the student")
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    figures = []
+    for e in examples:
+        data = base64.b64encode(e.picture).decode()
+        told = f"{name(e.target)} (teacher, {e.teacher_confidence:.0%}); the student says {name(e.student)}, {e.student_confidence:.0%}"
+        small = ' class="small"' if e.small else ""
+        figures.append(
+            f'<figure><img{small} src="data:image/{e.kind};base64,{data}" alt="{escape(told)}" title="{escape(shortened(e.name, 120))}">'
+            f"<figcaption><b>{escape(name(e.target))}</b> ({e.teacher_confidence:.0%})<br>says {escape(name(e.student))} "
+            f"({e.student_confidence:.0%})</figcaption></figure>"
+        )
+    note = (
+        "Those that the teacher is surest of, at most three of a class, cropped as the models see them. Bold: what it is, "
+        "and the teacher's confidence; below: what the student says, and its confidence. The file's name is in the tooltip."
+    )
+    return section(
+        "What the teacher gets and the student does not", f'<div class="pictures">{"".join(figures)}</div>', note
+    )
+
+
+def _calibration(seen: Seen) -> str:
+    curves = []
+    for i, (label, result) in enumerate(seen.results.items()):
+        filled = [b for b in result["bins"] if b["images"] >= LEAST_IN_BIN]
+        points = [(100 * b["confidence"], 100 * b["accuracy"]) for b in filled]
+        if points:
+            curves.append(Curve(points, f"{label}: ECE {result['ece']:.2f} %", i))
+    diagonal = Curve([(0.0, 0.0), (100.0, 100.0)], "as sure as right", INK)
+    x = Axis(nice_ticks(0, 100), LEFT, RIGHT)
+    figure = chart([*curves, diagonal], x, value_axis([0.0, 100.0]), "mean confidence (%)", "right (%)")
+    note = (
+        "Fifteen bins of the largest probability; a point is a bin's images. Below the straight line a model is surer than it is right. "
+        f"Bins of fewer than {LEAST_IN_BIN} images are not drawn, and count in the ECE."
+    )
+    return section("Calibration", panels([f"<figure>{figure}{legend([*curves, diagonal])}</figure>"]), note)
+
+
+def numbers(seen: Seen) -> dict[str, Any]:
+    """The data behind these sections, for report.json."""
+    shown = [{k: v for k, v in vars(e).items() if k not in ("picture", "kind", "small")} for e in seen.examples]
+    return {
+        "images": seen.images,
+        "of_images": seen.of_images,
+        "notes": seen.notes,
+        "accuracy": accuracies(seen),
+        "classes": by_class(seen),
+        "confusions": confusions(seen, 100),
+        "calibration": {label: result["bins"] for label, result in seen.results.items()},
+        "examples": shown,
+    }

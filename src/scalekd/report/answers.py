@@ -1,0 +1,77 @@
+"""What the answers of several models to the same images come to: shares with intervals, classes, confusions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from .look import STUDENT, TEACHER, Seen
+from .series import share_interval
+
+
+def accuracies(seen: Seen) -> list[dict[str, Any]]:
+    """For each model: top-1 with its interval; what the student has more, over the same images, with its interval."""
+    mine = seen.columns[STUDENT]["right"].astype(float)
+    rows = []
+    for label, columns in seen.columns.items():
+        result = seen.results[label]
+        row: dict[str, Any] = {"model": label, "top1": result["top1"], "images": seen.images}
+        row["interval"] = list(share_interval(result["top1"], seen.images))
+        row |= {key: result.get(key) for key in ("nll", "ece", "agreement", "kl")}
+        if label != STUDENT:
+            row |= difference(columns["right"].astype(float), mine)
+        rows.append(row)
+    return rows
+
+
+def difference(before: Any, after: Any) -> dict[str, float | None]:
+    """Points that `after` (N,) of 0 and 1 has more than `before`; half_width: 1.96 standard errors of the pairs' mean."""
+    gains = 100 * (after - before)
+    half = 1.96 * float(gains.std(ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else None
+    return {"gain": float(gains.mean()), "half_width": half}
+
+
+def by_class(seen: Seen) -> list[dict[str, Any]]:
+    """Images and top-1 in % of every class that was seen, by model, the student's worst class first."""
+    target = seen.columns[STUDENT]["target"]
+    counts = np.bincount(target, minlength=len(seen.classes))
+    right = {
+        label: np.bincount(target, weights=columns["right"], minlength=len(seen.classes))
+        for label, columns in seen.columns.items()
+    }
+    rows = [
+        {"class": name, "images": int(n), "top1": {label: 100 * float(r[i] / n) for label, r in right.items()}}
+        for i, (name, n) in enumerate(zip(seen.classes, counts))
+        if n
+    ]
+    return sorted(rows, key=lambda row: (row["top1"][STUDENT], row["class"]))
+
+
+def confusion_matrix(columns: dict[str, Any], classes: int) -> Any:
+    """(classes, classes) counts: row: what it is; column: what it was taken for."""
+    return np.bincount(columns["target"] * classes + columns["predicted"], minlength=classes**2).reshape(classes, -1)
+
+
+def confusions(seen: Seen, most: int) -> list[dict[str, Any]]:
+    """The pairs of classes that the student confuses most often; the teacher's mistakes of the same pair beside them."""
+    student, teacher = seen.columns[STUDENT], seen.columns.get(TEACHER)
+    counts = _wrong_pairs(student)
+    of_teacher = _wrong_pairs(teacher) if teacher else Counter()
+    return [
+        {
+            "class": seen.classes[i],
+            "taken_for": seen.classes[j],
+            "images": n,
+            "of": int((student["target"] == i).sum()),
+            "teacher": of_teacher[i, j] if teacher else None,
+        }
+        for (i, j), n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+    ]
+
+
+def _wrong_pairs(columns: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """(what it is, what it was taken for) -> images. Not by a matrix, which many classes would make too large."""
+    wrong = ~columns["right"]
+    return Counter(zip(columns["target"][wrong].tolist(), columns["predicted"][wrong].tolist()))

@@ -1,0 +1,133 @@
+"""The model card that goes with an exported student: README.md, with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import shortened
+from ..files import is_file, write_text
+from ..svg import finite
+from .answers import accuracies
+from .curves import losses_text
+from .folder import RunFolder
+from .look import STUDENT, Seen
+from .page import NONE
+from .series import events_of, share_interval
+
+OURS = "<!-- Written by scalekd, and written anew by the next report. Remove this line to keep your changes. -->"
+
+
+def write_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -> None:
+    """README.md in the run's folder, beside student.safetensors, unless a person has made it theirs. Raises `UserError`."""
+    path = folder.path / "README.md"
+    if not is_file(path) or OURS in path.read_text(encoding="utf-8", errors="replace"):
+        write_text(path, model_card(folder, facts, seen))
+
+
+def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -> str:
+    card = folder.card
+    taught = f", taught by {card['teacher']}" if card.get("teacher") else ""
+    classes = [str(label) for label in card["classes"]]
+    blocks = [
+        f"---\n{yaml.safe_dump(front_matter(folder), sort_keys=False, allow_unicode=True)}---",
+        f"# {marked(folder.recipe.get('name', card['model']))}",
+        f"{marked(card['model'] + taught)}. Trained with scalekd; a plain timm model, with nothing of scalekd in it.",
+        "## Use",
+        f"```python\n{load_lines(card)}\n```",
+        "## Results",
+        _results(folder, seen),
+        "## Training",
+        "\n".join(
+            f"- {name}: {marked(text)}"
+            for name, text in ({"losses": losses_text(card["losses"])} | dict(facts)).items()
+            if name != "command"
+        ),
+        "`recipe.yaml` has every setting, `report.html` the curves, classes and mistakes.",
+    ]
+    if classes:
+        named = ", ".join(marked(shortened(label, 40)) for label in classes[:30])
+        more = f" and {len(classes) - 30} others, in `student.json`" if len(classes) > 30 else ""
+        blocks += ["## Classes", f"{len(classes)}: {named}{more}."]
+    limits = (
+        "Measured on the validation images above and nowhere else. It knows these classes only and names one of them for any "
+        "image. What the teacher gets wrong, it may have learned. No licence is stated here: those of the images and of the "
+        "teacher's weights may bind you."
+    )
+    return "\n\n".join([*blocks, "## Limits", limits, OURS]) + "\n"
+
+
+def front_matter(folder: RunFolder) -> dict[str, Any]:
+    card, score = folder.card, folder.score
+    task = "image-classification" if card["classes"] else "image-feature-extraction"
+    told: dict[str, Any] = {
+        "library_name": "timm",
+        "pipeline_tag": task,
+        "tags": [task, "timm", "knowledge-distillation", "scalekd"],
+    }
+    if finite(score) and card["classes"]:
+        data = folder.recipe.get("data") or {}
+        place = Path(str(data.get("val") or data.get("train"))).name or "validation images"
+        result = {
+            "task": {"type": task},
+            "dataset": {
+                "name": place,
+                "type": re.sub(r"[^\w.-]+", "-", place).strip("-") or "images",
+                "split": "validation",
+            },
+            "metrics": [
+                {"type": "accuracy", "value": round(score, 2), "name": f"{next(iter(folder.figures.values()))} (%)"}
+            ],
+        }
+        told |= {
+            "metrics": ["accuracy"],
+            "model-index": [{"name": str(folder.recipe.get("name")), "results": [result]}],
+        }
+    return told
+
+
+def load_lines(card: Mapping[str, Any]) -> str:
+    """Python that loads the student beside it and takes an image, with timm alone."""
+    given = "".join(f", {key}={value!r}" for key, value in card["kwargs"].items())
+    size = (len(card["mean"]), *card["image_size"])
+    mode = "L" if len(card["mean"]) == 1 else "RGB"
+    return "\n".join(
+        [
+            "import timm",
+            "from PIL import Image",
+            "",
+            f'student = timm.create_model({card["model"]!r}, checkpoint_path="student.safetensors"{given}).eval()',
+            f"pixels = timm.data.create_transform({size!r}, interpolation={card['interpolation']!r}, "
+            f"crop_pct={card['crop_pct']!r}, mean={tuple(card['mean'])!r}, std={tuple(card['std'])!r})",
+            f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
+        ]
+    )
+
+
+def _results(folder: RunFolder, seen: Seen | None) -> str:
+    lines = ["| on all validation images | % |", "|---|--:|"]
+    validations = events_of(folder.events, "validation")
+    for key, name in folder.figures.items():
+        value = validations[-1].get(key) if validations else None
+        images = validations[-1].get("images") if validations else None
+        told = f"{value:.2f}" if finite(value) else NONE
+        if key == "top1" and finite(value) and images:
+            told += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
+        lines.append(f"| {name} | {told} |")
+    if seen is not None:
+        lines += ["", f"| on {seen.images:,} of them, top-1 | % | ECE % |", "|---|--:|--:|"]
+        for row in accuracies(seen):
+            name = "this model" if row["model"] == STUDENT else marked(row["model"])
+            low, high = row["interval"]
+            lines.append(f"| {name} | {row['top1']:.2f} [{low:.2f}, {high:.2f}] | {row['ece']:.2f} |")
+    return "\n".join([*lines, "", "Brackets: 95 % intervals that come from the number of images."])
+
+
+def marked(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    return re.sub(r"[\\`*\[\]|<>~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)

@@ -1,0 +1,172 @@
+"""What every run has, of one run or of several side by side: scores, curves, where the time went. From their logs alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..runlog import duration
+from ..svg import (
+    INK,
+    LEFT,
+    RIGHT,
+    Axis,
+    Curve,
+    chart,
+    escape,
+    keys,
+    legend,
+    nice_ticks,
+    svg_figure,
+    text_at,
+    value_axis,
+    x_axis,
+)
+from .page import NONE, panels, section, table
+from .series import events_of, figure_points, loss_points, share_interval, thin, time_use
+
+TOP1 = {"top1": "top-1", "top5": "top-5"}
+
+PARTS = (
+    ("data", "waiting for data"),
+    ("teacher", "teacher forward"),
+    ("rest", "everything else: student, method, optimiser"),
+)
+
+MOST_POINTS = 20_000  # of all curves together: about 250 KB
+
+
+@dataclass
+class ReportRun:
+    """One row of the report.
+
+    events: `read_log` of the seed whose curves are drawn. score: the final value of the first figure in %, one per seed.
+    seconds: wall clock of each seed's run. losses: the recipe's, method name -> options.
+    """
+
+    label: str
+    events: list[dict[str, Any]]
+    score: list[float]
+    seconds: list[float]
+    losses: dict[str, Any]
+
+
+def scores_table(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
+    rows = [] if teacher_score is None else [("teacher", f"{teacher_score:.2f}", *[NONE] * 5)]
+    key, name = next(iter(figures.items()))
+    for run in runs:
+        use = time_use(run.events)
+        time = duration(statistics.fmean(run.seconds)) if run.seconds else NONE
+        measured = run is not runs[0] and run.score and runs[0].score
+        gain = f"{statistics.fmean(run.score) - statistics.fmean(runs[0].score):+.2f}" if measured else NONE
+        speed = f"{1 / use[0]:,.0f}" if use else NONE
+        score = _score_text(run, key)
+        rows.append((run.label, score, gain, time, speed, str(len(run.score)), losses_text(run.losses)))
+    # losses last: on a phone the numbers are in sight
+    head = ("run", f"{name} (%)", "gain (points)", "time", "images/s", "seeds", "losses")
+    note = (
+        f"Validation {name} at the end; ± is the sample standard deviation over seeds, and of one seed the brackets are "
+        "the 95 % interval that comes from the number of validation images. Gains are over the first run. Time is a "
+        "whole run with its validations, the mean over seeds; images/s is training alone."
+    )
+    return table(head, rows) + f'<p class="note">{escape(note)}</p>'
+
+
+def _score_text(run: ReportRun, key: str) -> str:
+    if len(run.score) > 1:
+        return f"{statistics.fmean(run.score):.2f} ± {statistics.stdev(run.score):.2f}"
+    if not run.score:
+        return NONE
+    images = [e.get("images") for e in events_of(run.events, "validation")][-1:]
+    told = f"{run.score[0]:.2f}"
+    if key != "top1" or not images or not images[0]:  # other figures are no shares of images
+        return told
+    return f"{told} [{bounds(run.score[0], images[0])}]"
+
+
+def bounds(share: float, count: float) -> str:
+    return "{:.2f}, {:.2f}".format(*share_interval(share, count))
+
+
+def losses_text(losses: Mapping[str, Any]) -> str:
+    """{"ce": {}, "kd": {"temperature": 2.0}} -> "ce, kd (temperature 2.0)"."""
+    texts = [", ".join(f"{k} {v}" for k, v in (options or {}).items()) for options in losses.values()]
+    return ", ".join(f"{name} ({text})" if text else name for name, text in zip(losses, texts))
+
+
+def figure_curves(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
+    """A chart for each figure; the teacher's score is one of the first."""
+    drawn: list[str] = []
+    for key, name in figures.items():
+        most = max(20, MOST_POINTS // max(1, 8 * len(runs)))
+        curves = [
+            Curve(thin(points, most), r.label, i)
+            for i, r in enumerate(runs)
+            if (points := figure_points(r.events, key))
+        ]
+        if not curves:
+            continue
+        level = None if teacher_score is None or drawn else (teacher_score, f"teacher {teacher_score:.2f} %")
+        # the first epochs would press the rest together: the axis is made for the last three quarters of each curve
+        shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]] + ([level[0]] if level else [])
+        x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points), least_step=1), LEFT, RIGHT)
+        figure = chart(curves, x, value_axis(shown), "epoch", f"{name} (%)", level)
+        drawn.append(f"<figure>{figure}{legend(curves)}</figure>")
+    content = panels(drawn) if drawn else "<p>No validation was logged.</p>"
+    return section("Validation", content, "One seed per run. Early epochs may lie below the axis." if drawn else "")
+
+
+def loss_curves(runs: Sequence[ReportRun]) -> str:
+    losses = [loss_points(run.events) for run in runs]
+    styles = {name: i for i, name in enumerate(dict.fromkeys(n for terms in losses for n in terms if n != "total"))}
+    most = max(20, min(200, MOST_POINTS // max(1, sum(map(len, losses)))))
+    drawn = []
+    for run, terms in zip(runs, losses):
+        curves = [Curve(thin(points, most), name, styles.get(name, INK)) for name, points in terms.items()]
+        if curves:
+            x = Axis(nice_ticks(0, max(c.points[-1][0] for c in curves)), LEFT, RIGHT)
+            figure = chart(curves, x, value_axis([y for c in curves for _, y in c.points]), "step", "loss")
+            drawn.append(f"<figure><h3>{escape(run.label)}</h3>{figure}{legend(curves)}</figure>")
+    content = panels(drawn) if drawn else "<p>No training step was logged.</p>"
+    note = "Weighted, as they are added up, and averaged over log intervals. Each panel has its own vertical axis."
+    return section("Loss terms", content, f"{note} One seed per run.")
+
+
+def time_bars(runs: Sequence[ReportRun], more: str = "") -> str:
+    """more: a sentence for the note."""
+    uses = [(run.label, use) for run in runs if (use := time_use(run.events))]
+    if not uses:
+        return section("Where the time went", "<p>No training step was logged.</p>")
+    x = Axis(nice_ticks(0, max(1000 * seconds for _, (seconds, _) in uses)), 12, RIGHT)
+    row = 72
+    bottom = row * len(uses) + 4
+    parts = x_axis(x, 4, bottom, "milliseconds per training image")
+    for i, (label, (seconds, shares)) in enumerate(uses):
+        short = label if len(label) <= 44 else label[:43] + "…"
+        parts += [
+            text_at(12, row * i + 20, short),
+            *_bar(x, row * i + 27, seconds, shares),
+            text_at(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for (name, _), share in zip(PARTS, shares))),
+        ]
+    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in PARTS)
+    drawing = svg_figure([HATCH, *parts], bottom + 48, "Training time per image")
+    note = f"Training steps alone, without validation. One seed per run. {escape(more)}".rstrip()
+    return section("Where the time went", f"<figure>{drawing}{colours}</figure>", note)
+
+
+def _bar(x: Axis, top: float, seconds: float, shares: Sequence[float]) -> list[str]:
+    ends = [x.at(1000 * seconds * sum(shares[: i + 1])) for i in range(len(shares))]
+    return [_rectangle(name, a, top, b - a, 20) for (name, _), a, b in zip(PARTS, [x.start, *ends], ends)]
+
+
+def _rectangle(part: str, x: float, y: float, width: float, height: float) -> str:
+    return f'<rect class="{part}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+
+
+# hatching tells `data` from `rest` in greyscale
+HATCH = (
+    '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<rect class="hatch-ground" width="5" height="5"/><rect class="hatch-line" width="2" height="5"/></pattern></defs>'
+)

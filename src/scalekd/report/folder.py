@@ -1,0 +1,194 @@
+"""A run as its folder tells it, whatever its task and whether it is finished; and built again from there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .. import checkpoint
+from ..analyze.runs import Looker
+from ..build import Run, build
+from ..config import Config, check_config
+from ..errors import UserError, counted, first_line
+from ..export import create_student, load_student, read_card
+from ..files import is_file
+from ..runlog import read_log
+from ..sources import pair_of
+from ..stages import StageView
+from ..yaml_file import parse_yaml
+from .curves import TOP1, ReportRun
+from .series import events_of
+
+NAMES = TOP1 | {"mask_ap": "mask AP", "box_ap": "box AP", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+
+
+@dataclass
+class RunFolder:
+    path: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]  # empty unless finished
+    made: dict[str, Any]  # provenance.json
+    known: dict[str, Any]  # report.json of an earlier report
+    card: dict[str, Any]  # of the student, once it is there
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """Those that its validations logged, the first one first."""
+        logged = (events_of(self.events, "validation") or [{}])[-1]
+        neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
+        return {key: neighbours * (key == "top1") + name for key, name in NAMES.items() if key in logged} or TOP1
+
+    @property
+    def step(self) -> tuple[int, int | None]:
+        """The last one logged, and of how many."""
+        steps = events_of(self.events, "step")
+        return (steps[-1]["step"], steps[-1].get("steps")) if steps else (0, None)
+
+    @property
+    def score(self) -> float | None:
+        key = next(iter(self.figures))
+        validations = [e[key] for e in events_of(self.events, "validation") if key in e]
+        return self.summary.get(key, validations[-1] if validations else None)
+
+    def row(self, label: str) -> ReportRun:
+        score, seconds = self.score, self.summary.get("seconds")
+        if seconds is None:
+            elapsed = [e["elapsed_s"] for e in events_of(self.events, "validation") if "elapsed_s" in e]
+            seconds = elapsed[-1] if elapsed else None
+        losses = self.recipe.get("losses") or {}
+        return ReportRun(
+            label,
+            self.events,
+            [] if score is None else [score],
+            [] if seconds is None else [seconds],
+            losses if isinstance(losses, dict) else {},
+        )
+
+    def facts(self) -> dict[str, str]:
+        """What an earlier report knew of the run as it was built, or what recipe and provenance tell."""
+        if isinstance(self.known.get("facts"), dict):
+            return {str(k): str(v) for k, v in self.known["facts"].items()}
+        told: dict[str, str] = {}
+        data = self.recipe.get("data") or {}
+        if parts := [
+            f"{key} {data[key]}" for key in ("train", "val", "unlabelled", "annotations", "root") if data.get(key)
+        ]:
+            told["data"] = ", ".join(parts)
+        for role, loaded in (self.made.get("weights") or {}).items():
+            place = (
+                self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
+            )
+            told[role] = f"{place.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
+        train, optim = self.recipe.get("train") or {}, self.recipe.get("optim") or {}
+        if "epochs" in train:
+            budget = [counted(train["epochs"], "epoch"), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
+            told["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
+        versions = ", ".join(f"{key} {self.made[key]}" for key in ("scalekd", "torch", "timm") if key in self.made)
+        more = {"machine": self.made.get("machine"), "versions": versions, "command": self.made.get("command")}
+        return told | {key: str(value) for key, value in more.items() if value}
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Raises `UserError` for a folder that holds no run."""
+    recipe = folder / "recipe.yaml"
+    if not is_file(recipe):
+        raise UserError(
+            f"{folder}: neither a run nor a comparison is there (no recipe.yaml, no summary.json of `scalekd compare`); "
+            "name a folder that `scalekd train` or `scalekd compare` wrote"
+        )
+    try:
+        text = recipe.read_text(encoding="utf-8")
+        events = read_log(folder) if is_file(folder / "log.jsonl") else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
+    values = parse_yaml(text, str(recipe))
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe} is no recipe: it must be a mapping with data, student, ...")
+    files = ("summary.json", "provenance.json", "report.json", "student.json")
+    return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty if it is not there, or no JSON object: a report tells what there is."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[Run, nn.Module]:
+    """The run as its last checkpoint has it, and the student that is deployed; with its own data, or with `data`.
+
+    Raises `UserError`: without a checkpoint, and when data or teacher are not there any more.
+    """
+    config = check_config(parse_yaml(folder.recipe_text, "recipe.yaml"), str(folder.path / "recipe.yaml"))
+    run = build(_as_it_stands(config, data), device)
+    if folder.card.get("classes") and data is not None and list(folder.card["classes"]) != list(run.classes):
+        raise UserError(
+            f"--data: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
+            f"{len(folder.card['classes'])} ({', '.join(folder.card['classes'][:4])}, ...); they must be the same"
+        )
+    exported = folder.path / "student.safetensors"
+    try:
+        try:
+            state = checkpoint.load(folder.path / "last.pt")
+        except UserError:
+            if not is_file(exported):
+                raise UserError(f"{folder.path} has no checkpoint to read and no exported student") from None
+            run.distiller.student.load_state_dict(load_file(exported))
+            run.distiller.methods = nn.ModuleDict()  # untrained: nothing to look at
+            return run, run.distiller.student
+        run.distiller.student.load_state_dict(state["student"])
+        run.distiller.methods.load_state_dict(state["methods"])
+        deployed = copy.deepcopy(run.distiller.student)
+        deployed.load_state_dict(state["deployed"])
+        same = all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values()))
+        return run, run.distiller.student if same else deployed
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder.path}: its weights do not fit its recipe: {first_line(error)}") from None
+
+
+def _as_it_stands(config: Config, data: str | None) -> Config:
+    """To build what was trained: the student's weights come from the checkpoint."""
+    student = config.student.model_copy(update={"weights": None, "prefix": None})
+    train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
+    spec = config.data
+    if data is not None:
+        place = (pair_of(data) or ("", data))[1]
+        other = {"train": place, "val": place, "limit": None, "unlabelled": None, "unlabelled_limit": None}
+        spec = spec.model_copy(update=other)
+        train = train.model_copy(update={"batch_size": 2, "accumulate": 1})  # it need not be large enough to train on
+    return config.model_copy(update={"student": student, "train": train, "data": spec})
+
+
+def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Looker:
+    """Another run's student, as exported or else as its last checkpoint has it. Raises `UserError`."""
+    if is_file(folder.path / "student.safetensors"):
+        model, card = load_student(folder.path)
+    else:
+        card_file, last = folder.path / "student.json", folder.path / "last.pt"
+        if not is_file(card_file) or not is_file(last):
+            raise UserError(f"--baseline: {folder.path} has no student yet")
+        card = read_card(card_file)
+        model = create_student(card, card_file)
+        try:
+            model.load_state_dict(checkpoint.load(last)["deployed"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"--baseline: {last} does not fit {card_file}: {first_line(error)}") from None
+    if card["classes"] != classes:
+        raise UserError(f"--baseline: {folder.path} was trained for other classes")
+    size = (card["image_size"][0], card["image_size"][1])
+    view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
+    mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    return Looker(view, size, mean, std)

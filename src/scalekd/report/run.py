@@ -1,0 +1,257 @@
+"""The report of one run, finished or not: `scalekd report` and the end of every run. docs/report.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..analyze.runs import Looker, labels
+from ..build import Run
+from ..config import check_config
+from ..cost import cost
+from ..errors import UserError, first_line, printable
+from ..files import make_folder, write_text
+from ..runlog import duration
+from ..shortages import shortages_told
+from ..svg import escape, finite
+from ..yaml_file import parse_yaml
+from .answer_sections import answer_sections, numbers
+from .card import load_lines, write_card
+from .compared import is_comparison, write_comparison
+from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
+from .feature_sections import cost_section, feature_sections, parts_section
+from .folder import RunFolder, baseline_looker, read_run, rebuilt
+from .look import MOST_IMAGES, TEACHER, Seen, look
+from .page import code, facts_section, folded, page, section
+from .pictures import analysis_sections
+from .series import events_of, time_use
+
+FILE, DATA = "report.html", "report.json"
+
+
+def write_run_report(
+    folder: Path, summary: Mapping[str, Any], facts: Mapping[str, str], run: Run | None = None
+) -> None:
+    """At the end of a run: report.html, report.json and, of a distillation, README.md in its folder.
+
+    run: of a distillation, whose student is to be looked at while it answers validation images; without, the log alone.
+    It never raises: a run that went well does not fail because its report did. What went wrong is told on stderr.
+    """
+    try:
+        seen, left_out = None, ""
+        if run is None:
+            pass
+        elif run.has_classifier:
+            try:
+                seen = look(run, run.deployed)
+            except Exception as error:
+                left_out = f"The images could not be looked at: {first_line(error)}"
+        else:
+            left_out = "The student has no classifier, so there are no answers to look at."
+        found = replace(read_run(folder), summary=dict(summary))
+        _write(found, folder / FILE, facts, seen, [left_out], parts=count_parts(run) if run else None)
+    except Exception as error:  # a full disk, a log that was removed, ...
+        told = f"no report: {first_line(error)}. The run is finished; `scalekd report {folder}` makes it again."
+        print(printable(told), file=sys.stderr)
+
+
+def report(
+    folder: Path,
+    device: torch.device,
+    *,
+    baselines: Sequence[Path] = (),
+    data: str | None = None,
+    images: int = MOST_IMAGES,
+    analyses: Sequence[Path] = (),
+    out: Path | None = None,
+) -> tuple[Path, list[str]]:
+    """The report of a run's or a comparison's folder, and what was left out of it. Where data or teacher are gone, the page says so.
+
+    baselines: folders of other runs on the same classes. data: any source with the run's classes, in place of its
+    validation images. analyses: folders that `scalekd analyze ... --out` wrote. out: report.html in the folder unless
+    given. Raises `UserError`.
+    """
+    if images < 1:
+        raise UserError(f"--images {images}: one or more")
+    path = out or folder / FILE
+    make_folder(path.parent)
+    pictures = analysis_sections(analyses)
+    if is_comparison(folder):
+        if baselines or data is not None:
+            raise UserError(
+                f"{folder} is a comparison, which has its baseline and data: leave out --baseline and --data"
+            )
+        write_comparison(folder, path, more=pictures)
+        return path, []
+    found = read_run(folder)
+    others = {label: read_run(path) for label, path in zip(labels([folder, *baselines])[1:], baselines)}
+    seen, left_out = None, list[str]()
+    is_distillation = "student" in found.recipe
+    if is_distillation:
+        seen, why_not = _look_again(found, others, data, images, device)
+        left_out += [why_not] if why_not else []
+    elif data is not None or baselines:
+        raise UserError(
+            f"{folder} is a detector's or segmenter's run: its report comes from its log; leave out --data and --baseline"
+        )
+    counted = None
+    if is_distillation:
+        try:
+            classes = len(seen.classes if seen else found.card.get("classes") or []) or 1000
+            config = check_config(parse_yaml(found.recipe_text, "recipe.yaml"), str(folder / "recipe.yaml"))
+            counted = cost(config, classes=classes)
+        except UserError as error:
+            left_out.append(f"No costs: {first_line(error)}")
+    _write(found, path, found.facts(), seen, left_out, others=others, counted=counted, more=pictures)
+    return path, left_out
+
+
+def _look_again(
+    found: RunFolder, others: Mapping[str, RunFolder], data: str | None, images: int, device: torch.device
+) -> tuple[Seen | None, str]:
+    """The images as the run's models see them now; or why not, where only the run's own data or teacher are missing."""
+    try:
+        run, deployed = rebuilt(found, data, device)
+    except UserError as error:
+        if data is not None:
+            raise
+        return None, f"No images were looked at: {first_line(error)} `scalekd report --data SOURCE` takes others."
+    if not run.has_classifier:
+        return None, "The student has no classifier, so there are no answers to look at."
+    lookers: dict[str, Looker] = {label: baseline_looker(of, run.classes, device) for label, of in others.items()}
+    with shortages_told(device, "Try --device cpu, or close what else uses it."):
+        return look(run, deployed, lookers, most=images, seconds=float("inf")), ""
+
+
+def count_parts(run: Run) -> list[dict[str, Any]]:
+    """Parameters of models and methods; GMACs of the models' forward pass on one image, counted while it is done."""
+    d = run.distiller
+    models = {"student": (run.deployed, d.image_size)}
+    models |= {place: (d.teachers[name].view.model, d.teachers[name].size) for name, place in _places(run).items()}
+    found: list[dict[str, Any]] = []
+    for part, (model, size) in models.items():
+        pixels = torch.zeros(1, run.config.data.channels, *size, device=run.device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(pixels)
+        found.append({"part": part, "params": _size(model), "gmacs": counter.get_total_flops() / 2e9})
+    return found + [
+        {"part": name, "params": _size(method), "gmacs": None} for name, method in d.methods.items() if _size(method)
+    ]
+
+
+def _places(run: Run) -> dict[str, str]:
+    return {taught.label: taught.place for taught in run.taught_by}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------- the page
+
+
+def _write(
+    found: RunFolder,
+    path: Path,
+    facts: Mapping[str, str],
+    seen: Seen | None,
+    left_out: Sequence[str],
+    *,
+    others: Mapping[str, RunFolder] | None = None,
+    parts: list[dict[str, Any]] | None = None,
+    counted: dict[str, Any] | None = None,
+    more: Sequence[str] = (),
+) -> None:
+    name = str(found.recipe.get("name") or found.path.name)
+    runs = [*(of.row(label) for label, of in (others or {}).items()), found.row(name)]
+    figures = found.figures
+    teacher = (found.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
+    if not finite(teacher):
+        measured = seen is not None and TEACHER in seen.results and seen.images == seen.of_images
+        teacher = seen.results[TEACHER]["top1"] if seen is not None and measured else None
+    sections = [
+        _opening(found, facts, left_out),
+        scores_table(runs, figures, teacher),
+        figure_curves(runs, figures, teacher),
+        loss_curves(runs),
+        *(answer_sections(seen) if seen else []),
+        time_bars(runs, _where_the_rest_went(found)),
+        cost_section(counted) if counted else parts_section(parts) if parts else "",
+        *(feature_sections(seen) if seen else []),
+        *more,
+        _use(found),
+        facts_section(facts),
+        _recipe(found),
+    ]
+    write_text(path, page(escape(name), sections))
+    known = {"facts": dict(facts), "left_out": [line for line in left_out if line], "parts": parts, "cost": counted}
+    if seen:
+        known |= numbers(seen) | {"frequency": seen.spectra, "cka": seen.cka, "distances": seen.distances}
+    if path == found.path / FILE:
+        write_text(found.path / DATA, json.dumps(known, indent=1) + "\n")
+        if found.card.get("kwargs") is not None and (found.path / "student.safetensors").is_file():
+            write_card(found, facts, seen)
+
+
+def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
+    """What was trained from what, how it ended, and what is missing here, in a few sentences."""
+    recipe = found.recipe
+    student = recipe.get("student") or recipe.get("backbone") or {}
+    teachers = [recipe["teacher"]] if recipe.get("teacher") else [*(recipe.get("teachers") or {}).values()]
+    told = f"{student.get('model', 'The student')} "
+    told += f"taught by {' + '.join(t.get('model', '') for t in teachers)}" if teachers else "without a teacher"
+    if losses := losses_text(recipe.get("losses") or {}):
+        told += f", with {losses}"
+    lines = [f"{told}."]
+    key, name = next(iter(found.figures.items()))
+    if finite(found.score):
+        images = [e.get("images") for e in events_of(found.events, "validation")][-1:]
+        interval = f" [{bounds(found.score, images[0])}]" if key == "top1" and images and images[0] else ""
+        lines.append(f"{name}: {found.score:.2f} %{interval}.")
+    if not found.summary:
+        step, steps = found.step
+        lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))
+    missing = "".join(f'<p class="note">{escape(line)}</p>' for line in left_out if line)
+    return "".join(f"<p>{escape(line)}</p>" for line in lines) + missing
+
+
+def _where_the_rest_went(found: RunFolder) -> str:
+    """The share of a run's wall clock that was not training steps."""
+    use, seconds = time_use(found.events), found.row("").seconds
+    batch = (found.recipe.get("train") or {}).get("batch_size")
+    step, _ = found.step
+    if use is None or not seconds or not isinstance(batch, int):
+        return ""
+    training = min(use[0] * step * batch, seconds[0])
+    return (
+        f"Of {duration(seconds[0])} in all, {duration(training)} were training steps; the rest, {1 - training / seconds[0]:.0%}, "
+        "validation, checkpoints and starts."
+    )
+
+
+def _use(found: RunFolder) -> str:
+    if found.card.get("kwargs") is None:
+        return ""
+    note = "In the run's folder, with timm alone. README.md there is a model card; `scalekd export --onnx` writes ONNX."
+    if not (found.path / "student.safetensors").is_file():
+        note = "`scalekd export` writes student.safetensors from a checkpoint first."
+    return section("Use the student", code(load_lines(found.card)), note)
+
+
+def _recipe(found: RunFolder) -> str:
+    made = json.dumps(found.made, indent=1)
+    parts = [folded("recipe.yaml", code(_cut(found.recipe_text)))]
+    parts += [folded("provenance.json", code(_cut(made)))] if found.made else []
+    return section("Settings and provenance", "".join(parts))
+
+
+def _cut(text: str, most: int = 30_000) -> str:
+    return text if len(text) <= most else f"{text[:most]}\n... ({len(text):,} characters in all)"

@@ -1,0 +1,68 @@
+"""A small detector and segmenter, untrained and exported: what there is to load, evaluate and predict with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+
+from scalekd.transfer.detector import Detector
+from scalekd.transfer.pyramid import Pyramid
+from scalekd.transfer.segmenter import UPerNet
+
+INPUT = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25], "figures": {}, "provenance": {"seed": 0}}
+DETECTOR = INPUT | {
+    "task": "detection",
+    "backbone": "test_resnet",
+    "kwargs": {},
+    "image_size": [64, 64],
+    "classes": ["bag", "tie"],
+    "category_ids": [3, 7],
+    "short": 64,
+    "long": 96,
+    "anchors": [16, 32, 64, 128, 256],
+}
+SEGMENTER = INPUT | {
+    "task": "segmentation",
+    "backbone": "test_resnet",
+    "kwargs": {},
+    "image_size": [64, 64],
+    "classes": ["sky", "sea", "sand"],
+    "short": 64,
+    "long": 256,
+    "width": 16,
+    "crop": [64, 64],
+    "inference": "whole",
+    "reduce_zero_label": True,
+}
+
+
+def new_detector(card: dict[str, Any] = DETECTOR) -> Detector:
+    """One that finds a few large objects with scores of all sizes."""
+    torch.manual_seed(0)
+    pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
+    sizes = {key: card[key] for key in ("short", "long", "anchors")}
+    detector = Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **sizes)
+    heads = detector.student.roi_heads
+    with torch.no_grad():
+        heads.box_predictor.cls_score.weight *= 60
+        heads.mask_predictor.mask_fcn_logits.bias.fill_(5)  # or there would be empty masks
+    return fewer(detector)
+
+
+def fewer(detector: Detector) -> Detector:
+    """A handful of boxes instead of thousands: what is tested does not depend on how many, and the time does."""
+    detector.student.rpn._post_nms_top_n = {"training": 24, "testing": 12}
+    return detector
+
+
+def new_segmenter(card: dict[str, Any] = SEGMENTER) -> UPerNet:
+    torch.manual_seed(0)
+    pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
+    segmenter = UPerNet(pyramid, len(card["classes"]), card["width"]).eval()
+    size = card["image_size"]
+    noise = torch.randn(1, len(card["mean"]), *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        segmenter.classifier[1].bias -= segmenter(noise).mean((0, 2, 3))  # or one class would be everywhere
+    return segmenter

@@ -1,0 +1,191 @@
+"""Detectors and segmenters as files: what comes back is what went out, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
+from safetensors.torch import load_file
+
+from scalekd import mixer  # noqa: F401 - adds a name to timm's
+from scalekd.errors import UserError
+from scalekd.transfer import deploy
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return new_detector().eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, detector):
+    """`detector/` and `segmenter/`, as runs leave them."""
+    folder = tmp_path_factory.mktemp("exported")
+    for model, name, card in ((detector.student, "detector", DETECTOR), (new_segmenter(), "segmenter", SEGMENTER)):
+        (folder / name).mkdir()
+        assert deploy.export(model, folder / name / f"{name}.safetensors", card) == 0
+    return folder
+
+
+def test_a_detector_comes_back_as_it_was(exported, detector):
+    loaded, card = deploy.load(exported / "detector", "detection")
+    weights = exported / "detector/detector.safetensors"
+    assert not loaded.training and card == DETECTOR | {"sha256": deploy.sha256_of(weights)}
+    assert load_file(weights).keys() == detector.student.state_dict().keys()
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    low = torch.zeros(3, 24, 60, dtype=torch.uint8)  # resized, 38 pixels: torchvision would take its maps for larger
+    with torch.inference_mode():
+        fewer(loaded)([low])
+        ours, theirs = detector([image])[0], loaded([image])[0]
+    assert len(ours["scores"]) > 3
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_resnet", {}),
+        ("test_vit", {"img_size": 64, "dynamic_img_size": True}),
+        ("mlp_mixer", {"embed_dim": 32, "num_blocks": 2, "img_size": 64}),
+        ("test_convnext", {"in_chans": 1}),
+    ],
+)
+def test_a_segmenter_comes_back_as_it_was(tmp_path, name, kwargs):
+    card = SEGMENTER | {"backbone": name, "kwargs": kwargs}
+    if "in_chans" in kwargs:
+        card |= {"mean": [0.5], "std": [0.25]}
+    model = new_segmenter(card)
+    assert deploy.export(model, tmp_path / "segmenter.safetensors", card) == 0
+    loaded, _ = deploy.load(tmp_path / "segmenter.safetensors", "segmentation")
+    assert (loaded.pyramid.canvas is None) == (name != "mlp_mixer")
+    images = torch.randn(1, len(card["mean"]), 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), loaded(images))
+
+
+def test_the_model_stays_in_its_mode_and_frozen_norms_in_theirs(detector):
+    detector.train()
+    before = {name: module.training for name, module in detector.named_modules()}
+    statistics = {name: value.clone() for name, value in detector.named_buffers()}
+    assert set(before.values()) == {False, True}
+    deploy.outputs(detector.student, torch.randn(1, 3, 64, 64))
+    assert {name: module.training for name, module in detector.named_modules()} == before
+    assert all(torch.equal(value, statistics[name]) for name, value in detector.named_buffers())
+    detector.eval()
+
+
+def test_a_difference_is_measured(exported, detector, monkeypatch, tmp_path):
+    other = deploy.load(exported / "detector", "detection")[0]
+    with torch.no_grad():
+        other.student.roi_heads.mask_predictor.mask_fcn_logits.bias += 0.125
+    monkeypatch.setattr(deploy, "load", lambda path, task: (other, {}))
+    found = deploy.export(detector.student, tmp_path / "detector.safetensors", DETECTOR)
+    assert found == pytest.approx(0.125, rel=1e-4)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def copy_of(exported, tmp_path, **changes):
+    """The segmenter's folder with another card, as if it had been exported so."""
+    folder = tmp_path / "copy"
+    shutil.copytree(exported / "segmenter", folder)
+    card_file = folder / "segmenter.json"
+    card = json.loads(card_file.read_text()) | changes
+    card_file.write_text(json.dumps({key: value for key, value in card.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "resnet5O"}, "timm has no model `resnet5O`.* Did you mean"),
+        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not here"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
+        ({"kwargs": {"no_such": 1}}, "test_resnet cannot be built as .*no_such"),
+        ({"mean": [0.5, 0.5]}, "one channel or of three"),
+        ({"std": [0.5, 0.5, 0]}, "std.2: Input should be greater than 0"),
+        ({"mean": [math.nan] * 3}, "finite"),
+        ({"classes": []}, "classes: "),
+        ({"classes": ["sky", "sea", "sky"]}, "two classes have one name"),
+        ({"crop": [64, 0]}, "crop.1: "),
+        ({"short": 512}, "short is 512 pixels, and long only 256"),
+        ({"inference": "tta"}, "inference: "),
+        ({"width": None}, "width: Field required"),
+        ({"sha256": None}, "sha256: Field required"),
+        ({"task": "detection"}, "it is for `scalekd detect`"),
+        ({"task": "depth"}, "task: "),
+        ({"width": 8}, r"tensors differ, such as classifier.1.weight, .*, 16, .* in the file and .*, 8, .* in the mod"),
+        ({"classes": ["sky", "sea"]}, r"2 of \d+ tensors differ, such as classifier.1.bias, \(3,\) .* \(2,\)"),
+    ],
+)
+def test_a_card_that_does_not_fit(exported, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        deploy.load(copy_of(exported, tmp_path, **changes), "segmentation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"anchors": [32, 64]}, "anchors: "), ({"category_ids": [3]}, "1 category ids for 2")]
+)
+def test_a_detector_needs_an_anchor_per_stride_and_an_id_per_class(tmp_path, changes, message):
+    (tmp_path / "detector.json").write_text(json.dumps(DETECTOR | {"sha256": ""} | changes))
+    with pytest.raises(UserError, match=message):
+        deploy.read_card(tmp_path / "detector.json", "detection")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"task": [1]}'])
+def test_a_card_that_is_none(exported, tmp_path, text):
+    folder = copy_of(exported, tmp_path)
+    (folder / "segmenter.json").write_text(text)
+    with pytest.raises(UserError, match="is not a segmenter's card"):
+        deploy.load(folder, "segmentation")
+
+
+def test_weights_that_were_changed(exported, tmp_path):
+    folder = copy_of(exported, tmp_path)
+    weights = folder / "segmenter.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="another sha256"):
+        deploy.load(folder, "segmentation")
+    weights.write_bytes(b"no safetensors")
+    card = json.loads((folder / "segmenter.json").read_text()) | {"sha256": deploy.sha256_of(weights)}
+    (folder / "segmenter.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        deploy.load(weights, "segmentation")
+
+
+def test_what_is_no_export_is_told_apart(exported, tmp_path):
+    def told(path, task="detection"):
+        with pytest.raises(UserError) as error:
+            deploy.load(path, task)
+        return str(error.value)
+
+    assert "`scalekd detect train` writes them when it is done" in told(tmp_path)
+    assert "holds a run of `scalekd segment`; give it to that command" in told(exported / "segmenter")
+    assert "it is for `scalekd segment`" in told(exported / "segmenter/segmenter.safetensors")
+    assert "Did you mean `detector`?" in told(exported / "detectr")
+    (tmp_path / "student.safetensors").touch()
+    assert f"`scalekd segment train RECIPE --backbone {tmp_path}` makes a segmenter" in told(tmp_path, "segmentation")
+    (tmp_path / "model.pth").touch()
+    assert "no detector.safetensors with its .json there" in told(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("task", "package", "line"),
+    [
+        ("detection", "faster_coco_eval", r"pip install 'scalekd\[detection\]'"),
+        ("segmentation", "segmentation_models_pytorch", r"pip install 'scalekd\[segmentation\]'"),
+    ],
+)
+def test_a_missing_extra_is_named_first(monkeypatch, tmp_path, task, package, line):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=line):
+        deploy.load(tmp_path / "nowhere", task)
