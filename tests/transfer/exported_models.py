@@ -46,7 +46,8 @@ def new_detector(card: dict[str, Any] = DETECTOR) -> Detector:
     detector = Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **sizes)
     heads = detector.student.roi_heads
     with torch.no_grad():
-        heads.box_predictor.cls_score.weight *= 60
+        torch.nn.init.normal_(heads.box_predictor.cls_score.weight, std=0.3)
+        heads.box_predictor.cls_score.bias[0] -= 3  # the background's
         heads.mask_predictor.mask_fcn_logits.bias.fill_(5)  # or there would be empty masks
     return fewer(detector)
 

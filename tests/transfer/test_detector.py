@@ -128,7 +128,7 @@ def test_every_parameter_is_in_one_group_and_what_is_deployed_holds_all():
 
 @pytest.mark.slow
 def test_it_learns_where_a_square_is():
-    model = detector("test_resnet", classes=1, anchors=(16, 32, 64, 128, 256), freeze_norms=False).train()
+    model = detector("test_resnet", classes=1, anchors=(16, 32, 64, 128, 256), freeze_norms=False, width=64).train()
     pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
     pixels[:, 10:42, 20:52] = 255
     wanted = {
@@ -137,7 +137,7 @@ def test_it_learns_where_a_square_is():
         "masks": (pixels[:1] > 0).byte(),
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(25):
+    for _ in range(60):
         optimizer.zero_grad()
         model([pixels], [wanted])["total"].backward()
         optimizer.step()

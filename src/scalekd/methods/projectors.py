@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..stages import MapShape
 
 Norm = Literal["batch", "layer"]
+Tokens = Literal["conv", "separable", "pointwise", "reduced"]
 
 SOFTMAX_SCALE = 5.0  # fixed sharpening of the attention in the authors' release; not in the paper
 
@@ -36,6 +37,26 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if norm == "batch" else LayerNorm2d(channels)
 
 
+def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
+    """The convolution that makes tokens of a student map of `ds` channels, and the channels of a token.
+
+    `conv`: 3x3, `ds -> ds`, the authors'. `separable`: the same in two factors, 3x3 in each channel, then 1x1. `pointwise`:
+    1x1, `ds -> ds`. `reduced`: 1x1 to `dt` channels if that is fewer than `ds`, then 3x3 in each channel; where the
+    teacher is narrower, keys and values cost less too. Raises ValueError for another name.
+    """
+    if tokens == "conv":
+        return nn.Conv2d(ds, ds, 3, padding=1), ds
+    if tokens == "separable":
+        return nn.Sequential(nn.Conv2d(ds, ds, 3, padding=1, groups=ds, bias=False), nn.Conv2d(ds, ds, 1)), ds
+    if tokens == "pointwise":
+        return nn.Conv2d(ds, ds, 1), ds
+    if tokens == "reduced":
+        width = min(ds, dt)
+        each = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        return nn.Sequential(nn.Conv2d(ds, width, 1, bias=False), each), width
+    raise ValueError(f"tokens is {tokens!r}; it can be 'conv', 'separable', 'pointwise' or 'reduced'")
+
+
 class CrossAttentionProjector(nn.Module):
     """CAP: a transformer decoder block whose queries have the teacher's shape (ScaleKD, eq. 1).
 
@@ -54,10 +75,12 @@ class CrossAttentionProjector(nn.Module):
         norm: norm of the student branch; `layer` is what the released configuration of Swin-T has.
         learned_queries: True: a trainable table `(H*W, dt)`, the same for all images. False: the caller
             hands queries in at each call, and no table is built.
+        tokens: the student branch's convolution, see `make_tokens`; all but `conv` are ours, and cheaper.
+        expansion: hidden channels of the feed-forward block over dt. 4 in the authors' release.
 
     Raises:
-        ValueError: when built, if `heads` does not divide dt or `norm` is unknown; when called, if the
-            student's grid is not the one the positional embedding was built for.
+        ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown or `expansion` is not
+            positive; when called, if the student's grid is not the one the positional embedding was built for.
     """
 
     def __init__(
@@ -68,29 +91,34 @@ class CrossAttentionProjector(nn.Module):
         heads: int | None = None,
         norm: Norm = "batch",
         learned_queries: bool = True,
+        tokens: Tokens = "conv",
+        expansion: int = 4,
     ) -> None:
         super().__init__()
         ds, h, w = student
         dt, *grid = teacher
+        if expansion < 1:
+            raise ValueError(f"expansion is {expansion}; it is 1 or more")
+        self.student = (ds, h, w)
         self.grid = tuple(grid)
         self.heads = default_heads(dt) if heads is None else heads
         if self.heads < 1 or dt % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide the teacher's {dt} channels")
         self.scale = SOFTMAX_SCALE * (dt // self.heads) ** -0.5
 
-        self.conv = nn.Conv2d(ds, ds, 3, padding=1)
-        self.norm = make_norm(norm, ds)
-        self.position = nn.Parameter(torch.empty(1, ds, h, w))
+        self.conv, width = make_tokens(tokens, ds, dt)
+        self.norm = make_norm(norm, width)
+        self.position = nn.Parameter(torch.empty(1, width, h, w))
         nn.init.trunc_normal_(self.position, std=0.02)
 
         self.queries = nn.Parameter(torch.randn(grid[0] * grid[1], dt)) if learned_queries else None
         self.query_embed = nn.Linear(dt, dt)
         self.q = nn.Linear(dt, dt)
-        self.k = nn.Linear(ds, dt)
-        self.v = nn.Linear(ds, dt)
+        self.k = nn.Linear(width, dt)
+        self.v = nn.Linear(width, dt)
         self.out = nn.Linear(dt, dt)
         self.out_norm = nn.LayerNorm(dt)
-        self.ffn = nn.Sequential(nn.Linear(dt, 4 * dt), nn.ReLU(), nn.Linear(4 * dt, dt))
+        self.ffn = nn.Sequential(nn.Linear(dt, expansion * dt), nn.ReLU(), nn.Linear(expansion * dt, dt))
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """Project `x`, `(B, ds, h, w)`, to `(B, dt, H, W)`.
@@ -98,13 +126,14 @@ class CrossAttentionProjector(nn.Module):
         `queries`, `(B, dt, H, W)`, are needed, and allowed, only without learned queries.
         """
         assert (queries is None) == (self.queries is not None)
-        if x.shape[1:] != self.position.shape[1:]:
+        if x.shape[1:] != self.student:
             raise ValueError(
-                f"the projector was built for student maps {tuple(self.position.shape[1:])} and got "
+                f"the projector was built for student maps {self.student} and got "
                 f"{tuple(x.shape[1:])}: train at one image size, the one the method was built for"
             )
         tokens = F.relu(self.norm(self.conv(x))) + self.position
-        tokens = tokens.flatten(2).transpose(1, 2)  # (B, h*w, ds)
+        # (B, h*w, width); one copy, as keys and values would each make and keep their own
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()
 
         if queries is None:
             assert self.queries is not None

@@ -6,6 +6,7 @@ the options that mean something for it, and no others.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from .features import (
     remove_direct,
 )
 from .logits import full_precision
-from .projectors import CrossAttentionProjector, Norm
+from .projectors import CrossAttentionProjector, Norm, Tokens
 
 BETA = 0.571  # released configurations: 0.08 / (0.08 + 0.06); the paper's best is 0.6 (Fig. 4)
 
@@ -34,6 +35,7 @@ VIEWS = {  # the names of the views; the first has weight beta, the second 1 - b
     "all_alt": ("ori", "alt"),
     "dir_alt": ("dir", "alt"),
 }
+SHARED = "both"  # the name of a CAP that serves both views
 TRANSFORMS = {"ori": full_precision, "ori2": full_precision, "alt": remove_direct, "dir": only_direct}
 
 
@@ -62,6 +64,12 @@ class ScaleKD(nn.Module):
         norm: norm of the CAPs' student branch; the released configuration of Swin-T has `layer`.
         reduction: `mean` (default): 49 x the mean over positions, so that `alpha` is the released weight
             on any grid. `sum`: the sum over positions, as released; the same at 7x7.
+        tokens: how the CAPs make tokens of the student's map, see `make_tokens`. Default `conv`, as released.
+        expansion: hidden channels of the CAPs' feed-forward block over the teacher's. Default 4, as released.
+        shared: one CAP per path serves both views, which halves what the method costs. Default False: eq. 3
+            has one for each. With two different views only.
+
+    The last three make the method cheaper than the published form; docs/performance.md has the costs.
 
     Raises:
         ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
@@ -82,6 +90,9 @@ class ScaleKD(nn.Module):
         heads: tuple[int, ...] | None = None,
         norm: Norm = "batch",
         reduction: Reduction = "mean",
+        tokens: Tokens = "conv",
+        expansion: int = 4,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         teacher = check_features(student, teacher, alpha, reduction)
@@ -105,42 +116,41 @@ class ScaleKD(nn.Module):
         if heads is not None and len(heads) != paths:
             raise ValueError(f"heads is {list(heads)}; with tpp it is (stage 3, stage 4), else (stage 4,)")
 
+        if shared and (len(self.weights) < 2 or views == "dual_path"):
+            raise ValueError("shared goes with two different views only")
+
         self.adaptive = tpp and adaptive_queries is not False
         self.reduction: Reduction = reduction
         heads_3, heads_4 = (None, None) if heads is None else (heads[0], heads[-1])
+        build = partial(CrossAttentionProjector, norm=norm, tokens=tokens, expansion=expansion)
+        self.cap_of = {view: SHARED if shared else view for view in self.weights}
+        caps = dict.fromkeys(self.cap_of.values())
         self.student_caps = nn.ModuleDict(
-            {
-                view: CrossAttentionProjector(
-                    student.final, teacher.final, heads=heads_4, norm=norm, learned_queries=not self.adaptive
-                )
-                for view in self.weights
-            }
+            {key: build(student.final, teacher.final, heads=heads_4, learned_queries=not self.adaptive) for key in caps}
         )
         self.proxy_caps = nn.ModuleDict(
-            {
-                view: CrossAttentionProjector(student.maps[2], teacher.maps[2], heads=heads_3, norm=norm)
-                for view in (self.weights if tpp else ())
-            }
+            {key: build(student.maps[2], teacher.maps[2], heads=heads_3) for key in (caps if tpp else ())}
         )
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """One scalar per view and path, weights applied. Targets are not looked at."""
         assert teacher is not None and teacher.final is not None and student.final is not None
         proxies = self._proxies(student, teacher)
+        mimics = {
+            key: cap(student.final, proxies[key] if self.adaptive else None) for key, cap in self.student_caps.items()
+        }
         losses = {}
         for view, weight in self.weights.items():
-            transform = TRANSFORMS[view]
+            transform, key = TRANSFORMS[view], self.cap_of[view]
             target = transform(teacher.final.detach())
-            queries = proxies[view] if self.adaptive else None
-            mimic = self.student_caps[view](student.final, queries)
-            losses[view] = weight * normalized_distance(transform(mimic), target, self.reduction)
-            if view in proxies:
-                distance = normalized_distance(transform(proxies[view]), target, self.reduction)
+            losses[view] = weight * normalized_distance(transform(mimics[key]), target, self.reduction)
+            if proxies:
+                distance = normalized_distance(transform(proxies[key]), target, self.reduction)
                 losses[f"proxy_{view}"] = weight * distance
         return losses
 
     def _proxies(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """The proxy path's final map `(B, dt, H, W)` for each view; none without `tpp`."""
+        """The proxy path's final map `(B, dt, H, W)` of each of its CAPs; none without `tpp`."""
         if not self.proxy_caps:
             return {}
         assert teacher.resume is not None
@@ -173,6 +183,8 @@ def cap(
     heads: int | None = None,
     norm: Norm = "batch",
     reduction: Reduction = "mean",
+    tokens: Tokens = "conv",
+    expansion: int = 4,
 ) -> ScaleKD:
     """`cap`: stage 4 through a cross attention projector (eq. 1).
 
@@ -187,6 +199,8 @@ def cap(
         heads=None if heads is None else (heads,),
         norm=norm,
         reduction=reduction,
+        tokens=tokens,
+        expansion=expansion,
     )
 
 
@@ -200,6 +214,9 @@ def dfm(
     heads: int | None = None,
     norm: Norm = "batch",
     reduction: Reduction = "mean",
+    tokens: Tokens = "conv",
+    expansion: int = 4,
+    shared: bool = False,
 ) -> ScaleKD:
     """`dfm`: CAP in two views (eq. 3).
 
@@ -216,6 +233,9 @@ def dfm(
         heads=None if heads is None else (heads,),
         norm=norm,
         reduction=reduction,
+        tokens=tokens,
+        expansion=expansion,
+        shared=shared,
     )
 
 
@@ -228,6 +248,8 @@ def tpp(
     heads: tuple[int, int] | None = None,
     norm: Norm = "batch",
     reduction: Reduction = "mean",
+    tokens: Tokens = "conv",
+    expansion: int = 4,
 ) -> ScaleKD:
     """`tpp`: CAP and the proxy path in one view (eq. 4).
 
@@ -243,6 +265,8 @@ def tpp(
         heads=heads,
         norm=norm,
         reduction=reduction,
+        tokens=tokens,
+        expansion=expansion,
     )
 
 
@@ -257,6 +281,9 @@ def scalekd(
     heads: tuple[int, int] | None = None,
     norm: Norm = "batch",
     reduction: Reduction = "mean",
+    tokens: Tokens = "conv",
+    expansion: int = 4,
+    shared: bool = False,
 ) -> ScaleKD:
     """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms).
 
@@ -274,6 +301,9 @@ def scalekd(
         heads=heads,
         norm=norm,
         reduction=reduction,
+        tokens=tokens,
+        expansion=expansion,
+        shared=shared,
     )
 
 

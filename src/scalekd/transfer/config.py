@@ -87,6 +87,8 @@ class SegmentationData(Reading):
 class DetectorOptions(Section):
     anchors: Annotated[tuple[Pixels, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
     """Pixels of an anchor's side at the strides 4, 8, 16, 32 and 64."""
+    width: Annotated[int, Field(gt=0, le=2**14)] = 256
+    """Channels of the feature pyramid and the mask head; the box head has four times as many."""
     regions: Positive = 512
     """Of an image, how many the box head learns from in a step."""
     proposals: tuple[Positive, Positive] = (2000, 1000)

@@ -70,6 +70,10 @@ class Card(BaseModel):
 class DetectorCard(Card):
     anchors: Annotated[list[Pixels], Field(min_length=5, max_length=5)]
     """Pixels, the side of an anchor at each stride."""
+    width: Annotated[int, Field(gt=0, le=2**14)] = 256
+    """Channels of the feature pyramid."""
+    proposals: Annotated[int, Field(gt=0)] = 1000
+    """Of an image, how many the box head chooses among."""
     category_ids: list[int] | None = None
     """Of the classes in the training annotations, for predictions in COCO's format; 1, 2, ... unless given."""
 
@@ -240,8 +244,18 @@ def _built(card: dict[str, Any], card_file: Path) -> Any:
         pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
         if card["task"] == "segmentation":
             return UPerNet(pyramid, len(card["classes"]), card["width"])
-        sizes = {"short": card["short"], "long": card["long"], "anchors": card["anchors"]}
-        return Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **sizes)
+        told = DetectorCard.model_validate(card)
+        return Detector(
+            pyramid,
+            len(told.classes),
+            tuple(told.mean),
+            tuple(told.std),
+            short=told.short,
+            long=told.long,
+            anchors=told.anchors,
+            width=told.width,
+            proposals=(told.proposals, told.proposals),
+        )
     except Exception as error:  # whatever timm ends with, given such arguments
         raise UserError(f"{card['backbone']} cannot be built as {card_file} says: {first_line(error)}") from None
 

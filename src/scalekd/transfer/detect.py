@@ -110,6 +110,7 @@ class DetectionRun(Training):
             "short": limit or data.short,
             "long": limit or data.long,
             "anchors": list(self.config.detector.anchors),
+            "width": self.config.detector.width,
             "proposals": self.config.detector.proposals[1],
         }
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
@@ -19,18 +21,17 @@ from ..data import Statistic
 from ..errors import UserError
 from .pyramid import STRIDES, Pyramid
 
-WIDTH = 256  # channels of the FPN
+BOX_GRID = 7  # positions along a side of what torchvision pools for the box head
 
 
 class PyramidFPN(nn.Module):
-    """`Pyramid` under torchvision's FPN: x `(B, C, H, W)` to five maps `(B, 256, ...)` of the strides 4 to 64."""
+    """`Pyramid` under torchvision's FPN: x `(B, C, H, W)` to five maps `(B, width, ...)` of the strides 4 to 64."""
 
-    out_channels = WIDTH  # where torchvision looks
-
-    def __init__(self, pyramid: Pyramid):
+    def __init__(self, pyramid: Pyramid, width: int):
         super().__init__()
         self.pyramid = pyramid
-        self.fpn = FeaturePyramidNetwork(pyramid.channels, WIDTH, LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(pyramid.channels, width, LastLevelMaxPool())
+        self.out_channels = width  # where torchvision looks
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.pyramid(x))))
@@ -46,6 +47,7 @@ class Detector(nn.Module):
     anchors: pixels, the side of an anchor at each of the five strides; smaller for smaller objects than COCO's.
     freeze_norms: batch norms of the backbone keep the statistics that they came with, as usual for a pre-trained one in
     batches of a few images; their scales and shifts are trained. Not for a backbone from scratch.
+    width: channels of the FPN and of the mask head; the box head has four times as many. 256 is the usual one.
     regions: of an image, how many the box head learns from, a quarter of them on objects where there are as many.
     proposals: of an image, how many the box head chooses among, in training and in evaluation.
     """
@@ -61,6 +63,7 @@ class Detector(nn.Module):
         long: int = 1333,
         anchors: Sequence[int] = (32, 64, 128, 256, 512),
         freeze_norms: bool = True,
+        width: int = 256,
         regions: int = 512,
         proposals: tuple[int, int] = (2000, 1000),
     ):
@@ -74,8 +77,11 @@ class Detector(nn.Module):
                 raise UserError(f"a backbone of {pyramid.canvas} pixels is too small for a detector: 32 are needed")
             short = long = self.limit
         self.student = MaskRCNN(
-            PyramidFPN(pyramid),
-            num_classes=classes + 1,
+            PyramidFPN(pyramid, width),
+            box_head=TwoMLPHead(width * BOX_GRID**2, 4 * width),
+            box_predictor=FastRCNNPredictor(4 * width, classes + 1),
+            mask_head=MaskRCNNHeads(width, [width] * 4, 1),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
             min_size=short,
             max_size=long,
             image_mean=list(mean),

@@ -1,0 +1,182 @@
+"""Training steps of every method beside the floor that any distillation pays, and beside the paper taken literally.
+
+    python benchmarks/steps.py swin-s-resnet50 --out docs/results/performance
+
+The floor: the teacher's forward pass without gradients, the student's forward and backward pass with cross-entropy,
+and the optimiser's step, on the plain timm models. All steps share one student and one teacher with initial weights,
+see the same random pixels, and have a learning rate of 0. `literal` is benchmarks/literal.py in place of `scalekd`; those
+after it are `scalekd` with options that make it cheaper than the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from harness import about, in_turns, memory_mb, parser, prepare, quartiles, ratio, table, told, write
+from literal import LiteralScaleKD
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from scalekd import Distiller
+
+
+class Pair(NamedTuple):
+    teacher: str
+    student: str
+    size: int
+    batch: int
+    heads: tuple[int, int]  # at (stage 3, stage 4)
+    optimizer: str = "sgd"
+    teacher_kwargs: Mapping[str, Any] = MappingProxyType({})
+    student_kwargs: Mapping[str, Any] = MappingProxyType({})
+
+
+DEMO_TEACHER = {"img_size": 28, "patch_size": 1, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
+DEMO_STUDENT = {
+    "channels": [16, 32, 64, 96],
+    "stem_width": 8,
+    "output_stride": 8,
+    "replace_stem_pool": True,
+    "num_classes": 10,
+}
+POOLED = {"class_token": False, "global_pool": "avg"}
+PAIRS = {
+    "swin-s-resnet50": Pair("swin_small_patch4_window7_224", "resnet50", 224, 4, (3, 6)),
+    "swin-s-mobilenet-v1": Pair("swin_small_patch4_window7_224", "mobilenetv1_100", 224, 4, (3, 6)),
+    "swin-s-mixer-s": Pair("swin_small_patch4_window7_224", "mixer_s16_224", 224, 4, (3, 6), "adamw"),
+    "swin-l-vit-s": Pair(
+        "swin_large_patch4_window7_224", "vit_small_patch16_224", 224, 4, (16, 24), "adamw", {}, POOLED
+    ),
+    "eva-l-mixer-s": Pair(
+        "eva_large_patch14_196", "mixer_s16_224", 224, 2, (16, 16), "adamw", {"img_size": 224, "num_classes": 1000}
+    ),
+    "demo": Pair("vit_tiny_r_s16_p8_224", "resnet10t", 28, 50, (3, 3), "adamw", DEMO_TEACHER, DEMO_STUDENT),
+}
+TASK = {"ce": {}}
+
+
+def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    one = {"heads": heads[1]}
+    steps: dict[str, dict[str, Any]] = {
+        "kd": TASK | {"kd": {}},
+        "fd": TASK | {"fd": {}},
+        "cap": TASK | {"cap": one},
+        "dfm": TASK | {"dfm": one},
+        "tpp": TASK | {"tpp": {"heads": heads}},
+        "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads}},
+        "literal": TASK | {"kd": {}, "literal": partial(LiteralScaleKD, heads=heads)},
+    }
+    cheaper: dict[str, dict[str, Any]] = {
+        "separable": {"tokens": "separable"},
+        "reduced": {"tokens": "reduced"},
+        "shared": {"shared": True},
+        "reduced-shared": {"tokens": "reduced", "shared": True},
+        "reduced-shared-narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
+    }
+    published = steps["scalekd"]["scalekd"]
+    return steps | {name: TASK | {"kd": {}, "scalekd": published | options} for name, options in cheaper.items()}
+
+
+def make_step(
+    trained: nn.Module, losses: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device, half: bool
+) -> Callable[[], None]:
+    """As training has it: forward under autocast, backward, the optimiser's step."""
+    trained.train()
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = losses()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(pair: Pair, names: list[str], device: torch.device, rounds: int, half: bool) -> dict[str, Any]:
+    """Seconds, ratios and memory of the floor and of the named methods."""
+    student = timm.create_model(pair.student, **pair.student_kwargs).to(device)
+    teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs).to(device).eval().requires_grad_(False)
+    pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
+    targets = torch.randint(student.num_classes, (pair.batch,), device=device)
+
+    def floor() -> Tensor:
+        with torch.no_grad():
+            teacher(pixels)
+        return nn.functional.cross_entropy(student(pixels), targets)
+
+    steps, memory = {}, {}
+    losses = losses_of(pair.heads)
+    for name in ["floor", *names]:
+        trained: nn.Module = student
+        forward = floor
+        if name != "floor":
+            trained = Distiller(student, teacher, losses[name], image_size=(pair.size, pair.size)).to(device)
+            forward = partial(lambda distiller: distiller(pixels, targets)["total"], trained)
+        optimizer = create_optimizer_v2(trained.parameters(), opt=pair.optimizer, lr=0.0, weight_decay=1e-4)
+        steps[name] = make_step(trained, forward, optimizer, device, half)
+        steps[name]()
+        memory[name] = memory_mb(
+            steps[name],
+            [*trained.parameters(), *trained.buffers()],
+            [*teacher.parameters(), *teacher.buffers()],
+            partial(_state, optimizer),
+            device,
+        )
+    seconds = in_turns(steps, device, rounds)
+    found: dict[str, Any] = {"seconds": {name: quartiles(values) for name, values in seconds.items()}}
+    for other in ("floor", "fd", "literal"):
+        if other in seconds:
+            found[f"vs {other}"] = {name: ratio(values, seconds[other]) for name, values in seconds.items()}
+    found["memory_mb"] = memory
+    return found
+
+
+def _plain(pair: Pair) -> dict[str, Any]:
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in pair._asdict().items()}
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [v for v in chain.from_iterable(s.values() for s in optimizer.state.values()) if isinstance(v, Tensor)]
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    columns = ["step", "seconds", "vs floor"]
+    columns += (
+        [c for c in ("vs fd", "vs literal") if c in found] + ["memory MB"] + ["memory vs fd"] * ("vs fd" in found)
+    )
+    rows = []
+    for name, seconds in found["seconds"].items():
+        mb = found["memory_mb"][name]["total"]
+        row = [name, told(seconds, 3)]
+        row += [told(found[c][name]) for c in ("vs floor", "vs fd", "vs literal") if c in found]
+        row += [f"{mb:.0f}"] + [f"{mb / found['memory_mb']['fd']['total']:.2f}"] * ("vs fd" in found)
+        rows.append(row)
+    p = found["pair"]
+    title = f"{p['teacher']} -> {p['student']}, {p['size']} pixels, batch {p['batch']}, {found['precision']}, {p['optimizer']}"
+    return [title, "", *table(columns, rows), "", f"{found['machine']}; {found['rounds']} rounds; medians (quartiles)."]
+
+
+def main() -> None:
+    args_parser = parser(__doc__, rounds=7)
+    args_parser.add_argument("pair", choices=PAIRS)
+    args_parser.add_argument("--batch", type=int)
+    args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), default=names)
+    args = args_parser.parse_args()
+    device = prepare(args)
+    pair = PAIRS[args.pair]
+    pair = pair._replace(batch=args.batch or pair.batch)
+    found = about(device) | {"pair": _plain(pair), "precision": args.precision, "rounds": args.rounds}
+    found |= measure(pair, args.steps, device, args.rounds, args.precision == "bf16")
+    write(args.out, f"steps-{args.pair}", found, lines_of(found))
+
+
+if __name__ == "__main__":
+    main()
