@@ -54,6 +54,7 @@ class Taught(NamedTuple):
 class Run(Training):
     """A distillation, or a training without a teacher, built."""
 
+    batch = Batch
     config: Config
     train_images: Images
     val_images: Images

@@ -544,12 +544,18 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
     return check_config(values, recipe)
 
 
-def recipe_values(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
+def recipe_values(
+    recipe: str,
+    within: tuple[str, ...] = (),
+    read: Callable[[str], str] = recipe_text,
+    shipped: Callable[[], list[str]] = recipe_names,
+) -> dict[str, Any]:
     """What a recipe says, with what its `base` says where it says nothing itself (`merged`).
 
-    within: the recipes whose base this one is.
+    within: the recipes whose base this one is. read, shipped: the text of a recipe, and the names of those that come
+    with scalekd; of other tasks too.
     """
-    values = parse_yaml(recipe_text(recipe), recipe)
+    values = parse_yaml(read(recipe), recipe)
     if not isinstance(values, dict):
         raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
     base = values.pop("base", None)
@@ -558,12 +564,12 @@ def recipe_values(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise UserError(f"{recipe}: base: the name of a recipe or a YAML file (given {_short(base)})")
     beside = Path(recipe).parent / base
-    if base not in recipe_names() and is_file(beside):
+    if base not in shipped() and is_file(beside):
         base = str(beside)
     if base in (*within, recipe):
         raise UserError(f"{recipe}: base: {shortened(base)} is made from this recipe; name another")
     try:
-        return merged(recipe_values(base, (*within, recipe)), values)
+        return merged(recipe_values(base, (*within, recipe), read, shipped), values)
     except UserError as error:
         raise UserError(f"{recipe}: base: {error}") from None
 

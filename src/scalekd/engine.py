@@ -208,6 +208,7 @@ def _validation_is_due(run: Training, at: Progress) -> bool:
 def _validate(run: Training, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
     """Adds a validation to `at.history`, and writes best.pt if it is the best. Raises `Stopped`."""
     parallel.copy_buffers_of_first(run.deployed)
+    health.expect_finite(run.deployed, at.step)
     size, images = run.eval_batch_size, len(run.val_images)
     rounds = math.ceil(math.ceil(images / size) / parallel.world())
     with contextlib.closing(run.eval_batches(size, run.config.data.workers)) as batches:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, parallel
-from .build import Run, build
-from .config import check_config, to_yaml
-from .data import Batch
+from .build import build
+from .config import check_config, checked_as, to_yaml
 from .errors import UserError
 from .resume import Progress, load_snapshot, snapshot
 from .training import Training
@@ -47,8 +47,18 @@ def check_step(step: int, losses: dict[str, Tensor], grad_norm: Tensor, scaled: 
         raise NonFinite(step, found, before_update=True)
 
 
+def expect_finite(model: nn.Module, step: int) -> None:
+    """Raises `UserError` for weights or statistics that are not: such a model may still give figures, of nothing."""
+    values = [t for t in model.state_dict().values() if t.is_floating_point()]
+    if values and not torch.stack([t.isfinite().all() for t in values]).all():
+        raise UserError(
+            f"the model that would be deployed has weights or statistics that are not finite after step {step}. The last "
+            f"checkpoint is from before.\n{ADVICE}"
+        )
+
+
 def report(run: Training, at: Progress, found: NonFinite, folder: Path) -> UserError:
-    """Saves the step, one file per process, for `replay`; returns the error to raise."""
+    """Saves the step, one file per process, for `load_report`; returns the error to raise."""
     micro = [run.again(keys) for keys in run.train_sampler().keys_of(found.step - 1)]
     batches, files = [batch for batch, _ in micro], [file for _, of_one in micro for file in of_one]
     rank = f"-rank-{parallel.rank()}" if parallel.rank() else ""
@@ -71,10 +81,22 @@ def report(run: Training, at: Progress, found: NonFinite, folder: Path) -> UserE
     )
 
 
-def load_report(path: Path, device: torch.device) -> tuple[Run, list[Batch], int]:
+def load_report(path: Path, device: torch.device) -> tuple[Training, list[Any], int]:
     """The run as it stood before the step that `report` saved, the step's batches, and its number from 1."""
     content = checkpoint.load(path)
-    run = build(check_config(parse_yaml(content["recipe"], str(path)), str(path)), device)
+    run = _built(parse_yaml(content["recipe"], str(path)), str(path), device)
     load_snapshot(run, content["state"], str(path))
-    batches = [Batch(images, targets) for images, targets in zip(content["images"], content["targets"])]
+    batches = [run.batch(images, targets) for images, targets in zip(content["images"], content["targets"])]
     return run, batches, content["step"]
+
+
+def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Training:
+    """The run of a recipe of any task."""
+    if "backbone" not in recipe:
+        return build(check_config(recipe, where), device)
+    from .transfer import detect, segment
+    from .transfer.config import Detection, Segmentation
+
+    if "detector" in recipe:
+        return detect.build(checked_as(Detection, recipe, where), device)
+    return segment.build(checked_as(Segmentation, recipe, where), device)

@@ -108,7 +108,7 @@ def build_model(
         read = under(prefix, flat)
         if not read:
             raise UserError(f"{where}.prefix: no tensor in {path} begins with {prefix}; they are {told_briefly(flat)}")
-        state = adapted(read, model)
+        state = _adapted(read, model, path, where)
         if classes == 0:
             state = without_classifier(state, model)
         theirs = other_classes(model, state)
@@ -116,7 +116,7 @@ def build_model(
             new = classifier(model)
         elif theirs is not None and "num_classes" not in spec.kwargs:
             model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
-            state = adapted(read, model)
+            state = _adapted(read, model, path, where)
         load_weights(model, state | new, path, where)
         renamed = state.keys() - read.keys()  # by timm's filter; then its names do not tell what it left out
         used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
@@ -143,6 +143,16 @@ def build_model(
         noise_share(model),
     )
     return model, loaded if sha256 else replace(loaded, sha256=backbone_sha256(model, loaded))
+
+
+def _adapted(read: State, model: nn.Module, path: Path, where: str) -> State:
+    try:
+        return adapted(read, model)
+    except Exception as error:  # timm's filters end with whatever they meet
+        raise UserError(
+            f"{where}.weights: {path} is of another {type(model).__name__} than {where}.kwargs make it, with other tokens, "
+            f"positions or widths: {first_line(error)}"
+        ) from None
 
 
 def resolve(weights: str) -> Path:

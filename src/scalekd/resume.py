@@ -121,7 +121,9 @@ def recipe_difference(text: str, config: Section) -> str:
     Fields that an older version did not have are as they are by default.
     """
     try:
-        before = to_yaml(_what_counts(checked_as(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))).splitlines()
+        before = to_yaml(
+            _what_counts(checked_as(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))
+        ).splitlines()
     except UserError:  # of another version, perhaps
         before = text.splitlines()
     now = to_yaml(_what_counts(config)).splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -28,6 +28,7 @@ class Training(ABC):
     loaded: where the weights of each model are from. mix, repeats: of `TrainSampler`.
     """
 
+    batch: ClassVar[Any]  # of images and targets, as the batches that it trains on are
     config: Any
     device: torch.device
     classes: list[str]

@@ -46,6 +46,14 @@ def detections(picture: int, *objects) -> Found:
     return found(prediction, picture)
 
 
+def test_images_that_could_not_be_read_are_no_misses():
+    coco = annotated([instance(SMALL)], [instance(SMALL)])
+    for scores in average_precision(coco, [detections(0, (SMALL, 1, 0.9))]).values():
+        assert scores["ap"] == pytest.approx(1)
+    for scores in average_precision(coco, [detections(0, (SMALL, 1, 0.9)), detections(1)]).values():
+        assert scores["ap"] == pytest.approx(51 / 101)  # found half of them: the recalls from 0 to 0.5
+
+
 def test_perfect_and_empty():
     coco = annotated([instance(SMALL), instance(MEDIUM, 2)], [instance(LARGE), instance(LARGE, 2)], [])
     perfect = [
@@ -56,7 +64,7 @@ def test_perfect_and_empty():
     for scores in average_precision(coco, perfect).values():
         assert scores.pop("classes") == {"bag": pytest.approx(1), "tie": pytest.approx(1)}
         assert len(scores) == 6 and all(value == pytest.approx(1) for value in scores.values())
-    for nothing in ([], [detections(i) for i in range(3)]):
+    for nothing in ([detections(i) for i in range(3)],):
         for scores in average_precision(coco, nothing).values():
             assert scores.pop("classes") == {"bag": 0, "tie": 0}
             assert scores == dict.fromkeys(["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"], 0)

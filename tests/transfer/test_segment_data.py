@@ -293,12 +293,10 @@ def test_a_crop_keeps_pixels_and_classes_together():
 
 def test_sizes_are_those_of_the_recipe(monkeypatch):
     # short side 512 times 0.5 to 2, long side at most four times that; what a 512 crop then lacks is padded
-    sizes = [
-        segment_data._evaluated_at(h, w, (512, 512), s) for h, w, s in ((683, 512, 1), (512, 683, 2), (64, 640, 1))
-    ]
+    sizes = [segment_data.evaluated_at(h, w, (512, 512), s) for h, w, s in ((683, 512, 1), (512, 683, 2), (64, 640, 1))]
     assert sizes == [(683, 512), (1024, 1366), (205, 2048)]
     drawn = []
-    monkeypatch.setattr(segment_data, "_resized", lambda pixels, size: drawn.append(size) or pixels)
+    monkeypatch.setattr(segment_data, "resized", lambda pixels, size: drawn.append(size) or pixels)
     for seed in range(200):
         torch.manual_seed(seed)
         training_crop(*pair(32, 32), Crops((32, 32), photometric=False, flip=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,14 +23,13 @@ from ..config import (
     Steps,
     Train,
     checked_as,
-    merged,
     override,
+    recipe_values,
     unread,
     without_effect,
 )
 from ..errors import UserError, nearest, shortened
 from ..files import is_file
-from ..yaml_file import parse_yaml
 
 RECIPES = resources.files("scalekd.transfer") / "recipes"
 # what a validation finds, in %; the first one chooses the best checkpoint
@@ -121,7 +121,8 @@ class IterationSchedule(Section):
     power: Annotated[float, Field(gt=0)] = 1.0
     """Of `poly`: lr * (1 - step / iterations) ** power."""
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
-    warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    """What it begins with, in all layers: below the rate of the first one."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -221,39 +222,42 @@ SCHEMAS: dict[str, type[Transfer]] = {"detection": Detection, "segmentation": Se
 def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
     """A `Detection` or `Segmentation`, by `task`. recipe: a shipped one's name or a YAML file.
 
+    An override that names another `backbone.model` drops what the recipe says of its own, but for rates of dropping.
     Raises `UserError` that lists every problem, each with the nearest valid name.
     """
-    values = _values(task, recipe)
+    values = recipe_values(recipe, read=partial(_text, task), shipped=partial(recipe_names, task))
     for text in overrides:
+        before = values.get("backbone")
         override(values, text)
+        if text.startswith("backbone.model=") and isinstance(before, dict):
+            values["backbone"] = _other_model(before)
     return checked_as(SCHEMAS[task], values, recipe)
+
+
+def _other_model(before: dict[str, Any]) -> dict[str, Any]:
+    kwargs = before.get("kwargs")
+    rates = {
+        k: v for k, v in (kwargs if isinstance(kwargs, dict) else {}).items() if "drop" in k and k.endswith("_rate")
+    }
+    return {key: before[key] for key in ("model", "weights") if key in before} | {"kwargs": rates}
 
 
 def recipe_names(task: str) -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in (RECIPES / task).iterdir() if p.name.endswith(".yaml"))
 
 
-def _values(task: str, recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a recipe says, with what its `base` says where it says nothing itself."""
+def _text(task: str, recipe: str) -> str:
+    """The YAML of a shipped recipe's name or of a file."""
     names = recipe_names(task)
-    path = Path(str(RECIPES / task / f"{recipe}.yaml")) if recipe in names else Path(recipe)
-    if not is_file(path):
+    if recipe in names:
+        return (RECIPES / task / f"{recipe}.yaml").read_text()
+    if not is_file(path := Path(recipe)):
         command = "detect" if task == "detection" else "segment"
         raise UserError(
             f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, names)} "
             f"`scalekd {command} recipes` lists them."
         )
     try:
-        values = parse_yaml(path.read_text(), recipe)
+        return path.read_text()
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{recipe} cannot be read as text: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, backbone, train, ...")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    beside = path.parent / str(base)
-    there = str(beside) if base not in names and is_file(beside) else str(base)
-    if there in (*within, recipe):
-        raise UserError(f"{recipe}: base: {shortened(there)} is made from this recipe; name another")
-    return merged(_values(task, there, (*within, recipe)), values)

@@ -22,7 +22,7 @@ from .backbone import build_backbone
 from .coco import Coco, open_coco
 from .config import FIGURES, Detection
 from .detection_data import DetectionBatch, DetectionImages, Scales, collate, detection_batches, eval_batches
-from .detection_eval import average_precision, found, merged
+from .detection_eval import average_precision, found, merged, percent
 from .detector import Detector
 from .pyramid import Pyramid, Size
 from .running import bad_images, extras_of, input_of, optimizer_of, prepared, run_task, steps_per_epoch
@@ -46,6 +46,7 @@ def train(
 
 @dataclass(kw_only=True)
 class DetectionRun(Training):
+    batch = DetectionBatch
     config: Detection
     train_images: DetectionImages
     val_images: DetectionImages
@@ -59,6 +60,10 @@ class DetectionRun(Training):
     @property
     def student(self) -> nn.Module:
         return self.model.student
+
+    @property
+    def eval_batch_size(self) -> int:
+        return 1  # images that go together are padded to the largest, and what is found would depend on the others
 
     def losses(self, model: nn.Module, batch: DetectionBatch, micro: int) -> dict[str, Tensor]:
         return model(batch.images, batch.targets)
@@ -86,15 +91,18 @@ class DetectionRun(Training):
             pixels = [image.to(self.device).float() / 255 for image in batch.images]
             results += [found(p, int(t["picture"])) for p, t in zip(detector(pixels), batch.targets)]
         self.model.train()
-        scores = average_precision(self.val_images.coco, merged(results))
+        every = merged(results)
+        if not every:
+            raise UserError("none of the validation images can be read; mend them, or name other annotations")
+        scores = average_precision(self.val_images.coco, every)
         told = {
-            f"{kind}_{key}": _percent(share)
+            f"{kind}_{key}": percent(share)
             for kind, of_kind in scores.items()
             for key, share in of_kind.items()
             if key != "classes"
         }
-        classes = {name: _percent(share) for name, share in scores["mask"]["classes"].items()}
-        return told | {"images": len(self.val_images), "classes": classes}
+        classes = {name: percent(share) for name, share in scores["mask"]["classes"].items()}
+        return told | {"images": len(every), "classes": classes}
 
     def card(self) -> dict[str, Any]:
         data, coco = self.config.data, self.train_images.coco
@@ -177,8 +185,3 @@ def _refuse_seen(coco: Coco, val: Coco) -> None:
             f"{len(seen)} of the validation images are training images too, such as {seen[0]}; "
             "name other annotations as data.val_annotations"
         )
-
-
-def _percent(share: float | None) -> float | None:
-    """None where there is no object, but for the figures of all objects: there is always one."""
-    return None if share is None else 100 * share

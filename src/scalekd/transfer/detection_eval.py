@@ -6,7 +6,7 @@ kept as runs, not pixels, so those of a whole validation set fit in memory and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,11 +54,12 @@ def average_precision(coco: Coco, results: Sequence[Found]) -> dict[str, dict[st
     pixels), `ap_medium`, `ap_large` (above 96x96), and `classes`, the `ap` of each; shares in [0, 1], None where there
     is no object. At most 100 objects an image count. Crowd regions are ignored: what lies in them is no error.
 
-    An image without a result counts as one in which nothing was found. Raises `UserError` without the extra.
+    An image without a result, which could not be read, is left out. Raises `UserError` without the extra.
     """
     evaluator, dataset = _tools()
+    seen = {result.picture for result in results}
     return {
-        kind: _scores(coco, evaluator, dataset(_truth(coco)), _entries(results, kind), iou_type)
+        kind: _scores(coco, evaluator, dataset(_truth(coco, seen)), _entries(results, kind), iou_type)
         for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
     }
 
@@ -71,10 +72,11 @@ def _tools() -> tuple[Any, Any]:
     return COCOeval_faster, COCO
 
 
-def _truth(coco: Coco) -> dict[str, Any]:
+def _truth(coco: Coco, seen: Collection[int]) -> dict[str, Any]:
+    """In COCO's format, of the pictures whose places are in `seen`."""
     annotations: list[dict[str, Any]] = []
     for place, picture in enumerate(coco.pictures):
-        for instance in picture.instances:
+        for instance in picture.instances if place in seen else ():
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # 0 would mean that nothing was matched
@@ -88,7 +90,7 @@ def _truth(coco: Coco) -> dict[str, Any]:
             )
     _fill_areas(annotations, coco)
     return {
-        "images": [{"id": i, "height": p.height, "width": p.width} for i, p in enumerate(coco.pictures)],
+        "images": [{"id": i, "height": p.height, "width": p.width} for i, p in enumerate(coco.pictures) if i in seen],
         "categories": [{"id": label, "name": name} for label, name in enumerate(coco.classes, 1)],
         "annotations": annotations,
     }
@@ -133,3 +135,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     """Of those that are not -1, COCO's mark for what has no object."""
     there = values[values > -1]
     return float(there.mean()) if there.size else None
+
+
+def percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -18,13 +18,13 @@ from .coco import Coco, open_coco
 from .deploy import load, need_extra
 from .detection_data import DetectionImages, Scales
 from .detection_data import eval_batches as detection_batches
-from .detection_eval import Found, average_precision, found
+from .detection_eval import Found, average_precision, found, percent
 from .predict import how_of
 from .segment_data import Crops, SegmentImages
 from .segment_data import eval_batches as segment_batches
 from .segment_eval import evaluate
 from .segment_eval import table as class_table
-from .segment_pairs import MASKS, Pairs, _classes_of, _folders, open_pairs, read_classes
+from .segment_pairs import MASKS, Pairs, classes_file, open_pairs, part_folders, read_classes
 
 FIGURES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP S", "ap_medium": "AP M", "ap_large": "AP L"}
 
@@ -57,7 +57,7 @@ def evaluate_detector(
         "weights": card["sha256"],
         "annotations": str(annotations),
         "images": len(coco.pictures),
-        **{kind: {key: _percent(shares[kind][key]) for key in FIGURES} for kind in ("box", "mask")},
+        **{kind: {key: percent(shares[kind][key]) for key in FIGURES} for kind in ("box", "mask")},
         "per_class": _per_class(coco, shares),
         "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
     }
@@ -95,15 +95,11 @@ def _per_class(coco: Coco, shares: dict[str, dict[str, Any]]) -> list[dict[str, 
     return [
         {
             "class": name,
-            **{f"{kind}_ap": _percent(shares[kind]["classes"][name]) for kind in ("box", "mask")},
+            **{f"{kind}_ap": percent(shares[kind]["classes"][name]) for kind in ("box", "mask")},
             "objects": objects[label],
         }
         for label, name in enumerate(coco.classes, 1)
     ]
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def detector_table(result: dict[str, Any]) -> str:
@@ -160,13 +156,13 @@ def _pairs_of(data: Path, classes: Path | None, card: dict[str, Any], run: Path)
     """The images and masks to evaluate on. Raises `UserError`."""
     if not data.is_dir():
         raise UserError(f"--data: {data} is not a folder")
-    file = classes or _classes_of(data)
+    file = classes or classes_file(data)
     names = read_classes(file)
     _same_classes(card["classes"], names, file)
-    part = _folders(data, "val")
+    part = part_folders(data, "val")
     if part is None:
         masks = next((data / name for name in MASKS if (data / name).is_dir()), None)
-        if masks is None or not (data / "images").is_dir() or _folders(data, "train"):
+        if masks is None or not (data / "images").is_dir() or part_folders(data, "train"):
             raise UserError(
                 f"--data: {data} has nothing to evaluate on: there must be images/validation and "
                 "annotations/validation, or val/images and val/masks, or images and masks alone"

@@ -23,7 +23,7 @@ from .detection_eval import Found, found
 from .overlay import overlay
 from .pictures import picture
 from .predict_files import Images, save_png, write_index
-from .segment_data import _evaluated_at, _resized
+from .segment_data import evaluated_at, resized
 from .segment_eval import Inference, classes_of, inference
 
 NOT_COLOURED = ("background",)  # class names
@@ -168,8 +168,8 @@ def how_of(model: Any, card: dict[str, Any], mode: str | None) -> Inference:
 @torch.inference_mode()
 def classes_in(model: nn.Module, image: Image.Image, card: dict[str, Any], how: Inference, device: torch.device) -> Any:
     """(H, W) int64: the likeliest class of each pixel of the image, from 0."""
-    size = _evaluated_at(image.height, image.width, (card["short"], card["short"]))
-    pixels = _resized(_pixels(image, len(card["mean"])), size)
+    size = evaluated_at(image.height, image.width, (card["short"], card["short"]))
+    pixels = resized(_pixels(image, len(card["mean"])), size)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     logits = how(model, (pixels[None].to(device).float() / 255 - mean) / std)
     return classes_of(logits.float(), (image.height, image.width))[0].cpu().numpy()

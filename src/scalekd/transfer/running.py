@@ -42,6 +42,14 @@ def prepared(model: nn.Module, config: Any, device: torch.device) -> nn.Module:
 def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimizer:
     optim = config.optim
     groups = layer_groups(backbone, model.parameters(), optim.lr, optim.weight_decay, optim.stage_decay)
+    lowest, schedule = min(group["lr"] for group in groups), config.schedule
+    warms_up = (schedule.model_dump().get("warmup_epochs") or 0) or schedule.model_dump().get("warmup_iterations")
+    for name, rate in (("warmup_lr", schedule.warmup_lr if warms_up else 0.0), ("min_lr", schedule.min_lr)):
+        if rate > lowest:
+            raise UserError(
+                f"schedule.{name} {rate:g} is above the rate of the first layer, {lowest:.2g} after optim.stage_decay "
+                f"{optim.stage_decay:g}: that layer would learn faster than it should; set schedule.{name}=0"
+            )
     return of_groups(optim, groups)
 
 
@@ -114,8 +122,12 @@ def _preflight(run: Any, console: Console) -> None:
 
 def _way_out(config: Any) -> str:
     train = config.train
+    parts = 2 * train.accumulate
+    more = f"train.accumulate={parts} (the same batch in more parts), or " * (
+        train.batch_size % (parts * parallel.world()) == 0
+    )
     now = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
-    return f"Now {now}; try train.accumulate={2 * train.accumulate} (the same batch in more parts), or smaller images."
+    return f"Now {now}; try {more}smaller images."
 
 
 def _card(run: Any) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def facts(run: Any) -> dict[str, str]:
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
     epochs = counted(run.epochs(run.total_steps), "epoch")
     return {
-        "data": "; ".join(run.told()[:2]),
+        "data": run.told()[0],
         "model": f"{run.title()} on {config.backbone.model}, {millions:.2f} M parameters",
         "backbone": f"{config.backbone.model}, weights: {loaded.source}",
         "budget": f"{epochs}, {counted(run.total_steps, 'step')}, batch {config.train.batch_size}, {config.optim.name}, "

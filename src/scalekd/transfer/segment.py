@@ -47,6 +47,7 @@ def train(
 
 @dataclass(kw_only=True)
 class SegmentationRun(Training):
+    batch = Batch
     config: Segmentation
     train_images: SegmentImages
     val_images: SegmentImages

@@ -50,10 +50,10 @@ def training_crop(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
     """Random size, part, flip and colours; padded to `crops.size` with `fill` and `IGNORED`. Draws from torch."""
     pixels, classes = _tensors(image, mask, crops.channels)
     scale = crops.scale[0] + (crops.scale[1] - crops.scale[0]) * float(torch.rand(()))
-    size = _evaluated_at(image.height, image.width, crops.size, scale)
+    size = evaluated_at(image.height, image.width, crops.size, scale)
     # nearest-exact keeps the classes where bilinear keeps the pixels; nearest shifts them by half a pixel
     classes = F.interpolate(classes[None, None], size, mode="nearest-exact")[0, 0]
-    pixels, classes = _cropped(_resized(pixels, size), classes, crops)
+    pixels, classes = _cropped(resized(pixels, size), classes, crops)
     if torch.rand(()) < crops.flip:
         pixels, classes = pixels.flip(-1), classes.flip(-1)
     if crops.photometric:
@@ -64,14 +64,14 @@ def training_crop(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
 def whole_image(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
     """The image with its short side as long as that of `crops.size`; the mask as it is, of another size."""
     pixels, classes = _tensors(image, mask, crops.channels)
-    return _resized(pixels, _evaluated_at(image.height, image.width, crops.size)), classes
+    return resized(pixels, evaluated_at(image.height, image.width, crops.size)), classes
 
 
 def _tensors(image: Image.Image, mask: Mask, channels: int) -> Pair:
     return TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB")), torch.from_numpy(mask)
 
 
-def _evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+def evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
     """Height and width of an image with its sides in proportion: the short one min(size), the long one at most 4x that.
 
     mmsegmentation's scale (2048, 512) with crops of 512.
@@ -81,7 +81,7 @@ def _evaluated_at(height: int, width: int, size: tuple[int, int], scale: float =
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return TF.resize(pixels, list(size), v2.InterpolationMode.BILINEAR, antialias=True)
 
 

@@ -81,8 +81,8 @@ def open_segments(
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
-    names = read_classes(classes or _classes_of(root))
-    folders = {part: _folders(root, part) for part in PARTS}
+    names = read_classes(classes or classes_file(root))
+    folders = {part: part_folders(root, part) for part in PARTS}
     if folders["train"] and folders["val"]:
         train, val = (open_pairs(*found, names, reduce_zero_label) for found in folders.values() if found)
         return train, val
@@ -139,7 +139,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _folders(root: Path, part: str) -> tuple[Path, Path] | None:
+def part_folders(root: Path, part: str) -> tuple[Path, Path] | None:
     """The folders of images and masks of a part, in either order of names."""
     for name in PARTS[part]:
         for masks in MASKS:
@@ -185,7 +185,7 @@ def _look_at(pairs: Pairs) -> None:
 # ---------------------------------------------------------------- classes
 
 
-def _classes_of(root: Path) -> Path:
+def classes_file(root: Path) -> Path:
     for name in CLASS_FILES:
         if (root / name).is_file():
             return root / name
