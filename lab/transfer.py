@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 from scalekd.compare.results import half_width
 from scalekd.transfer.coco import open_coco
@@ -72,7 +73,7 @@ def pictures(runs: Path, task: str, out: Path) -> None:
             mean, std = (torch.tensor(card[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
             rows.append([])
             for image, _ in shown:
-                pixels = torch.tensor(list(image.convert("L").getdata())).view(1, 1, image.height, image.width) / 255
+                pixels = TF.pil_to_tensor(image.convert("L"))[None] / 255
                 classes = model((pixels - mean) / std).argmax(1)[0]
                 rows[-1].append(coloured(image, classes.numpy(), pairs.classes))
         rows.append([coloured(image, mask, pairs.classes) for image, mask in shown])
@@ -84,7 +85,7 @@ def pictures(runs: Path, task: str, out: Path) -> None:
             rows.append([])
             for file in files:
                 image = Image.open(file).convert("L")
-                pixels = torch.tensor(list(image.getdata()), dtype=torch.uint8).view(1, image.height, image.width)
+                pixels = TF.pil_to_tensor(image)
                 (found,) = model([pixels])
                 rows[-1].append(picture(image, found, card["classes"]))
     sheet = Image.new("RGB", (PICTURES * TILE, len(rows) * TILE), "white")

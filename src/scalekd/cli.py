@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", type=Path, action="append", default=[], metavar="RUN", help="another run beside it; repeat it"
     )
     sub.add_argument("--data", metavar="SOURCE", help="other images than the run's validation images")
-    sub.add_argument("--images", type=int, default=2000, metavar="N", help="look at so many (default: 2000)")
+    sub.add_argument("--images", type=int, metavar="N", help="look at so many (default: 2000)")
     sub.add_argument(
         "--analysis", type=Path, action="append", default=[], metavar="DIR", help="`analyze --out` wrote it; repeat it"
     )
@@ -447,12 +447,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .parallel import pick_device
     from .report.run import report
 
     path, left_out = report(
         args.folder,
-        pick_device(args.device),
+        args.device,
         baselines=args.baseline,
         data=args.data,
         images=args.images,

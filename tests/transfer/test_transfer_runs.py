@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +207,30 @@ def test_all_of_the_model_learns_and_the_rates_fall_towards_the_image(task, scen
         done = engine.train_step(run.model, [next(batches)], run, step, checked=True)
     assert done.losses["total"].isfinite()
     assert [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(scenes, tmp_path):
+    """The same global batches without batch norm, so the same losses and weights; results go between processes."""
+    backbone = {"model": "test_convnext", "weights": "random"}
+    values = recipe("detection", scenes, backbone=backbone, train={"batch_size": 4})
+    config_of("detection", tmp_path, values)  # writes it
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scalekd"]
+    command += ["detect", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu", "--out", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    alone = recipe("detection", scenes, backbone=backbone, train={"batch_size": 4, "accumulate": 2})
+    trained("detection", config_of("detection", tmp_path, alone), tmp_path / "one")
+    logs = [[e for e in read_log(tmp_path / name) if e["event"] in ("step", "validation")] for name in ("two", "one")]
+    for a, b in zip(*logs, strict=True):
+        if a["event"] == "step":
+            assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
+        else:
+            assert a["images"] == b["images"] == 3
+    weights = [load_trained(tmp_path / name, "detection")[0].state_dict() for name in ("two", "one")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_poly_and_warm_up_by_hand(scenes, tmp_path):

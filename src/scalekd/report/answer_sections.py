@@ -79,13 +79,7 @@ COLUMNS = {"agreement": ".2f", "kl": ".4f", "nll": ".4f", "ece": ".2f"}
 
 
 def _classes(seen: Seen) -> str:
-    rows = by_class(seen)
-    if len(rows) > MOST_CLASSES:
-        half = MOST_CLASSES // 2
-        rows, left = [*rows[:half], *rows[-half:]], len(rows) - MOST_CLASSES
-        note = f"The worst {half} and the best {half}; {left} between them are left out."
-    else:
-        note = "The student's worst first."
+    rows, note = worst_and_best(by_class(seen), "The student's worst first.")
     if seen.images < FEW * len(seen.classes):
         note += f" {seen.images / len(seen.classes):.1f} images of a class tell little; `scalekd report --images` looks at more."
     others = [label for label in seen.columns if label != STUDENT]
@@ -95,6 +89,14 @@ def _classes(seen: Seen) -> str:
         for row in rows
     ]
     return section("Top-1 by class (%)", table(head, cells, "numbers"), note)
+
+
+def worst_and_best(rows: list[Any], order: str = "The worst first.") -> tuple[list[Any], str]:
+    """Of rows by class, the worst first, those that a table shows, and the sentence that says which."""
+    if len(rows) <= MOST_CLASSES:
+        return rows, order
+    half, left = MOST_CLASSES // 2, len(rows) - MOST_CLASSES
+    return [*rows[:half], *rows[-half:]], f"The worst {half} and the best {half}; {left} between them are left out."
 
 
 def _confusions(seen: Seen) -> str:

@@ -17,16 +17,16 @@ from .curves import losses_text
 from .folder import RunFolder
 from .look import STUDENT, Seen
 from .page import NONE
-from .series import events_of, share_interval
+from .series import share_interval
 
 OURS = "<!-- Written by scalekd, and written anew by the next report. Remove this line to keep your changes. -->"
 
 
-def write_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -> None:
-    """README.md in the run's folder, beside student.safetensors, unless a person has made it theirs. Raises `UserError`."""
-    path = folder.path / "README.md"
+def write_card(folder: Path, text: str) -> None:
+    """README.md in a run's folder, beside its weights, unless a person has made it theirs. Raises `UserError`."""
+    path = folder / "README.md"
     if not is_file(path) or OURS in path.read_text(encoding="utf-8", errors="replace"):
-        write_text(path, model_card(folder, facts, seen))
+        write_text(path, text)
 
 
 def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -> str:
@@ -34,7 +34,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
     taught = f", taught by {card['teacher']}" if card.get("teacher") else ""
     classes = [str(label) for label in card["classes"]]
     blocks = [
-        f"---\n{yaml.safe_dump(front_matter(folder), sort_keys=False, allow_unicode=True)}---",
+        front(front_matter(folder)),
         f"# {marked(folder.recipe.get('name', card['model']))}",
         f"{marked(card['model'] + taught)}. Trained with scalekd; a plain timm model, with nothing of scalekd in it.",
         "## Use",
@@ -42,23 +42,38 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
         "## Results",
         _results(folder, seen),
         "## Training",
-        "\n".join(
-            f"- {name}: {marked(text)}"
-            for name, text in ({"losses": losses_text(card["losses"])} | dict(facts)).items()
-            if name != "command"
-        ),
+        facts_list({"losses": losses_text(card["losses"])} | dict(facts)),
         "`recipe.yaml` has every setting, `report.html` the curves, classes and mistakes.",
     ]
     if classes:
-        named = ", ".join(marked(shortened(label, 40)) for label in classes[:30])
-        more = f" and {len(classes) - 30} others, in `student.json`" if len(classes) > 30 else ""
-        blocks += ["## Classes", f"{len(classes)}: {named}{more}."]
+        blocks += ["## Classes", classes_line(classes, "student.json")]
     limits = (
         "Measured on the validation images above and nowhere else. It knows these classes only and names one of them for any "
         "image. What the teacher gets wrong, it may have learned. No licence is stated here: those of the images and of the "
         "teacher's weights may bind you."
     )
     return "\n\n".join([*blocks, "## Limits", limits, OURS]) + "\n"
+
+
+def front(told: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True)}---"
+
+
+def facts_list(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {marked(text)}" for name, text in facts.items() if name != "command")
+
+
+def classes_line(classes: list[str], file: str) -> str:
+    named = ", ".join(marked(shortened(label, 40)) for label in classes[:30])
+    more = f" and {len(classes) - 30} others, in `{file}`" if len(classes) > 30 else ""
+    return f"{len(classes)}: {named}{more}."
+
+
+def model_index(name: str, tag: str, place: str, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Hub's. place: the name of the validation images."""
+    kind = re.sub(r"[^\w.-]+", "-", place).strip("-") or "images"
+    data = {"name": place, "type": kind, "split": "validation"}
+    return [{"name": name, "results": [{"task": {"type": tag}, "dataset": data, "metrics": metrics}]}]
 
 
 def front_matter(folder: RunFolder) -> dict[str, Any]:
@@ -72,20 +87,14 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
     if finite(score) and card["classes"]:
         data = folder.recipe.get("data") or {}
         place = Path(str(data.get("val") or data.get("train"))).name or "validation images"
-        result = {
-            "task": {"type": task},
-            "dataset": {
-                "name": place,
-                "type": re.sub(r"[^\w.-]+", "-", place).strip("-") or "images",
-                "split": "validation",
-            },
-            "metrics": [
-                {"type": "accuracy", "value": round(score, 2), "name": f"{next(iter(folder.figures.values()))} (%)"}
-            ],
+        measured = {
+            "type": "accuracy",
+            "value": round(score, 2),
+            "name": f"{next(iter(folder.figures.values()))} (%)",
         }
         told |= {
             "metrics": ["accuracy"],
-            "model-index": [{"name": str(folder.recipe.get("name")), "results": [result]}],
+            "model-index": model_index(str(folder.recipe.get("name")), task, place, [measured]),
         }
     return told
 
@@ -110,10 +119,9 @@ def load_lines(card: Mapping[str, Any]) -> str:
 
 def _results(folder: RunFolder, seen: Seen | None) -> str:
     lines = ["| on all validation images | % |", "|---|--:|"]
-    validations = events_of(folder.events, "validation")
+    last = folder.last_validation
     for key, name in folder.figures.items():
-        value = validations[-1].get(key) if validations else None
-        images = validations[-1].get("images") if validations else None
+        value, images = last.get(key), last.get("images")
         told = f"{value:.2f}" if finite(value) else NONE
         if key == "top1" and finite(value) and images:
             told += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
@@ -124,7 +132,9 @@ def _results(folder: RunFolder, seen: Seen | None) -> str:
             name = "this model" if row["model"] == STUDENT else marked(row["model"])
             low, high = row["interval"]
             lines.append(f"| {name} | {row['top1']:.2f} [{low:.2f}, {high:.2f}] | {row['ece']:.2f} |")
-    return "\n".join([*lines, "", "Brackets: 95 % intervals that come from the number of images."])
+    if any("[" in line for line in lines):
+        lines += ["", "Brackets: 95 % intervals that come from the number of images."]
+    return "\n".join(lines)
 
 
 def marked(text: object) -> str:

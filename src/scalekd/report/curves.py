@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from ..runlog import duration
@@ -29,11 +30,12 @@ from .series import events_of, figure_points, loss_points, share_interval, thin,
 
 TOP1 = {"top1": "top-1", "top5": "top-5"}
 
-PARTS = (
-    ("data", "waiting for data"),
-    ("teacher", "teacher forward"),
-    ("rest", "everything else: student, method, optimiser"),
-)
+PARTS = {
+    "data": "waiting for data",
+    "teacher": "teacher forward",
+    "rest": "everything else: student, method, optimiser",
+}
+UNTAUGHT = {"data": "waiting for data", "rest": "everything else: model, losses, optimiser"}
 
 MOST_POINTS = 20_000  # of all curves together: about 250 KB
 
@@ -54,24 +56,36 @@ class ReportRun:
 
 
 def scores_table(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
-    rows = [] if teacher_score is None else [("teacher", f"{teacher_score:.2f}", *[NONE] * 5)]
+    """Gains only where there are several runs, losses only where a recipe names some."""
     key, name = next(iter(figures.items()))
+    head = ["run", f"{name} (%)", "gain (points)", "time", "images/s", "seeds"]
+    several, named = len(runs) > 1, any(run.losses for run in runs)
+    rows = [] if teacher_score is None else [["teacher", f"{teacher_score:.2f}", *[NONE] * 4, *[NONE] * named]]
     for run in runs:
         use = time_use(run.events)
         time = duration(statistics.fmean(run.seconds)) if run.seconds else NONE
         measured = run is not runs[0] and run.score and runs[0].score
         gain = f"{statistics.fmean(run.score) - statistics.fmean(runs[0].score):+.2f}" if measured else NONE
-        speed = f"{1 / use[0]:,.0f}" if use else NONE
-        score = _score_text(run, key)
-        rows.append((run.label, score, gain, time, speed, str(len(run.score)), losses_text(run.losses)))
-    # losses last: on a phone the numbers are in sight
-    head = ("run", f"{name} (%)", "gain (points)", "time", "images/s", "seeds", "losses")
-    note = (
-        f"Validation {name} at the end; ± is the sample standard deviation over seeds, and of one seed the brackets are "
-        "the 95 % interval that comes from the number of validation images. Gains are over the first run. Time is a "
-        "whole run with its validations, the mean over seeds; images/s is training alone."
-    )
-    return table(head, rows) + f'<p class="note">{escape(note)}</p>'
+        speed = f"{1 / use[0]:,.{0 if use[0] < 0.1 else 2}f}" if use else NONE
+        # losses last: on a phone the numbers are in sight
+        row = [run.label, _score_text(run, key), gain, time, speed, str(len(run.score))]
+        rows.append(row + [losses_text(run.losses)] * named)
+    head += ["losses"] * named
+    if not several:
+        for line in (head, *rows):
+            del line[2]
+    seeds = any(len(run.score) > 1 for run in runs)
+    notes = {
+        f"Validation {name} at the end.": True,
+        "± is the sample standard deviation over seeds.": seeds,
+        "Brackets: of one seed, the 95 % interval that comes from the number of validation images.": any(
+            "[" in row[1] for row in rows
+        ),
+        "Gains are over the first run.": several,
+        f"Time is a whole run with its validations{', the mean over seeds' * seeds}; images/s is training alone.": True,
+    }
+    note = " ".join(line for line, holds in notes.items() if holds)
+    return table(head, rows, "" if named else "numbers") + f'<p class="note">{escape(note)}</p>'
 
 
 def _score_text(run: ReportRun, key: str) -> str:
@@ -139,26 +153,29 @@ def time_bars(runs: Sequence[ReportRun], more: str = "") -> str:
     uses = [(run.label, use) for run in runs if (use := time_use(run.events))]
     if not uses:
         return section("Where the time went", "<p>No training step was logged.</p>")
+    taught = any("teacher_share" in event for run in runs for event in run.events)
+    told = PARTS if taught else UNTAUGHT
     x = Axis(nice_ticks(0, max(1000 * seconds for _, (seconds, _) in uses)), 12, RIGHT)
     row = 72
     bottom = row * len(uses) + 4
     parts = x_axis(x, 4, bottom, "milliseconds per training image")
     for i, (label, (seconds, shares)) in enumerate(uses):
         short = label if len(label) <= 44 else label[:43] + "…"
+        of_part = {name: share for name, share in zip(PARTS, shares) if name in told}
         parts += [
             text_at(12, row * i + 20, short),
-            *_bar(x, row * i + 27, seconds, shares),
-            text_at(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for (name, _), share in zip(PARTS, shares))),
+            *_bar(x, row * i + 27, seconds, of_part),
+            text_at(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for name, share in of_part.items())),
         ]
-    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in PARTS)
+    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in told.items())
     drawing = svg_figure([HATCH, *parts], bottom + 48, "Training time per image")
     note = f"Training steps alone, without validation. One seed per run. {escape(more)}".rstrip()
     return section("Where the time went", f"<figure>{drawing}{colours}</figure>", note)
 
 
-def _bar(x: Axis, top: float, seconds: float, shares: Sequence[float]) -> list[str]:
-    ends = [x.at(1000 * seconds * sum(shares[: i + 1])) for i in range(len(shares))]
-    return [_rectangle(name, a, top, b - a, 20) for (name, _), a, b in zip(PARTS, [x.start, *ends], ends)]
+def _bar(x: Axis, top: float, seconds: float, shares: Mapping[str, float]) -> list[str]:
+    ends = [x.at(1000 * seconds * upto) for upto in accumulate(shares.values())]
+    return [_rectangle(name, a, top, b - a, 20) for name, a, b in zip(shares, [x.start, *ends], ends)]
 
 
 def _rectangle(part: str, x: float, y: float, width: float, height: float) -> str:

@@ -23,11 +23,13 @@ from ..files import is_file
 from ..runlog import read_log
 from ..sources import pair_of
 from ..stages import StageView
+from ..transfer.config import FIGURES
 from ..yaml_file import parse_yaml
 from .curves import TOP1, ReportRun
 from .series import events_of
 
-NAMES = TOP1 | {"mask_ap": "mask AP", "box_ap": "box AP", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+NAMES = TOP1 | FIGURES["detection"] | FIGURES["segmentation"]
+TITLES = {"detection": "Mask R-CNN", "segmentation": "UPerNet"}
 
 
 @dataclass
@@ -39,12 +41,26 @@ class RunFolder:
     summary: dict[str, Any]  # empty unless finished
     made: dict[str, Any]  # provenance.json
     known: dict[str, Any]  # report.json of an earlier report
-    card: dict[str, Any]  # of the student, once it is there
+    card: dict[str, Any]  # of the student, detector or segmenter, once it is there
+
+    @property
+    def task(self) -> str | None:
+        """`detection` or `segmentation`; None: a distillation."""
+        return task_of(self.recipe)
+
+    @property
+    def weights(self) -> Path:
+        """What is deployed; there once the run is finished."""
+        return self.path / weights_name(self.task)
+
+    @property
+    def last_validation(self) -> dict[str, Any]:
+        return (events_of(self.events, "validation") or [{}])[-1]
 
     @property
     def figures(self) -> dict[str, str]:
         """Those that its validations logged, the first one first."""
-        logged = (events_of(self.events, "validation") or [{}])[-1]
+        logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         return {key: neighbours * (key == "top1") + name for key, name in NAMES.items() if key in logged} or TOP1
 
@@ -84,14 +100,16 @@ class RunFolder:
             f"{key} {data[key]}" for key in ("train", "val", "unlabelled", "annotations", "root") if data.get(key)
         ]:
             told["data"] = ", ".join(parts)
+        if self.task:
+            told["model"] = f"{TITLES[self.task]} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
             place = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
             )
             told[role] = f"{place.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
         train, optim = self.recipe.get("train") or {}, self.recipe.get("optim") or {}
-        if "epochs" in train:
-            budget = [counted(train["epochs"], "epoch"), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
+        if unit := next((unit for unit in ("epoch", "iteration") if f"{unit}s" in train), None):
+            budget = [counted(train[f"{unit}s"], unit), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
             told["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
         versions = ", ".join(f"{key} {self.made[key]}" for key in ("scalekd", "torch", "timm") if key in self.made)
         more = {"machine": self.made.get("machine"), "versions": versions, "command": self.made.get("command")}
@@ -114,8 +132,23 @@ def read_run(folder: Path) -> RunFolder:
     values = parse_yaml(text, str(recipe))
     if not isinstance(values, dict):
         raise UserError(f"{recipe} is no recipe: it must be a mapping with data, student, ...")
-    files = ("summary.json", "provenance.json", "report.json", "student.json")
+    card = str(Path(weights_name(task_of(values))).with_suffix(".json"))
+    files = ("summary.json", "provenance.json", "report.json", card)
     return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
+
+
+def task_of(recipe: dict[str, Any]) -> str | None:
+    if "backbone" not in recipe:
+        return None
+    return "detection" if "detector" in recipe else "segmentation"
+
+
+def weights_name(task: str | None) -> str:
+    if task is None:
+        return "student.safetensors"
+    from ..transfer.deploy import FILES  # slow: it imports torchvision's detectors
+
+    return FILES[task]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from ..config import check_config
 from ..cost import cost
 from ..errors import UserError, first_line, printable
 from ..files import make_folder, write_text
+from ..parallel import pick_device
 from ..runlog import duration
 from ..shortages import shortages_told
 from ..svg import escape, finite
 from ..yaml_file import parse_yaml
 from .answer_sections import answer_sections, numbers
-from .card import load_lines, write_card
+from .card import load_lines, model_card, write_card
 from .compared import is_comparison, write_comparison
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
 from .feature_sections import cost_section, feature_sections, parts_section
@@ -33,6 +34,8 @@ from .look import MOST_IMAGES, TEACHER, Seen, look
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
 from .series import events_of, time_use
+from .transfer_card import transfer_card
+from .transfer_sections import figure_sections, teacher_fact, trained_line, use_section
 
 FILE, DATA = "report.html", "report.json"
 
@@ -40,7 +43,7 @@ FILE, DATA = "report.html", "report.json"
 def write_run_report(
     folder: Path, summary: Mapping[str, Any], facts: Mapping[str, str], run: Run | None = None
 ) -> None:
-    """At the end of a run: report.html, report.json and, of a distillation, README.md in its folder.
+    """At the end of a run: report.html, report.json and README.md, a model card, in its folder.
 
     run: of a distillation, whose student is to be looked at while it answers validation images; without, the log alone.
     It never raises: a run that went well does not fail because its report did. What went wrong is told on stderr.
@@ -65,45 +68,43 @@ def write_run_report(
 
 def report(
     folder: Path,
-    device: torch.device,
+    device: str | None = None,
     *,
     baselines: Sequence[Path] = (),
     data: str | None = None,
-    images: int = MOST_IMAGES,
+    images: int | None = None,
     analyses: Sequence[Path] = (),
     out: Path | None = None,
 ) -> tuple[Path, list[str]]:
     """The report of a run's or a comparison's folder, and what was left out of it. Where data or teacher are gone, the page says so.
 
-    baselines: folders of other runs on the same classes. data: any source with the run's classes, in place of its
-    validation images. analyses: folders that `scalekd analyze ... --out` wrote. out: report.html in the folder unless
-    given. Raises `UserError`.
+    device: to look at images on; a GPU if there is one unless given. baselines: folders of other runs on the same classes.
+    data: any source with the run's classes, in place of its validation images. images: how many to look at, at most; 2,000 unless given.
+    analyses: folders that `scalekd analyze ... --out` wrote. out: report.html in the folder unless given. A comparison and a
+    run of another task than distillation take the last two alone. Raises `UserError`.
     """
-    if images < 1:
+    if images is not None and images < 1:
         raise UserError(f"--images {images}: one or more")
+    given = {"--baseline": baselines, "--data": data is not None, "--images": images is not None, "--device": device}
+    unused = " and ".join(flag for flag, there in given.items() if there)
     path = out or folder / FILE
     make_folder(path.parent)
     pictures = analysis_sections(analyses)
     if is_comparison(folder):
-        if baselines or data is not None:
-            raise UserError(
-                f"{folder} is a comparison, which has its baseline and data: leave out --baseline and --data"
-            )
+        if unused:
+            raise UserError(f"{folder} is a comparison, whose page is made of its results: leave out {unused}")
         write_comparison(folder, path, more=pictures)
         return path, []
     found = read_run(folder)
     others = {label: read_run(path) for label, path in zip(labels([folder, *baselines])[1:], baselines)}
     seen, left_out = None, list[str]()
-    is_distillation = "student" in found.recipe
-    if is_distillation:
-        seen, why_not = _look_again(found, others, data, images, device)
-        left_out += [why_not] if why_not else []
-    elif data is not None or baselines:
-        raise UserError(
-            f"{folder} is a detector's or segmenter's run: its report comes from its log; leave out --data and --baseline"
-        )
     counted = None
-    if is_distillation:
+    if found.task:
+        if unused:
+            raise UserError(f"{folder} is a run of {found.task}, whose page is made of its log: leave out {unused}")
+    else:
+        seen, why_not = _look_again(found, others, data, images or MOST_IMAGES, pick_device(device))
+        left_out += [why_not] if why_not else []
         try:
             classes = len(seen.classes if seen else found.card.get("classes") or []) or 1000
             config = check_config(parse_yaml(found.recipe_text, "recipe.yaml"), str(folder / "recipe.yaml"))
@@ -171,6 +172,7 @@ def _write(
     more: Sequence[str] = (),
 ) -> None:
     name = str(found.recipe.get("name") or found.path.name)
+    facts = dict(facts) | (teacher_fact(found) if found.task else {})
     runs = [*(of.row(label) for label, of in (others or {}).items()), found.row(name)]
     figures = found.figures
     teacher = (found.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
@@ -180,6 +182,7 @@ def _write(
     sections = [
         _opening(found, facts, left_out),
         scores_table(runs, figures, teacher),
+        *(figure_sections(found) if found.task else []),
         figure_curves(runs, figures, teacher),
         loss_curves(runs),
         *(answer_sections(seen) if seen else []),
@@ -187,30 +190,25 @@ def _write(
         cost_section(counted) if counted else parts_section(parts) if parts else "",
         *(feature_sections(seen) if seen else []),
         *more,
-        _use(found),
+        use_section(found) if found.task else _use(found),
         facts_section(facts),
         _recipe(found),
     ]
     write_text(path, page(escape(name), sections))
     known = {"facts": dict(facts), "left_out": [line for line in left_out if line], "parts": parts, "cost": counted}
+    if found.task:
+        known |= {"validation": found.last_validation}
     if seen:
         known |= numbers(seen) | {"frequency": seen.spectra, "cka": seen.cka, "distances": seen.distances}
     if path == found.path / FILE:
         write_text(found.path / DATA, json.dumps(known, indent=1) + "\n")
-        if found.card.get("kwargs") is not None and (found.path / "student.safetensors").is_file():
-            write_card(found, facts, seen)
+        if found.card.get("kwargs") is not None and found.weights.is_file():
+            write_card(found.path, transfer_card(found, facts) if found.task else model_card(found, facts, seen))
 
 
 def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
     """What was trained from what, how it ended, and what is missing here, in a few sentences."""
-    recipe = found.recipe
-    student = recipe.get("student") or recipe.get("backbone") or {}
-    teachers = [recipe["teacher"]] if recipe.get("teacher") else [*(recipe.get("teachers") or {}).values()]
-    told = f"{student.get('model', 'The student')} "
-    told += f"taught by {' + '.join(t.get('model', '') for t in teachers)}" if teachers else "without a teacher"
-    if losses := losses_text(recipe.get("losses") or {}):
-        told += f", with {losses}"
-    lines = [f"{told}."]
+    lines = [f"{trained_line(found, facts) if found.task else _taught_line(found.recipe)}."]
     key, name = next(iter(found.figures.items()))
     if finite(found.score):
         images = [e.get("images") for e in events_of(found.events, "validation")][-1:]
@@ -221,6 +219,14 @@ def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]
         lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))
     missing = "".join(f'<p class="note">{escape(line)}</p>' for line in left_out if line)
     return "".join(f"<p>{escape(line)}</p>" for line in lines) + missing
+
+
+def _taught_line(recipe: Mapping[str, Any]) -> str:
+    teachers = [recipe["teacher"]] if recipe.get("teacher") else [*(recipe.get("teachers") or {}).values()]
+    told = f"{(recipe.get('student') or {}).get('model', 'The student')} "
+    told += f"taught by {' + '.join(t.get('model', '') for t in teachers)}" if teachers else "without a teacher"
+    losses = losses_text(recipe.get("losses") or {})
+    return f"{told}, with {losses}" if losses else told
 
 
 def _where_the_rest_went(found: RunFolder) -> str:
@@ -241,7 +247,7 @@ def _use(found: RunFolder) -> str:
     if found.card.get("kwargs") is None:
         return ""
     note = "In the run's folder, with timm alone. README.md there is a model card; `scalekd export --onnx` writes ONNX."
-    if not (found.path / "student.safetensors").is_file():
+    if not found.weights.is_file():
         note = "`scalekd export` writes student.safetensors from a checkpoint first."
     return section("Use the student", code(load_lines(found.card)), note)
 

@@ -127,10 +127,11 @@ class Pyramid(nn.Module):
             like = next(iter(parameters.values()))
             images = torch.zeros(1, input_channels(twin), height, width, dtype=like.dtype, device=device)
             try:
-                maps = _maps(twin, self.indices, images)
-                grads = torch.autograd.grad(
-                    torch.stack([m.sum() for m in maps]).sum(), list(parameters.values()), allow_unused=True
-                )
+                with torch.inference_mode(False), torch.enable_grad():  # a model may be loaded within no_grad
+                    maps = _maps(twin, self.indices, images)
+                    grads = torch.autograd.grad(
+                        torch.stack([m.sum() for m in maps]).sum(), list(parameters.values()), allow_unused=True
+                    )
                 return [m.shape for m in maps], {name for name, grad in zip(parameters, grads) if grad is None}
             except Exception as problem:  # whatever it is, the message goes to the user
                 error = problem

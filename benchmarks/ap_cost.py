@@ -1,0 +1,128 @@
+"""Where the time of `scalekd detect evaluate` goes, on 5,000 COCO-sized annotations.
+
+    python benchmarks/ap_cost.py --out docs/results/ap-cost.json
+
+700 images of 640x480 with polygons, made from a seed; as many detections as COCO counts (100 an image, the objects and
+noise). What is bookkeeping is done for all of them: annotations read, masks encoded, AP of boxes and masks. The model, a
+Mask R-CNN on a ResNet-50 with initial weights, is timed on a few images at 800x1333 and counted for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from scalekd.provenance import machine, versions
+from scalekd.transfer.coco import open_coco
+from scalekd.transfer.coco_masks import mask_of, mask_tools
+from scalekd.transfer.detection_eval import Found, average_precision
+from scalekd.transfer.detector import Detector
+from scalekd.transfer.pyramid import Pyramid
+
+IMAGES, ANNOTATIONS, HEIGHT, WIDTH, CLASSES, DETECTIONS = 700, 5000, 480, 640, 80, 100
+
+
+def polygon(random: np.random.Generator) -> tuple[list[float], list[float]]:
+    """A shape of 24 corners within the image, and its box."""
+    size = random.uniform(15, 200, 2)
+    x, y = random.uniform(0, (WIDTH, HEIGHT) - size)
+    angles = np.linspace(0, 2 * math.pi, 24, endpoint=False)
+    radius = random.uniform(0.7, 1.0, 24) / 2
+    xs, ys = x + size[0] * (0.5 + radius * np.cos(angles)), y + size[1] * (0.5 + radius * np.sin(angles))
+    box = [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
+    return np.stack([xs, ys], 1).round(2).ravel().tolist(), [round(float(v), 2) for v in box]
+
+
+def made(folder: Path, random: np.random.Generator) -> Path:
+    blank = Image.new("RGB", (WIDTH, HEIGHT))
+    images, annotations = [], []
+    for i in range(IMAGES):
+        blank.save(folder / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
+    for k in range(ANNOTATIONS):
+        shape, box = polygon(random)
+        area = {"area": box[2] * box[3], "bbox": box, "segmentation": [shape], "iscrowd": 0}
+        annotations.append(
+            {"id": k + 1, "image_id": k % IMAGES, "category_id": int(random.integers(CLASSES)) + 1} | area
+        )
+    categories = [{"id": c + 1, "name": f"class {c}"} for c in range(CLASSES)]
+    file = folder / "instances.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file
+
+
+def main(out: Path | None, timed: int) -> None:
+    torch.set_num_threads(1)
+    random = np.random.default_rng(0)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = made(Path(scratch), random)
+        began = time.process_time()
+        coco = open_coco(file, Path(scratch), "annotations")
+        seconds["reading annotations"] = time.process_time() - began
+    rle = mask_tools()
+    results, encoding = [], 0.0
+    for place, picture in enumerate(coco.pictures):
+        shapes = [mask_of(x.mask, HEIGHT, WIDTH) for x in picture.instances]
+        true = len(shapes)
+        noise = [mask_of([polygon(random)[0]], HEIGHT, WIDTH) for _ in range(8)]
+        shapes += [noise[i % 8] for i in range(DETECTIONS - true)]
+        began = time.process_time()
+        runs = rle.encode(np.asfortranarray(np.stack(shapes, 2)))
+        encoding += time.process_time() - began
+        boxes = np.array([rle.toBbox(run) for run in runs])
+        labels = np.array(
+            [x.label for x in picture.instances] + random.integers(1, CLASSES + 1, DETECTIONS - true).tolist()
+        )
+        results.append(Found(place, boxes, labels, random.random(DETECTIONS), runs))
+    seconds["encoding masks"] = encoding
+    began = time.process_time()
+    scores = average_precision(coco, results)
+    seconds["AP of boxes and masks"] = time.process_time() - began
+    detector = Detector(Pyramid(timm.create_model("resnet50"), (224, 224)), CLASSES, (0.5,) * 3, (0.25,) * 3).eval()
+    each = []
+    with torch.inference_mode():
+        for _ in range(timed + 1):
+            image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
+            began = time.process_time()
+            found = detector([image])[0]
+            each.append(time.process_time() - began)
+    model = statistics.median(each[1:]) * IMAGES
+    bookkeeping = sum(seconds.values())
+    result = {
+        "command": "python benchmarks/ap_cost.py --out docs/results/ap-cost.json",
+        "machine": machine(torch.device("cpu")),
+        **versions(),
+        "images": IMAGES,
+        "annotations": ANNOTATIONS,
+        "detections": IMAGES * DETECTIONS,
+        "bookkeeping, CPU seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "model, CPU seconds an image": [round(s, 2) for s in each[1:]],
+        "model, detections in the last image": len(found["scores"]),
+        "model, CPU seconds for all images": round(model),
+        "share of the model": round(model / (model + bookkeeping), 4),
+        "box AP": scores["box"]["ap"],
+    }
+    print(json.dumps(result, indent=2))
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--timed", type=int, default=3, metavar="N", help="images that the model is timed on (default: 3)"
+    )
+    args = parser.parse_args()
+    main(args.out, args.timed)

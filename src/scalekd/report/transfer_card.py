@@ -1,0 +1,67 @@
+"""The model card that goes with a detector or segmenter: README.md, as `card` has it for students."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..svg import finite
+from .card import OURS, classes_line, facts_list, front, marked, model_index
+from .folder import RunFolder
+from .transfer_sections import GIVES, figure_rows, load_lines, predict_line, trained_line
+
+HUB = {  # the Hub's name of the task, and its tag
+    "detection": ("object-detection", "instance-segmentation"),
+    "segmentation": ("image-segmentation", "semantic-segmentation"),
+}
+
+
+def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
+    task, here = str(folder.task), Path(".")
+    card = folder.weights.with_suffix(".json").name
+    head, rows = figure_rows(task, folder.last_validation)
+    table = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    limits = (
+        "Measured on the validation images above and nowhere else. It knows these classes only. No licence is stated here: those "
+        "of the images and of the backbone's weights may bind you."
+    )
+    blocks = [
+        front(front_matter(folder)),
+        f"# {marked(folder.recipe.get('name', folder.path.name))}",
+        f"{marked(trained_line(folder, facts))}. Trained with scalekd.",
+        "## Use",
+        f"`pip install 'scalekd[{task}]'`, then, in this folder:",
+        f"```sh\n{predict_line(task, here)}\n```",
+        f"```python\n{load_lines(task, here, len(folder.card['mean']))}\n```",
+        GIVES[task],
+        "## Results",
+        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        "In %, on all validation images; `report.html` has them by class.",
+        "## Training",
+        facts_list(facts),
+        f"`recipe.yaml` has every setting, `{card}` what is needed to build the model.",
+        "## Classes",
+        classes_line([str(label) for label in folder.card["classes"]], card),
+        "## Limits",
+        limits,
+        OURS,
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def front_matter(folder: RunFolder) -> dict[str, Any]:
+    tag, more = HUB[str(folder.task)]
+    told: dict[str, Any] = {"library_name": "scalekd", "pipeline_tag": tag, "tags": [tag, more, "timm", "scalekd"]}
+    last = folder.last_validation
+    metrics = [
+        {"type": key, "value": round(last[key], 2), "name": f"{name} (%)"}
+        for key, name in folder.figures.items()
+        if finite(last.get(key))
+    ]
+    if metrics:
+        data = folder.recipe.get("data") or {}
+        place = Path(str(data.get("val_annotations") or data.get("root"))).stem or "validation images"
+        told |= {"metrics": [m["type"] for m in metrics]}
+        told |= {"model-index": model_index(str(folder.recipe.get("name")), tag, place, metrics)}
+    return told
