@@ -392,7 +392,7 @@ def test_a_model_whose_features_are_not_finite_is_told(own):
         (["--val", "few"], "--data has 3 classes and --val 2; not in both: cat"),
         (["--val", "nowhere"], "--val: .*nowhere"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
-        (["--image-size", 4], "test_vit=vit.safetensors does not take images of 4x4 pixels"),
+        (["--image-size", 4], "weights: vit.safetensors does not go into a VisionTransformer for 4x4 pixels as"),
         (["--out", "vit.safetensors"], "--out: vit.safetensors is a file; name a folder"),
         (["--out", "other"], "other/results.json is not of `scalekd probe`: .*Give --out another folder"),
         (["student"], "student is named twice; name each model once"),

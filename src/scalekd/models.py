@@ -108,7 +108,7 @@ def build_model(
         read = under(prefix, flat)
         if not read:
             raise UserError(f"{where}.prefix: no tensor in {path} begins with {prefix}; they are {told_briefly(flat)}")
-        state = _adapted(read, model, path, where)
+        state = _adapted(read, model, path, image_size, where)
         if classes == 0:
             state = without_classifier(state, model)
         theirs = other_classes(model, state)
@@ -116,7 +116,7 @@ def build_model(
             new = classifier(model)
         elif theirs is not None and "num_classes" not in spec.kwargs:
             model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
-            state = _adapted(read, model, path, where)
+            state = _adapted(read, model, path, image_size, where)
         load_weights(model, state | new, path, where)
         renamed = state.keys() - read.keys()  # by timm's filter; then its names do not tell what it left out
         used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
@@ -145,13 +145,13 @@ def build_model(
     return model, loaded if sha256 else replace(loaded, sha256=backbone_sha256(model, loaded))
 
 
-def _adapted(read: State, model: nn.Module, path: Path, where: str) -> State:
+def _adapted(read: State, model: nn.Module, path: Path, size: tuple[int, int], where: str) -> State:
     try:
         return adapted(read, model)
     except Exception as error:  # timm's filters end with whatever they meet
         raise UserError(
-            f"{where}.weights: {path} is of another {type(model).__name__} than {where}.kwargs make it, with other tokens, "
-            f"positions or widths: {first_line(error)}"
+            f"{where}.weights: {path} does not go into a {type(model).__name__} for {size[0]}x{size[1]} pixels as "
+            f"{where}.kwargs make it: {first_line(error)}. Its tokens, positions or widths are others, or that size is too small"
         ) from None
 
 

@@ -101,8 +101,8 @@ def load_snapshot(run: Training, state: dict[str, Any], name: str) -> Progress:
         at = TypeAdapter(Progress).validate_python(told)
         if not 0 <= at.step <= run.total_steps:
             raise ValueError(f"step {at.step} of {run.total_steps}")
-        for name, part in run.parts.items():
-            part.load_state_dict(state[name])
+        for part, module in run.parts.items():
+            module.load_state_dict(state[part])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
