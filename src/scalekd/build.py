@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import parallel
@@ -34,7 +33,7 @@ from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Key, Mix, TrainSampler
 from .teacher_outputs import TeacherOutputs
-from .training import Training
+from .training import Training, expect_batches, scaler_and_average
 
 
 class Taught(NamedTuple):
@@ -203,12 +202,11 @@ def build(config: Config, device: torch.device) -> Run:
         loaded=loaded,
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, steps_per_epoch),
-        scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        ema=ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
         mixup=make_mixup(config.augment, classes),
         steps_per_epoch=steps_per_epoch,
         mix=mix,
         repeats=config.augment.repeats,
+        **scaler_and_average(train, student, device),
     )
 
 
@@ -254,13 +252,7 @@ def _check_head(folder: str, classes: list[str], where: str) -> None:
 
 def _check_batch(config: Config, images: int, mix: Mix | None) -> None:
     train, parts = config.train, config.train.accumulate * parallel.world()
-    if images < train.batch_size and mix is None:
-        raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
-    if train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
-            f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
-        )
+    expect_batches(train, images if mix is None else None)
     if train.batch_size == parts:
         raise UserError("one image per process and step: batch normalisation needs two or more; raise train.batch_size")
     labelled = mix.per_batch if mix else 0

@@ -397,10 +397,7 @@ def _ignored(config: Config) -> list[str]:
                 augment,
                 "no augment.auto_augment, which brings its own",
             ),
-            (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
-            (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
-            (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
-            (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
+            *idle_in(schedule),
             (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
             (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
             (
@@ -430,6 +427,16 @@ def _ignored(config: Config) -> list[str]:
 
 
 Idle = tuple[bool, str, Section, str]  # whether a field is not read, its name, the section it is in, what it goes with
+
+
+def idle_in(schedule: Schedule) -> list[Idle]:
+    """The fields that a schedule of its kind does not read."""
+    return [
+        (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
+        (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
+        (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
+        (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
+    ]
 
 
 def unread(optim: BaseOptim) -> list[str]:

@@ -296,17 +296,17 @@ def _refuse_seen(split: Split) -> None:
 
 
 def training_images(split: Split, data: Data, augment: Augment, mean: Statistic, std: Statistic, seed: int) -> Images:
-    bad = _bad_images("train", data, len(split.train_indices))
+    bad = bad_images("train", data, len(split.train_indices))
     transform = train_transform(data, augment, mean, std)
     return Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
-    bad = _bad_images("val", data, len(split.val_indices))
+    bad = bad_images("val", data, len(split.val_indices))
     return Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
 
 
-def _bad_images(part: str, data: Data, images: int) -> BadImages | None:
+def bad_images(part: str, data: Any, images: int) -> BadImages | None:
     return BadImages(part, images, data.max_bad) if data.on_bad_image == "skip" else None
 
 

@@ -98,12 +98,17 @@ def _same(weights: Any, file: Path) -> bool:
         return False
 
 
+def is_drop_rate(key: str) -> bool:
+    """Whether a keyword argument of timm's says nothing of the weights: how often something is dropped in training."""
+    return "drop" in key and key.endswith("_rate")
+
+
 def _arguments(given: Any, told: Described, folder: Path, role: str) -> dict[str, Any]:
     """The folder's, and those of the recipe that say the same or nothing of the weights: rates of dropping."""
     if not isinstance(given, dict):
         return given  # pydantic tells
     for key, value in given.items():
-        free = key in OF_THE_RUN or ("drop" in key and key.endswith("_rate"))
+        free = key in OF_THE_RUN or is_drop_rate(key)
         if not free and key in told.kwargs and json.dumps(told.kwargs[key]) != json.dumps(value):
             raise UserError(
                 f"{role}.kwargs: {key} is {shortened(str(value))} here and {told.kwargs[key]} in {folder}. Leave it "

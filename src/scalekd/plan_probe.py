@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.utils import ModelEmaV3
 
 from .build import Run
 from .config import Config
@@ -24,6 +23,7 @@ from .memory import keep_freed_memory
 from .optim import make_optimizer, make_schedule
 from .provenance import machine
 from .shortages import shortages_told
+from .training import scaler_and_average
 
 MOST = 64  # images of a timed step unless given
 ROUND_SECONDS = 1.0  # at least, so that a round of a small model is no accident of the scheduler's
@@ -88,7 +88,6 @@ def _run(config: Config, device: torch.device, classes: int) -> Run:
     optimizer = make_optimizer(config, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
-    ema = config.train.ema
     return Run(
         config=config,
         device=device,
@@ -99,10 +98,9 @@ def _run(config: Config, device: torch.device, classes: int) -> Run:
         loaded={},
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, 1),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
-        ema=ModelEmaV3(distiller.student, decay=ema, use_warmup=True) if ema else None,
         mixup=make_mixup(config.augment, classes),
         steps_per_epoch=1,
+        **scaler_and_average(config.train, distiller.student, device),
     )
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import parallel
 from .clock import Stopwatch
+from .errors import UserError
 from .models import Loaded
 from .samplers import Key, Mix, TrainSampler
 
@@ -125,4 +126,24 @@ class Training(ABC):
             parallel.world(),
             self.repeats,
             self.mix,
+        )
+
+
+def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The fields `scaler` and `ema` of a `Training`, by a recipe's `train`."""
+    return {
+        "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
+        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
+    }
+
+
+def expect_batches(train: Any, images: int | None) -> None:
+    """Raises `UserError` for a batch that is larger than the data, or does not divide. images: None, if they repeat."""
+    parts = train.accumulate * parallel.world()
+    if images is not None and images < train.batch_size:
+        raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
+    if train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
+            f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
         )

@@ -23,6 +23,7 @@ from ..config import (
     Steps,
     Train,
     checked_as,
+    idle_in,
     override,
     recipe_values,
     unread,
@@ -30,6 +31,7 @@ from ..config import (
 )
 from ..errors import UserError, nearest, shortened
 from ..files import is_file
+from ..model_folders import is_drop_rate
 
 RECIPES = resources.files("scalekd.transfer") / "recipes"
 # what a validation finds, in %; the first one chooses the best checkpoint
@@ -158,14 +160,7 @@ class Detection(Transfer):
                 "detector.freeze_norms: a backbone without trained weights has no statistics to keep; set "
                 "detector.freeze_norms=false, or name backbone.weights"
             )
-        problems += without_effect(
-            [
-                (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
-                (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
-                (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
-                (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
-            ]
-        )
+        problems += without_effect(idle_in(schedule))
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -236,9 +231,7 @@ def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
 
 def _other_model(before: dict[str, Any]) -> dict[str, Any]:
     kwargs = before.get("kwargs")
-    rates = {
-        k: v for k, v in (kwargs if isinstance(kwargs, dict) else {}).items() if "drop" in k and k.endswith("_rate")
-    }
+    rates = {k: v for k, v in (kwargs if isinstance(kwargs, dict) else {}).items() if is_drop_rate(k)}
     return {key: before[key] for key in ("model", "weights") if key in before} | {"kwargs": rates}
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .. import parallel
-from ..data import seed_everything
+from ..data import bad_images, seed_everything
 from ..errors import UserError
 from ..optim import make_schedule
 from ..samplers import Key, TrainSampler
 from ..stop import StopRequest
-from ..training import Training
+from ..training import Training, scaler_and_average
 from .backbone import build_backbone
 from .coco import Coco, open_coco
 from .config import FIGURES, Detection
@@ -25,7 +25,7 @@ from .detection_data import DetectionBatch, DetectionImages, Scales, collate, de
 from .detection_eval import average_precision, found, merged, percent
 from .detector import Detector
 from .pyramid import Pyramid, Size
-from .running import bad_images, extras_of, input_of, optimizer_of, prepared, run_task, steps_per_epoch
+from .running import input_of, optimizer_of, prepared, run_task, steps_per_epoch
 
 
 def train(
@@ -156,8 +156,8 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     prepared(model, config, device)
     scales = Scales(data.scales, data.long, data.flip, data.channels).limited(model.limit)
     count = len(coco.with_objects())
-    train_images = DetectionImages(coco, scales, config.seed, bad_images("train", count, config))
-    val_images = DetectionImages(val, scales, None, bad_images("val", len(val.pictures), config))
+    train_images = DetectionImages(coco, scales, config.seed, bad_images("train", data, count))
+    val_images = DetectionImages(val, scales, None, bad_images("val", data, len(val.pictures)))
     steps = steps_per_epoch(len(train_images), config)
     optimizer = optimizer_of(model, model.backbone, config)
     return DetectionRun(
@@ -172,7 +172,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, steps),
         steps_per_epoch=steps,
-        **extras_of(model.student, config, device),
+        **scaler_and_average(config.train, model.student, device),
     )
 
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
 from .. import parallel
 from ..errors import UserError, counted
-from ..images import BadImages
 from ..memory import keep_freed_memory
 from ..optim import of_groups
 from ..preflight import finish
@@ -24,6 +22,7 @@ from ..runs import as_written
 from ..shortages import shortages_told
 from ..stop import StopRequest
 from ..trackers import check_trackers
+from ..training import expect_batches
 from .backbone import weights_check
 from .decay import layer_groups
 from .deploy import FILES, export
@@ -53,30 +52,10 @@ def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimize
     return of_groups(optim, groups)
 
 
-def extras_of(student: nn.Module, config: Any, device: torch.device) -> dict[str, Any]:
-    """The fields of `Training` that need no more than the recipe's `train`."""
-    train = config.train
-    return {
-        "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
-    }
-
-
-def bad_images(part: str, images: int, config: Any) -> BadImages | None:
-    return BadImages(part, images, config.data.max_bad) if config.data.on_bad_image == "skip" else None
-
-
 def steps_per_epoch(images: int, config: Any) -> int:
     """Raises `UserError` for a batch that is larger than the data, or does not divide."""
-    train, parts = config.train, config.train.accumulate * parallel.world()
-    if images < train.batch_size:
-        raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
-    if train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
-            f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
-        )
-    return images // train.batch_size
+    expect_batches(config.train, images)
+    return images // config.train.batch_size
 
 
 def run_task(

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..config import height_and_width
-from ..data import Batch, seed_everything
+from ..data import Batch, bad_images, seed_everything
 from ..errors import UserError, counted
 from ..optim import make_iteration_schedule
 from ..samplers import Key, TrainSampler
 from ..stop import StopRequest
-from ..training import Training
+from ..training import Training, scaler_and_average
 from .backbone import build_backbone
 from .config import FIGURES, Segmentation
 from .pyramid import Size
-from .running import bad_images, extras_of, input_of, optimizer_of, prepared, run_task, steps_per_epoch
+from .running import input_of, optimizer_of, prepared, run_task, steps_per_epoch
 from .segment_data import Crops, SegmentImages, collate, eval_batches, segment_batches
 from .segment_eval import evaluate, inference
 from .segment_pairs import open_segments
@@ -143,8 +143,8 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
     _expect_fit(model.student.pyramid.canvas, crop, config)
     prepared(model, config, device)
     crops = Crops(crop, data.scale, flip=data.flip, photometric=data.photometric, channels=data.channels, fill=stats[0])
-    train_images = SegmentImages(train_pairs, crops, config.seed, bad_images("train", len(train_pairs), config))
-    val_images = SegmentImages(val_pairs, crops, None, bad_images("val", len(val_pairs), config))
+    train_images = SegmentImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
+    val_images = SegmentImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
     optimizer = optimizer_of(model, model.student.pyramid.backbone, config)
     return SegmentationRun(
         config=config,
@@ -158,7 +158,7 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
         optimizer=optimizer,
         schedule=make_iteration_schedule(config.schedule, config.train.iterations, optimizer),
         steps_per_epoch=steps_per_epoch(len(train_images), config),
-        **extras_of(model.student, config, device),
+        **scaler_and_average(config.train, model.student, device),
     )
 
 
