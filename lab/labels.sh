@@ -18,7 +18,6 @@ for seed in 0 1 2 3 4; do
     done
 done
 "$run" compare lab/labels.yaml --out docs/results/labels --share-teacher
-"$run" compare lab/labels-curves.yaml --out docs/results/labels-curves --share-teacher
 students=()
 for seed in 0 1 2 3 4; do
     out=runs/labels/none-$seed
