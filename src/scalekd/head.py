@@ -249,5 +249,7 @@ def _tell(console: Console, card: dict[str, Any], choice: Choice, out: Path) -> 
         told = f"{len(card['draws']['top1'])} draws of the labels: top-1 {card['draws']['mean']:.2f} ± {half:.2f} %"
         say(console, f"{told} (95 % interval of the mean)")
     say(console, f"{out / 'head.safetensors'}  largest difference of logits {card['largest_logit_difference']:.1e}")
-    size = "x".join(map(str, card["image_size"]))
-    say(console, f"In `scalekd train`: teacher.head={out}, with the same teacher.weights, shown {size} pixels")
+    weights = "" if card["weights"] == "pretrained" else f"teacher.weights={card['weights']} "
+    size = card["image_size"][0] if len(set(card["image_size"])) == 1 else f"'{card['image_size']}'"
+    say(console, f"In `scalekd train`: teacher.head={out} {weights}teacher.image_size={size}")
+    say(console, f"As it was fitted: augment.crop_pct={card['crop_pct']:g} augment.interpolation={card['interpolation']}")

@@ -228,6 +228,9 @@ class HeadCard(BaseModel):
     classes: Annotated[list[str], Field(min_length=1)]
     labels: int
     head_sha256: str  # of head.safetensors
+    crop_pct: float
+    interpolation: str
+    validation: dict[str, dict[str, float]]  # before and after the temperature
 
 
 def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from .build import Run, Taught
-from .config import reads_logits
+from .config import Augment, reads_logits
 from .data import Images, eval_batches, eval_transform
 from .distiller import default_statistics, interpolation
 from .errors import UserError
 from .methods import METHODS
 from .model_folders import Described, beside
-from .models import Loaded, create, resolve
+from .models import HeadCard, Loaded, create, read_head, resolve
 from .wrong_teacher import Sample, by_neighbours, clearly_more, logits_of, other_order, other_statistics, percent
 
 SAMPLE = 512  # validation images for the teacher's accuracy
@@ -61,6 +61,11 @@ def _beside_teacher(of: Taught) -> Described | None:
     return beside(resolve(weights)) if weights not in (None, "random", "pretrained") else None
 
 
+def _fitted(of: Taught) -> HeadCard | None:
+    """What `scalekd head` wrote beside the teacher's head, if that is where it is from."""
+    return read_head(resolve(of.spec.head), f"{of.place}.head")[0] if of.spec.head else None
+
+
 def class_names(run: Run, of: Taught, told: str) -> Check:
     """Beside those that the teacher's file is told to have, where the numbers are equal."""
     card = _beside_teacher(of)
@@ -86,13 +91,15 @@ def teacher_input(run: Run, of: Taught, told: str) -> Check:
     if max(v.max().item() for v in ours) > 2:
         fix = "They are for pixels in [0, 1]; divide those for pixels up to 255 by 255"
         return Check(name, "warn", told, fix)
+    if fitted := _fitted(of):  # its mean, std and size were compared when it was loaded
+        told += _cut_otherwise("its head was fitted", fitted.crop_pct, fitted.interpolation, augment)
     if card is None and of.spec.weights != "pretrained":
         return Check(name, "ok", told)
     stated = (card.mean, card.std) if card else default_statistics(of.teacher.view.model)
     if card and of.teacher.size != card.image_size:
         told += f"; made for {card.image_size[0]}x{card.image_size[1]}"
-    if card and (card.crop_pct, card.interpolation) != (augment.crop_pct, augment.interpolation):
-        told += f"; validated with crop_pct {card.crop_pct:g}, {card.interpolation}, which augment sets for both models"
+    if card and not fitted:
+        told += _cut_otherwise("validated", card.crop_pct, card.interpolation, augment)
     if all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(ours, stated)):
         return Check(name, "ok", told)
     theirs = shown(*map(torch.tensor, stated))
@@ -101,6 +108,12 @@ def teacher_input(run: Run, of: Taught, told: str) -> Check:
     else:
         fix = f"timm says: {theirs}; leave {of.place}.mean and {of.place}.std out to use it"
     return Check(name, "warn", told, fix)
+
+
+def _cut_otherwise(done: str, crop_pct: float, interpolation: str, augment: Augment) -> str:
+    if (crop_pct, interpolation) == (augment.crop_pct, augment.interpolation):
+        return ""
+    return f"; {done} with crop_pct {crop_pct:g}, {interpolation}, which augment sets for both models"
 
 
 def shown(mean: torch.Tensor, std: torch.Tensor) -> str:
@@ -123,7 +136,9 @@ def _by_logits(run: Run, of: Taught) -> Check:
     logits = logits_of(model, sample, *statistics)
     n = len(logits)
     top1 = 100 * (logits.argmax(1) == sample.targets).double().mean().item()
-    known, chance = of.spec.top1, 100 / classes
+    fitted = _fitted(of)
+    known = of.spec.top1 or (fitted.validation["after"]["top1"] if fitted else None)
+    chance = 100 / classes
     told = f"{top1:.1f} % on {n} validation images" + (f" (known: {known:.1f} %)" if known else "")
     slack = 3 * math.sqrt(max(top1, 1) * max(100 - top1, 1) / n)  # three standard errors, in points
     at_chance = top1 <= chance + slack
