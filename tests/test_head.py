@@ -434,13 +434,17 @@ def test_a_head_is_fitted_and_a_student_learns_from_it(cli, recipe_file, image_f
         and "head my-head (sha256" in told
         and "data 3, student 3, teacher 3" in told
     )
-    assert "100.0 % on 12 validation images (known: 100.0 %)" in told and "its head was fitted with crop_pct" not in told
+    assert (
+        "100.0 % on 12 validation images (known: 100.0 %)" in told and "its head was fitted with crop_pct" not in told
+    )
     assert all(event["loss.kd"] > 0 for event in read_log(Path("run")) if "loss.kd" in event)
     provenance = json.loads(Path("run/provenance.json").read_text())
     assert provenance["weights"]["teacher"]["head"].startswith("head my-head (sha256")
 
     shown = cli("train", recipe_file, *use, "augment.crop_pct=0.5", "--dry-run", "--out", "other")
-    assert "its head was fitted with crop_pct 0.875, bicubic, which augment sets for both" in " ".join(shown.out.split())
+    assert "its head was fitted with crop_pct 0.875, bicubic, which augment sets for both" in " ".join(
+        shown.out.split()
+    )
 
 
 def test_classes_in_another_order_fail_the_pre_flight(cli, recipe_file, image_folder, own, monkeypatch):

@@ -252,4 +252,7 @@ def _tell(console: Console, card: dict[str, Any], choice: Choice, out: Path) -> 
     weights = "" if card["weights"] == "pretrained" else f"teacher.weights={card['weights']} "
     size = card["image_size"][0] if len(set(card["image_size"])) == 1 else f"'{card['image_size']}'"
     say(console, f"In `scalekd train`: teacher.head={out} {weights}teacher.image_size={size}")
-    say(console, f"As it was fitted: augment.crop_pct={card['crop_pct']:g} augment.interpolation={card['interpolation']}")
+    say(
+        console,
+        f"As it was fitted: augment.crop_pct={card['crop_pct']:g} augment.interpolation={card['interpolation']}",
+    )
