@@ -28,7 +28,7 @@ from scalekd.yaml_file import parse_yaml
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
-TRANSFER_RECIPES = [name for task in transfer.SCHEMAS for name in transfer.recipe_names(task)]
+TRANSFER_RECIPES = [name for shelf in transfer.SHELVES.values() for name in recipe_names(shelf)]
 TO_BE_WRITTEN = {"src/scalekd/methods/similarity.py", "tests/methods/test_similarity.py"}  # in docs/add-a-method.md
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -78,7 +78,7 @@ def test_there_is_something_to_look_at():
 def test_a_command_line_is_understood(file, line):
     args = parse(shlex.split(line, comments=True))
     if hasattr(args, "task"):
-        if getattr(args, "recipe", None) in transfer.recipe_names(args.task):
+        if getattr(args, "recipe", None) in recipe_names(transfer.SHELVES[args.task]):
             args.backbone = args.backbone and "resnet50"  # in place of a run's folder
             transfer.load(args.task, args.recipe, [*transfer_cli.shortcuts(args), *args.overrides])
     elif hasattr(args, "ladder"):

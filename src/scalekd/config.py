@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
@@ -29,8 +29,6 @@ from pydantic_core import PydanticCustomError
 from .errors import UserError, nearest, printable, shortened
 from .files import is_file
 from .yaml_file import parse_yaml
-
-RECIPES = resources.files("scalekd") / "recipes"
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
@@ -520,19 +518,33 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 # ---------------------------------------------------------------- from recipe files
 
 
-def recipe_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
+class Shelf(NamedTuple):
+    """The recipes that come with scalekd for a task."""
+
+    folder: str
+    """In the package."""
+    command: str
+    """Lists them."""
 
 
-def recipe_text(recipe: str) -> str:
+DISTILLATION = Shelf("recipes", "scalekd recipes")
+
+
+def recipe_names(shelf: Shelf = DISTILLATION) -> list[str]:
+    files = (resources.files("scalekd") / shelf.folder).iterdir()
+    return sorted(p.name.removesuffix(".yaml") for p in files if p.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str, shelf: Shelf = DISTILLATION) -> str:
     """The YAML of a shipped recipe's name or of a file."""
-    if recipe in recipe_names():
-        return (RECIPES / f"{recipe}.yaml").read_text()
+    names = recipe_names(shelf)
+    if recipe in names:
+        return (resources.files("scalekd") / shelf.folder / f"{recipe}.yaml").read_text()
     path = Path(recipe)
     if not is_file(path):
         raise UserError(
-            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, recipe_names())} "
-            "`scalekd recipes` lists them."
+            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, names)} "
+            f"`{shelf.command}` lists them."
         )
     try:
         return path.read_text()
@@ -551,18 +563,12 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
     return check_config(values, recipe)
 
 
-def recipe_values(
-    recipe: str,
-    within: tuple[str, ...] = (),
-    read: Callable[[str], str] = recipe_text,
-    shipped: Callable[[], list[str]] = recipe_names,
-) -> dict[str, Any]:
+def recipe_values(recipe: str, within: tuple[str, ...] = (), shelf: Shelf = DISTILLATION) -> dict[str, Any]:
     """What a recipe says, with what its `base` says where it says nothing itself (`merged`).
 
-    within: the recipes whose base this one is. read, shipped: the text of a recipe, and the names of those that come
-    with scalekd; of other tasks too.
+    within: the recipes whose base this one is.
     """
-    values = parse_yaml(read(recipe), recipe)
+    values = parse_yaml(recipe_text(recipe, shelf), recipe)
     if not isinstance(values, dict):
         raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
     base = values.pop("base", None)
@@ -571,12 +577,12 @@ def recipe_values(
     if not isinstance(base, str):
         raise UserError(f"{recipe}: base: the name of a recipe or a YAML file (given {_short(base)})")
     beside = Path(recipe).parent / base
-    if base not in shipped() and is_file(beside):
+    if base not in recipe_names(shelf) and is_file(beside):
         base = str(beside)
     if base in (*within, recipe):
         raise UserError(f"{recipe}: base: {shortened(base)} is made from this recipe; name another")
     try:
-        return merged(recipe_values(base, (*within, recipe), read, shipped), values)
+        return merged(recipe_values(base, (*within, recipe), shelf), values)
     except UserError as error:
         raise UserError(f"{recipe}: base: {error}") from None
 

@@ -15,6 +15,7 @@ from .config import check_config, checked_as, to_yaml
 from .errors import UserError
 from .resume import Progress, load_snapshot, snapshot
 from .training import Training
+from .transfer.tasks import task_of
 from .yaml_file import parse_yaml
 
 ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
@@ -92,11 +93,9 @@ def load_report(path: Path, device: torch.device) -> tuple[Training, list[Any], 
 
 def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Training:
     """The run of a recipe of any task."""
-    if "backbone" not in recipe:
+    task = task_of(recipe)
+    if task is None:
         return build(check_config(recipe, where), device)
-    from .transfer import detect, segment
-    from .transfer.config import Detection, Segmentation
+    from .transfer import config, train
 
-    if "detector" in recipe:
-        return detect.build(checked_as(Detection, recipe, where), device)
-    return segment.build(checked_as(Segmentation, recipe, where), device)
+    return train.build(checked_as(config.SCHEMAS[task], recipe, where), device)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .analyze.figures import COLOURS, MARKERS, figure_class, short
 from .errors import printable
+from .markdown import escaped, table_row
 from .svg import tick_text
 
 Shots = int | str  # labelled images per class, or ALL
@@ -71,22 +72,18 @@ def markdown(found: dict[str, Any], figure: str | None) -> str:
     """summary.md. figure: its file beside it, if there is one."""
     lines = ["# Probe", "", *_told(found), ""]
     lines += [f"| model | | {' | '.join(map(str, found['shots']))} |", f"|---|---|{'---:|' * len(found['shots'])}"]
-    lines += [f"| {_escaped(text)} | {kind} | {' | '.join(cells)} |" for text, kind, cells in _rows(found)]
+    lines += [table_row([text, kind, *cells]) for text, kind, cells in _rows(found)]
     lines += ["", *([f"![Accuracy over labelled images per class]({figure})", ""] if figure else [])]
     for text, model in found["models"].items():
         card = model["card"]
         size = "x".join(map(str, card["image_size"]))
         of = f"{card['model']}, weights {card['weights']} (sha256 {card['sha256'][:12]})"
         lines.append(
-            f"- {_escaped(text)}: {_escaped(of)}, {model['features']} features, {size}, {card['channels']} channel(s)"
+            f"- {escaped(text)}: {escaped(of)}, {model['features']} features, {size}, {card['channels']} channel(s)"
         )
     made = found["provenance"]
     by = f"scalekd {made['scalekd']}, torch {made['torch']}, timm {made['timm']}, {made['machine']}"
     return "\n".join([*lines, "", f"`{made['command']}`", "", f"{by}. Every draw: results.json.", ""])
-
-
-def _escaped(text: str) -> str:
-    return printable(text).replace("|", "\\|")
 
 
 def drawing(found: dict[str, Any]) -> Any:

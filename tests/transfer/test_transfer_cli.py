@@ -12,9 +12,10 @@ import yaml
 from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
 from PIL import Image
 
+from scalekd.config import recipe_names
 from scalekd.transfer import cli as transfer_cli
-from scalekd.transfer import deploy, detect, evaluate, segment
-from scalekd.transfer.config import recipe_names
+from scalekd.transfer import deploy, evaluate
+from scalekd.transfer.config import SHELVES
 
 COMMANDS = [(task, word) for task in ("detect", "segment") for word in ("train", "evaluate", "predict", "recipes")]
 
@@ -100,8 +101,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(("task", "module"), [("detect", detect), ("segment", segment)])
-def test_train_hands_over_what_was_typed(cli, monkeypatch, tmp_path, task, module):
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_train_hands_over_what_was_typed(cli, monkeypatch, tmp_path, task):
     seen = {}
 
     def train(config, folder, device, console, *, stop, dry_run):
@@ -112,7 +113,7 @@ def test_train_hands_over_what_was_typed(cli, monkeypatch, tmp_path, task, modul
         figures = {"mask_ap": 12.345, "box_ap": 20, "miou": 33.333, "pixel_accuracy": 70}
         return None if dry_run else {"model": str(folder / "x.safetensors")} | figures
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr("scalekd.transfer.train.train", train)
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"name": "mine"} | RECIPES[task]))
     data = ["--annotations", "t.json", "--images", "t", "--val-annotations", "v.json", "--val-images", "v"]
@@ -138,7 +139,7 @@ def test_train_hands_over_what_was_typed(cli, monkeypatch, tmp_path, task, modul
 @pytest.mark.parametrize(("word", "task"), [("detect", "detection"), ("segment", "segmentation")])
 def test_recipes_are_listed(cli, word, task):
     entries = json.loads(cli(word, "recipes", "--json").out)
-    assert [entry["name"] for entry in entries] == recipe_names(task) != []
+    assert [entry["name"] for entry in entries] == recipe_names(SHELVES[task]) != []
     assert all(entry["summary"] for entry in entries)
     text = cli(word, "recipes").out
     assert all(f"{entry['name']} " in text and entry["summary"] in text for entry in entries)

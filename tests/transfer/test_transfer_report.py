@@ -21,11 +21,11 @@ from scalekd.export import export_student
 from scalekd.report.folder import read_run
 from scalekd.report.transfer_sections import figure_sections
 from scalekd.runlog import read_log
-from scalekd.transfer.deploy import FILES, load
+from scalekd.transfer.deploy import load
+from scalekd.transfer.tasks import TASKS
 
 scenes = small.scenes
 NONE = "\N{EN DASH}"
-TASKS = ["detection", "segmentation"]
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def runs(scenes, tmp_path_factory) -> dict[str, Path]:
         "segmentation": {"train": {"iterations": 2, "eval_every": 2}},
     }
     for task, change in changes.items():
-        small.trained(task, small.config_of(task, root, small.recipe(task, scenes, **change)), root / task)
+        small.trained(small.config_of(task, root, small.recipe(task, scenes, **change)), root / task)
     return {task: root / task for task in TASKS}
 
 
@@ -131,11 +131,13 @@ def test_of_many_classes_the_worst_and_the_best(runs, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_that_is_not_finished(cli, runs, tmp_path, task):
-    run = copied(runs[task], tmp_path / "run", (FILES[task], "summary.json", "report.json", "README.md"))
+    run = copied(runs[task], tmp_path / "run", (TASKS[task].weights, "summary.json", "report.json", "README.md"))
     assert cli("report", run).code == 0
     page = (run / "report.html").read_text()
     well_formed(page)
-    assert "Not finished: step" in page and f"{FILES[task]} is written at the end" in page and "lr 0.001" in page
+    assert (
+        "Not finished: step" in page and f"{TASKS[task].weights} is written at the end" in page and "lr 0.001" in page
+    )
     assert not (run / "README.md").exists()
 
 

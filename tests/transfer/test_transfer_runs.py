@@ -16,18 +16,18 @@ import torch
 from rich.console import Console
 
 from scalekd import engine, health
+from scalekd.config import recipe_names
 from scalekd.errors import UserError
 from scalekd.health import NonFinite, load_report
 from scalekd.runlog import read_log
 from scalekd.transfer import detect, segment
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.config import SCHEMAS, _other_model, load, recipe_names
+from scalekd.transfer.config import SHELVES, _other_model, load
 from scalekd.transfer.deploy import load as load_trained
 from scalekd.transfer.scenes import Options, make_scenes
+from scalekd.transfer.train import build, train
 
 CPU = torch.device("cpu")
-TRAIN = {"detection": detect.train, "segmentation": segment.train}
-BUILD = {"detection": detect.build, "segmentation": segment.build}
 CARDS = {"detection": "detector.json", "segmentation": "segmenter.json"}
 
 
@@ -80,8 +80,8 @@ def config_of(task: str, tmp_path: Path, values: dict[str, Any]) -> Any:
     return load(task, str(file))
 
 
-def trained(task: str, config: Any, folder: Path) -> dict[str, Any]:
-    summary = TRAIN[task](config, folder, CPU, Console(file=io.StringIO()))
+def trained(config: Any, folder: Path) -> dict[str, Any]:
+    summary = train(config, folder, CPU, Console(file=io.StringIO()))
     assert summary is not None
     return summary
 
@@ -89,7 +89,7 @@ def trained(task: str, config: Any, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path, monkeypatch):
     config = config_of(task, tmp_path, recipe(task, scenes))
-    whole = trained(task, config, tmp_path / "whole")
+    whole = trained(config, tmp_path / "whole")
 
     real, taken = engine.train_step, []
 
@@ -101,11 +101,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path,
 
     monkeypatch.setattr(engine, "train_step", failing)
     with pytest.raises(KeyboardInterrupt):
-        trained(task, config, tmp_path / "parts")
+        trained(config, tmp_path / "parts")
     monkeypatch.setattr(engine, "train_step", real)
-    parts = trained(task, config, tmp_path / "parts")
+    parts = trained(config, tmp_path / "parts")
 
-    figures = list(BUILD[task](config, CPU).figures)
+    figures = list(build(config, CPU).figures)
     assert {key: parts[key] for key in figures} == {key: whole[key] for key in figures}
     first, second = (load_trained(tmp_path / name, task)[0].state_dict() for name in ("whole", "parts"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -117,7 +117,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path,
     assert card["figures"] == {key: whole[key] for key in figures} and len(card["classes"]) == 10
     assert card["provenance"]["weights"]["backbone"]["source"] == "random"
     with pytest.raises(UserError, match="holds this run, finished"):
-        trained(task, config, tmp_path / "whole")
+        trained(config, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
@@ -126,7 +126,7 @@ def test_averaged_weights_in_halves_and_parts(task, scenes, tmp_path):
     train = {"ema": 0.5, "precision": "bf16", "accumulate": 2, "batch_size": 4, "channels_last": True}
     train |= {"epochs": 3} if task == "detection" else {"iterations": 3}
     config = config_of(task, tmp_path, recipe(task, scenes, train=train))
-    summary = trained(task, config, tmp_path / "run")
+    summary = trained(config, tmp_path / "run")
     assert summary["steps"] == 3 and summary["reload_difference"] < 1e-4
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert any(not torch.equal(saved["student"][key], saved["deployed"][key]) for key in saved["student"])
@@ -135,7 +135,6 @@ def test_averaged_weights_in_halves_and_parts(task, scenes, tmp_path):
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_step_that_is_not_finite_can_be_looked_at_again(task, scenes, tmp_path, monkeypatch):
     config = config_of(task, tmp_path, recipe(task, scenes))
-    real = BUILD[task]
 
     def broken(*args):
         run = real(*args)
@@ -144,10 +143,11 @@ def test_a_step_that_is_not_finite_can_be_looked_at_again(task, scenes, tmp_path
         return run
 
     module = detect if task == "detection" else segment
+    real = module.build
     monkeypatch.setattr(module, "build", broken)
-    monkeypatch.setattr("scalekd.transfer.running._preflight", lambda *_: None)
+    monkeypatch.setattr("scalekd.transfer.train._preflight", lambda *_: None)
     with pytest.raises(UserError, match=r"the loss is not finite: .* in step 1, on .*png"):
-        trained(task, config, tmp_path / "run")
+        trained(config, tmp_path / "run")
     monkeypatch.setattr(module, "build", real)
     run, batches, step = load_report(tmp_path / "run/nonfinite-step-1.pt", CPU)
     with pytest.raises(NonFinite, match="in step 1"):
@@ -195,7 +195,7 @@ def test_a_recipe_s_arguments_go_with_the_weights_of_the_plain_model(name, tmp_p
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_all_of_the_model_learns_and_the_rates_fall_towards_the_image(task, scenes, tmp_path):
-    run = BUILD[task](config_of(task, tmp_path, recipe(task, scenes)), CPU)
+    run = build(config_of(task, tmp_path, recipe(task, scenes)), CPU)
     groups = {group["name"].removesuffix(", no decay"): group["lr"] for group in run.optimizer.param_groups}
     # a stem and four stages of 0.7: 0.7 ** 5 at the stem; timm's warm-up of 0 leaves the rates as they are
     assert groups["rest"] == pytest.approx(1e-3) and groups["layer 0"] == pytest.approx(1e-3 * 0.7**5)
@@ -221,7 +221,7 @@ def test_two_processes_give_the_run_of_one(scenes, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     alone = recipe("detection", scenes, backbone=backbone, train={"batch_size": 4, "accumulate": 2})
-    trained("detection", config_of("detection", tmp_path, alone), tmp_path / "one")
+    trained(config_of("detection", tmp_path, alone), tmp_path / "one")
     logs = [[e for e in read_log(tmp_path / name) if e["event"] in ("step", "validation")] for name in ("two", "one")]
     for a, b in zip(*logs, strict=True):
         if a["event"] == "step":
@@ -235,9 +235,7 @@ def test_two_processes_give_the_run_of_one(scenes, tmp_path):
 
 def test_poly_and_warm_up_by_hand(scenes, tmp_path):
     schedule = {"name": "poly", "power": 2.0, "warmup_iterations": 2, "warmup_lr": 0.0}
-    run = BUILD["segmentation"](
-        config_of("segmentation", tmp_path, recipe("segmentation", scenes, schedule=schedule)), CPU
-    )
+    run = build(config_of("segmentation", tmp_path, recipe("segmentation", scenes, schedule=schedule)), CPU)
     rest = next(group for group in run.optimizer.param_groups if group["name"] == "rest")
     rates = []
     for step in range(6):
@@ -250,7 +248,7 @@ def test_poly_and_warm_up_by_hand(scenes, tmp_path):
 def test_a_dry_run_writes_nothing(scenes, tmp_path):
     config = config_of("segmentation", tmp_path, recipe("segmentation", scenes))
     out = io.StringIO()
-    assert segment.train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
+    assert train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
     assert not (tmp_path / "run").exists()
     assert "6 images to train on, 3 to validate on, 10 classes" in out.getvalue()
     assert "all parameters get gradients" in out.getvalue()
@@ -299,9 +297,9 @@ def test_every_mistake_of_a_recipe_at_once(scenes, tmp_path):
     assert "data.long 40 is below" in str(told.value) and "detector.freeze_norms=false" in str(told.value)
 
 
-@pytest.mark.parametrize("task", list(SCHEMAS))
+@pytest.mark.parametrize("task", list(SHELVES))
 def test_the_shipped_recipes_load(task):
-    names = recipe_names(task)
+    names = recipe_names(SHELVES[task])
     assert names
     for name in names:
         config = load(task, name)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import make_folder, write_text
+from ..markdown import table_row
 from ..methods.features import EPS, remove_direct
 from ..methods.projectors import Resample
 from ..stages import Features
@@ -336,7 +337,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "| run | space | median | mean | middle half | nearer |",
         "|---|---|---|---|---|---|",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in _rows(found)),
+        *map(table_row, _rows(found)),
         "",
         *(f"- {note}" for note in _notes(found)),
         f"- projection.png: {p['method']}; of {p['images']} images, drawn with seed {found['order_seed']}. Left: student "

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..errors import UserError, printable
 from ..files import make_folder, write_text
+from ..markdown import table_row
 from ..methods.maps import stage_map
 from .attention import attention_maps
 from .calibration import Answers, class_gains
@@ -226,18 +227,14 @@ def _write_attention(of_cap: dict[str, Any], names: Sequence[str], path: Path) -
 
 
 def markdown(found: dict[str, Any], pictures: Sequence[str]) -> str:
-    lines = [f"# Beside the teacher {found['teacher']}", "", _line(COLUMNS), "|" + "---|" * len(COLUMNS)]
-    lines += [*map(_line, _rows(found)), "", *(f"- {note}" for note in _notes(found)), ""]
+    lines = [f"# Beside the teacher {found['teacher']}", "", table_row(COLUMNS), "|" + "---|" * len(COLUMNS)]
+    lines += [*map(table_row, _rows(found)), "", *(f"- {note}" for note in _notes(found)), ""]
     for run in found["runs"]:
         if run["cka"]:
             lines += [f"CKA of {run['run']}, {found['cka_images']} images:", ""]
-            lines += [_line(["student \\ teacher", *(f"stage {t}" for t in STAGES)]), "|---|" + "---|" * 4]
-            lines += [_line([f"stage {s}", *map(_number, row)]) for s, row in zip(STAGES, run["cka"])] + [""]
+            lines += [table_row(["student \\ teacher", *(f"stage {t}" for t in STAGES)]), "|---|" + "---|" * 4]
+            lines += [table_row([f"stage {s}", *map(_number, row)]) for s, row in zip(STAGES, run["cka"])] + [""]
     lines += [
         f"attention-{i}: {of_cap['run']}, {of_cap['projector']}" for i, of_cap in enumerate(found["attention"], 1)
     ]
     return "\n".join([*lines, "", *(f"![{name}]({name}.png)" for name in pictures)]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"

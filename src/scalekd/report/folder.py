@@ -23,13 +23,12 @@ from ..files import is_file
 from ..runlog import read_log
 from ..sources import pair_of
 from ..stages import StageView
-from ..transfer.config import FIGURES
+from ..transfer.tasks import TASKS, TaskName, task_of
 from ..yaml_file import parse_yaml
 from .curves import TOP1, ReportRun
 from .series import events_of
 
-NAMES = TOP1 | FIGURES["detection"] | FIGURES["segmentation"]
-TITLES = {"detection": "Mask R-CNN", "segmentation": "UPerNet"}
+NAMES = TOP1 | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 
 @dataclass
@@ -44,8 +43,8 @@ class RunFolder:
     card: dict[str, Any]  # of the student, detector or segmenter, once it is there
 
     @property
-    def task(self) -> str | None:
-        """`detection` or `segmentation`; None: a distillation."""
+    def task(self) -> TaskName | None:
+        """None: a distillation."""
         return task_of(self.recipe)
 
     @property
@@ -101,7 +100,7 @@ class RunFolder:
         ]:
             told["data"] = ", ".join(parts)
         if self.task:
-            told["model"] = f"{TITLES[self.task]} on {(self.recipe.get('backbone') or {}).get('model', '')}"
+            told["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
             place = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
@@ -137,18 +136,8 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
 
 
-def task_of(recipe: dict[str, Any]) -> str | None:
-    if "backbone" not in recipe:
-        return None
-    return "detection" if "detector" in recipe else "segmentation"
-
-
-def weights_name(task: str | None) -> str:
-    if task is None:
-        return "student.safetensors"
-    from ..transfer.deploy import FILES  # slow: it imports torchvision's detectors
-
-    return FILES[task]
+def weights_name(task: TaskName | None) -> str:
+    return TASKS[task].weights if task else "student.safetensors"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..errors import counted
 from ..svg import escape, finite
+from ..transfer.tasks import TASKS
 from .answer_sections import name, worst_and_best
 from .curves import losses_text
-from .folder import TITLES, RunFolder, read_json
+from .folder import RunFolder, read_json
 from .page import NONE, code, section, table
 
-COMMANDS = {"detection": "detect", "segmentation": "segment"}
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "S", "ap_medium": "M", "ap_large": "L"}
 SHARES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 NAMED = 10  # classes without a figure
@@ -40,7 +40,7 @@ def trained_line(found: RunFolder, facts: Mapping[str, str]) -> str:
     """Such as: Mask R-CNN on resnet18, weights: runs/kd/student.safetensors, the student of vit_small_patch14_dinov2."""
     backbone = facts.get("backbone") or (found.recipe.get("backbone") or {}).get("model", "a backbone")
     taught = f", the student of {facts[TEACHER]}" if TEACHER in facts else ""
-    return f"{TITLES[str(found.task)]} on {backbone}{taught}"
+    return f"{TASKS[str(found.task)].model} on {backbone}{taught}"
 
 
 # ---------------------------------------------------------------- figures
@@ -122,7 +122,7 @@ def use_section(found: RunFolder) -> str:
         return section(
             "Use the model",
             "",
-            f"{found.weights.name} is written at the end: the same `scalekd {COMMANDS[task]} train` goes on.",
+            f"{found.weights.name} is written at the end: the same `{TASKS[task].command} train` goes on.",
         )
     note = (
         f"With scalekd[{task}] installed. {GIVES[task]} README.md in the run's folder is a model card, `{found.weights.stem}.json` "
@@ -146,7 +146,7 @@ GIVES = {
 
 
 def predict_line(task: str, folder: Path) -> str:
-    return f"scalekd {COMMANDS[task]} predict {shlex.quote(str(folder))} photos --out predictions"
+    return f"{TASKS[task].command} predict {shlex.quote(str(folder))} photos --out predictions"
 
 
 def load_lines(task: str, folder: Path, channels: int = 3) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError, printable
 from ..stop import StopRequest
+from .tasks import TASKS, need_extra
 
 DEVICE = "cpu, cuda, cuda:1 (default: a GPU if there is one)"
 # flags of train and the fields of a recipe that they stand for
@@ -64,8 +65,7 @@ def _command(words: Any, name: str, function: Callable[..., None], task: str, te
 
 def _train_command(words: Any, task: str, text: str) -> argparse.ArgumentParser:
     sub = _command(words, "train", _train, task, text)
-    command = "detect" if task == "detection" else "segment"
-    sub.add_argument("recipe", help=f"a shipped recipe's name (`scalekd {command} recipes`) or a YAML file")
+    sub.add_argument("recipe", help=f"a shipped recipe's name (`{TASKS[task].command} recipes`) or a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
     sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
     sub.add_argument("--weights", metavar="FILE", help="the backbone's: a file, `pretrained` or `random`")
@@ -115,22 +115,19 @@ def _inference(sub: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal is answered in them too
+        need_extra(args.task)
         from rich.console import Console
 
         from ..parallel import processes
-        from .config import FIGURES, load
-        from .deploy import need_extra
-
-        need_extra(args.task)
-        from . import detect, segment
+        from .config import load
+        from .train import train
 
         config = load(args.task, args.recipe, [*shortcuts(args), *args.overrides])
         folder = args.out or Path("runs") / config.name
-        task: Any = detect if args.task == "detection" else segment
         with processes(args.device) as device:
-            summary = task.train(config, folder, device, Console(emoji=False), stop=stop, dry_run=args.dry_run)
+            summary = train(config, folder, device, Console(emoji=False), stop=stop, dry_run=args.dry_run)
     if summary and int(os.environ.get("RANK", "0")) == 0:
-        figures = "  ".join(f"{name} {summary[key]:.2f} %" for key, name in FIGURES[args.task].items())
+        figures = "  ".join(f"{name} {summary[key]:.2f} %" for key, name in TASKS[args.task].figures.items())
         report = folder / "report.html"
         print(printable(f"{figures}  model {summary['model']}" + (f"  report {report}" if report.is_file() else "")))
 
@@ -149,7 +146,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..files import make_folder, write_text
     from ..parallel import pick_device
     from ..shortages import shortages_told
-    from .deploy import need_extra
     from .evaluate import detector_table, segmenter_table
 
     need_extra(args.task)
@@ -184,7 +180,6 @@ def _predict_objects(args: argparse.Namespace) -> None:
 
     from ..parallel import pick_device
     from ..shortages import shortages_told
-    from .deploy import need_extra
     from .predict import predict_objects
 
     need_extra("detection")
@@ -198,7 +193,6 @@ def _predict_classes(args: argparse.Namespace) -> None:
 
     from ..parallel import pick_device
     from ..shortages import shortages_told
-    from .deploy import need_extra
     from .predict import predict_classes
 
     need_extra("segmentation")
@@ -208,11 +202,12 @@ def _predict_classes(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
+    from ..config import recipe_names, recipe_text
     from ..recipe_list import header
-    from .config import RECIPES, recipe_names
+    from .config import SHELVES
 
-    folder = RECIPES / args.task
-    entries = [{"name": n} | header((folder / f"{n}.yaml").read_text("utf-8")) for n in recipe_names(args.task)]
+    shelf = SHELVES[args.task]
+    entries = [{"name": name} | header(recipe_text(name, shelf)) for name in recipe_names(shelf)]
     if args.json:
         print(json.dumps(entries, indent=2))
         return

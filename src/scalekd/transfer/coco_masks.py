@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-
-DETECTION_MISSING = "detection needs faster-coco-eval: pip install 'scalekd[detection]'"
+from .tasks import TASKS
 
 
 def rle_counts(counts: Any) -> list[int] | None:
@@ -56,5 +55,5 @@ def mask_tools() -> Any:
     try:
         from faster_coco_eval.core import mask as tools
     except ImportError:
-        raise UserError(DETECTION_MISSING) from None
+        raise UserError(TASKS["detection"].missing) from None
     return tools

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +17,7 @@ from ..config import (
     Section,
     Seed,
     Share,
+    Shelf,
     Steps,
     Train,
     checked_as,
@@ -29,16 +27,10 @@ from ..config import (
     unread,
     without_effect,
 )
-from ..errors import UserError, nearest, shortened
-from ..files import is_file
 from ..model_folders import is_drop_rate
+from .tasks import TASKS
 
-RECIPES = resources.files("scalekd.transfer") / "recipes"
-# what a validation finds, in %; the first one chooses the best checkpoint
-FIGURES = {
-    "detection": {"mask_ap": "mask AP", "box_ap": "box AP"},
-    "segmentation": {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
-}
+SHELVES = {name: Shelf(f"transfer/recipes/{name}", f"{task.command} recipes") for name, task in TASKS.items()}
 
 
 class Reading(Section):
@@ -211,7 +203,7 @@ def _common_problems(config: Any) -> list[str]:
     return problems
 
 
-SCHEMAS: dict[str, type[Transfer]] = {"detection": Detection, "segmentation": Segmentation}
+SCHEMAS: dict[str, type[Detection] | type[Segmentation]] = {"detection": Detection, "segmentation": Segmentation}
 
 
 def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
@@ -220,7 +212,7 @@ def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
     An override that names another `backbone.model` drops what the recipe says of its own, but for rates of dropping.
     Raises `UserError` that lists every problem, each with the nearest valid name.
     """
-    values = recipe_values(recipe, read=partial(_text, task), shipped=partial(recipe_names, task))
+    values = recipe_values(recipe, shelf=SHELVES[task])
     for text in overrides:
         before = values.get("backbone")
         override(values, text)
@@ -233,24 +225,3 @@ def _other_model(before: dict[str, Any]) -> dict[str, Any]:
     kwargs = before.get("kwargs")
     rates = {k: v for k, v in (kwargs if isinstance(kwargs, dict) else {}).items() if is_drop_rate(k)}
     return {key: before[key] for key in ("model", "weights") if key in before} | {"kwargs": rates}
-
-
-def recipe_names(task: str) -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in (RECIPES / task).iterdir() if p.name.endswith(".yaml"))
-
-
-def _text(task: str, recipe: str) -> str:
-    """The YAML of a shipped recipe's name or of a file."""
-    names = recipe_names(task)
-    if recipe in names:
-        return (RECIPES / task / f"{recipe}.yaml").read_text()
-    if not is_file(path := Path(recipe)):
-        command = "detect" if task == "detection" else "segment"
-        raise UserError(
-            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, names)} "
-            f"`scalekd {command} recipes` lists them."
-        )
-    try:
-        return path.read_text()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{recipe} cannot be read as text: {error}") from None

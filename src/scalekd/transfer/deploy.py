@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,14 +22,11 @@ from ..config import Backbone, Pixels
 from ..errors import UserError, first_line, nearest, printable, shortened
 from ..files import is_file, replacing, write_text
 from ..models import sha256_of
-from .coco_masks import DETECTION_MISSING
 from .detector import Detector
 from .pyramid import STRIDES, Pyramid
-from .segmenter import SEGMENTATION_MISSING, UPerNet
+from .segmenter import UPerNet
+from .tasks import TASKS, TaskName, need_extra
 
-Task = Literal["detection", "segmentation"]
-FILES = {"detection": "detector.safetensors", "segmentation": "segmenter.safetensors"}
-COMMANDS = {"detection": "scalekd detect", "segmentation": "scalekd segment"}
 NOISE = 256  # pixels, at most, of the images that outputs are compared on
 
 
@@ -38,7 +34,7 @@ class Card(BaseModel):
     """What a card must have to be used without surprises; it has more, such as `figures` and `provenance`."""
 
     model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
-    task: Task
+    task: TaskName
     backbone: str
     """A timm name."""
     kwargs: dict[str, Any]
@@ -101,16 +97,6 @@ class SegmenterCard(Card):
 
 
 CARDS: dict[str, type[Card]] = {"detection": DetectorCard, "segmentation": SegmenterCard}
-
-
-def need_extra(task: Task) -> None:
-    """Raises `UserError` with the install line where the task's extra is missing; imports nothing of it."""
-    name, missing = {
-        "detection": ("faster_coco_eval", DETECTION_MISSING),
-        "segmentation": ("segmentation_models_pytorch", SEGMENTATION_MISSING),
-    }[task]
-    if find_spec(name) is None:
-        raise UserError(missing)
 
 
 # ---------------------------------------------------------------- out
@@ -179,14 +165,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- and in
 
 
-def load(path: Path, task: Task) -> tuple[Any, dict[str, Any]]:
+def load(path: Path, task: TaskName) -> tuple[Any, dict[str, Any]]:
     """(model in evaluation mode on the CPU, its card) of a run's folder or of an exported .safetensors file.
 
     A `Detector`, which takes uint8 images of any size and answers in their pixels; or a `UPerNet`, which takes
     normalised ones. Raises `UserError` for what is no export of this task or was changed, and without the extra.
     """
     need_extra(task)
-    file = path / FILES[task] if path.is_dir() else path
+    file = path / TASKS[task].weights if path.is_dir() else path
     card_file = file.with_suffix(".json")
     # nothing but safetensors: other weights files may hold code
     if file.suffix != ".safetensors" or not is_file(file) or not is_file(card_file):
@@ -203,14 +189,14 @@ def load(path: Path, task: Task) -> tuple[Any, dict[str, Any]]:
     return model.eval(), card
 
 
-def read_card(file: Path, task: Task) -> dict[str, Any]:
+def read_card(file: Path, task: TaskName) -> dict[str, Any]:
     """Raises `UserError` for a file that is no card of this task, or names anything but a model of timm's and shapes."""
-    what = f"{file} is not a {'detector' if task == 'detection' else 'segmenter'}'s card"
+    what = f"{file} is not a {TASKS[task].trained}'s card"
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         theirs = card.get("task") if isinstance(card, dict) else None
-        if theirs in list(FILES) and theirs != task:
-            raise UserError(f"{what}: it is for `{COMMANDS[theirs]}`")
+        if theirs in list(TASKS) and theirs != task:
+            raise UserError(f"{what}: it is for `{TASKS[theirs].command}`")
         CARDS[task].model_validate(card)
     except ValidationError as error:
         first = error.errors()[0]
@@ -221,21 +207,21 @@ def read_card(file: Path, task: Task) -> dict[str, Any]:
     return card
 
 
-def _nothing_there(path: Path, task: Task) -> str:
-    name = FILES[task]
+def _nothing_there(path: Path, task: TaskName) -> str:
+    ours = TASKS[task]
     if path.is_dir():
-        other = next((t for t in FILES if t != task and (path / FILES[t]).is_file()), None)
+        other = next((t for t in TASKS.values() if t is not ours and (path / t.weights).is_file()), None)
         if other is not None:
-            return f"{path} holds a run of `{COMMANDS[other]}`; give it to that command"
+            return f"{path} holds a run of `{other.command}`; give it to that command"
         if (path / "student.safetensors").is_file():
             return (
-                f"{path} holds a distilled student, a backbone: `{COMMANDS[task]} train RECIPE --backbone {path}` "
-                f"makes a {name.partition('.')[0]} of it"
+                f"{path} holds a distilled student, a backbone: `{ours.command} train RECIPE --backbone {path}` "
+                f"makes a {ours.trained} of it"
             )
     elif not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         return f"no file or folder {path}.{printable(nearest(path.name, beside)) if beside else ''}"
-    return f"{path}: no {name} with its .json there; `{COMMANDS[task]} train` writes them when it is done"
+    return f"{path}: no {ours.weights} with its .json there; `{ours.command} train` writes them when it is done"
 
 
 def _built(card: dict[str, Any], card_file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Training of a detector: a recipe of `scalekd detect` built for the engine, and run."""
+"""A recipe of `scalekd detect`, built for the engine: its data, its model, its losses and figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from .. import parallel
@@ -16,36 +15,21 @@ from ..data import bad_images, seed_everything
 from ..errors import UserError
 from ..optim import make_schedule
 from ..samplers import Key, TrainSampler
-from ..stop import StopRequest
 from ..training import Training, scaler_and_average
 from .backbone import build_backbone
 from .coco import Coco, open_coco
-from .config import FIGURES, Detection
+from .config import Detection
 from .detection_data import DetectionBatch, DetectionImages, Scales, collate, detection_batches, eval_batches
 from .detection_eval import average_precision, found, merged, percent
 from .detector import Detector
 from .pyramid import Pyramid, Size
-from .running import input_of, optimizer_of, prepared, run_task, steps_per_epoch
-
-
-def train(
-    config: Detection,
-    folder: Path,
-    device: torch.device,
-    console: Console,
-    *,
-    stop: StopRequest | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any] | None:
-    """Trains a detector into `folder`, or goes on with the run that is there. Returns its summary; None for a dry run.
-
-    Raises `UserError`, and `Stopped` with the run saved.
-    """
-    return run_task("detection", build, config, folder, device, console, stop, dry_run)
+from .running import input_of, optimizer_of, prepared, steps_per_epoch
+from .tasks import TASKS
 
 
 @dataclass(kw_only=True)
 class DetectionRun(Training):
+    task = TASKS["detection"]
     batch = DetectionBatch
     config: Detection
     train_images: DetectionImages
@@ -55,7 +39,7 @@ class DetectionRun(Training):
 
     @property
     def figures(self) -> dict[str, str]:
-        return FIGURES["detection"]
+        return self.task.figures
 
     @property
     def student(self) -> nn.Module:
@@ -121,9 +105,6 @@ class DetectionRun(Training):
             "width": self.config.detector.width,
             "proposals": self.config.detector.proposals[1],
         }
-
-    def title(self) -> str:
-        return "Mask R-CNN"
 
     def told(self) -> list[str]:
         """What there is of data, and what is wrong with it."""

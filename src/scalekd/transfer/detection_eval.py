@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import parallel
 from ..errors import UserError
 from .coco import Coco
-from .coco_masks import DETECTION_MISSING, mask_tools
+from .coco_masks import mask_tools
+from .tasks import TASKS
 
 AREAS = ("ap", "ap_small", "ap_medium", "ap_large")  # in the order of COCO's area ranges
 
@@ -68,7 +69,7 @@ def _tools() -> tuple[Any, Any]:
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError:
-        raise UserError(DETECTION_MISSING) from None
+        raise UserError(TASKS["detection"].missing) from None
     return COCOeval_faster, COCO
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import UserError, counted, printable
+from ..markdown import table_row
 from ..yaml_file import parse_yaml
 from .coco import Coco, open_coco
-from .deploy import load, need_extra
+from .deploy import load
 from .detection_data import DetectionImages, Scales
 from .detection_data import eval_batches as detection_batches
 from .detection_eval import Found, average_precision, found, percent
@@ -25,6 +26,7 @@ from .segment_data import eval_batches as segment_batches
 from .segment_eval import evaluate
 from .segment_eval import table as class_table
 from .segment_pairs import MASKS, Pairs, classes_file, open_pairs, part_folders, read_classes
+from .tasks import need_extra
 
 FIGURES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP S", "ap_medium": "AP M", "ap_large": "AP L"}
 
@@ -108,8 +110,7 @@ def detector_table(result: dict[str, Any]) -> str:
     lines += [f"| {kind} | {' | '.join(_shown(result[kind][key]) for key in FIGURES)} |" for kind in ("box", "mask")]
     lines += ["", "| class | box AP | mask AP | objects |", "|---|---|---|---|"]
     for row in result["per_class"]:
-        name = printable(row["class"]).replace("|", "\\|")
-        lines.append(f"| {name} | {_shown(row['box_ap'])} | {_shown(row['mask_ap'])} | {row['objects']} |")
+        lines.append(table_row([row["class"], _shown(row["box_ap"]), _shown(row["mask_ap"]), str(row["objects"])]))
     parts = ", ".join(f"{part} {spent:.1f}" for part, spent in result["seconds"].items())
     lines += ["", f"{counted(result['images'], 'image')}; seconds: {parts}"]
     return "\n".join(lines) + "\n"

@@ -18,13 +18,14 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..errors import UserError, counted, printable
 from ..files import write_text
-from .deploy import load, need_extra
+from .deploy import load
 from .detection_eval import Found, found
 from .overlay import overlay
 from .pictures import picture
 from .predict_files import Images, save_png, write_index
 from .segment_data import evaluated_at, resized
 from .segment_eval import Inference, classes_of, inference
+from .tasks import need_extra
 
 NOT_COLOURED = ("background",)  # class names
 

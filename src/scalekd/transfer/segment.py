@@ -1,4 +1,4 @@
-"""Training of a segmenter: a recipe of `scalekd segment` built for the engine, and run."""
+"""A recipe of `scalekd segment`, built for the engine: its data, its model, its losses and figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from .. import parallel
@@ -17,36 +16,21 @@ from ..data import Batch, bad_images, seed_everything
 from ..errors import UserError, counted
 from ..optim import make_iteration_schedule
 from ..samplers import Key, TrainSampler
-from ..stop import StopRequest
 from ..training import Training, scaler_and_average
 from .backbone import build_backbone
-from .config import FIGURES, Segmentation
+from .config import Segmentation
 from .pyramid import Size
-from .running import input_of, optimizer_of, prepared, run_task, steps_per_epoch
+from .running import input_of, optimizer_of, prepared, steps_per_epoch
 from .segment_data import Crops, SegmentImages, collate, eval_batches, segment_batches
 from .segment_eval import evaluate, inference
 from .segment_pairs import open_segments
 from .segmenter import Segmenter
-
-
-def train(
-    config: Segmentation,
-    folder: Path,
-    device: torch.device,
-    console: Console,
-    *,
-    stop: StopRequest | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any] | None:
-    """Trains a segmenter into `folder`, or goes on with the run that is there. Returns its summary; None for a dry run.
-
-    Raises `UserError`, and `Stopped` with the run saved.
-    """
-    return run_task("segmentation", build, config, folder, device, console, stop, dry_run)
+from .tasks import TASKS
 
 
 @dataclass(kw_only=True)
 class SegmentationRun(Training):
+    task = TASKS["segmentation"]
     batch = Batch
     config: Segmentation
     train_images: SegmentImages
@@ -56,7 +40,7 @@ class SegmentationRun(Training):
 
     @property
     def figures(self) -> dict[str, str]:
-        return FIGURES["segmentation"]
+        return self.task.figures
 
     @property
     def student(self) -> nn.Module:
@@ -118,9 +102,6 @@ class SegmentationRun(Training):
             "inference": self.config.segmenter.inference,
             "reduce_zero_label": data.reduce_zero_label,
         }
-
-    def title(self) -> str:
-        return "UPerNet"
 
     def told(self) -> list[str]:
         counts = f"{counted(len(self.train_images), 'image')} to train on, {len(self.val_images)} to validate on"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import parallel
 from ..data import Batch
 from ..errors import UserError
+from ..markdown import table_row
 from .segment_pairs import IGNORED
 
 Inference = Callable[[nn.Module, Tensor], Tensor]  # model, x (B, C, H, W) normalised -> logits (B, K, H, W)
@@ -136,10 +137,10 @@ def table(result: dict[str, Any]) -> str:
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
-    rows = [(r["class"].replace("|", "\\|"), r["iou"], r["accuracy"], r["pixels"]) for r in result["per_class"]]
+    rows = [(r["class"], r["iou"], r["accuracy"], r["pixels"]) for r in result["per_class"]]
     rows.append((f"mean of {result['classes_counted']}", result["miou"], result["mean_accuracy"], result["pixels"]))
     lines = ["| class | IoU % | accuracy % | pixels |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {shown(a)} | {shown(b)} | {n} |" for name, a, b, n in rows)]) + "\n"
+    return "\n".join([*lines, *(table_row([name, shown(a), shown(b), str(n)]) for name, a, b, n in rows)]) + "\n"
 
 
 @torch.inference_mode()

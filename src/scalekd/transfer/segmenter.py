@@ -16,8 +16,7 @@ from ..distiller import Statistics, default_statistics
 from ..errors import UserError
 from .pyramid import Pyramid
 from .segment_pairs import IGNORED
-
-SEGMENTATION_MISSING = "segmentation needs more packages: pip install 'scalekd[segmentation]'"
+from .tasks import TASKS
 
 DROPOUT = 0.1
 AUXILIARY_WEIGHT, AUXILIARY_CHANNELS = 0.4, 256
@@ -118,7 +117,7 @@ def _decoder(widths: list[int], channels: int) -> Any:
         from segmentation_models_pytorch.base.initialization import initialize_decoder
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError:
-        raise UserError(SEGMENTATION_MISSING) from None
+        raise UserError(TASKS["segmentation"].missing) from None
     decoder = UPerNetDecoder([0, 0, *widths], decoder_channels=channels)
     initialize_decoder(decoder)
     return decoder
