@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from torchvision import transforms as T
 
 from .config import Augment, Data, height_and_width
 from .errors import UserError, printable
-from .images import Bad, BadImage, BadImages
+from .images import Bad, BadImage, BadImages, in_mode
 from .samplers import EvalSampler, Key, TrainSampler, seed_from
 from .sources import UNLABELLED, Joined, Source, WithoutLabels, open_source, open_unlabelled
 from .stop import leave_signals_to_parent
@@ -164,15 +165,7 @@ def eval_transform(data: Data, augment: Augment) -> Transform:
 
 
 def _convert(channels: int) -> Transform:
-    return T.Lambda(_to_grey if channels == 1 else _to_rgb)
-
-
-def _to_grey(image: Image.Image) -> Image.Image:
-    return image.convert("L")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+    return T.Lambda(partial(in_mode, "L" if channels == 1 else "RGB"))
 
 
 class _Erase:
