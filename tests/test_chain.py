@@ -13,10 +13,11 @@ import torch
 import yaml
 from whole_runs import changed
 
-from scalekd.chain import rehearse
-from scalekd.config import assistant_of, check_config, load_recipe
+from scalekd.chain import _finished, rehearse
+from scalekd.config import assistant_of, check_config, load_recipe, to_yaml
 from scalekd.errors import UserError
 from scalekd.models import sha256_of
+from scalekd.run_head import with_heads
 from scalekd.runs import execute
 
 
@@ -127,3 +128,13 @@ def test_one_run_alone_refuses_a_chain(recipe: dict[str, Any], tmp_path: Path) -
 
     with pytest.raises(UserError, match="is two runs"):
         execute(check_config(recipe, "test"), tmp_path / "run", torch.device("cpu"), Console())
+
+
+def test_an_assistant_whose_teacher_s_head_was_fitted_is_known_again(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["teacher"]["head"] = "fit"
+    config = check_config(recipe, "test")
+    recipe_there = to_yaml(with_heads(assistant_of(config), tmp_path))
+    assert f"head: {tmp_path / 'head'}" in recipe_there
+    (tmp_path / "recipe.yaml").write_text(recipe_there)
+    (tmp_path / "summary.json").write_text("{}")
+    assert _finished(config, tmp_path)

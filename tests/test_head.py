@@ -6,7 +6,9 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from small_images import write_images
 
-from scalekd import head, head_solver
+from scalekd import head, head_page, head_solver, run_head
 from scalekd.build import build
-from scalekd.config import Data, Model, check_config
+from scalekd.cli import parse, shortcuts
+from scalekd.compare.ladder import jobs, load_ladder
+from scalekd.config import Data, Model, check_config, load_recipe
 from scalekd.errors import UserError
 from scalekd.features import pooled
 from scalekd.head import Teacher, fit_head
 from scalekd.head_solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
-from scalekd.models import build_model
+from scalekd.models import build_model, sha256_of, trained
+from scalekd.run_folder import open_folder
 from scalekd.runlog import read_log
 
 CPU = torch.device("cpu")
@@ -45,6 +50,12 @@ def backbone_file(path: Path, name: str = NAME, seed: int = 0, **kwargs: Any) ->
     state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
     save_file({k: v + 0.1 * torch.rand_like(v[:1]) if v.is_floating_point() else v for k, v in state.items()}, path)
     return path
+
+
+def two_models(path: Path) -> None:
+    """One file with a teacher of `KWARGS` under a. and another under b."""
+    parts = {name: load_file(backbone_file(path, seed=seed, **KWARGS)) for name, seed in (("a", 2), ("b", 3))}
+    save_file({f"{name}.{key}": value for name, state in parts.items() for key, value in state.items()}, path)
 
 
 def fitted_on(
@@ -168,6 +179,17 @@ def test_above_a_number_of_images_one_part_is_held_out(monkeypatch):
     assert choose(x, y, 3, seed=0).held_out["after"]["images"] == len(parts[0])
 
 
+def test_a_temperature_needs_a_wrong_image_and_its_end_is_told():
+    x, y = blobs()
+    x = 100 * torch.nn.functional.one_hot(y, 3).double()
+    right = choose(x, y, 3, seed=0)
+    assert right.held_out["after"]["top1"] == 100 and right.temperature == 1.0
+    assert "none tells how sure to be: the temperature stays 1" in head_page._at_an_end(right)[-1]
+    senseless = replace(choose(*blobs(), 3, seed=0), temperature=best_temperature(-x, y))
+    assert "the temperature is at the end of what is tried, 0.05 to 20" in head_page._at_an_end(senseless)[-1]
+    assert not any("temperature" in line for line in head_page._at_an_end(replace(senseless, temperature=2.0)))
+
+
 def test_the_temperature_is_the_best_of_a_grid_and_goes_with_the_scale():
     x, y = blobs()
     logits = 4 * fit(x, y, 3, 1.0)(x)
@@ -257,29 +279,33 @@ MODELS = {
         "channels": [16, 16, 16, 32],
         "stem_chs": 8,
     },  # its classifier is a convolution
+    "vit_base_patch16_siglip_224": {"embed_dim": 24, "depth": 2, "num_heads": 3},  # pools by attention
+    "eva02_tiny_patch14_224": {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3},  # rotary positions
+    "hiera_tiny_224": {"embed_dim": 24, "stages": [1, 1, 1, 1]},  # the norm of its head acts after pooling
 }
+OF_ONE_SIZE = ("vit", "deit", "eva02", "hiera")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_gives_the_head_s_logits_by_itself(own, name, monkeypatch):
-    kwargs = MODELS[name]
-    size = {"img_size": 48} if "vit" in name or "deit" in name else {}
+    kwargs, side = MODELS[name], 64 if "hiera" in name else 48
+    size = {"img_size": side} if any(word in name for word in OF_ONE_SIZE) else {}
     backbone_file(own / "w.safetensors", name, **kwargs, **size)
     found = []
     monkeypatch.setattr(head, "Linear", lambda w, b: found.append(head_solver.Linear(w, b)) or found[-1])
-    card = fitted_on(own, "new", name, kwargs)
+    card = fitted_on(own, "new", name, kwargs, size=side, limit=12)
     spec = Model(model=name, weights=str(own / "w.safetensors"), kwargs=kwargs, head=str(own / "new"))
-    model, loaded = build_model(spec, channels=3, image_size=(48, 48), classes=3, where="teacher")
+    model, loaded = build_model(spec, channels=3, image_size=(side, side), classes=3, where="teacher")
     bare, _ = build_model(
-        spec.model_copy(update={"head": None}), channels=3, image_size=(48, 48), classes=3, where="teacher"
+        spec.model_copy(update={"head": None}), channels=3, image_size=(side, side), classes=3, where="teacher"
     )
-    images = torch.randn(5, 3, 48, 48)
+    images = torch.randn(5, 3, side, side)
     with torch.no_grad():
         wanted = found[0](pooled(bare.eval(), images))
         assert (model.eval()(images) - wanted).abs().max() < 1e-4 * (1 + wanted.abs().max())
     assert bare.num_classes == 0 and model.num_classes == 3
     assert loaded.kwargs["num_classes"] == 3 and card["largest_logit_difference"] < 1e-3
-    assert loaded.head == f"head {own / 'new'} (sha256 {card['head_sha256'][:12]}) for 3 classes, fitted on 24 labels"
+    assert loaded.head == f"head {own / 'new'} (sha256 {card['head_sha256'][:12]}) for 3 classes, fitted on 12 labels"
 
 
 def test_what_is_written(fitted):
@@ -380,7 +406,11 @@ def test_a_damaged_head_is_refused(own, harm):
         card_file.write_text(json.dumps({k: v for k, v in card.items() if k != "sha256"}))
     else:
         card_file.write_text(json.dumps(card | {"classes": ["ant", "bee"]}))
-    with pytest.raises(UserError, match=r"^teacher\.head: "):
+    told = {
+        "no json": "head.json is not as .*: Invalid JSON",
+        "a field less": "head.json is not as .*: sha256 is missing;",
+    }
+    with pytest.raises(UserError, match=rf"^teacher\.head: .*{told.get(harm, '')}"):
         teacher_with(own)
 
 
@@ -400,11 +430,16 @@ def test_a_student_takes_no_head(tiny_recipe):
         (["--limit", -1], "--limit: Input should be greater than 0"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
         (["--mean", "[0.5]"], "--mean: 1 values for --channels=3"),
+        (["--weights", "two.safetensors"], r"choose one: --prefix=(a|b)\. or --prefix=(a|b)\."),
+        (["--weights", "shuffled.safetensors"], "--weights: shuffled.*: 0% of .*without structure: .* few steps only"),
         (["--out", "train"], "train is not empty; give --out another folder"),
     ],
 )
 def test_mistakes_on_the_command_line(cli, fitted, monkeypatch, options, told):
     monkeypatch.chdir(fitted)
+    two_models(fitted / "two.safetensors")
+    shuffled = {k: torch.randn(v.shape) for k, v in load_file("w.safetensors").items()}
+    save_file(shuffled, "shuffled.safetensors")
     given = ["--data", fitted, "--weights", "w.safetensors", "--kwargs", "{depth: 2}", "--image-size", 48, "--out", "o"]
     shown = cli("head", NAME, *given, *options)
     assert shown.code == 2 and not Path("o").exists()
@@ -464,3 +499,103 @@ def test_the_run_is_built_with_the_head(tiny_recipe, own):
     assert run.distiller.teacher_view is not None
     weight = run.distiller.teacher_view.model.get_classifier().weight
     assert torch.equal(weight, load_file(own / "head" / "head.safetensors")["weight"])
+
+
+def test_what_is_told_of_its_use_can_be_copied(cli, own, recipe_file, monkeypatch):
+    monkeypatch.chdir(own)
+    two_models(own / "two of them.safetensors")
+    given = ["--weights", "two of them.safetensors", "--prefix", "a.", "--kwargs", "{depth: 2}", "--image-size", 48]
+    given += ["--mean", "[124, 116, 104]", "--limit", 6, "--out", "its head"]
+    shown = cli("head", NAME, "--data", own, *given)
+    assert shown.code == 0, shown.err
+    assert "std [0.5, 0.5, 0.5]: They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in shown.out
+    words = shlex.split(next(k for k in shown.out.splitlines() if k.startswith("In `scalekd train`: ")))[3:]
+    args = parse(["train", str(recipe_file), *words])
+    spec = load_recipe(args.recipe, [*shortcuts(args), *args.overrides, "teacher.cuts=null"]).teacher
+    build_with = {"channels": 3, "image_size": (48, 48), "classes": 3, "where": "teacher"}
+    assert build_model(spec, **build_with)[1].head.startswith("head its head (sha256")
+    with pytest.raises(UserError, match=r"was fitted for weights under `a.`, here it is `b.`.\nSet teacher.prefix"):
+        build_model(spec.model_copy(update={"prefix": "b."}), **build_with)
+
+
+# ---------------------------------------------------------------- whether anyone trained the weights
+
+
+def test_matrices_without_structure_are_refused_but_of_a_run(tmp_path):
+    file = tmp_path / "w.safetensors"
+    state = {k: torch.randn(v.shape) for k, v in timm.create_model(NAME, img_size=48, **KWARGS).state_dict().items()}
+    save_file(state, file)
+
+    def found() -> Any:
+        spec = Model(model=NAME, weights=str(file), kwargs=KWARGS)
+        return trained(build_model(spec, channels=3, image_size=(48, 48), classes=None, where="teacher")[1])
+
+    assert found().status == "fail" and "100% of the weight matrices without structure" in found().figures
+    card = {"model": NAME, "kwargs": KWARGS, "classes": ["ant"], "image_size": [48, 48], "mean": [0.5], "std": [0.5]}
+    card |= {"interpolation": "bicubic", "crop_pct": 1.0, "sha256": sha256_of(file)}
+    file.with_suffix(".json").write_text(json.dumps(card | {"sha256": None}))
+    assert found().status == "fail"
+    file.with_suffix(".json").write_text(json.dumps(card))
+    assert found().status == "warn" and "after a few steps of training" in found().meaning
+    save_file(timm.create_model(NAME, img_size=48, **KWARGS).state_dict(), file)
+    file.with_suffix(".json").write_text(json.dumps(card | {"sha256": sha256_of(file)}))
+    assert found().status == "fail" and "never trained" in found().meaning  # biases at initial values
+
+
+# ---------------------------------------------------------------- fitted by the run itself
+
+
+def test_a_run_fits_its_head_first_and_once(cli, recipe_file, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone_file(tmp_path / "w.safetensors", depth=4)
+    asked = ["teacher.weights=w.safetensors", "teacher.head=fit", "losses={ce: {}, kd: {}}", "data.unlabelled=rest"]
+    asked += ["data.limit=12", "augment.crop_pct=0.9", "augment.interpolation=bilinear", "train.epochs=1"]
+    shown = cli("train", recipe_file, *asked, "--out", "run", "--dry-run")
+    told = " ".join(shown.out.split())
+    assert shown.code == 0, shown.err
+    assert "12 labels of 3 classes" in told and "(known: 100.0 %)" in told and "its head was fitted with" not in told
+    assert not Path("run").exists() and not Path("runs").exists()
+
+    (tmp_path / "run" / "head").mkdir(parents=True)
+    (tmp_path / "run" / "head" / "head.json").write_text("of a start that came to nothing")
+    shown = cli("train", recipe_file, *asked, "--out", "run", "--no-preflight")
+    assert shown.code == 0, shown.err
+    card = json.loads(Path("run/head/head.json").read_text())
+    assert (card["labels"], card["crop_pct"], card["interpolation"], card["image_size"]) == (
+        12,
+        0.9,
+        "bilinear",
+        [48, 48],
+    )
+    assert load_recipe("run/recipe.yaml").teacher.head == "run/head"
+    assert "head run/head (sha256" in json.loads(Path("run/provenance.json").read_text())["weights"]["teacher"]["head"]
+
+    Path("run/summary.json").unlink()  # as if it had been stopped just before its end
+    monkeypatch.setattr(run_head, "fit_head", None)
+    assert cli("train", recipe_file, *asked, "--out", "run", "--no-preflight").code == 0
+    assert json.loads(Path("run/head/head.json").read_text()) == card
+
+
+def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_path):
+    vit = tiny_recipe.pop("teacher")
+    tiny_recipe["teachers"] = {"a": vit | {"head": "fit"}, "b": vit | {"head": "runs/b"}}
+    config = check_config(tiny_recipe | {"losses": {"kd": {}}}, "test")
+    run = tmp_path / "run"
+    named = run_head.with_heads(config, run)
+    assert {k: spec.head for k, spec in named.teachers.items()} == {"a": str(run / "head-a"), "b": "runs/b"}
+    (run / "head-a").mkdir(parents=True)
+    open_folder(run, named)  # after a start that ended when its head was fitted
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_folder(run, config)
+    with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` is for `scalekd train`"):
+        build(config, CPU)
+
+
+def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_file):
+    data = {"train": None, "unlabelled": str(image_folder / "train")}
+    no_labels = tiny_recipe | {"data": tiny_recipe["data"] | data, "losses": {"kd": {}}}
+    no_labels["teacher"] = tiny_recipe["teacher"] | {"head": "fit"}
+    with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images, a data\.train"):
+        check_config(no_labels, "test")
+    with pytest.raises(UserError, match=r"the runs of a comparison share their teacher; fit its head once"):
+        jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])

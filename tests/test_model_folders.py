@@ -116,7 +116,7 @@ def test_an_older_configuration_on_one_level(hf_folder):
     config = json.loads((hf_folder / "config.json").read_text())
     flat = {"architecture": "test_vit", "num_features": 64} | config["pretrained_cfg"]
     (hf_folder / "config.json").write_text(json.dumps(flat))
-    told = read_folder(hf_folder, "teacher.model")
+    told = read_folder(hf_folder, "teacher")
     assert (told.model, told.kwargs, told.mean, told.channels) == ("test_vit", {}, [0.11, 0.2, 0.3], 3)
 
 
@@ -159,14 +159,14 @@ def test_what_contradicts_the_folder_is_refused(tiny_recipe, run_folder, teacher
 def test_folders_that_hold_no_model(tmp_path, run_folder, hf_folder):
     def refused(folder: Path) -> str:
         with pytest.raises(UserError, match=r"^teacher\.model: ") as error:
-            read_folder(folder, "teacher.model")
+            read_folder(folder, "teacher")
         return str(error.value)
 
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "neither student.json with student.safetensors (a scalekd run) nor config.json" in refused(empty)
     (empty / "last.pth").touch()
-    assert f"name the model, and weights={empty / 'last.pth'}" in refused(empty)
+    assert f"teacher.model=NAME teacher.weights={empty / 'last.pth'}" in refused(empty)
     (empty / "head.json").touch()
     assert f"set teacher.head={empty}" in refused(empty)
     (run_folder / "student.safetensors").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,9 @@ def test_of_two_models_in_a_file_none_is_chosen(tmp_path):
     assert filled(model, state) == len(state) and loaded.prefix == "teacher.backbone."
     model, _ = made("teacher", path, "test_resnet", {}, prefix="student.module.backbone.")
     assert filled(model, other(state)) == len(state)
+    model, loaded = made("teacher", path, "test_resnet", {}, prefix="teacher.backbone")
+    assert filled(model, state) == len(state) and loaded.prefix == "teacher.backbone.", "the dot may be left out"
+    assert all(key.startswith("student.") for key in loaded.keys["unexpected"])
     told = refused(path, prefix="student.backbone.")
     assert "teacher.prefix: no tensor in" in told and "begins with student.backbone." in told
     with pytest.raises(UserError, match=r"teacher\.prefix: has no effect here"):
@@ -287,9 +291,9 @@ def test_names_are_told_in_groups():
 
 
 def test_an_object_that_could_run_code_is_named(tmp_path):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "where": Path("x")}, tmp_path / "w.pt")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "half": Fraction(1, 2)}, tmp_path / "w.pt")
     told = refused(tmp_path / "w.pt")
-    assert "holds more than plain tensors and is not opened: pathlib" in told and "can run code" in told
+    assert "holds fractions.Fraction beside its tensors and is not opened" in told and "can run code" in told
 
 
 # ---------------------------------------------------------------- whether anyone trained them

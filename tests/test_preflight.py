@@ -16,19 +16,33 @@ import pytest
 import scipy.stats
 import timm
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from scalekd import embeddings, teacher_checks
 from scalekd import preflight as preflight_module
-from scalekd import teacher_checks
 from scalekd.build import build
+from scalekd.class_order import natural, put_in_order, rows, teachers_order, way_out
 from scalekd.cli import parse, shortcuts
 from scalekd.config import check_config, load_recipe, recipe_values
 from scalekd.errors import UserError
 from scalekd.models import resolve
 from scalekd.preflight import preflight
 from scalekd.sources import FASHION_CLASSES
-from scalekd.wrong_teacher import Sample, _loss, by_neighbours, clearly_more, logits_of, other_order, other_statistics
+from scalekd.unseen_pixels import unseen
+from scalekd.wrong_teacher import (
+    Sample,
+    _loss,
+    better_features,
+    by_neighbours,
+    clearly_more,
+    features_of,
+    is_order,
+    logits_of,
+    other_order,
+    other_statistics,
+)
 
 CPU = torch.device("cpu")
 FILE = resolve("package:demo/teacher.safetensors")
@@ -112,17 +126,116 @@ def test_another_number_of_classes(tmp_path):
 # ---------------------------------------------------------------- another order of classes
 
 
-def test_another_order_of_classes_by_its_answers(tmp_path):
-    order = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+def in_order(path: Path, order: list[int]) -> str:
+    """The demo's teacher, whose output i is now our class order[i]; without a card."""
 
     def turn(state, generator):
         state["head.weight"], state["head.bias"] = state["head.weight"][order], state["head.bias"][order]
 
-    told = line(screen(demo(weights=changed_weights(tmp_path / "w.safetensors", turn))), "teacher accuracy")
-    assert "warn" in told and "With its classes in another order, found on one half of the images" in told
-    assert sum(f"its {FASHION_CLASSES[i]} is {FASHION_CLASSES[order[i]]} here" in told for i in range(10)) == 3
+    return changed_weights(path, turn)
+
+
+TURNED = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+
+
+@pytest.mark.parametrize("losses, status", [({"ce": {}, "kd": {}}, "fail"), ({"ce": {}, "fd": {}}, "warn")])
+def test_another_order_of_classes_by_its_answers(tmp_path, losses, status):
+    recipe = demo(weights=in_order(tmp_path / "w.safetensors", TURNED)) | {"losses": losses}
+    if status == "fail":
+        with pytest.raises(UserError, match="pre-flight: teacher accuracy: ") as error:
+            screen(recipe)
+        told = str(error.value)
+    else:
+        told = line(screen(recipe), "teacher accuracy")
+        assert told.split()[0] == "warn"
+    assert "With its classes in another order, found on one half of the images" in told
+    assert "Set teacher.classes to the names in the teacher's order" in told  # it is not timm's either
+    assert sum(f"its {FASHION_CLASSES[i]} is {FASHION_CLASSES[TURNED[i]]} here" in told for i in range(10)) == 3
     share = float(told.split("half of the images, ")[1].split(" %")[0])
     assert 86 < share < 98
+
+
+def test_its_names_put_its_logits_in_our_order(tmp_path):
+    weights = in_order(tmp_path / "w.safetensors", TURNED)
+    theirs = [FASHION_CLASSES[i] for i in TURNED]
+    told = screen(demo(weights=weights, classes=theirs))
+    assert "put in the data's order from that in teacher.classes" in line(told, "classes")
+    assert line(told, "teacher accuracy").split()[0] == "ok"
+
+
+def test_an_order_in_a_message_is_yaml():
+    theirs, ours = ["no", "1", 'a "b", c'], ["1", 'a "b", c', "no"]
+    told = way_out(theirs, ours, "teachers.x")
+    assert told.startswith("set teachers.x.classes='") and yaml.safe_load(told.split("'")[1]) == theirs
+    assert way_out([*"zyxwvutsrqponm"], [*"mnopqrstuvwxyz"], "teacher") == (
+        "set teacher.classes to the names in that order"
+    )
+
+
+def test_the_order_of_timm_s_train_py_is_named():
+    """By the answers: of eleven classes, 10 stands last for timm and third here; and for lower-case names."""
+    names = sorted(str(i) for i in range(11))
+    by_timm = natural(names)
+    assert by_timm == [str(i) for i in range(11)] and natural(["b", "C", "a"]) == ["a", "b", "C"]
+    targets = torch.arange(220) % 11
+    theirs = torch.nn.functional.one_hot(torch.tensor([by_timm.index(names[t]) for t in targets]), 11).float()
+    assert is_order(theirs, targets, rows(by_timm, names))
+    others = theirs.roll(1, dims=1)
+    assert other_order(others, targets, names) and not is_order(others, targets, rows(by_timm, names))
+    assert not is_order(theirs[:, rows(by_timm, names)], targets, rows(by_timm, names))
+
+
+@pytest.mark.parametrize("names", [["Cat", "cat"], ["1", "01"], ["²", "a"]])
+def test_names_that_timm_puts_in_no_order(names):
+    assert natural(names) is None
+    with pytest.raises(UserError, match="natural is no order of these class names"):
+        teachers_order("natural", names, "teacher")
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_convnext", "deit_tiny_distilled_patch16_224"])
+def test_permuted_logits_are_the_hand_permuted_ones(model):
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 3} if "deit" in model else {}
+    teacher = timm.create_model(model, num_classes=4, **small).eval()
+    for p in teacher.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    images = torch.rand(2, 3, *teacher.pretrained_cfg["input_size"][-2:])
+    with torch.no_grad():
+        before = teacher(images)
+        put_in_order(teacher, "natural", ["1", "10", "2", "B"], "teacher")
+        torch.testing.assert_close(teacher(images), before[:, [0, 2, 1, 3]])
+        put_in_order(teacher, ["B", "2", "1", "10"], ["1", "10", "2", "B"], "teacher")
+        torch.testing.assert_close(teacher(images), before[:, [0, 2, 1, 3]][:, [2, 3, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "chosen, classes, told",
+    [
+        (["a", "b", "d"], 3, "teacher.classes: the data has no class d. Valid: c."),
+        (["a", "b", "b"], 3, "the data's 3 classes are needed, each once; b stands there twice"),
+        (["a", "b"], 3, "the data's 3 classes are needed, each once; c is missing"),
+        ("natural", 4, "teacher.classes: the teacher has 4 outputs, the data 3 classes"),
+        ("natural", 0, "teacher.classes: VisionTransformer has no linear classifier here"),
+    ],
+)
+def test_orders_that_are_refused(chosen, classes, told):
+    teacher = timm.create_model("test_vit", num_classes=classes)
+    with pytest.raises(UserError) as error:
+        put_in_order(teacher, chosen, ["a", "b", "c"], "teacher")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"classes": "natural", "head": "runs/head"}, "teacher.classes: its head's names are the data's; leave it out"),
+        ({"classes": [1, 2, 10]}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
+        ({"classes": "alphabet"}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
+    ],
+)
+def test_orders_that_a_recipe_cannot_ask_for(change, told):
+    with pytest.raises(UserError) as error:
+        check_config(demo(**change), "test")
+    assert told in str(error.value)
 
 
 def test_two_classes_in_each_other_s_place(run, sample):
@@ -162,7 +275,7 @@ def test_many_classes_with_few_images_each_are_looked_at_once_more(run, monkeypa
     monkeypatch.setattr(teacher_checks, "logits_of", logits)
     monkeypatch.setattr(teacher_checks, "_sample", some)
     check = teacher_checks._by_logits(thousand, thousand.taught_by[0])
-    assert asked == [False, True] and check.status == "warn"
+    assert asked == [False, True] and check.status == "fail"
     assert "100.0 % of the other half are right, not 0.0 %: its c7 is c0 here, its c67 is c60 here" in check.fix
 
 
@@ -175,8 +288,12 @@ def test_another_order_of_classes_by_the_names_beside_the_weights(tmp_path, loss
     recipe = demo(weights=str(tmp_path / "student.safetensors")) | {"losses": losses}
     odd = "class 0 is Ankle boot there and T-shirt/top here"
     if status == "fail":
-        with pytest.raises(UserError, match=rf"(?s){odd}.*so kd would teach the wrong ones"):
+        way_out = "so kd would teach the wrong ones; set teacher.classes=natural, the order of timm's train.py"
+        with pytest.raises(UserError, match=rf"(?s){odd}.*{way_out}"):
             screen(recipe)
+        believed = recipe | {"teacher": recipe["teacher"] | {"classes": "natural"}}
+        with pytest.raises(UserError, match=r"(?s)pre-flight: teacher accuracy.*Is teacher\.classes right\?"):
+            screen(believed)  # it is the card that is wrong: the weights are in our order
     else:
         assert odd in line(screen(recipe), "classes")
     card["classes"] = FASHION_CLASSES
@@ -242,6 +359,7 @@ def test_a_teacher_without_a_head_is_told_by_its_features(tmp_path, monkeypatch)
     told = line(screen(demo(weights=wrong) | {"losses": FD}), "teacher features")
     assert float(told.split(" %")[0].split()[-1]) < trained - 15
     as_good = torch.arange(120) % 2 == 0
+    monkeypatch.setattr(teacher_checks, "neighbours", lambda *args: as_good)
     monkeypatch.setattr(teacher_checks, "by_neighbours", lambda *args: as_good)
     told = line(screen(demo(weights=right) | {"losses": FD}), "teacher features")
     assert told.split()[0] == "warn" and "They are not clearly better than those of initial values" in told
@@ -305,6 +423,125 @@ def test_mean_and_std_for_pixels_up_to_255():
 def test_another_mean_and_std_than_stands_beside_the_weights():
     told = line(screen(demo(mean=[0.3])), "teacher input")
     assert "warn" in told and "Beside its weights stands: mean 0.286, std 0.353; set teacher.mean" in told
+
+
+def without_head(state, generator):
+    del state["head.weight"], state["head.bias"]
+
+
+def test_another_mean_and_std_of_a_teacher_without_a_head(tmp_path):
+    weights = changed_weights(tmp_path / "w.safetensors", without_head)
+    told = screen(demo(weights=weights, mean=[0.9], std=[0.1], top1=None) | {"losses": FD})
+    assert "timm says: mean 0.500, std 0.500; leave teacher.mean and" in line(told, "teacher input")
+    assert "of the class of most of their nearest neighbours" in line(told, "teacher features")
+
+
+class Clamped(torch.nn.Module):
+    """Sees nothing outside of its range, as what was trained on other pixels might."""
+
+    def forward_features(self, x):
+        return x.clamp(-1, 1)
+
+    def forward_head(self, x, pre_logits):
+        return x.mean((2, 3))
+
+
+def test_better_features_under_another_mean_and_std():
+    targets = torch.arange(120) % 4
+    red, green, shade = 60 + 120 * (targets % 2), 60 + 120 * (targets // 2), torch.arange(120) // 40
+    pixels = torch.stack([red + shade, green - shade, 120 + shade], 1).to(torch.uint8)
+    sample = Sample(pixels.view(-1, 3, 1, 1).expand(-1, -1, 2, 2), targets)
+    model, colours = Clamped(), torch.ones(1, 3, 1, 1)
+    wrong, right = (1.5 * colours, 0.1 * colours), (0.5 * colours, 0.5 * colours)
+    before = by_neighbours(model, sample, *wrong)
+    told = better_features(model, sample, *wrong, features_of(model, sample, *wrong))
+    assert told is not None and told.endswith("was it trained with another mean and std?")
+    assert f"it is 100.0 %, not {100 * before.double().mean():.1f} %" in told
+    assert better_features(model, sample, *right, features_of(model, sample, *right)) is None
+
+
+def test_better_features_are_told_unless_the_statistics_stand_beside_the_weights(run, monkeypatch):
+    right = torch.arange(120) % 4 > 0
+    monkeypatch.setattr(teacher_checks, "_has_the_classes", lambda *args: False)
+    monkeypatch.setattr(teacher_checks, "features_of", lambda *args: torch.zeros(120, 2))
+    monkeypatch.setattr(teacher_checks, "neighbours", lambda *args: right)
+    monkeypatch.setattr(teacher_checks, "by_neighbours", lambda *args: ~right)
+    monkeypatch.setattr(teacher_checks, "better_features", lambda *args: "With mean 0.5")
+    (check,) = teacher_checks.teacher_accuracy(run, run.taught_by[0])
+    assert check.status == "ok"
+    monkeypatch.setattr(teacher_checks, "_beside_teacher", lambda of: None)
+    of = run.taught_by[0]
+    (check,) = teacher_checks.teacher_accuracy(run, of._replace(spec=of.spec.model_copy(update={"mean": (0.9,)})))
+    assert (check.status, check.fix) == ("warn", "With mean 0.5")
+
+
+def test_a_mean_of_one_s_own_for_a_file_with_a_head_is_told_beside_timm_s(tmp_path):
+    told = screen(demo(weights=changed_weights(tmp_path / "w.safetensors", lambda *args: None)))
+    assert line(told, "teacher input").split()[0] == "ok" and "; timm says mean 0.500" in line(told, "teacher input")
+    assert line(told, "teacher accuracy").split()[0] == "ok"
+
+
+# ---------------------------------------------------------------- outputs that are no classes
+
+
+def test_an_embedding_is_no_classifier(monkeypatch):
+    """Ten outputs of other weights of that name: what CLIP's 512 are. The way out is a head."""
+    monkeypatch.setattr(embeddings.timm, "list_pretrained", lambda name: ["clip"])
+    cfg = timm.models.PretrainedCfg(num_classes=12)
+    monkeypatch.setattr(embeddings.timm, "get_pretrained_cfg", lambda name: cfg)
+    recipe = demo(weights="random", top1=None, kwargs=demo()["teacher"]["kwargs"] | {"num_classes": 12})
+    with pytest.raises(UserError, match=r"losses.kd: the 12 outputs of teacher, \w+, are an embedding.*scalekd head"):
+        build(check_config(recipe, "test"), CPU)
+    told = line(screen(recipe | {"losses": FD}), "classes")
+    assert "the teacher's 12 outputs are an embedding, not classes, only its features are used" in told
+
+
+# ---------------------------------------------------------------- pixels without effect
+
+
+VIT = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, size, left_out",
+    [
+        ("vit_small_patch14_dinov2", VIT, (100, 84), (2, 0)),
+        ("vit_small_patch14_dinov2", VIT, (98, 84), None),
+        ("vit_small_patch14_dinov2", VIT | {"dynamic_img_size": True, "dynamic_img_pad": True}, (100, 90), None),
+        ("test_convnext", {}, (66, 71), (2, 3)),
+        ("test_resnet", {}, (65, 67), None),
+        ("tf_efficientnet_b0", {}, (65, 67), None),  # pads as it convolves
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 1)}, (58, 59), (2, 3)),
+    ],
+)
+def test_pixels_that_no_patch_takes_up(name, kwargs, size, left_out):
+    """Against the gradient of the whole model."""
+    sized = {} if name in ("test_convnext", "test_resnet", "tf_efficientnet_b0") else {"img_size": size}
+    model = timm.create_model(name, num_classes=3, **kwargs, **sized)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    images = torch.rand(1, 3, *size, requires_grad=True)
+    model.eval()(images).sum().backward()
+    assert images.grad is not None
+    used = images.grad[0].abs().sum(0) > 0
+    beyond = tuple(whole - int(used.any(dim).nonzero().max()) - 1 for whole, dim in zip(size, (1, 0)))
+    assert beyond == (left_out or (0, 0))
+    model.train()
+    found = unseen(model, 3, size)
+    assert (found and found[:2]) == left_out and all(m.training for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_patches_that_do_not_fill_the_image_are_told(light_recipe):
+    light_recipe["teacher"] |= {"model": "vit_small_patch14_dinov2", "weights": "random", "image_size": [50, 64]}
+    light_recipe["teacher"]["kwargs"] = VIT
+    light_recipe["data"]["image_size"] = 66
+    light_recipe["student"] = {"model": "test_convnext"}
+    told = screen(light_recipe)
+    teacher, student = line(told, "teacher pixels"), line(told, "student pixels")
+    assert teacher.split()[0] == "warn" and "the last 8 rows and 8 columns of 50x64 have no effect on it" in teacher
+    assert "Set teacher.image_size=[42, 56] or [56, 70]" in teacher
+    assert "the last 2 rows and 2 columns of 66x66" in student and "Set data.image_size=64 or 68" in student
 
 
 # ---------------------------------------------------------------- how it counts

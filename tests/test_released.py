@@ -22,8 +22,9 @@ from scalekd import released
 from scalekd.config import Model
 from scalekd.errors import UserError
 from scalekd.export import load_student
-from scalekd.released import import_student, patches_merged, read_checkpoint, recognise
+from scalekd.released import import_student, patches_merged, recognise
 from scalekd.released_keys import RULES, SIGNS
+from scalekd.weights_file import read_file
 
 CLASSES = 3
 
@@ -703,7 +704,7 @@ def test_classes_must_be_as_many_as_the_head_has(tmp_path):
 def test_a_file_that_is_no_checkpoint(cli, content, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
     shown = cli("import", tmp_path / "x.pth", "--model", "resnet50", "--out", tmp_path / "out")
-    assert shown.code == 2 and "cannot be read as a checkpoint" in shown.err
+    assert shown.code == 2 and "cannot be read as weights" in shown.err
     (tmp_path / "x.safetensors").write_bytes(content)
     assert cli("import", tmp_path / "x.safetensors", "--model", "resnet50", "--out", tmp_path / "out").code == 2
     assert cli("import", tmp_path / "y.pth", "--model", "resnet50").code == 2
@@ -760,6 +761,6 @@ def test_mmengines_log_is_read_past(tmp_path, classes, monkeypatch):
     }
     torch.save(contents, tmp_path / "m.pth")
     monkeypatch.undo()
-    assert type(read_checkpoint(tmp_path / "m.pth")["message_hub"]["log_scalars"]["loss"]).__name__ == "HistoryBuffer"
+    assert type(read_file(tmp_path / "m.pth")["message_hub"]["log_scalars"]["loss"]).__name__ == "HistoryBuffer"
     import_student(tmp_path / "m.pth", "convnext_tiny", CONVNEXT, tmp_path / "out", classes)
     assert difference(model, load_student(tmp_path / "out")[0], 64) < 1e-5

@@ -143,6 +143,27 @@ def test_a_teachers_mistake_is_told_by_its_place(recipe: dict[str, Any]) -> None
         build(check_config(recipe, "test"), torch.device("cpu"))
 
 
+def test_each_teacher_has_an_order_of_classes_of_its_own(recipe: dict[str, Any]) -> None:
+    as_it_is = build(check_config(recipe, "test"), torch.device("cpu"))
+    theirs = list(reversed(as_it_is.classes))
+    recipe["teachers"]["large"]["classes"] = theirs
+    put = build(check_config(recipe, "test"), torch.device("cpu"))
+    before, after = ({of.label: of.teacher(IMAGES).logits for of in run.taught_by} for run in (as_it_is, put))
+    torch.testing.assert_close(after["small"], before["small"])
+    torch.testing.assert_close(after["large"], before["large"].flip(1))
+    recipe["teachers"]["large"]["classes"] = theirs[1:]
+    with pytest.raises(UserError, match=r"teachers.large.classes: the data's 3 classes are needed, each once"):
+        build(check_config(recipe, "test"), torch.device("cpu"))
+
+
+def test_an_unknown_key_of_a_teacher_is_told_by_its_place(recipe: dict[str, Any]) -> None:
+    recipe["teachers"]["large"]["wieghts"] = "random"
+    recipe["teachers"]["model"] = {"model": "test_vit", "modle": 1}  # a teacher that is called as a field
+    with pytest.raises(UserError, match=r"teachers.large.wieghts: unknown. Did you mean `weights`") as error:
+        check_config(recipe, "test")
+    assert "teachers.model.modle: unknown. Did you mean `model`" in str(error.value)
+
+
 def test_a_run_with_two_teachers(recipe: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     result = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "run")

@@ -41,6 +41,8 @@ FAMILIES = {  # timm name or class, a dot, a remark: (what makes it small, image
     "swin_s3_tiny_224": ({"img_size": (112, 168)} | SMALL_SWIN, (112, 168)),
     "swinv2_tiny_window8_256": ({"img_size": (128, 192)} | SMALL_SWIN, (128, 192)),
     "vit_tiny_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
+    "vit_small_patch8_224": ({"img_size": (32, 48)} | SMALL_VIT, (32, 48)),
+    "hiera_tiny_224": ({"img_size": (64, 96), "embed_dim": 24, "stages": (1, 1, 1, 1)}, (64, 96)),
     "vit_tiny_patch16_224.dynamic": ({"dynamic_img_size": True} | SMALL_VIT, (64, 96)),
     "vit_medium_patch16_gap_240": (WIDE | SMALL_VIT, (64, 96)),
     "vit_base_patch16_siglip_224": (WIDE | SMALL_VIT, (64, 96)),
@@ -66,6 +68,9 @@ FAMILIES = {  # timm name or class, a dot, a remark: (what makes it small, image
     "gmlp_ti16_224": (WIDE, (64, 96)),
     "resmlp_12_224": (WIDE, (64, 96)),
 }
+
+
+NO_TAIL = {"hiera_tiny_224"}
 
 
 def randomise(model, size, seed=0, channels=3):
@@ -155,6 +160,9 @@ def test_four_maps_of_every_family(family):
 
 def test_teacher_runs_on_from_its_own_stages(family):
     view, images = family
+    if view.name in NO_TAIL:
+        assert not view.shapes.can_resume
+        return
     assert view.shapes.can_resume
     view.model.requires_grad_(False)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 from scalekd.cli import main
 from scalekd.distiller import Distiller
+from scalekd.embeddings import is_embedding
 from scalekd.errors import UserError
 from scalekd.teachers import FAMILIES, METHODS, ON_LOGITS, examine, families, markdown
 
-HEADLESS = {"DINOv2", "DINOv2, registers", "DINOv3", "SigLIP 2", "EVA-02"}
+HEADLESS = {"DINOv2", "DINOv2, registers", "DINOv3", "SigLIP 2", "EVA-02", "MAE", "Hiera, MAE"}
+EMBEDDINGS = {"CLIP": 512, "Perception Encoder": 512}
 
 
 @pytest.mark.slow
@@ -23,12 +26,52 @@ def test_the_families():
     assert list(found) == list(FAMILIES)
     for family, entry in found.items():
         refused = {method for method, reason in entry["methods"].items() if reason}
-        expected = {"kd", "bkd", "dkd", "dist", "ofa", "srrl"} if family in HEADLESS else set()
-        assert refused == expected | ({"tpp", "scalekd"} if family == "Hiera" else set()), family
+        expected = {"kd", "bkd", "dkd", "dist", "ofa"} if family in {*HEADLESS, *EMBEDDINGS} else set()
+        expected |= {"srrl"} if family in HEADLESS else set()
+        assert refused == expected | ({"tpp", "scalekd"} if family.startswith("Hiera") else set()), family
         assert len(entry["maps"]) == 4
+        assert entry["embedding"] == EMBEDDINGS.get(family, 0)
+        assert entry["classes"] == (0 if family in {*HEADLESS, *EMBEDDINGS} else 1000)
     assert found["DINOv3"]["prefix_tokens"] == 5 and found["Swin"]["maps"][-1] == [768, 7, 7]
     docs = Path(__file__).parent.parent / "docs" / "results" / "teachers.md"
     assert docs.read_text() == markdown(list(found.values())), "scalekd teachers --markdown > docs/results/teachers.md"
+
+
+def test_every_family_is_named_with_the_weights_it_stands_for():
+    assert set(FAMILIES.values()) <= set(timm.list_pretrained())
+    for family, name in FAMILIES.items():
+        outputs = timm.get_pretrained_cfg(name).num_classes
+        assert (outputs == 0) == (family in HEADLESS) and is_embedding(name, outputs) == (family in EMBEDDINGS)
+
+
+def test_embeddings_are_told_from_classes():
+    """Over all of timm's weights: those that were trained with texts, by their names, and have a projection."""
+    found = {
+        name
+        for name in timm.list_pretrained()
+        if (cfg := timm.get_pretrained_cfg(name)) is not None and is_embedding(name, cfg.num_classes)
+    }
+    with_texts = {
+        name
+        for name in timm.list_pretrained()
+        if re.search("clip|_pe_core", name) and "_ft_in" not in name and timm.get_pretrained_cfg(name).num_classes
+    }
+    assert found == with_texts and len(found) > 100
+    assert is_embedding("vit_base_patch16_clip_224", 512) and not is_embedding("vit_base_patch16_clip_224", 10)
+    assert not is_embedding("resnet50", 512)
+
+
+def test_a_teacher_with_an_embedding_serves_by_its_features():
+    told = examine("vit_pe_core_tiny_patch16_384.fb")
+    refused = {method for method, reason in told["methods"].items() if reason}
+    assert (told["classes"], told["embedding"]) == (0, 512) and refused == {"kd", "bkd", "dkd", "dist", "ofa"}
+    way_out = "its 512 outputs are an embedding; `scalekd head` fits a classifier for your classes"
+    assert told["methods"]["kd"] == told["methods"]["ofa"] == way_out
+
+
+def test_a_tag_that_timm_does_not_have():
+    with pytest.raises(UserError, match=r"Invalid pretrained tag .*Did you mean `vit_base_patch16_224.mae`"):
+        examine("vit_base_patch16_224.maee")
 
 
 # small members of families, built so small that a step takes a moment

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from . import parallel
+from .class_order import put_in_order
 from .clock import Stopwatch
 from .config import Config, Model, height_and_width, reads_logits
 from .data import (
@@ -27,8 +28,10 @@ from .data import (
     validation_images,
 )
 from .distiller import Distiller, Teacher
+from .embeddings import is_embedding
 from .errors import UserError, printable
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
+from .methods import METHODS
 from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Key, Mix, TrainSampler
@@ -161,6 +164,9 @@ def build(config: Config, device: torch.device) -> Run:
         teachers[name], loaded[where] = build_model(
             spec, channels=data.channels, image_size=sizes[name], classes=own, where=where
         )
+        if spec.classes is not None:
+            put_in_order(teachers[name], spec.classes, split.classes, where)
+        _check_outputs(config, name, teachers[name], classes)
         stats[name] = statistics(teachers[name], spec, data.channels, where)
     # pixels for the largest of all, so that none sees a blown-up image
     pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *sizes.values())))})
@@ -213,6 +219,33 @@ def build(config: Config, device: torch.device) -> Run:
 def place_of(config: Config, teacher: str) -> str:
     """Where a recipe describes a teacher: `teacher`, or `teachers.NAME`."""
     return f"teachers.{teacher}" if teacher in config.teachers else "teacher"
+
+
+def logit_losses(config: Config, teacher: str) -> list[str]:
+    """The losses of a recipe that compare this teacher's logits with the student's."""
+    return [
+        loss
+        for loss, options in config.losses.items()
+        if getattr(METHODS[loss], "needs_teacher", True)
+        and reads_logits(loss)
+        and teacher in options.get("teachers", config.all_teachers)
+    ]
+
+
+def gives_embeddings(spec: Model, outputs: int, classes: int) -> bool:
+    """Whether a teacher's outputs are an embedding. In a file, as many as the data has classes are taken for classes."""
+    same = outputs == classes and spec.weights != "pretrained"
+    return spec.head is None and not same and is_embedding(spec.model, outputs)
+
+
+def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:
+    spec, where, outputs = config.all_teachers[teacher], place_of(config, teacher), getattr(model, "num_classes", 0)
+    losses = logit_losses(config, teacher)
+    if losses and gives_embeddings(spec, outputs, classes):
+        raise UserError(
+            f"losses.{losses[0]}: the {outputs} outputs of {where}, {spec.model}, are an embedding, not classes. Fit a "
+            f"classifier for yours with `scalekd head` and set {where}.head, or use feature methods: scalekd, fd"
+        )
 
 
 def _check_backbone(student: nn.Module, name: str) -> None:

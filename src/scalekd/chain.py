@@ -17,6 +17,7 @@ from .config import Config, assistant_of, check_config, reads_logits
 from .errors import UserError
 from .files import is_file
 from .resume import recipe_difference
+from .run_head import heads_aside, with_heads
 from .runs import checked, execute
 
 
@@ -50,7 +51,8 @@ def check_chain(config: Config, device: torch.device, console: Console) -> None:
     while config.assistant is not None:
         rehearse(config, device)
         config = assistant_of(config)
-    checked(config, device, console)
+    with heads_aside(config, device, console) as config:
+        checked(config, device, console)
 
 
 def taught_by(config: Config, run: Path) -> Config:
@@ -89,7 +91,7 @@ def _finished(config: Config, there: Path) -> bool:
     assistant = assistant_of(config)
     if assistant.assistant is not None:
         assistant = taught_by(assistant, folder_of_assistant(there))
-    if difference := recipe_difference(recipe.read_text(), assistant):
+    if difference := recipe_difference(recipe.read_text(), with_heads(assistant, there)):
         raise UserError(
             f"{there} holds another assistant's run (first difference: {difference}). Remove it, or give another --out"
         )

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--val", metavar="SOURCE", help="as for train")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where head.safetensors and head.json go")
     sub.add_argument("--weights", default="pretrained", metavar="FILE", help="as teacher.weights (default: timm's own)")
+    sub.add_argument("--prefix", metavar="TEXT", help="as teacher.prefix: what stands before the names in that file")
     sub.add_argument("--kwargs", metavar="YAML", help="teacher.kwargs of a recipe: '{global_pool: avg}'")
     sub.add_argument("--image-size", metavar="N", help="pixels, such as 98 or '[98, 126]' (default: timm's own)")
     sub.add_argument("--channels", type=int, choices=[1, 3], help="as data.channels (default: 3)")
@@ -332,7 +333,8 @@ def _head(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .config import Augment, Data, Model
-    from .head import _as_options, fit_head, parsed
+    from .head import check_folder, fit_head
+    from .head_page import as_options, parsed, tell_use
     from .model_folders import beside, written_out
     from .parallel import pick_device
     from .shortages import shortages_told
@@ -347,8 +349,8 @@ def _head(args: argparse.Namespace) -> None:
         for key, text in vars(args).items()
         if key in ("kwargs", "image_size", "mean", "std")
     }
-    named = {"model": args.model, "weights": args.weights} | values
-    spec = parsed(Model, _as_options(written_out)(named, "teacher", args.channels or 3))
+    named = {"model": args.model, "weights": args.weights, "prefix": args.prefix} | values
+    spec = parsed(Model, as_options(written_out)(named, "teacher", args.channels or 3))
     train, val = pair_of(args.data) or (args.data, None)
     split = {"limit": args.limit, "seed": args.seed, "channels": args.channels}
     data = parsed(Data, {"train": train, "val": args.val or val} | split)
@@ -358,9 +360,11 @@ def _head(args: argparse.Namespace) -> None:
     more = {"crop_pct": crop_pct, "draws": args.draws, "val_limit": args.val_limit}
     if args.cache:
         more["cache"] = args.cache
-    device = pick_device(args.device)
+    check_folder(args.out)
+    device, console = pick_device(args.device), Console(emoji=False)
     with shortages_told(device, "Try --device cpu, or a smaller --image-size."):
-        fit_head(spec, data, args.out, device, Console(emoji=False), **more)
+        card = as_options(fit_head)(spec, data, args.out, device, console, **more)
+    tell_use(console, spec, card, args.out)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -402,7 +406,7 @@ def _probe(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .config import Data, height_and_width
-    from .head import parsed
+    from .head_page import parsed
     from .parallel import pick_device
     from .probe import parse_shots, probe
     from .shortages import shortages_told

@@ -44,8 +44,20 @@ def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
         raise ValueError(f"pixels, such as 224 or [192, 256] for height and width (given {_short(value)})") from None
 
 
+def _natural_or_names(value: Any, handler: Callable[[Any], Any]) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(
+            "`natural`, or the names of the data's classes in the teacher's order, those like numbers in quotes "
+            f"(given {_short(value)})"
+        ) from None
+
+
+ClassOrder = Annotated[Literal["natural"] | tuple[str, ...], WrapValidator(_natural_or_names)]
 ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FIT = "fit"  # of `teacher.head`, in place of a folder
 OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
 
 
@@ -172,12 +184,10 @@ class Backbone(Section):
         import timm
 
         from . import mixer  # noqa: F401 - adds a name to timm's
+        from .model_folders import way_to
 
         if not timm.is_model(name):
-            folder = ", and there is no such folder" if "/" in name else ""
-            raise ValueError(
-                f"timm has no model `{printable(name)}`{folder}.{nearest(name.split('.')[0], timm.list_models())}"
-            )
+            raise ValueError(f"timm has no model `{printable(name)}`{way_to(name)}")
         return name
 
 
@@ -189,7 +199,10 @@ class Model(Backbone):
     top1: Annotated[float, Field(ge=0, le=100)] | None = None
     """Teachers: known top-1 accuracy in % on the validation images; pre-flight warns when a sample is far below."""
     head: str | None = None
-    """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone; it takes the place of any other."""
+    """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone; it takes the place of any other.
+    `fit`: `scalekd train` fits one first, on the run's labelled images, into the run's folder."""
+    classes: ClassOrder | None = None
+    """Teachers: the order of its classes where it is not the data's: `natural`, that of timm's train.py, or all names."""
 
 
 class Steps(Section):
@@ -307,6 +320,12 @@ class Config(Section):
         if not needing and self.teacher is not None:
             problems.append("teacher: no loss uses it; add one (kd, scalekd, ...) or remove the teacher")
         problems += _teachers_problems(self, needing)
+        problems += _head_problems(self)
+        problems += [
+            f"{'teacher' if self.teacher else f'teachers.{name}'}.classes: its head's names are the data's; leave it out"
+            for name, spec in self.all_teachers.items()
+            if spec.classes is not None and spec.head is not None
+        ]
         if self.train.batch_size % self.train.accumulate:
             problems.append(
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.accumulate {self.train.accumulate}"
@@ -356,6 +375,17 @@ def _teachers_problems(config: Config, needing: list[str]) -> list[str]:
             problems.append(f"losses.{name}.teachers: names none; leave it out for all of them")
     used = {of for name in needing for of in chosen.get(name, config.teachers)}
     return problems + [f"teachers.{of}: no loss uses it; remove it" for of in config.teachers if of not in used]
+
+
+def _head_problems(config: Config) -> list[str]:
+    if config.data.train is not None:
+        return []
+    places = {f"teachers.{name}": spec for name, spec in config.teachers.items()} | {"teacher": config.teacher}
+    return [
+        f"{place}.head: {FIT} needs labelled images, a data.train; name some, or the folder of a head (`scalekd head`)"
+        for place, spec in places.items()
+        if spec is not None and spec.head == FIT
+    ]
 
 
 def _unlabelled_problems(config: Config) -> list[str]:
@@ -420,6 +450,7 @@ def _ignored(config: Config) -> list[str]:
             (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
             (True, "student.top1", config.student, "a teacher"),
             (True, "student.head", config.student, "a teacher"),
+            (True, "student.classes", config.student, "a teacher"),
         ]
     )
 
@@ -670,8 +701,11 @@ def _short(value: Any) -> str:
 
 def _fields_at(path: list[str], schema: type[Section]) -> list[str]:
     section: Any = schema
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         annotation = section.model_fields[part].annotation
+        if typing.get_origin(annotation) is dict:
+            next(parts, None)  # the name that a person gave one of them
         section = next(
             (a for a in (annotation, *typing.get_args(annotation)) if inspect.isclass(a) and issubclass(a, Section)),
             schema,

@@ -25,7 +25,7 @@ from .distiller import default_statistics, interpolation
 from .errors import UserError, counted, first_line, nearest, printable, shortened
 from .export import load_student
 from .files import make_folder, replacing
-from .models import backbone_sha256, build_model, sha256_of, usual_size
+from .models import backbone_sha256, build_model, sha256_of, trained, usual_size
 from .runlog import duration
 from .sources import Source
 
@@ -40,10 +40,11 @@ class Backbone:
     """A frozen model and what it is shown.
 
     card: model, kwargs, weights (where they are from), sha256, channels, image_size, mean, std, interpolation and
-    crop_pct. But for `weights`, features are kept under all of it.
+    crop_pct. But for `weights`, features are kept under all of it. doubts: what a person should be told of it.
     """
 
-    def __init__(self, model: nn.Module, card: dict[str, Any], device: torch.device):
+    def __init__(self, model: nn.Module, card: dict[str, Any], device: torch.device, doubts: Sequence[str] = ()):
+        self.doubts = doubts
         self.model = model.to(device).eval().requires_grad_(False)
         self.card, self.device = card, device
         self.size: tuple[int, int] = (card["image_size"][0], card["image_size"][1])
@@ -128,11 +129,9 @@ def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) 
     except UserError as error:
         told = first_line(error).removeprefix("teacher").lstrip(":. ")
         raise UserError(f"{told}\nWeights in a file: {name}=FILE") from None
-    if loaded.untrained:
-        raise UserError(
-            f"{loaded.initial:.0%} of the biases and norms are at their initial values, so these weights were never "
-            "trained; give others"
-        )
+    found = trained(loaded)
+    if found.status == "fail":
+        raise UserError(f"{found.figures}. {found.meaning}")
     mean, std = default_statistics(model)
     card = {
         "model": name,
@@ -146,7 +145,7 @@ def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) 
         "interpolation": interpolation(model),
         "crop_pct": sensible_crop(resolve_model_data_config(model)["crop_pct"]),
     }
-    return Backbone(model, card, device)
+    return Backbone(model, card, device, [f"{found.figures}. {found.meaning}"] if found.meaning else [])
 
 
 # ---------------------------------------------------------------- features, computed once

@@ -24,6 +24,7 @@ FLAT = (
     1e-6  # the largest entry of the gradient of the mean loss at which a fit has converged; refused above 10 times it
 )
 FLATTER = 1e-8  # what the fit that is kept goes on to; about where rounding ends it
+TEMPERATURES = (1 / 20, 20.0)  # between these one is looked for
 BINS = 15  # of the calibration error
 
 
@@ -168,7 +169,9 @@ def choose(features: Tensor, targets: Tensor, classes: int, seed: int) -> Choice
         elif score["nll"] > 1.1 * best:  # it only rises from here, and weak strengths are the slow ones
             break
     chosen = min(tried, key=lambda row: row["nll"])["strength"]
-    temperature = best_temperature(best_logits, truth)
+    # where all are right, the likelihood grows with 1/T without end: they say nothing of how sure to be
+    all_right = bool((best_logits.argmax(1) == truth).all())
+    temperature = 1.0 if all_right else best_temperature(best_logits, truth)
     after = scores(best_logits / temperature, truth)
     return Choice(chosen, temperature, {"before": scores(best_logits, truth), "after": after}, tried)
 
@@ -189,7 +192,7 @@ def held_out_parts(targets: Sequence[int], seed: int) -> list[list[int]]:
 
 
 def best_temperature(logits: Tensor, targets: Tensor) -> float:
-    """T > 0 with the least negative log likelihood of softmax(logits / T), between 1/20 and 20.
+    """The T of `TEMPERATURES` with the least negative log likelihood of softmax(logits / T).
 
     Guo et al., On Calibration of Modern Neural Networks, 2017. The likelihood is log-concave in 1/T: one optimum.
     """
@@ -197,7 +200,7 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
 
     found = minimize_scalar(
         lambda log_t: F.cross_entropy(logits / math.exp(log_t), targets).item(),
-        bounds=(-math.log(20), math.log(20)),
+        bounds=tuple(map(math.log, TEMPERATURES)),
         method="bounded",
         options={"xatol": 1e-6},
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError, first_line, nearest, printable, shortened
 from .files import is_file
+from .weights_file import ENDINGS, as_overrides, as_text, said_in, weights_in
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 OF_THE_RUN = ("img_size", "num_classes", "in_chans")  # keyword arguments that the data, or the file, decide
@@ -53,10 +54,12 @@ def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, 
     Its mean, std and, for a teacher, image size are taken where the section says nothing; so are its weights, for
     `pretrained` too. `weights: random` stays. Raises `UserError` for other weights or arguments than the folder's.
     """
-    folder = _folder(section.get("model"))
+    folder = _place(section.get("model"))
     if folder is None:
         return section
-    told = read_folder(folder, f"{role}.model")
+    if is_file(folder):
+        raise UserError(f"{role}.model: {_what_it_is(folder, role)}")
+    told = read_folder(folder, role)
     if channels != told.channels:
         raise UserError(
             f"{role}.model: {folder} takes images of {told.channels} channel{'s' * (told.channels > 1)}, "
@@ -78,15 +81,15 @@ def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, 
     )
 
 
-def _folder(name: Any) -> Path | None:
-    """The folder that `model` names. One that is called as a model of timm's is named with a path: ./resnet50"""
+def _place(name: Any) -> Path | None:
+    """The folder or file that `model` names. One that is called as a model of timm's is named with a path: ./resnet50"""
     import timm
 
     if not isinstance(name, str) or not name or timm.is_model(name):
         return None
     try:
         path = Path(name).expanduser()
-        return path if path.is_dir() else None
+        return path if path.is_dir() or path.is_file() else None
     except (OSError, ValueError, RuntimeError):  # no path at all: too long, ~ of nobody
         return None
 
@@ -120,20 +123,20 @@ def _arguments(given: Any, told: Described, folder: Path, role: str) -> dict[str
 # ---------------------------------------------------------------- what a folder says
 
 
-def read_folder(folder: Path, where: str) -> Described:
-    """The one model of `folder`, with a weights file that is there. Raises `UserError` that names `where`."""
+def read_folder(folder: Path, role: str) -> Described:
+    """The one model of `folder`, with a weights file that is there. Raises `UserError` that names the `role`'s model."""
     try:
         if is_file(folder / "student.json"):
             told = _from_card(folder / "student.json")
         elif is_file(folder / "config.json"):
             told = _from_config(folder / "config.json")
         else:
-            raise UserError(f"{folder} holds no model: {_what_it_holds(folder)}")
+            raise UserError(f"{folder} holds no model: {_what_it_holds(folder, role)}")
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{role}.model: {error}") from None
     if not is_file(told.weights):
         way_out = f"`scalekd export {folder}` makes it" if told.weights.name == "student.safetensors" else "add it"
-        raise UserError(f"{where}: {folder} has no {told.weights.name}; {way_out}")
+        raise UserError(f"{role}.model: {folder} has no {told.weights.name}; {way_out}")
     return told
 
 
@@ -211,12 +214,47 @@ def _from_config(file: Path) -> Described:
         raise UserError(f"{file} is not a configuration of timm's: {shortened(first_line(error))}") from None
 
 
-def _what_it_holds(folder: Path) -> str:
+# ---------------------------------------------------------------- what is no model, and the way out
+
+
+def _what_it_holds(folder: Path, role: str) -> str:
     if is_file(folder / "head.json"):
-        return f"it is a head's (`scalekd head`); set teacher.head={folder}, with the teacher's own name"
-    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    if files:
-        return f"no student.json (of a scalekd run), no config.json (of timm's); name the model, and weights={folder / files[0]}"
+        return f"it is a head's (`scalekd head`); set {role}.head={folder}, with the backbone's own name"
+    if files := weights_in(folder):
+        return f"neither student.json (of a scalekd run) nor config.json (timm's). {_weights_alone(files[0], role)}"
     return (
         "neither student.json with student.safetensors (a scalekd run) nor config.json with model.safetensors (timm's)"
     )
+
+
+def _what_it_is(file: Path, role: str) -> str:
+    if any(is_file(file.parent / name) for name in ("student.json", "config.json")) and file.name.endswith(ENDINGS):
+        return f"{file} is a file; name its folder: {role}.model={file.parent}"
+    return f"{file} is a file. " + _weights_alone(file, role)
+
+
+def _weights_alone(file: Path, role: str) -> str:
+    """How to name a model by a file of weights; with what train.py wrote in it or beside it, if it did."""
+    place = next((place for place in (file, file.parent / "args.yaml") if said_in(place)), file)
+    said = said_in(place)
+    told = f"By {place.name}: {as_text(said)}. " if said else ""
+    return f"{told}Set the model by timm's name and the file as its weights: {as_overrides(said, file, role)}"
+
+
+def way_to(name: str) -> str:
+    """What to tell of a model's name that is none of timm's, no folder and no file."""
+    import timm
+
+    scheme, _, place = name.partition(":") if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) else ("", "", name)
+    repository, _, revision = place.partition("@")
+    own = repository.rpartition("/")[2]
+    if repository == f"timm/{own}" and timm.models.is_model_pretrained(own):
+        return f". Its name in timm is `{own}`"
+    if scheme == "local-dir":
+        return printable(f". Name the folder itself: {place}")
+    if scheme:
+        at = f" --revision {revision}" * bool(revision)
+        download = f"`hf download {repository}{at} --local-dir {own}`"
+        return printable(f". A model of the hub is taken from a folder: {download}, then name it, ./{own}")
+    folder = ", and there is no such folder" if "/" in name else ""
+    return f"{folder}.{nearest(name.split('.')[0], timm.list_models())}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,14 +17,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import mixer  # noqa: F401 - adds a name to timm's
-from .config import Model
+from .config import FIT, Model
 from .distiller import Statistics, default_statistics
-from .errors import UserError, first_line, nearest
+from .errors import UserError, first_line, nearest, shortened
 from .files import is_file
 from .model_folders import beside
 from .weights import (
     State,
     adapted,
+    as_prefix,
     classifier,
     find_prefix,
     grouped,
@@ -53,11 +55,47 @@ class Loaded:
     prefix: str = ""  # what was taken off the names in the file
     keys: dict[str, list[str]] = field(default_factory=dict)  # `matched`, `missing`, `unexpected`, as `grouped`
     noise: float | None = None  # `noise_share`; None: not looked at, or nothing to look at
+    exported: bool = False  # whether the card of a scalekd run beside the file names its sha256
 
     @property
     def untrained(self) -> bool:
         """Whether weights that a source gave are those of a model that nobody trained."""
         return self.source != "random" and self.initial > 0.5
+
+
+NOISE, ALL_NOISE = 0.4, 0.9  # shares of weight matrices without structure; up to 17 % in trained models that were tried
+
+
+class Trained(NamedTuple):
+    """Whether anyone trained weights that a source gave, as far as their numbers tell."""
+
+    status: Literal["ok", "warn", "fail"]
+    figures: str
+    meaning: str = ""  # with the way out
+
+
+def trained(loaded: Loaded) -> Trained:
+    """`fail`: biases and norms at initial values, or matrices without structure that no card of a run speaks for.
+
+    A short run of scalekd's own has such matrices too (a few dozen steps), so its export is not refused.
+    """
+    if loaded.untrained:
+        figures = f"{loaded.initial:.0%} of the biases and norms are at their initial values"
+        return Trained("fail", figures, "These weights were never trained; give others")
+    figures = f"{loaded.initial:.0%} of the biases and norms at initial values"
+    if loaded.noise is None:
+        return Trained("ok", figures)
+    figures += f", {loaded.noise:.0%} of the weight matrices without structure"
+    if loaded.noise <= NOISE:
+        return Trained("ok", figures)
+    if loaded.noise < ALL_NOISE or loaded.exported:
+        return Trained("warn", figures, "So do weights look after a few steps of training; else they were never loaded")
+    return Trained(
+        "fail",
+        f"{figures}: their entries might as well be shuffled",
+        "So do weights look that nobody trained, and trained ones after a few steps only: give others, or train these "
+        "for longer",
+    )
 
 
 def build_model(
@@ -94,6 +132,7 @@ def build_model(
         return model, Loaded(kwargs, "random", None, 0, len(model.state_dict()), initial_share(model))
     new: State = {}  # what the source has not filled
     prefix, unused = "", set[str]()  # what stood before the names; tensors of the file that the model has no use for
+    exported = False
     if pretrained:
         cfg = getattr(model, "pretrained_cfg", {})
         source, sha256, theirs = f"pretrained ({cfg.get('tag', '')})", None, cfg.get("num_classes")
@@ -103,8 +142,8 @@ def build_model(
         path = resolve(str(spec.weights))
         flat = read_weights(path, where)
         source, sha256 = str(spec.weights), sha256_of(path)
-        _refuse_other_file(path, sha256, where)
-        prefix = find_prefix(model, flat, path, where) if spec.prefix is None else spec.prefix
+        exported = _of_a_run(path, sha256, where)
+        prefix = find_prefix(model, flat, path, where) if spec.prefix is None else as_prefix(spec.prefix, flat)
         read = under(prefix, flat)
         if not read:
             raise UserError(f"{where}.prefix: no tensor in {path} begins with {prefix}; they are {told_briefly(flat)}")
@@ -141,6 +180,7 @@ def build_model(
         prefix,
         {kind: grouped(names) for kind, names in keys.items()},
         noise_share(model),
+        exported,
     )
     return model, loaded if sha256 else replace(loaded, sha256=backbone_sha256(model, loaded))
 
@@ -201,13 +241,15 @@ def usual_size(name: str) -> tuple[int, int]:
     return tuple(cfg.input_size[-2:]) if cfg else (224, 224)
 
 
-def _refuse_other_file(path: Path, sha256: str, where: str) -> None:
+def _of_a_run(path: Path, sha256: str, where: str) -> bool:
+    """Whether a card of scalekd's is beside it, of this file. Raises `UserError` if the card is of another one."""
     card = beside(path)
     if card and card.sha256 and card.sha256 != sha256:
         raise UserError(
             f"{where}.weights: {path} is not the file that the card beside it tells of: it has another sha256. "
             f"Make both anew (`scalekd export {path.parent}`), or take the file away from the card"
         )
+    return card is not None and card.sha256 == sha256
 
 
 # ---------------------------------------------------------------- a head fitted by `scalekd head`
@@ -220,6 +262,7 @@ class HeadCard(BaseModel):
     model: str
     kwargs: dict[str, Any]
     sha256: str  # of the backbone: `backbone_sha256`
+    prefix: str | None = None  # what stood before its names in the file; not told by older versions
     weights: str  # what the backbone was loaded from
     channels: int
     image_size: tuple[int, int]
@@ -235,13 +278,21 @@ class HeadCard(BaseModel):
 
 def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
     """The card and {"weight": (C, D), "bias": (C,)} that `scalekd head` wrote. Raises `UserError` that names `where`."""
+    if str(folder) == FIT:
+        raise UserError(
+            f"{where}: `{FIT}` is for `scalekd train`, which fits the head first; here name the folder of a head that "
+            "is there: a run's own, or what `scalekd head` wrote"
+        )
     file, card_file = folder / "head.safetensors", folder / "head.json"
     if not is_file(file) or not is_file(card_file):
         raise UserError(f"{where}: no head.safetensors with its head.json in {folder}; `scalekd head` makes them")
     try:
         card = HeadCard.model_validate_json(card_file.read_bytes())
         tensors = load_file(file)
-    except (ValidationError, SafetensorError, OSError, ValueError) as error:
+    except ValidationError as error:
+        wrong = "; ".join(_field_told(dict(e)) for e in error.errors()[:5])
+        raise UserError(f"{where}: {card_file} is not as `scalekd head` writes it: {wrong}; fit it anew") from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{where}: {folder} holds no head that can be used: {first_line(error)}") from None
     if card.head_sha256 != sha256_of(file):
         raise UserError(
@@ -252,6 +303,13 @@ def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
     if shapes != {"weight": (len(card.classes), width), "bias": (len(card.classes),)}:
         raise UserError(f"{where}: {file} holds {shapes}, not a weight and a bias for {len(card.classes)} classes")
     return card, tensors
+
+
+def _field_told(error: dict[str, Any]) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    return shortened(f"{place}: {error['msg']}" if place else str(error["msg"]))
 
 
 def _with_head(
@@ -295,6 +353,8 @@ def _with_head(
         f"{checksum[:12]} ({loaded.source})",
         f"Give {where}.weights the same file. {again}",
     )
+    same = card.prefix in (None, loaded.prefix)
+    refuse_unless(same, "weights under", f"`{card.prefix}`", f"`{loaded.prefix}`", f"Set {where}.prefix. {again}")
     mean, std = (list(values) for values in statistics(backbone, spec, channels, where))
     refuse_unless([card.mean, card.std] == [mean, std], "mean and std", [card.mean, card.std], [mean, std], again)
     model, kwargs = put_head(backbone, loaded, tensors, spec.model, image_size, where)
@@ -355,3 +415,9 @@ def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Stat
         if len(values) != channels:
             raise UserError(f"{where}.{name}: {len(values)} values for data.channels={channels}")
     return chosen
+
+
+def input_doubt(mean: Sequence[float], std: Sequence[float]) -> str:
+    """What is wrong with statistics that cannot be of pixels in [0, 1]; empty if nothing is."""
+    wrong = max(*mean, *std) > 2
+    return "They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" if wrong else ""

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from . import parallel
-from .build import Run, Taught
+from .build import Run, Taught, gives_embeddings
 from .config import height_and_width
 from .data import seed_everything
 from .distiller import dead_parameters
 from .engine import AUTOCAST
 from .errors import UserError, counted, printable
 from .runlog import duration
-from .teacher_checks import Check, class_names, from_source, shown, teacher_accuracy, teacher_input
+from .teacher_checks import Check, class_names, from_source, shown, teacher_accuracy, teacher_input, unseen_pixels
 from .training import Training
 
 
@@ -91,9 +91,13 @@ def _classes(run: Run) -> list[Check]:
 
 def _teachers_classes(run: Run, of: Taught, told: str) -> Check:
     count = of.teacher.view.shapes.classes
-    if count != len(run.classes):  # methods that compare logits have refused it when they were built
+    if count != len(run.classes) or gives_embeddings(
+        of.spec, count, count
+    ):  # methods that compare logits have refused it when they were built
         label = of.label if of.place != "teacher" else "the teacher"
         others = f"{label}'s {count} classes are others" if count else f"{label} has no classifier"
+        if gives_embeddings(of.spec, count, len(run.classes)):
+            others = f"{label}'s {count} outputs are an embedding, not classes"
         return Check("classes", "ok", f"{told}; {others}, only its features are used")
     return class_names(run, of, f"{told}, {of.label} {count}")
 
@@ -116,11 +120,13 @@ def _inputs(run: Run) -> list[Check]:
     d = run.distiller
     height, width = height_and_width(run.config.data.image_size)
     checks = [Check("student input", "ok", f"{height}x{width}, {shown(d.student_mean, d.student_std)}")]
+    checks += unseen_pixels("student", "data", d.student, (height, width))
     for of in run.taught_by:
         t = of.teacher
         other = ", from the same augmented pixels" if t.size != d.image_size else ""
         told = f"{t.size[0]}x{t.size[1]}{other}, {shown(t.mean, t.std)}"
         checks.append(teacher_input(run, of, told))
+        checks += unseen_pixels(of.label, of.place, t.view.model, t.size)
     return checks
 
 

@@ -303,6 +303,8 @@ def _tell_model(text: str, backbone: Backbone, missing: int, total: int, console
     seen = "x".join(map(str, card["image_size"])) + (" in grey" if card["channels"] == 1 else "")
     name = f"{text}: {card['model']}, sha256 {card['sha256'][:12]}, sees {seen}"
     say(console, f"{name}; {counted(missing, 'fit')} to do, {total - missing} done before")
+    for doubt in backbone.doubts:
+        say(console, f"warn: {text}: {doubt}")
 
 
 def _can_draw(console: Console) -> bool:

@@ -14,20 +14,20 @@ from typing import Any
 import timm
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from . import mixer  # noqa: F401 - adds a name to timm's
 from .config import Model
-from .errors import UserError, first_line, nearest, printable, shortened
+from .errors import UserError, printable, shortened
 from .export import export_student
-from .files import is_file, make_folder
+from .files import make_folder
 from .models import build_model, sha256_of, usual_size
-from .released_keys import BESIDE, EXTRAS, KWARGS, REFUSED, RULES, SIGNS, TIMM
+from .released_keys import EXTRAS, KWARGS, REFUSED, RULES, SIGNS, TIMM
 from .sources import open_source
 from .version import __version__
 from .weights import adapted as through_timm
+from .weights_file import read_file
 
 State = dict[str, Tensor]
 MOST_NAMES = 12  # of each kind, in an error
@@ -59,7 +59,7 @@ def import_student(
         raise UserError(f"--model, --kwargs: {shortened(error.errors()[0]['msg'])}") from None
     if (out / "student.safetensors").exists():
         raise UserError(f"{out} holds a student already; name another folder with --out")
-    found = find_student(read_checkpoint(file), file, ema)
+    found = find_student(read_file(file), file, ema)
     naming = recognise(found.state)
     if naming in REFUSED:
         raise UserError(f"{file} is recognised as {naming} and not imported: {REFUSED[naming]}")
@@ -109,49 +109,6 @@ def import_student(
 
 
 # ---------------------------------------------------------------- the file
-
-
-class _Ignored:
-    """Stands for an object beside the tensors: takes anything, does nothing."""
-
-    def __new__(cls, *args: Any) -> _Ignored:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What a .safetensors or torch file holds. Runs no code from it. Raises `UserError`.
-
-    Objects of `BESIDE` (mmengine's log, numpy's numbers, timm's arguments) become `_Ignored`; their modules are not
-    even imported. A file with any other object is refused.
-    """
-    if not is_file(file):
-        beside = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise UserError(f"no file {file}.{nearest(file.name, beside) if beside else ''}")
-    stand_ins: list[Any] = [
-        type(name, (_Ignored,), {"__module__": module}) for module, names in BESIDE.items() for name in names
-    ]
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with torch.serialization.safe_globals(stand_ins):
-            contents = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip or pickle can raise nearly anything
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
-            raise UserError(
-                f"{file} holds {shortened(named[1])} beside its tensors and is not opened: such objects can run code.\n"
-                "If you trust it, load it in a Python of its own and save its state_dict alone as .safetensors."
-            ) from None
-        raise UserError(f"{file} cannot be read as a checkpoint: {shortened(first_line(error))}") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{file} holds a {type(contents).__name__} and no named tensors")
-    return contents
 
 
 # An entry of averaged weights beside the one of plain weights.

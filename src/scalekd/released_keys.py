@@ -133,15 +133,3 @@ EXTRAS = {
     r"backbone\.norm[0-2]\..*": "norms of earlier maps, which the logits do not pass",
     r"steps": "mmengine's count of averaged steps",
 }
-
-# what a file may hold beside its tensors: module -> names. They are read as objects that do nothing.
-BESIDE = {
-    "mmengine.logging.history_buffer": ["HistoryBuffer"],
-    "numpy": ["ndarray", "dtype"],
-    "numpy.core.multiarray": ["_reconstruct", "scalar"],
-    "numpy._core.multiarray": ["_reconstruct", "scalar"],
-    "builtins": ["getattr"],
-    "__builtin__": ["getattr"],
-    "argparse": ["Namespace"],
-    "pathlib": ["PosixPath"],
-}

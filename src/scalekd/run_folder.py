@@ -77,8 +77,9 @@ def open_folder(folder: Path, config: Section) -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
         inside = list(folder.iterdir()) if folder.exists() else []
-        # a run that was killed at its very beginning leaves such files, or nothing
-        if all(path.name.endswith(".part") or path.name == LOCK for path in inside):
+        heads = {Path(spec.head) for spec in getattr(config, "all_teachers", {}).values() if spec.head}
+        # a run that ended at its very beginning leaves such files, heads that it fitted, or nothing
+        if all(path.name.endswith(".part") or path.name == LOCK or path in heads for path in inside):
             _check_writable(folder)
             return
         recipe = folder / "recipe.yaml"

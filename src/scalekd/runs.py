@@ -22,6 +22,7 @@ from .preflight import preflight
 from .provenance import provenance
 from .report.run import write_run_report
 from .run_folder import Outcome, open_folder, run_into
+from .run_head import fit_heads, with_heads
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
 from .stages import StageView
@@ -52,8 +53,9 @@ def execute(
     """
     if config.assistant is not None:
         raise UserError("a recipe with an assistant is two runs: `scalekd train` makes both")
-    open_folder(folder, config)
+    open_folder(folder, with_heads(config, folder))
     parallel.wait_for_all()  # rank 0 writes into the folder below
+    config = fit_heads(config, folder, device, console)
     run = checked(config, device, console) if check else _built(config, device)
     if teacher_outputs and config.teachers:
         raise UserError("--teacher-outputs goes with one teacher; leave it out")

@@ -6,22 +6,36 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
-from .build import Run, Taught
-from .config import Augment, reads_logits
+from .build import Run, Taught, gives_embeddings, logit_losses
+from .class_order import natural, rows, teachers_order, way_out
+from .config import Augment
 from .data import Images, eval_batches, eval_transform
-from .distiller import default_statistics, interpolation
-from .errors import UserError
-from .methods import METHODS
+from .distiller import Statistics, default_statistics, interpolation
+from .errors import UserError, counted
 from .model_folders import Described, beside
-from .models import HeadCard, Loaded, create, read_head, resolve
-from .wrong_teacher import Sample, by_neighbours, clearly_more, logits_of, other_order, other_statistics, percent
+from .models import HeadCard, Loaded, create, input_doubt, read_head, resolve, trained
+from .stages import input_channels
+from .unseen_pixels import unseen, whole_sizes
+from .wrong_teacher import (
+    Sample,
+    better_features,
+    by_neighbours,
+    clearly_more,
+    features_of,
+    is_order,
+    logits_of,
+    neighbours,
+    other_order,
+    other_statistics,
+    percent,
+)
 
 SAMPLE = 512  # validation images for the teacher's accuracy
 BYTES = 2**28  # for the pixels of a sample
 FEW = 256  # for its features, and for a second look at many classes
 ENOUGH = 100  # images by which features must be clearly better than those of initial values
-NOISE, ALL_NOISE = 0.4, 0.9  # shares of weight matrices without structure; up to 17 % in trained models that were tried
 TIGHT = 10.0  # points: an accuracy known this well and at chance is chance
 
 
@@ -40,19 +54,15 @@ def from_source(role: str, place: str, loaded: Loaded) -> Check:
     unused = loaded.keys["unexpected"]
     told += f"; not used of it: {', '.join(unused[:2])}{', ...' * (len(unused) > 2)}" if unused else ""
     told += f"; {loaded.head}" if loaded.head else ""
-    others = f"These weights were never trained; give others, or {place}.weights=random if you mean it"
-    if loaded.untrained:
-        initial = f"but {loaded.initial:.0%} of the biases and norms are at their initial values"
-        return Check(f"{role} weights", "fail", f"{told}, {initial}", others)
-    told += f"; {loaded.initial:.0%} of the biases and norms at initial values"
-    if loaded.noise is None:
-        return Check(f"{role} weights", "ok", told)
-    told += f", {loaded.noise:.0%} of the weight matrices without structure"
-    if loaded.noise <= NOISE:
-        return Check(f"{role} weights", "ok", told)
-    if loaded.noise < ALL_NOISE or role == "student":
-        return Check(f"{role} weights", "warn", told, "Those were hardly trained, or never loaded")
-    return Check(f"{role} weights", "fail", f"{told}: their entries might as well be shuffled", others)
+    found = trained(loaded)
+    status, fix = found.status, found.meaning
+    if status == "fail" and role == "student" and not loaded.untrained:
+        status = "warn"  # it is trained now
+    elif loaded.untrained:
+        fix += f", or {place}.weights=random if you mean it"
+    elif status == "fail" and place != "backbone":  # only `scalekd train` has that option
+        fix += "; or start with --no-preflight"
+    return Check(f"{role} weights", status, f"{told}; {found.figures}", fix)
 
 
 def _beside_teacher(of: Taught) -> Described | None:
@@ -70,16 +80,21 @@ def class_names(run: Run, of: Taught, told: str) -> Check:
     """Beside those that the teacher's file is told to have, where the numbers are equal."""
     card = _beside_teacher(of)
     theirs = card.classes if card and not of.spec.head else None
-    if theirs is None or len(theirs) != len(run.classes) or theirs == [str(i) for i in range(len(theirs))]:
+    ours, here = list(run.classes), "here"
+    if of.spec.classes is not None:
+        ours, here = teachers_order(of.spec.classes, ours, of.place), f"in {of.place}.classes"
+        told += f", put in the data's order from that {here}"
+    if theirs is None or len(theirs) != len(ours) or theirs == [str(i) for i in range(len(theirs))]:
         return Check("classes", "ok", told)  # the file has no names
-    if theirs == list(run.classes):
+    if theirs == ours:
         return Check("classes", "ok", f"{told}, of the same names in the same order")
-    odd = next(f"{i} is {a} there and {b} here" for i, (a, b) in enumerate(zip(theirs, run.classes)) if a != b)
+    odd = next(f"{i} is {a} there and {b} {here}" for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
     told += f"; what stands beside its weights names others, class {odd}"
-    reading = [name for name in run.config.losses if getattr(METHODS[name], "needs_teacher", True)]
-    logits = [name for name in reading if reads_logits(name)]
-    if logits and set(theirs) == set(run.classes):
-        fix = f"Its classes are in another order, so {', '.join(logits)} would teach the wrong ones; name the folders alike"
+    logits = logit_losses(run.config, of.label)
+    if logits and set(theirs) == set(ours):
+        fix = f"Its classes are in another order, so {', '.join(logits)} would teach the wrong ones; "
+        right = theirs == list(run.classes)
+        fix += f"leave {of.place}.classes out" if right else way_out(theirs, run.classes, of.place)
         return Check("classes", "fail", told, fix)
     return Check("classes", "warn", told, "If they are others, its logits are of no use")
 
@@ -88,26 +103,63 @@ def teacher_input(run: Run, of: Taught, told: str) -> Check:
     """The teacher's input beside what it was made for, as far as that is known."""
     card, augment, name = _beside_teacher(of), run.config.augment, f"{of.label} input"
     ours = of.teacher.mean.flatten().cpu(), of.teacher.std.flatten().cpu()
-    if max(v.max().item() for v in ours) > 2:
-        fix = "They are for pixels in [0, 1]; divide those for pixels up to 255 by 255"
-        return Check(name, "warn", told, fix)
+    if doubt := input_doubt(*(v.tolist() for v in ours)):
+        return Check(name, "warn", told, doubt)
     if fitted := _fitted(of):  # its mean, std and size were compared when it was loaded
         told += _cut_otherwise("its head was fitted", fitted.crop_pct, fitted.interpolation, augment)
-    if card is None and of.spec.weights != "pretrained":
+    stated = _stated(of)
+    if stated is None:
         return Check(name, "ok", told)
-    stated = (card.mean, card.std) if card else default_statistics(of.teacher.view.model)
     if card and of.teacher.size != card.image_size:
         told += f"; made for {card.image_size[0]}x{card.image_size[1]}"
     if card and not fitted:
         told += _cut_otherwise("validated", card.crop_pct, card.interpolation, augment)
-    if all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(ours, stated)):
+    if _as_stated(of):
         return Check(name, "ok", told)
     theirs = shown(*map(torch.tensor, stated))
+    if card is None and of.spec.weights != "pretrained" and _has_the_classes(run, of):
+        return Check(name, "ok", f"{told}; timm says {theirs}")  # its answers will tell which is right
     if card:
         fix = f"Beside its weights stands: {theirs}; set {of.place}.mean and {of.place}.std to that if it is right"
     else:
         fix = f"timm says: {theirs}; leave {of.place}.mean and {of.place}.std out to use it"
     return Check(name, "warn", told, fix)
+
+
+def _stated(of: Taught) -> Statistics | None:
+    """Mean and std that the teacher was made for, as far as anything says so: its card, or timm.
+
+    What timm says of a name counts for timm's own weights, and for a file where the recipe says otherwise.
+    """
+    if card := _beside_teacher(of):
+        return tuple(card.mean), tuple(card.std)
+    in_file = of.spec.weights not in (None, "random", "pretrained")
+    if of.spec.weights == "pretrained" or (in_file and (of.spec.mean or of.spec.std)):
+        return default_statistics(of.teacher.view.model)
+    return None
+
+
+def _as_stated(of: Taught) -> bool:
+    stated = _stated(of)
+    ours = of.teacher.mean.flatten().cpu(), of.teacher.std.flatten().cpu()
+    return stated is not None and all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(ours, stated))
+
+
+def _has_the_classes(run: Run, of: Taught) -> bool:
+    """Whether the teacher's logits can be held against the labels."""
+    count = of.teacher.view.shapes.classes
+    return 1 < len(run.classes) == count and not gives_embeddings(of.spec, count, count)
+
+
+def unseen_pixels(role: str, place: str, model: nn.Module, size: tuple[int, int]) -> list[Check]:
+    """Told where the model has no use for the last rows and columns of its images. place: of the size in the recipe."""
+    left_out = unseen(model, input_channels(model), size)
+    if left_out is None:
+        return []
+    parts = [counted(n, what) for n, what in ((left_out.rows, "row"), (left_out.columns, "column")) if n]
+    told = f"the last {' and '.join(parts)} of {size[0]}x{size[1]} have no effect on it: they fill no patch"
+    below, above = (list(s) if s[0] != s[1] else s[0] for s in whole_sizes(left_out, size))
+    return [Check(f"{role} pixels", "warn", told, f"Set {place}.image_size={below} or {above}")]
 
 
 def _cut_otherwise(done: str, crop_pct: float, interpolation: str, augment: Augment) -> str:
@@ -125,8 +177,7 @@ def teacher_accuracy(run: Run, of: Taught) -> list[Check]:
     """By its logits on a sample, with what may be wrong with it; by its features where its classes are others."""
     if len(run.classes) < 2:
         return []
-    same = of.teacher.view.shapes.classes == len(run.classes)
-    return [_by_logits(run, of)] if same else _by_features(run, of)
+    return [_by_logits(run, of)] if _has_the_classes(run, of) else _by_features(run, of)
 
 
 def _by_logits(run: Run, of: Taught) -> Check:
@@ -151,12 +202,27 @@ def _by_logits(run: Run, of: Taught) -> Check:
         doubt = f"That cannot be told from chance ({chance:.1f} %) on {n} images; if it should be far above, look at weights and class order"
     evidence = None
     if of.spec.weights != "random":
-        evidence = other_order(logits, sample.targets, run.classes)
-        if at_chance and not evidence and n < 8 * classes:  # too few of each class
+        seen, targets = logits, sample.targets
+        order = other_order(seen, targets, run.classes)
+        if at_chance and not order and n < 8 * classes:  # too few of each class
             few = _sample(run, of, FEW, of_few_classes=True)
-            evidence = other_order(logits_of(model, few, *statistics), few.targets, run.classes)
-        evidence = evidence or other_statistics(model, sample, *statistics, logits)
+            seen, targets = logits_of(model, few, *statistics), few.targets
+            order = other_order(seen, targets, run.classes)
+        if order:
+            status: Literal["warn", "fail"] = "fail" if logit_losses(run.config, of.label) else "warn"
+            return Check(f"{of.label} accuracy", status, told, f"{order}. {_right_order(run, of, seen, targets)}")
+        evidence = other_statistics(model, sample, *statistics, logits)
     return Check(f"{of.label} accuracy", "warn" if doubt or evidence else "ok", told, evidence or doubt)
+
+
+def _right_order(run: Run, of: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
+    """What to set, where these logits were found to be in another order than the data's classes."""
+    if of.spec.classes is not None:
+        return f"Is {of.place}.classes right? It is the order of the teacher's classes, first to last"
+    theirs = natural(run.classes)
+    if theirs and is_order(logits, targets, rows(theirs, run.classes)):
+        return f"That is the order of timm's train.py: set {of.place}.classes=natural"
+    return f"Set {of.place}.classes to the names in the teacher's order"
 
 
 def _by_features(run: Run, of: Taught) -> list[Check]:
@@ -165,9 +231,10 @@ def _by_features(run: Run, of: Taught) -> list[Check]:
     if len(sample.targets) < 2:
         return []
     try:
-        found = by_neighbours(of.teacher.view.model, sample, *statistics)
+        features = features_of(of.teacher.view.model, sample, *statistics)
     except (UserError, AttributeError):  # it does not pool, or timm has no such method for it
         return []
+    found = neighbours(features, sample.targets)
     n = len(found)
     told = f"{percent(found)} of {n} validation images are of the class of most of their nearest neighbours in them"
     if own.source == "random":
@@ -180,6 +247,8 @@ def _by_features(run: Run, of: Taught) -> list[Check]:
     if n >= ENOUGH and not clearly_more(found, before):
         fix = "They are not clearly better than those of initial values: are its weights, mean and std right?"
         return [Check(name, "warn", told, fix)]
+    if not _as_stated(of) and (evidence := better_features(of.teacher.view.model, sample, *statistics, features)):
+        return [Check(name, "warn", told, evidence)]
     return [Check(name, "ok", told)]
 
 

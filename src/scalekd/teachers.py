@@ -9,30 +9,34 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UserError, nearest, printable
+from .embeddings import is_embedding
+from .errors import UserError, first_line, nearest, printable
 from .methods import METHODS
 from .models import usual_size
 from .pairs import MODELS
 from .stages import Shapes, StageView
 
-# family -> a small member by timm's name; the others of a family are of the same class
+# family -> pre-trained weights of a small member by timm's name; the others of a family are of the same class
 FAMILIES = {
-    "DINOv2": "vit_small_patch14_dinov2",
-    "DINOv2, registers": "vit_small_patch14_reg4_dinov2",
-    "DINOv3": "vit_small_patch16_dinov3",
-    "SigLIP 2": "vit_base_patch16_siglip_224",
-    "CLIP": "vit_base_patch16_clip_224",
-    "Perception Encoder": "vit_pe_core_tiny_patch16_384",
-    "EVA-02": "eva02_tiny_patch14_224",
-    "BEiTv2": "beitv2_base_patch16_224",
-    "MAE, ViT": "vit_base_patch16_224",
-    "DeiT-III": "deit3_small_patch16_224",
-    "Hiera": "hiera_tiny_224",
-    "MaxViT": "maxvit_tiny_rw_224",
-    "Swin": "swin_tiny_patch4_window7_224",
-    "SwinV2": "swinv2_tiny_window8_256",
-    "ConvNeXt": "convnext_tiny",
-    "EfficientNet": "efficientnet_b0",
+    "DINOv2": "vit_small_patch14_dinov2.lvd142m",
+    "DINOv2, registers": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "DINOv3": "vit_small_patch16_dinov3.lvd1689m",
+    "SigLIP 2": "vit_base_patch16_siglip_224.v2_webli",
+    "CLIP": "vit_base_patch16_clip_224.openai",
+    "CLIP, fine-tuned": "vit_base_patch16_clip_224.openai_ft_in12k_in1k",
+    "Perception Encoder": "vit_pe_core_tiny_patch16_384.fb",
+    "EVA-02": "eva02_tiny_patch14_224.mim_in22k",
+    "BEiTv2": "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+    "MAE": "vit_base_patch16_224.mae",
+    "ViT": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "DeiT-III": "deit3_small_patch16_224.fb_in22k_ft_in1k",
+    "Hiera, MAE": "hiera_tiny_224.mae",
+    "Hiera": "hiera_tiny_224.mae_in1k_ft_in1k",
+    "MaxViT": "maxvit_tiny_rw_224.sw_in1k",
+    "Swin": "swin_tiny_patch4_window7_224.ms_in22k_ft_in1k",
+    "SwinV2": "swinv2_tiny_window8_256.ms_in1k",
+    "ConvNeXt": "convnext_tiny.fb_in22k_ft_in1k",
+    "EfficientNet": "efficientnet_b0.ra_in1k",
 }
 RUN_ON = ["tpp", "scalekd"]
 ON_LOGITS = [name for name, method in METHODS.items() if not getattr(method, "needs_maps", True)]
@@ -45,16 +49,17 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
     """
     view = _view(name)
     shapes, pupil = view.shapes, student or _view(MODELS["ResNet-50"].name).shapes
-    model = view.model
+    model, embedding = view.model, is_embedding(name, shapes.classes)
     return {
         "model": name,
         "class": type(model).__name__,
         "pixels": usual_size(name),
         "maps": [list(shape) for shape in shapes.maps],
         "prefix_tokens": getattr(model, "num_prefix_tokens", 0) if shapes.maps else None,
-        "classes": shapes.classes,
+        "classes": 0 if embedding else shapes.classes,
+        "embedding": shapes.classes if embedding else 0,
         "resumable": shapes.can_resume,
-        "methods": {method: _obstacle(method, pupil, view) for method in METHODS if _has_teacher(method)},
+        "methods": {m: _obstacle(m, pupil, view, embedding) for m in METHODS if _has_teacher(m)},
     }
 
 
@@ -62,8 +67,12 @@ def _view(name: str) -> StageView:
     if not timm.is_model(name):
         known = nearest(name.split(".")[0], timm.list_models())
         raise UserError(f"timm has no model `{printable(name)}`.{known}")
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name).eval()
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise UserError(f"{first_line(error)}{nearest(name, tags)}") from None
     return StageView(model, name=name, image_size=usual_size(name))
 
 
@@ -71,7 +80,9 @@ def _has_teacher(method: str) -> bool:
     return bool(getattr(METHODS[method], "needs_teacher", True))
 
 
-def _obstacle(method: str, student: Shapes, view: StageView) -> str | None:
+def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) -> str | None:
+    if embedding and method in (*ON_LOGITS, "ofa"):
+        return f"its {view.shapes.classes} outputs are an embedding; `scalekd head` fits a classifier for your classes"
     if not view.shapes.classes and method in (*ON_LOGITS, "ofa"):
         return "it has no classifier; `scalekd head` fits one for your classes"
     if view.refusal and method not in ON_LOGITS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import sys
@@ -12,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from .errors import UserError, first_line, nearest, shortened
-from .files import is_file
+from .errors import UserError, shortened
+from .weights_file import as_text, read_file, said_in
 
 State = dict[str, torch.Tensor]
 
@@ -27,25 +25,10 @@ def read_weights(path: Path, where: str) -> State:
     `{"teacher": {"backbone.norm.weight": ...}}` gives `teacher.backbone.norm.weight`. Runs no code from the file.
     Raises `UserError`.
     """
-    if not is_file(path):
-        near = path.parent if len(str(path)) < 4096 and path.parent.is_dir() else None
-        names = [p.name for p in near.iterdir()] if near else []
-        names += ["pretrained", "random"] if path.parent == Path() else []
-        raise UserError(f"{where}.weights: no file {path}.{nearest(path.name, names) if names else ''}")
     try:
-        if path.suffix == ".safetensors":
-            contents: object = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
-                contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip or pickle can raise nearly anything
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{where}.weights: {path} holds more than plain tensors and is not opened: {shortened(code[1])} can "
-                "run code. If you trust it, save its state_dict alone"
-            ) from None
-        raise UserError(f"{where}.weights: {path} cannot be read as weights: {first_line(error)}") from None
-    flat = dict(_named(contents))
+        flat = dict(_named(read_file(path, ("pretrained", "random") if path.parent == Path() else ())))
+    except UserError as error:
+        raise UserError(f"{where}.weights: {error}") from None
     if not flat:
         raise UserError(f"{where}.weights: {path} holds no named tensors")
     return flat
@@ -70,9 +53,9 @@ def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
     """
     if _fits(model, flat):
         return ""
-    parts = [key.split(".")[:-1] for key in flat]
-    counts = Counter(".".join(words[:n]) + "." for words in parts for n in range(1, min(len(words), 5) + 1))
-    large = [prefix for prefix, count in counts.items() if 2 * count >= len(model.state_dict())]
+    wanted = model.state_dict().keys()
+    counts = Counter(start for key in flat for start in _starts(key))
+    large = [prefix for prefix, count in counts.items() if 2 * count >= len(wanted)]
     fitting = [prefix for prefix in large if _fits(model, under(prefix, flat))]
     averaged = [prefix for prefix in fitting if prefix.split(".")[0] in AVERAGED]
     if len(averaged) == 1 and all(p in averaged or p.split(".")[0] in PLAIN for p in fitting):
@@ -82,9 +65,22 @@ def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
             f"{where}.weights: {path} holds several models that fit; choose one: "
             + " or ".join(f"{where}.prefix={shortened(prefix)}" for prefix in fitting[:5])
         )
+    if fitting:
+        return fitting[0]
     # none fits: that with most of the names, so that the error tells what is wrong with it
-    wanted = model.state_dict().keys()
-    return fitting[0] if fitting else max(["", *large], key=lambda p: len(wanted & under(p, flat).keys()))
+    common = Counter(start for key in flat for start in ["", *_starts(key)] if key.removeprefix(start) in wanted)
+    return max(common, key=lambda start: common[start], default="")
+
+
+def _starts(key: str) -> list[str]:
+    """a.b.c: [a., a.b.]; not more than five."""
+    return [key[: dot.end()] for dot in re.finditer(r"\.", key)][:5]
+
+
+def as_prefix(given: str, flat: State) -> str:
+    """What a person gave as a prefix, with the dot at its end if the names in the file have it there."""
+    names = [key for key in flat if key.startswith(given)]
+    return given + "." if given and names and all(key.startswith(given + ".") for key in names) else given
 
 
 def under(prefix: str, flat: State) -> State:
@@ -97,8 +93,11 @@ def _fits(model: nn.Module, read: State) -> bool:
         state = adapted(read, model)
     except Exception:  # timm's filters take other models' files as they come
         return False
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    return wanted == {key: value.shape for key, value in state.items()} or other_classes(model, state) is not None
+    return _shapes(model.state_dict()) == _shapes(state) or other_classes(model, state) is not None
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def grouped(keys: Iterable[str]) -> list[str]:
@@ -117,7 +116,7 @@ def told_briefly(keys: Iterable[str], most: int = 5) -> str:
 def adapted(state: State, model: nn.Module) -> State:
     """Through timm's own filter for the family: other key names, position tables of another size."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is None or {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
+    if adapt is None or _shapes(state) == _shapes(model.state_dict()):
         return state
     with warnings.catch_warnings():  # torch's, on how timm resizes tables of relative positions
         for told in (".*searchsorted", ".*non-tuple sequence"):
@@ -155,27 +154,35 @@ def other_classes(model: nn.Module, state: State) -> int | None:
 
 def load_weights(model: nn.Module, state: State, path: Path, where: str) -> None:
     """Fills every tensor of `model`; nothing may be missing or left over. Raises `UserError`."""
-    wanted = model.state_dict()
-    missing, extra = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
-    if missing or extra or other:
-        matched = len(wanted.keys() & state.keys()) - len(other)
-        raise UserError(
-            f"{where}.weights: {path} does not fit {where}.model and its kwargs: "
-            + "; ".join(
-                part
-                for part in (
-                    f"{matched} of {len(wanted)} tensors matched",
-                    f"{len(missing)} missing ({told_briefly(missing)})" if missing else "",
-                    f"{len(extra)} left over ({told_briefly(extra)})" if extra else "",
-                    _shape_differences(other, wanted, state),
-                )
-                if part
-            )
-            + ".\nGive the model name, kwargs and class count that the weights were made with"
-            + (f", or {where}.prefix, what stands before the model's names in the file." if matched == 0 else ".")
-        )
+    if _shapes(state) != _shapes(model.state_dict()):
+        raise UserError(_misfit(model, state, path, where))
     model.load_state_dict(state)
+
+
+def _misfit(model: nn.Module, state: State, path: Path, where: str) -> str:
+    wanted, head = model.state_dict(), classifier(model).keys()
+    backbone = {name: tensor for name, tensor in wanted.items() if name not in head}
+    if not head & state.keys() and _shapes(backbone) != _shapes(state):
+        wanted = backbone  # a file without a classifier would do: that is not what is wrong with it
+    common = wanted.keys() & state.keys()
+    missing, extra = wanted.keys() - common, state.keys() - common
+    other = [name for name in common if wanted[name].shape != state[name].shape]
+    parts = (
+        f"{len(common) - len(other)} of {len(wanted)} tensors matched",
+        f"{len(missing)} missing ({told_briefly(missing)})" if missing else "",
+        f"{len(extra)} left over ({told_briefly(extra)})" if extra else "",
+        _shape_differences(other, wanted, state),
+    )
+    left_over = bool(extra) and not missing and not other
+    said = said_in(path)
+    lines = [
+        f"{where}.weights: {path} does not fit {where}.model and its kwargs: {'; '.join(filter(None, parts))}.",
+        f"Of its model the file says: {as_text(said)}." if said else "",
+        "Give the model name, kwargs and class count that the weights were made with"
+        + (f", or {where}.prefix, what stands before the model's names in the file." if not common else "."),
+        "If what is left over is no part of the model, as MAE's decoder, save the others alone." if left_over else "",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def _shape_differences(names: list[str], wanted: State, state: State) -> str:

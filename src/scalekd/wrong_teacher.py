@@ -56,12 +56,8 @@ def other_order(logits: Tensor, targets: Tensor, names: Sequence[str]) -> str | 
     The assignment of outputs to classes with most hits is found on half of the images and tried on the other half,
     both ways; so nothing is found in outputs that do not tell classes apart, however many classes there are.
     """
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))  # labels may take turns
-    predicted, targets = logits.argmax(1)[shuffled], targets[shuffled]
-    hits, before = torch.zeros(len(targets), dtype=torch.bool), predicted == targets
-    for half in (0, 1):
-        assigned = dict(_assignment(predicted[1 - half :: 2], targets[1 - half :: 2]))
-        hits[half::2] = torch.tensor([assigned.get(int(p), int(p)) for p in predicted[half::2]]) == targets[half::2]
+    predicted = logits.argmax(1)
+    hits, before = _hits_in_best_order(predicted, targets), predicted == targets
     if not clearly_more(hits, before):
         return None
     moved = [(a, b) for a, b in _assignment(predicted, targets) if a != b and _pairs(predicted, targets, a, b) > 1]
@@ -69,8 +65,26 @@ def other_order(logits: Tensor, targets: Tensor, names: Sequence[str]) -> str | 
     pairs = ", ".join(f"its {names[a]} is {names[b]} here" for a, b in moved[:3])
     return (
         f"With its classes in another order, found on one half of the images, {percent(hits)} of the other half are "
-        f"right, not {percent(before)}: {pairs}{', ...' * (len(moved) > 3)}"
+        f"right, not {percent(before)}: {pairs}{', and more' * (len(moved) > 3)}"
     )
+
+
+def is_order(logits: Tensor, targets: Tensor, rows: Sequence[int]) -> bool:
+    """Whether the outputs are clearly better when put in this order, and not clearly worse than in the best one."""
+    predicted, put = logits.argmax(1), logits[:, list(rows)].argmax(1) == targets
+    best = _hits_in_best_order(predicted, targets)
+    return clearly_more(put, predicted == targets) and not clearly_more(best, put)
+
+
+def _hits_in_best_order(predicted: Tensor, targets: Tensor) -> Tensor:
+    """(N,) bool: which are right when outputs are assigned to classes as is best on the other half of the images."""
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))  # labels may take turns
+    hits = torch.zeros(len(targets), dtype=torch.bool)
+    for half in (0, 1):
+        here, there = shuffled[half::2], shuffled[1 - half :: 2]
+        assigned = dict(_assignment(predicted[there], targets[there]))
+        hits[here] = torch.tensor([assigned.get(int(p), int(p)) for p in predicted[here]]) == targets[here]
+    return hits
 
 
 def _assignment(predicted: Tensor, targets: Tensor) -> list[tuple[int, int]]:
@@ -95,12 +109,11 @@ def other_statistics(model: nn.Module, sample: Sample, mean: Tensor, std: Tensor
     Tried are `KNOWN` and the sample's own on every fourth image, which costs as much again as `logits` did; what has
     the least loss there is then looked at on all images, if it is less than that in use.
     """
-    few, channels = sample.every(4), mean.shape[1]
-    tried: list[tuple[float, str, Tensor, Tensor]] = []
-    for name, statistics in (KNOWN | {"the images' own": _own(sample)}).items():
-        m, s = (_as_input(values, channels).to(mean) for values in statistics)
-        if max((m - mean).abs().max(), (s - std).abs().max()) > 0.02:
-            tried.append((_loss(logits_of(model, few, m, s), few.targets), name, m, s))
+    few = sample.every(4)
+    tried = [
+        (_loss(logits_of(model, few, m, s), few.targets), name, m, s)
+        for name, m, s in _others(KNOWN | {"the images' own": _own(sample)}, mean, std)
+    ]
     least, name, m, s = min(tried, key=lambda entry: entry[0])
     if least >= _loss(logits[::4], few.targets):
         return None
@@ -111,6 +124,14 @@ def other_statistics(model: nn.Module, sample: Sample, mean: Tensor, std: Tensor
         f"With mean {_shown(m)}, std {_shown(s)} ({name}) {percent(after)} are right, not {percent(before)}: was it "
         "trained with another mean and std?"
     )
+
+
+def _others(known: dict[str, Statistics], mean: Tensor, std: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Those that differ from the mean and std in use, shaped as these are."""
+    for name, statistics in known.items():
+        m, s = (_as_input(values, mean.shape[1]).to(mean) for values in statistics)
+        if max((m - mean).abs().max(), (s - std).abs().max()) > 0.02:
+            yield name, m, s
 
 
 def _own(sample: Sample) -> Statistics:
@@ -130,17 +151,48 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
     return loss if loss == loss else torch.inf
 
 
-@torch.inference_mode()
 def by_neighbours(model: nn.Module, sample: Sample, mean: Tensor, std: Tensor) -> Tensor:
+    """`neighbours` of the model's pooled features. Raises `UserError` for a model that does not pool."""
+    return neighbours(features_of(model, sample, mean, std), sample.targets)
+
+
+@torch.inference_mode()
+def features_of(model: nn.Module, sample: Sample, mean: Tensor, std: Tensor) -> Tensor:
+    """(N, D) float32 on the CPU, pooled. Raises `UserError` for a model that does not pool."""
+    return torch.cat([pooled(model, x).float().cpu() for x in _inputs(sample, mean, std)])
+
+
+def neighbours(features: Tensor, targets: Tensor) -> Tensor:
     """(N,) bool: which images are of the class of most of their 10 nearest neighbours among the others, weighted.
 
-    Near in the pooled features, each standardised over the sample. Raises `UserError` for a model that does not pool.
+    features: (N, D), each standardised here over the sample.
     """
-    features = torch.cat([pooled(model, x).float().cpu() for x in _inputs(sample, mean, std)])
     features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
-    classes = int(sample.targets.max()) + 1
-    votes = knn_predict(features, sample.targets, features, k=NEIGHBOURS, classes=classes, leave_one_out=True)
-    return votes.argmax(1) == sample.targets
+    classes = int(targets.max()) + 1
+    votes = knn_predict(features, targets, features, k=NEIGHBOURS, classes=classes, leave_one_out=True)
+    return votes.argmax(1) == targets
+
+
+def better_features(model: nn.Module, sample: Sample, mean: Tensor, std: Tensor, features: Tensor) -> str | None:
+    """Whether `neighbours` is clearly better under another of the `KNOWN` means and stds than for these `features`.
+
+    Tried on half of the images; the best of them, if better there than what is in use, is then looked at on all. So it
+    costs at most three times what `features` did. The images' own are not among them: new images may suit them better
+    than what a right teacher was trained with.
+    """
+    half = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: len(features) // 2]
+    few = Sample(sample.images[half], sample.targets[half])
+    tried = [(int(by_neighbours(model, few, m, s).sum()), name, m, s) for name, m, s in _others(KNOWN, mean, std)]
+    most, name, m, s = max(tried, key=lambda entry: entry[0])
+    if most <= int(neighbours(features[half], few.targets).sum()):
+        return None
+    before, after = neighbours(features, sample.targets), by_neighbours(model, sample, m, s)
+    if not clearly_more(after, before):
+        return None
+    return (
+        f"With mean {_shown(m)}, std {_shown(s)} ({name}) it is {percent(after)}, not {percent(before)}: was it trained "
+        "with another mean and std?"
+    )
 
 
 def _inputs(sample: Sample, mean: Tensor, std: Tensor) -> Iterator[Tensor]:

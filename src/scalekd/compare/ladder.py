@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..config import (
+    FIT,
     Config,
     Section,
     Seed,
@@ -186,6 +187,11 @@ def _not_comparable(found: Iterable[Job]) -> dict[str, str]:
             problems["  - assistant: a comparison is of single runs; name a finished assistant's run as teacher"] = (
                 f"{job.student}, {job.method}: 1 problem"
             )
+        if any(spec.head == FIT for spec in job.config.all_teachers.values()):
+            problems[
+                "  - teacher.head: the runs of a comparison share their teacher; fit its head once with `scalekd head`, "
+                "and name that folder"
+            ] = f"{job.student}, {job.method}: 1 problem"
         kinds.setdefault(any(map(reads_logits, job.config.losses)), job)
     if len(kinds) > 1:
         problems[

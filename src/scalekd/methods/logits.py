@@ -99,11 +99,15 @@ def check_logits(name: str, student: Shapes, teacher: Shapes | None, temperature
     if teacher is None:
         raise ValueError(f"{name} needs a teacher")
     if teacher.classes < 1:
-        raise ValueError(f"{name}: {teacher.model} has no classifier. Use feature methods: scalekd, dfm, cap, fd")
+        raise ValueError(
+            f"{name}: the teacher {teacher.model} has no classifier. Fit one on your labels: `scalekd head`, or "
+            "teacher.head=fit as the run starts; or use feature methods: scalekd, dfm, cap, fd"
+        )
     if student.classes != teacher.classes:
         raise ValueError(
             f"{name}: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
-            "Use a teacher of the same classes, or feature methods: scalekd, dfm, cap, fd"
+            "Use a teacher of the same classes, fit it a classifier for yours (`scalekd head`, or teacher.head=fit), or "
+            "use feature methods: scalekd, dfm, cap, fd"
         )
     if not temperature > 0:
         raise ValueError(f"{name}: temperature is {temperature}; it must be positive")

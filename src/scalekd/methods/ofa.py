@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..stages import Features, Shapes
 from .features import check_features
-from .logits import full_precision
+from .logits import check_logits, full_precision
 from .maps import check_stages, stage_map
 
 
@@ -49,11 +49,7 @@ class OFA(nn.Module):
         super().__init__()
         teacher = check_features(student, teacher, 1.0, "mean")
         check_stages("ofa", stages)
-        if not 0 < student.classes == teacher.classes:
-            raise ValueError(
-                f"ofa: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
-                "Use a teacher of the same classes, or feature methods: scalekd, dfm, cap, fd"
-            )
+        check_logits("ofa", student, teacher)
         if len(epsilon) not in (1, len(stages) + 1) or not all(e > 0 for e in epsilon):
             raise ValueError(
                 f"ofa: epsilon is {list(epsilon)}; give one positive number, or {len(stages) + 1}: "

@@ -11,13 +11,22 @@ from PIL import Image
 from ..errors import UserError, nearest, printable
 from ..images import decode, is_image, read_file
 
+# What names a folder on the command line, for those who have left it out: a recipe's own is a placeholder.
+OPTIONS = {
+    "data.train": " --data names the labelled images: a folder with one sub-folder per class.",
+    "data.val": " --val names some hundred labelled images to validate on: a folder with one sub-folder per class.",
+    "data.unlabelled": " --unlabelled names the images without labels: a folder, at any depth.",
+}
+
 
 class Folder:
     def __init__(self, text: str, key: str):
         root = Path(text).expanduser()
         if not root.is_dir():
             beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-            hint = nearest(root.name, beside) if beside else ""
+            near = nearest(root.name, beside)
+            option = OPTIONS.get(key, "")
+            hint = option if near.startswith(" Valid") and option else near + option
             if root.suffix == ".tar" and root.is_file():
                 hint = f" For an archive of class folders write tar:{text}, for WebDataset shards wds:{text}."
             raise UserError(f"{key}: no folder {text}.{printable(hint)}")

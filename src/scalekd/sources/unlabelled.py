@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError, printable
 from ..images import decode, is_image, read_file
-from .folders import images_below, real
+from .folders import OPTIONS, images_below, real
 from .shards import is_sample_image, shard_paths
 from .tars import Place, index
 
@@ -95,7 +95,7 @@ def loose_files(text: str, key: str) -> Loose:
     """All images below a folder. Raises `UserError`."""
     root = Path(text).expanduser()
     if not root.is_dir():
-        raise UserError(f"{key}: no folder {text}")
+        raise UserError(f"{key}: no folder {text}.{OPTIONS.get(key, '')}")
     files = images_below(root)
     if not files:
         raise UserError(f"{key}: {text} holds no images")
