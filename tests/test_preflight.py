@@ -31,6 +31,7 @@ from scalekd.models import resolve
 from scalekd.preflight import preflight
 from scalekd.sources import FASHION_CLASSES
 from scalekd.unseen_pixels import unseen
+from scalekd.weights import sha256_of
 from scalekd.wrong_teacher import (
     Sample,
     _loss,
@@ -153,6 +154,16 @@ def test_another_order_of_classes_by_its_answers(tmp_path, losses, status):
     assert sum(f"its {FASHION_CLASSES[i]} is {FASHION_CLASSES[TURNED[i]]} here" in told for i in range(10)) == 3
     share = float(told.split("half of the images, ")[1].split(" %")[0])
     assert 86 < share < 98
+
+
+def test_names_beside_the_weights_are_believed_more_than_answers(tmp_path):
+    """As a head on few labels may be: it takes each class for another, and is of these classes all the same."""
+    in_order(tmp_path / "student.safetensors", TURNED)
+    card = json.loads(FILE.with_suffix(".json").read_text())
+    card |= {"sha256": sha256_of(tmp_path / "student.safetensors"), "classes": FASHION_CLASSES}
+    (tmp_path / "student.json").write_text(json.dumps(card))
+    told = line(screen(demo(weights=str(tmp_path / "student.safetensors"))), "teacher accuracy")
+    assert told.split()[0] == "warn" and "Yet its classes have the data's names" in told
 
 
 def test_its_names_put_its_logits_in_our_order(tmp_path):

@@ -209,10 +209,19 @@ def _by_logits(run: Run, of: Taught) -> Check:
             seen, targets = logits_of(model, few, *statistics), few.targets
             order = other_order(seen, targets, run.classes)
         if order:
+            if _names_known(run, of):  # it takes some classes for others: few labels can do that
+                return Check(f"{of.label} accuracy", "warn", told, f"{order}. Yet its classes have the data's names")
             status: Literal["warn", "fail"] = "fail" if logit_losses(run.config, of.label) else "warn"
             return Check(f"{of.label} accuracy", status, told, f"{order}. {_right_order(run, of, seen, targets)}")
         evidence = other_statistics(model, sample, *statistics, logits)
     return Check(f"{of.label} accuracy", "warn" if doubt or evidence else "ok", told, evidence or doubt)
+
+
+def _names_known(run: Run, of: Taught) -> bool:
+    """Whether names beside the weights say that the teacher's classes are in the data's order; a head's always are."""
+    card = _beside_teacher(of)
+    in_order = card is not None and of.spec.classes is None and card.classes == list(run.classes)
+    return of.spec.head is not None or in_order
 
 
 def _right_order(run: Run, of: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
@@ -222,7 +231,7 @@ def _right_order(run: Run, of: Taught, logits: torch.Tensor, targets: torch.Tens
     theirs = natural(run.classes)
     if theirs and is_order(logits, targets, rows(theirs, run.classes)):
         return f"That is the order of timm's train.py: set {of.place}.classes=natural"
-    return f"Set {of.place}.classes to the names in the teacher's order"
+    return f"Set {of.place}.classes to the names in the teacher's order, or start with --no-preflight if they are right"
 
 
 def _by_features(run: Run, of: Taught) -> list[Check]:

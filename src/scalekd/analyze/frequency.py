@@ -31,7 +31,7 @@ from ..distiller import Statistics, default_statistics, interpolation, resized
 from ..errors import UserError, first_line, nearest, shortened
 from ..export import load_student
 from ..files import make_folder, write_text
-from ..models import build_model, usual_size
+from ..models import build_model, trained, usual_size
 from ..shortages import shortages_told
 from ..sources import open_source, pair_of
 from ..stages import StageView
@@ -205,11 +205,9 @@ def _subject(text: str, random: bool) -> Subject:
     except UserError as error:
         told = first_line(error).removeprefix("teacher").lstrip(":. ")
         raise UserError(f"{name}: {told}\nWeights in a file: {name}=FILE. Initial values: --random.") from None
-    if loaded.untrained:
-        raise UserError(
-            f"{text}: {loaded.initial:.0%} of the biases and norms are at their initial values, so these weights were "
-            "never trained; give others, or --random if you mean it"
-        )
+    found = trained(loaded)
+    if found.status == "fail":
+        raise UserError(f"{text}: {found.figures}. {found.meaning}, or --random if you mean it")
     own = resolve_model_data_config(model)
     stats = default_statistics(model)
     return Subject(text, model, loaded.source, loaded.sha256, size, stats, interpolation(model), own["crop_pct"])
