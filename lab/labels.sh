@@ -17,6 +17,15 @@ for seed in 0 1 2; do
             "${data[@]}" --val-limit 1000 --image-size 56 --crop-pct 1.0 --limit $labels --seed $seed --out "$out"
     done
 done
+"$(dirname "$run")/python" - <<'END'
+import json
+from pathlib import Path
+
+# what each head reached on its 1,000 validation images
+heads = {p.parent.name: json.loads(p.read_text())["validation"]["after"] for p in sorted(Path("runs/labels").glob("head-*/head.json"))}
+Path("docs/results/labels").mkdir(exist_ok=True)
+Path("docs/results/labels/heads.json").write_text(json.dumps(heads, indent=2) + "\n")
+END
 "$run" compare lab/labels.yaml --out docs/results/labels --share-teacher
 students=()
 for seed in 0 1 2; do
