@@ -34,3 +34,6 @@ for seed in 0 1 2; do
     students+=("$out")
 done
 "$run" probe "${students[@]}" "${data[@]}" --shots 1,10,100 --draws 5 --out docs/results/labels-none
+for run_folder in "${students[@]}"; do
+    cp "$run_folder/summary.json" "docs/results/labels-none/$(basename "$run_folder").json"
+done
