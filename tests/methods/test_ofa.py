@@ -118,8 +118,15 @@ def test_refusals(pair, options, message):
         OFA(pair.student, pair.teacher, **options)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(5, 6), (0, 0), (0, 5)])
-def test_classes(pair, student, teacher):
+@pytest.mark.parametrize(
+    ("student", "teacher", "told"),
+    [
+        (5, 6, "student has 5 classes and teacher 6"),
+        (0, 0, "the teacher teacher has no classifier"),
+        (0, 5, "student has 0 classes and teacher 5"),
+    ],
+)
+def test_classes(pair, student, teacher, told):
     models = [dataclasses.replace(m, classes=n) for m, n in ((pair.student, student), (pair.teacher, teacher))]
-    with pytest.raises(ValueError, match=f"student has {student} classes and teacher {teacher}"):
+    with pytest.raises(ValueError, match=told):
         OFA(*models)
