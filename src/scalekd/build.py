@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import parallel
 from .class_order import put_in_order
 from .clock import Stopwatch
-from .config import Config, Model, height_and_width, reads_logits
+from .config import Config, Model, height_and_width, reads_logits, reads_teacher
 from .data import (
     Batch,
     Images,
@@ -31,7 +31,6 @@ from .distiller import Distiller, Teacher
 from .embeddings import is_embedding
 from .errors import UserError, printable
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
-from .methods import METHODS
 from .models import Loaded, build_model, read_head, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Key, Mix, TrainSampler
@@ -92,7 +91,7 @@ class Run(Training):
     @property
     def taught_by(self) -> list[Taught]:
         """Its teachers."""
-        places = {name: place_of(self.config, name) for name in self.config.all_teachers}
+        places = {name: self.config.place_of(name) for name in self.config.all_teachers}
         return [
             Taught(places[name], spec, self.distiller.teachers[name], self.loaded[places[name]])
             for name, spec in self.config.all_teachers.items()
@@ -157,7 +156,7 @@ def build(config: Config, device: torch.device) -> Run:
     loaded = {"student": student_loaded}
     teachers, stats = {}, {}
     for name, spec in config.all_teachers.items():
-        where = place_of(config, name)
+        where = config.place_of(name)
         if spec.head:
             _check_head(spec.head, split.classes, where)
         own = None if spec.weights == "pretrained" else classes
@@ -216,19 +215,12 @@ def build(config: Config, device: torch.device) -> Run:
     )
 
 
-def place_of(config: Config, teacher: str) -> str:
-    """Where a recipe describes a teacher: `teacher`, or `teachers.NAME`."""
-    return f"teachers.{teacher}" if teacher in config.teachers else "teacher"
-
-
 def logit_losses(config: Config, teacher: str) -> list[str]:
     """The losses of a recipe that compare this teacher's logits with the student's."""
     return [
         loss
         for loss, options in config.losses.items()
-        if getattr(METHODS[loss], "needs_teacher", True)
-        and reads_logits(loss)
-        and teacher in options.get("teachers", config.all_teachers)
+        if reads_teacher(loss) and reads_logits(loss) and teacher in options.get("teachers", config.all_teachers)
     ]
 
 
@@ -239,7 +231,7 @@ def gives_embeddings(spec: Model, outputs: int, classes: int) -> bool:
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:
-    spec, where, outputs = config.all_teachers[teacher], place_of(config, teacher), getattr(model, "num_classes", 0)
+    spec, where, outputs = config.all_teachers[teacher], config.place_of(teacher), getattr(model, "num_classes", 0)
     losses = logit_losses(config, teacher)
     if losses and gives_embeddings(spec, outputs, classes):
         raise UserError(

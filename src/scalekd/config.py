@@ -307,12 +307,15 @@ class Config(Section):
         """By name; a single one's is `teacher`."""
         return self.teachers if self.teacher is None else {"teacher": self.teacher}
 
+    def place_of(self, teacher: str) -> str:
+        """Where the recipe describes a teacher, by its name in `all_teachers`."""
+        return f"teachers.{teacher}" if teacher in self.teachers else "teacher"
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        from .methods import METHODS
 
         problems = _unlabelled_problems(self)
-        needing = [n for n in self.losses if getattr(METHODS[n], "needs_teacher", True)]
+        needing = [n for n in self.losses if reads_teacher(n)]
         if needing and not self.all_teachers:
             problems.append(
                 f"losses: {', '.join(needing)} need(s) a teacher; add `teacher: {{model: ..., weights: ...}}`"
@@ -322,7 +325,7 @@ class Config(Section):
         problems += _teachers_problems(self, needing)
         problems += _head_problems(self)
         problems += [
-            f"{'teacher' if self.teacher else f'teachers.{name}'}.classes: its head's names are the data's; leave it out"
+            f"{self.place_of(name)}.classes: its head's names are the data's; leave it out"
             for name, spec in self.all_teachers.items()
             if spec.classes is not None and spec.head is not None
         ]
@@ -380,11 +383,11 @@ def _teachers_problems(config: Config, needing: list[str]) -> list[str]:
 def _head_problems(config: Config) -> list[str]:
     if config.data.train is not None:
         return []
-    places = {f"teachers.{name}": spec for name, spec in config.teachers.items()} | {"teacher": config.teacher}
     return [
-        f"{place}.head: {FIT} needs labelled images, a data.train; name some, or the folder of a head (`scalekd head`)"
-        for place, spec in places.items()
-        if spec is not None and spec.head == FIT
+        f"{config.place_of(name)}.head: {FIT} needs labelled images, a data.train; name some, or the folder of a head "
+        "(`scalekd head`)"
+        for name, spec in config.all_teachers.items()
+        if spec.head == FIT
     ]
 
 
@@ -494,6 +497,12 @@ def _changed(section: Section, field: str) -> bool:
     return getattr(section, field) != type(section).model_fields[field].default
 
 
+def reads_teacher(loss: str) -> bool:
+    from .methods import METHODS
+
+    return getattr(METHODS[loss], "needs_teacher", True)
+
+
 def reads_logits(loss: str) -> bool:
     """Whether a loss of a recipe reads the student's logits."""
     from .methods import METHODS
@@ -561,20 +570,25 @@ class Shelf(NamedTuple):
 DISTILLATION = Shelf("recipes", "scalekd recipes")
 
 
+def shipped(folder: str) -> dict[str, Any]:
+    """The YAML files of a folder of the package, by name without the ending, in order."""
+    files = {p.name.removesuffix(".yaml"): p for p in (resources.files("scalekd") / folder).iterdir()}
+    return {name: files[name] for name in sorted(files) if files[name].name.endswith(".yaml")}
+
+
 def recipe_names(shelf: Shelf = DISTILLATION) -> list[str]:
-    files = (resources.files("scalekd") / shelf.folder).iterdir()
-    return sorted(p.name.removesuffix(".yaml") for p in files if p.name.endswith(".yaml"))
+    return list(shipped(shelf.folder))
 
 
 def recipe_text(recipe: str, shelf: Shelf = DISTILLATION) -> str:
     """The YAML of a shipped recipe's name or of a file."""
-    names = recipe_names(shelf)
-    if recipe in names:
-        return (resources.files("scalekd") / shelf.folder / f"{recipe}.yaml").read_text()
+    files = shipped(shelf.folder)
+    if recipe in files:
+        return files[recipe].read_text()
     path = Path(recipe)
     if not is_file(path):
         raise UserError(
-            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, names)} "
+            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, files)} "
             f"`{shelf.command}` lists them."
         )
     try:

@@ -25,7 +25,7 @@ from torchvision import transforms as T
 
 from .config import Augment, Data, height_and_width
 from .errors import UserError, printable
-from .images import Bad, BadImage, BadImages, in_mode
+from .images import Bad, BadImage, BadImages, of_channels
 from .samplers import EvalSampler, Key, TrainSampler, seed_from
 from .sources import UNLABELLED, Joined, Source, WithoutLabels, open_source, open_unlabelled
 from .stop import leave_signals_to_parent
@@ -165,7 +165,7 @@ def eval_transform(data: Data, augment: Augment) -> Transform:
 
 
 def _convert(channels: int) -> Transform:
-    return T.Lambda(partial(in_mode, "L" if channels == 1 else "RGB"))
+    return T.Lambda(partial(of_channels, channels))
 
 
 class _Erase:

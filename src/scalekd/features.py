@@ -131,7 +131,7 @@ def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) 
         raise UserError(f"{told}\nWeights in a file: {name}=FILE") from None
     found = trained(loaded)
     if found.status == "fail":
-        raise UserError(f"{found.figures}. {found.meaning}")
+        raise UserError(found.told)
     mean, std = default_statistics(model)
     card = {
         "model": name,
@@ -145,7 +145,7 @@ def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) 
         "interpolation": interpolation(model),
         "crop_pct": sensible_crop(resolve_model_data_config(model)["crop_pct"]),
     }
-    return Backbone(model, card, device, [f"{found.figures}. {found.meaning}"] if found.meaning else [])
+    return Backbone(model, card, device, [found.told] if found.meaning else [])
 
 
 # ---------------------------------------------------------------- features, computed once

@@ -178,7 +178,7 @@ def _refuse_untrained(loaded: Loaded, where: str) -> str:
     if loaded.source == "random":
         raise UserError(f"{where}.weights: a head on initial values would know nothing; name a file, or pretrained")
     found = trained(loaded)
-    told = f"{loaded.source}: {found.figures}. {found.meaning}"
+    told = f"{loaded.source}: {found.told}"
     if found.status == "fail":
         raise UserError(f"{where}.weights: {told}")
     return told if found.status == "warn" else ""

@@ -235,8 +235,8 @@ def _what_it_is(file: Path, role: str) -> str:
 
 def _weights_alone(file: Path, role: str) -> str:
     """How to name a model by a file of weights; with what train.py wrote in it or beside it, if it did."""
-    place = next((place for place in (file, file.parent / "args.yaml") if said_in(place)), file)
-    said = said_in(place)
+    found = ((place, said_in(place)) for place in (file, file.parent / "args.yaml"))
+    place, said = next((of_place for of_place in found if of_place[1]), (file, {}))
     told = f"By {place.name}: {as_text(said)}. " if said else ""
     return f"{told}Set the model by timm's name and the file as its weights: {as_overrides(said, file, role)}"
 

@@ -73,6 +73,10 @@ class Trained(NamedTuple):
     figures: str
     meaning: str = ""  # with the way out
 
+    @property
+    def told(self) -> str:
+        return f"{self.figures}. {self.meaning}"
+
 
 def trained(loaded: Loaded) -> Trained:
     """`fail`: biases and norms at initial values, or matrices without structure that no card of a run speaks for.

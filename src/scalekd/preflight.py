@@ -91,12 +91,11 @@ def _classes(run: Run) -> list[Check]:
 
 def _teachers_classes(run: Run, of: Taught, told: str) -> Check:
     count = of.teacher.view.shapes.classes
-    if count != len(run.classes) or gives_embeddings(
-        of.spec, count, count
-    ):  # methods that compare logits have refused it when they were built
+    embedding = gives_embeddings(of.spec, count, len(run.classes))
+    if embedding or count != len(run.classes):  # methods that compare logits have refused it when they were built
         label = of.label if of.place != "teacher" else "the teacher"
         others = f"{label}'s {count} classes are others" if count else f"{label} has no classifier"
-        if gives_embeddings(of.spec, count, len(run.classes)):
+        if embedding:
             others = f"{label}'s {count} outputs are an embedding, not classes"
         return Check("classes", "ok", f"{told}; {others}, only its features are used")
     return class_names(run, of, f"{told}, {of.label} {count}")

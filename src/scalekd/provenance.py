@@ -30,6 +30,13 @@ def provenance(run: Training) -> dict[str, Any]:
     }
 
 
+def made_by(made: dict[str, Any]) -> dict[str, str]:
+    """For people: the rows of a report that tell what made a run, of its provenance."""
+    named = ", ".join(f"{key} {made[key]}" for key in ("scalekd", "torch", "timm") if key in made)
+    rows = {"machine": made.get("machine"), "versions": named, "command": made.get("command")}
+    return {row: str(told) for row, told in rows.items() if told}
+
+
 def versions() -> dict[str, str]:
     import timm
     import torchvision

@@ -47,9 +47,8 @@ def fit_heads(config: Config, folder: Path, device: torch.device, console: Conso
         with in_use(folder), shortages_told(device, "Try a smaller teacher.image_size, or --device cpu."):
             for name, spec in config.all_teachers.items():
                 if spec.head == FIT:
-                    where = f"teachers.{name}" if name in config.teachers else "teacher"
                     out = Path(str(found.all_teachers[name].head))
-                    _fit(config, spec, where, out, device, console, cache)
+                    _fit(config, spec, config.place_of(name), out, device, console, cache)
     parallel.from_first(None)  # gloo waits for half an hour, NCCL's own barrier for ten minutes
     return found
 

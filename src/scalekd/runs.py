@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, parallel
-from .build import Run, build, place_of
+from .build import Run, build
 from .config import Augment, Config, Data, Model, height_and_width
 from .data import Images, eval_batches, eval_transform, same_classes
 from .errors import UserError, counted, first_line, printable
@@ -19,7 +19,7 @@ from .export import create_student, export_onnx, export_student, load_student, r
 from .memory import keep_freed_memory
 from .models import Loaded
 from .preflight import preflight
-from .provenance import provenance
+from .provenance import made_by, provenance
 from .report.run import write_run_report
 from .run_folder import Outcome, open_folder, run_into
 from .run_head import fit_heads, with_heads
@@ -29,7 +29,6 @@ from .stages import StageView
 from .stop import StopRequest
 from .teacher_outputs import TeacherOutputs, outputs_name
 from .trackers import check_trackers
-from .version import __version__
 
 
 def execute(
@@ -127,14 +126,11 @@ def facts(run: Run) -> dict[str, str]:
         "student": _model_fact(run.distiller.student_view, config.student, run.loaded["student"]),
     }
     for name, spec in config.all_teachers.items():
-        place = place_of(config, name)
+        place = config.place_of(name)
         told[place] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[place])
-    made = provenance(run)
     return told | {
         "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
-        "machine": made["machine"],
-        "versions": f"scalekd {__version__}, torch {made['torch']}, timm {made['timm']}",
-        "command": made["command"],
+        **made_by(provenance(run)),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .config import reads_teacher
 from .embeddings import is_embedding
 from .errors import UserError, first_line, nearest, printable
 from .methods import METHODS
@@ -59,7 +60,7 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
         "classes": 0 if embedding else shapes.classes,
         "embedding": shapes.classes if embedding else 0,
         "resumable": shapes.can_resume,
-        "methods": {m: _obstacle(m, pupil, view, embedding) for m in METHODS if _has_teacher(m)},
+        "methods": {m: _obstacle(m, pupil, view, embedding) for m in METHODS if reads_teacher(m)},
     }
 
 
@@ -74,10 +75,6 @@ def _view(name: str) -> StageView:
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise UserError(f"{first_line(error)}{nearest(name, tags)}") from None
     return StageView(model, name=name, image_size=usual_size(name))
-
-
-def _has_teacher(method: str) -> bool:
-    return bool(getattr(METHODS[method], "needs_teacher", True))
 
 
 def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) -> str | None:

@@ -207,7 +207,7 @@ def _subject(text: str, random: bool) -> Subject:
         raise UserError(f"{name}: {told}\nWeights in a file: {name}=FILE. Initial values: --random.") from None
     found = trained(loaded)
     if found.status == "fail":
-        raise UserError(f"{text}: {found.figures}. {found.meaning}, or --random if you mean it")
+        raise UserError(f"{text}: {found.told}, or --random if you mean it")
     own = resolve_model_data_config(model)
     stats = default_statistics(model)
     return Subject(text, model, loaded.source, loaded.sha256, size, stats, interpolation(model), own["crop_pct"])

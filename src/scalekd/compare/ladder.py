@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +23,13 @@ from ..config import (
     recipe_names,
     recipe_text,
     recipe_values,
+    shipped,
 )
 from ..errors import UserError, nearest
 from ..files import is_file
 from ..yaml_file import parse_yaml
 
-LADDERS = resources.files("scalekd") / "ladders"
+LADDERS = "ladders"
 Label = Annotated[str, Field(pattern=r"^[\w(][\w .+,()=&/-]*$", max_length=60)]
 
 
@@ -98,17 +98,18 @@ def plain(label: str) -> str:
 
 
 def ladder_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in LADDERS.iterdir() if p.name.endswith(".yaml"))
+    return list(shipped(LADDERS))
 
 
 def ladder_text(ladder: str) -> str:
     """The YAML of a shipped ladder's name or of a file. Raises `UserError`."""
-    if ladder in ladder_names():
-        return (LADDERS / f"{ladder}.yaml").read_text()
+    files = shipped(LADDERS)
+    if ladder in files:
+        return files[ladder].read_text()
     if not is_file(Path(ladder)):
         raise UserError(
-            f"no ladder `{ladder}`: neither a file nor a shipped one.{nearest(ladder, ladder_names())} "
-            f"Shipped: {', '.join(ladder_names())}."
+            f"no ladder `{ladder}`: neither a file nor a shipped one.{nearest(ladder, files)} "
+            f"Shipped: {', '.join(files)}."
         )
     return recipe_text(ladder)
 

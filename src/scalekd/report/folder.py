@@ -20,6 +20,7 @@ from ..config import Config, check_config
 from ..errors import UserError, counted, first_line
 from ..export import create_student, load_student, read_card
 from ..files import is_file
+from ..provenance import made_by
 from ..runlog import read_log
 from ..sources import pair_of
 from ..stages import StageView
@@ -110,9 +111,7 @@ class RunFolder:
         if unit := next((unit for unit in ("epoch", "iteration") if f"{unit}s" in train), None):
             budget = [counted(train[f"{unit}s"], unit), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
             told["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
-        versions = ", ".join(f"{key} {self.made[key]}" for key in ("scalekd", "torch", "timm") if key in self.made)
-        more = {"machine": self.made.get("machine"), "versions": versions, "command": self.made.get("command")}
-        return told | {key: str(value) for key, value in more.items() if value}
+        return told | made_by(self.made)
 
 
 def read_run(folder: Path) -> RunFolder:

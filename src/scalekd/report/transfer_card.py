@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..markdown import table_row
 from ..svg import finite
 from .card import OURS, classes_line, facts_list, front, marked, model_index
 from .folder import RunFolder
@@ -36,7 +37,7 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
         f"```python\n{load_lines(task, here, len(folder.card['mean']))}\n```",
         GIVES[task],
         "## Results",
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        "\n".join(map(table_row, table)),
         "In %, on all validation images; `report.html` has them by class.",
         "## Training",
         facts_list(facts),

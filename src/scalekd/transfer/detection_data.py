@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..data import checked, loader, seed_everything
 from ..errors import UserError, printable
-from ..images import Bad, BadImage, BadImages, decode
+from ..images import Bad, BadImage, BadImages, decode, of_channels
 from ..samplers import EvalSampler, Key
 from .coco import Coco, Instance, Picture
 from .coco_masks import mask_of
@@ -105,7 +105,7 @@ class DetectionImages(Dataset):
         return DetectionBatch([], [], skipped)
 
     def _item(self, image: Image.Image, picture: Picture) -> tuple[Tensor, Target]:
-        pixels = TF.pil_to_tensor(image.convert("L" if self.scales.channels == 1 else "RGB"))
+        pixels = TF.pil_to_tensor(of_channels(self.scales.channels, image))
         if self.seed is None:
             return pixels, {}
         target = _target(picture)

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..errors import UserError, counted, printable
 from ..files import write_text
+from ..images import of_channels
 from .deploy import load
 from .detection_eval import Found, found
 from .overlay import overlay
@@ -177,7 +178,7 @@ def classes_in(model: nn.Module, image: Image.Image, card: dict[str, Any], how: 
 
 
 def _pixels(image: Image.Image, channels: int) -> Tensor:
-    return TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    return TF.pil_to_tensor(of_channels(channels, image))
 
 
 def _progress(images: Images, console: Console) -> Any:

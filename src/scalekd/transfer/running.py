@@ -29,7 +29,7 @@ def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimize
     optim = config.optim
     groups = layer_groups(backbone, model.parameters(), optim.lr, optim.weight_decay, optim.stage_decay)
     lowest, schedule = min(group["lr"] for group in groups), config.schedule
-    warms_up = (schedule.model_dump().get("warmup_epochs") or 0) or schedule.model_dump().get("warmup_iterations")
+    warms_up = getattr(schedule, "warmup_epochs", 0) or getattr(schedule, "warmup_iterations", 0)
     for name, rate in (("warmup_lr", schedule.warmup_lr if warms_up else 0.0), ("min_lr", schedule.min_lr)):
         if rate > lowest:
             raise UserError(

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..data import Batch, Statistic, checked, loader, seed_everything
 from ..errors import UserError, printable
-from ..images import Bad, BadImage, BadImages
+from ..images import Bad, BadImage, BadImages, of_channels
 from ..samplers import EvalSampler, Key
 from .segment_pairs import IGNORED, Mask, Pairs
 
@@ -68,7 +68,7 @@ def whole_image(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
 
 
 def _tensors(image: Image.Image, mask: Mask, channels: int) -> Pair:
-    return TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB")), torch.from_numpy(mask)
+    return TF.pil_to_tensor(of_channels(channels, image)), torch.from_numpy(mask)
 
 
 def evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from .. import parallel
 from ..errors import counted
 from ..memory import keep_freed_memory
 from ..preflight import finish
-from ..provenance import provenance
+from ..provenance import made_by, provenance
 from ..report.run import write_run_report
 from ..run_folder import Outcome, open_folder, run_into
 from ..shortages import shortages_told
@@ -90,7 +90,7 @@ def _finish(run: Any, folder: Path, summary: dict[str, Any]) -> None:
 
 def facts(run: Any) -> dict[str, str]:
     """For the report: what was trained, on what, for how long."""
-    config, loaded, made = run.config, run.loaded["backbone"], provenance(run)
+    config, loaded = run.config, run.loaded["backbone"]
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
     epochs = counted(run.epochs(run.total_steps), "epoch")
     return {
@@ -99,7 +99,5 @@ def facts(run: Any) -> dict[str, str]:
         "backbone": f"{config.backbone.model}, weights: {loaded.source}",
         "budget": f"{epochs}, {counted(run.total_steps, 'step')}, batch {config.train.batch_size}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, stage decay {config.optim.stage_decay:g}, seed {config.seed}",
-        "machine": made["machine"],
-        "versions": f"scalekd {made['scalekd']}, torch {made['torch']}, timm {made['timm']}",
-        "command": made["command"],
+        **made_by(provenance(run)),
     }
