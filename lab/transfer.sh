@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE=1
 demo=${DEMO:-runs/demo-5-seeds}
 test -f "$demo/summary.json" || "$run" demo --seeds 5 --out "$demo"
 test -f runs/transfer/scenes/scenes.json || "$python" -m scalekd.transfer.scenes runs/transfer/scenes \
-    --train 400 --val 100 --size 64 --background textured
+    --train 800 --val 200 --size 96 --items 2 4 --scales 0.75 1 1.5
 for seed in 0 1 2; do
     for task in segment detect; do
         for start in distilled supervised scratch; do

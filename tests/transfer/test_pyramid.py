@@ -52,6 +52,30 @@ def test_a_cnn_gives_its_own_stages():
         assert torch.equal(ours, theirs)
 
 
+def test_a_cnn_with_dilated_stages_gives_its_own_maps_and_pools_the_coarser_ones():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", output_stride=8).eval()
+    x = torch.randn(1, 3, 50, 72)
+    raw = model.forward_intermediates(F.pad(x, (0, 0, 0, 6)), intermediates_only=True)  # strides 2, 4, 8, 8, 8
+    pyramid = Pyramid(model, (64, 64)).eval()
+    maps = pyramid(x)
+    assert pyramid.channels == [m.shape[1] for m in maps] == [64, 512, 512, 512]
+    assert grids(maps) == [(13, 18), (7, 9), (4, 5), (2, 3)]
+    assert torch.equal(maps[0], raw[1][..., :13, :18]) and torch.equal(maps[1], raw[4])
+    assert torch.equal(maps[2], F.max_pool2d(raw[4], 2, ceil_mode=True))
+    assert torch.equal(maps[3], F.max_pool2d(raw[4], 4, ceil_mode=True))
+    torch.stack([m.sum() for m in pyramid.train()(x)]).sum().backward()
+    assert all(p.grad is not None for p in pyramid.parameters())
+
+
+def test_a_vit_of_patch_4_is_pooled_from_its_last_map():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, **any_size_kwargs("test_vit"))
+    pyramid = Pyramid(model.eval(), (32, 32)).eval()
+    maps = pyramid(torch.randn(1, 3, 32, 40))
+    assert grids(maps) == [(8, 10), (4, 5), (2, 3), (1, 2)] and pyramid.channels == [192] * 4
+    assert torch.equal(maps[1], F.max_pool2d(maps[0], 2, ceil_mode=True))
+
+
 def test_the_maps_of_a_model_without_batch_norm_are_normalised():
     model = timm.create_model("test_convnext").eval()
     x = torch.randn(1, 3, 64, 64)

@@ -49,6 +49,8 @@ class Pyramid(nn.Module):
     """x `(B, C, H, W)`, normalised, to four maps `(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`.
 
     - A model that has maps of all four strides (CNN, Swin, ConvNeXt) gives its own, the last of each stride.
+    - One whose stages are dilated ends at stride 8 or 16 (a CNN with `output_stride`): it gives its own as far as they
+      go, and the coarser ones are the last, max pooled.
     - Any other (ViT, Mixer) gets the simple feature pyramid of ViTDet from its last map: `SimplePyramid`.
 
     Maps of a model without batch norm come from a residual stream that nothing has normalised; each gets a layer norm
@@ -66,8 +68,10 @@ class Pyramid(nn.Module):
     def __init__(self, model: nn.Module, image_size: Size):
         super().__init__()
         reductions = _reductions(model)
-        self.own = set(STRIDES) <= set(reductions)
-        wanted = STRIDES if self.own else reductions[-1:]
+        finest = [stride for stride in STRIDES if stride in reductions]
+        # its own maps, if they begin with the finest and end with its last
+        self.own = finest == [*STRIDES[: len(finest)]] and reductions[-1:] == finest[-1:]
+        wanted = finest if self.own else reductions[-1:]
         self.indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in wanted]
         self.unit = wanted[-1]
         self.canvas: Size | None = None
@@ -89,7 +93,10 @@ class Pyramid(nn.Module):
         widths = [shape[1] for shape in shapes]
         self.norms = nn.ModuleList(nn.Identity() if normed else LayerNorm2d(width) for width in widths)
         self.simple = None if self.own else SimplePyramid(widths[0], self.unit)
-        self.channels: list[int] = widths if self.simple is None else self.simple.channels
+        self.pooled = STRIDES[len(wanted) :] if self.own else ()
+        self.channels: list[int] = (
+            widths + [widths[-1]] * len(self.pooled) if self.simple is None else self.simple.channels
+        )
         self.strides: list[int] = list(STRIDES)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -99,6 +106,7 @@ class Pyramid(nn.Module):
         maps = [norm(m) for norm, m in zip(self.norms, maps)]
         if self.simple is not None:
             maps = self.simple(maps[0])
+        maps += [F.max_pool2d(maps[-1], stride // self.unit, ceil_mode=True) for stride in self.pooled]
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides)]
 
     def _padded(self, x: Tensor) -> Tensor:
