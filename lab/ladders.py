@@ -55,6 +55,13 @@ OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
     "OFA": {"ofa": {}},
 }
 
+FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
+    "shared": {"shared": True},
+    "separable, shared": {"tokens": "separable", "shared": True},
+    "reduced, shared": {"tokens": "reduced", "shared": True},
+    "reduced, shared, narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
+}
+
 STUDENTS: dict[str, Any] = {
     "CNN": {},
     "MLP": {
@@ -168,6 +175,17 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
             "name": "ladder",
             "title": "The paper's ladder (Tables 1 and 9)",
             "methods": {"no teacher": NO_TEACHER} | ladder | {"KD": best_kd, "ScaleKD with KD": with_kd},
+        },
+        shared
+        | {
+            "name": "forms",
+            "title": "Cheaper forms of ScaleKD's projectors beside the published one",
+            "methods": {"published": ladder["DFM + TPP"]}
+            | {
+                label: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
+                for label, options in FORMS.items()
+            },
+            "baseline": "published",
         },
         shared
         | {
