@@ -6,6 +6,9 @@ The floor: the teacher's forward pass without gradients, the student's forward a
 and the optimiser's step, on the plain timm models. All steps share one student and one teacher with initial weights,
 see the same random pixels, and have a learning rate of 0. `literal` is benchmarks/literal.py in place of `scalekd`; those
 after it are `scalekd` with options that make it cheaper than the published form.
+
+`--compile` puts both sides through torch.compile: the floor's models, and the steps as `train.compile` does. The JSON then has
+the graph breaks and how far each step's losses and gradients are from the plain ones. Memory is told on a GPU only.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from scalekd import Distiller
+from scalekd.compiled import compile_step
 
 
 class Pair(NamedTuple):
@@ -99,19 +103,52 @@ def make_step(
     return step
 
 
-def measure(pair: Pair, names: list[str], device: torch.device, rounds: int, half: bool) -> dict[str, Any]:
+def differences(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> dict[str, float]:
+    """Compiles the step, and tells how far it is from the plain one: the largest of a loss relative to itself, and of a
+    gradient's value relative to the largest of all."""
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compile_step(distiller, len(pixels))
+        torch.manual_seed(0)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+            losses = distiller.train()(pixels, targets)
+        losses["total"].backward()
+        gradients = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])
+        found.append((torch.stack(list(losses.values())).detach(), gradients))
+        distiller.zero_grad()
+    (plain, slopes), (of_compiled, their_slopes) = found
+    return {
+        "losses": ((of_compiled - plain).abs() / plain.abs()).max().item(),
+        "gradients": ((their_slopes - slopes).abs().max() / slopes.abs().max()).item(),
+    }
+
+
+def measure(
+    pair: Pair, names: list[str], device: torch.device, rounds: int, half: bool, compiled: bool = False
+) -> dict[str, Any]:
     """Seconds, ratios and memory of the floor and of the named methods."""
+    if compiled:
+        torch._dynamo.config.recompile_limit = 2 * len(losses_of(pair.heads))  # each step is one of the same function
     student = timm.create_model(pair.student, **pair.student_kwargs).to(device)
     teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs).to(device).eval().requires_grad_(False)
     pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
     targets = torch.randint(student.num_classes, (pair.batch,), device=device)
 
-    def floor() -> Tensor:
-        with torch.no_grad():
-            teacher(pixels)
+    def alone(pixels: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(student(pixels), targets)
 
-    steps, memory = {}, {}
+    look: Callable[..., Tensor] = torch.compile(teacher, dynamic=False) if compiled else teacher
+    learn: Callable[..., Tensor] = torch.compile(alone, dynamic=False) if compiled else alone
+
+    def floor() -> Tensor:
+        with torch.no_grad():
+            look(pixels)
+        return learn(pixels, targets)
+
+    steps: dict[str, Callable[[], None]] = {}
+    memory: dict[str, dict[str, float]] = {}
+    apart: dict[str, dict[str, float]] = {}
     losses = losses_of(pair.heads)
     for name in ["floor", *names]:
         trained: nn.Module = student
@@ -119,9 +156,13 @@ def measure(pair: Pair, names: list[str], device: torch.device, rounds: int, hal
         if name != "floor":
             trained = Distiller(student, teacher, losses[name], image_size=(pair.size, pair.size)).to(device)
             forward = partial(lambda distiller: distiller(pixels, targets)["total"], trained)
+            if compiled:
+                apart[name] = differences(trained, pixels, targets, half)
         optimizer = create_optimizer_v2(trained.parameters(), opt=pair.optimizer, lr=0.0, weight_decay=1e-4)
         steps[name] = make_step(trained, forward, optimizer, device, half)
         steps[name]()
+        if compiled and device.type == "cpu":
+            continue  # what compiled code keeps for the backward pass is not what autograd's hooks see
         memory[name] = memory_mb(
             steps[name],
             [*trained.parameters(), *trained.buffers()],
@@ -134,8 +175,9 @@ def measure(pair: Pair, names: list[str], device: torch.device, rounds: int, hal
     for other in ("floor", "fd", "literal"):
         if other in seconds:
             found[f"vs {other}"] = {name: ratio(values, seconds[other]) for name, values in seconds.items()}
-    found["memory_mb"] = memory
-    return found
+    if compiled:
+        found |= {"graph_breaks": dict(torch._dynamo.utils.counters["graph_break"]), "differences": apart}
+    return found | ({"memory_mb": memory} if memory else {})
 
 
 def _plain(pair: Pair) -> dict[str, Any]:
@@ -148,18 +190,21 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     columns = ["step", "seconds", "vs floor"]
-    columns += (
-        [c for c in ("vs fd", "vs literal") if c in found] + ["memory MB"] + ["memory vs fd"] * ("vs fd" in found)
-    )
+    columns += [c for c in ("vs fd", "vs literal") if c in found]
+    memory = found.get("memory_mb")
+    if memory:
+        columns += ["memory MB"] + ["memory vs fd"] * ("vs fd" in found)
     rows = []
     for name, seconds in found["seconds"].items():
-        mb = found["memory_mb"][name]["total"]
         row = [name, told(seconds, 3)]
         row += [told(found[c][name]) for c in ("vs floor", "vs fd", "vs literal") if c in found]
-        row += [f"{mb:.0f}"] + [f"{mb / found['memory_mb']['fd']['total']:.2f}"] * ("vs fd" in found)
+        if memory:
+            mb = memory[name]["total"]
+            row += [f"{mb:.0f}"] + [f"{mb / memory['fd']['total']:.2f}"] * ("vs fd" in found)
         rows.append(row)
     p = found["pair"]
     title = f"{p['teacher']} -> {p['student']}, {p['size']} pixels, batch {p['batch']}, {found['precision']}, {p['optimizer']}"
+    title += ", compiled" * found.get("compile", False)
     return [title, "", *table(columns, rows), "", f"{found['machine']}; {found['rounds']} rounds; medians (quartiles)."]
 
 
@@ -169,13 +214,15 @@ def main() -> None:
     args_parser.add_argument("--batch", type=int)
     args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), default=names)
+    args_parser.add_argument("--compile", action="store_true", help="both sides through torch.compile")
     args = args_parser.parse_args()
     device = prepare(args)
     pair = PAIRS[args.pair]
     pair = pair._replace(batch=args.batch or pair.batch)
     found = about(device) | {"pair": _plain(pair), "precision": args.precision, "rounds": args.rounds}
-    found |= measure(pair, args.steps, device, args.rounds, args.precision == "bf16")
-    write(args.out, f"steps-{args.pair}", found, lines_of(found))
+    found |= {"compile": args.compile}
+    found |= measure(pair, args.steps, device, args.rounds, args.precision == "bf16", args.compile)
+    write(args.out, f"steps-{args.pair}" + "-compile" * args.compile, found, lines_of(found))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from whole_runs import changed
 from scalekd.chain import _finished, rehearse
 from scalekd.config import assistant_of, check_config, load_recipe, to_yaml
 from scalekd.errors import UserError
-from scalekd.models import sha256_of
 from scalekd.run_head import with_heads
 from scalekd.runs import execute
+from scalekd.weights import sha256_of
 
 
 @pytest.fixture

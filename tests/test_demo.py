@@ -15,7 +15,8 @@ from scalekd.config import load_recipe
 from scalekd.data import eval_batches
 from scalekd.demo import demo as module
 from scalekd.evaluate import evaluate
-from scalekd.models import resolve, sha256_of
+from scalekd.models import resolve
+from scalekd.weights import sha256_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo-5-seeds"

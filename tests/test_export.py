@@ -18,8 +18,8 @@ from scalekd.build import Run, build
 from scalekd.config import check_config
 from scalekd.errors import UserError
 from scalekd.export import export_onnx, export_student, load_student
-from scalekd.models import sha256_of
 from scalekd.runs import student_card
+from scalekd.weights import sha256_of
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {"student": {"model": "test_resnet"}},

@@ -30,9 +30,11 @@ from scalekd.errors import UserError
 from scalekd.features import pooled
 from scalekd.head import Teacher, fit_head
 from scalekd.head_solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
-from scalekd.models import build_model, sha256_of, trained
+from scalekd.loaded import trained
+from scalekd.models import build_model
 from scalekd.run_folder import open_folder
 from scalekd.runlog import read_log
+from scalekd.weights import sha256_of
 
 CPU = torch.device("cpu")
 NAME, KWARGS = "test_vit", {"depth": 2}

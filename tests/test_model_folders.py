@@ -18,7 +18,7 @@ from scalekd.config import check_config, to_yaml
 from scalekd.errors import UserError
 from scalekd.export import export_student
 from scalekd.model_folders import beside, read_folder, with_folders
-from scalekd.models import sha256_of
+from scalekd.weights import sha256_of
 
 VIT = {"depth": 4, "img_size": 64, "num_classes": 3}
 CLASSES = ["blue", "green", "red"]

@@ -18,7 +18,8 @@ from torch import nn
 from scalekd.build import build
 from scalekd.config import Model, check_config
 from scalekd.errors import UserError
-from scalekd.models import backbone_sha256, build_model
+from scalekd.loaded import backbone_sha256
+from scalekd.models import build_model
 from scalekd.provenance import provenance
 from scalekd.weights import State, grouped, initial_share, noise_share
 

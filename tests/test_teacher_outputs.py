@@ -12,7 +12,7 @@ from scalekd.build import build
 from scalekd.cli import main
 from scalekd.config import check_config, to_yaml
 from scalekd.errors import UserError
-from scalekd.models import Loaded
+from scalekd.loaded import Loaded
 from scalekd.runlog import read_log
 from scalekd.teacher_outputs import TeacherOutputs, outputs_name
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import parallel
 from .class_order import put_in_order
 from .clock import Stopwatch
+from .compiled import compile_step
 from .config import Config, Model, height_and_width, reads_logits, reads_teacher
 from .data import (
     Batch,
@@ -31,7 +32,9 @@ from .distiller import Distiller, Teacher
 from .embeddings import is_embedding
 from .errors import UserError, printable
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
-from .models import Loaded, build_model, read_head, resolve, statistics
+from .head_card import read_head
+from .loaded import Loaded
+from .models import build_model, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Key, Mix, TrainSampler
 from .teacher_outputs import TeacherOutputs
@@ -192,6 +195,8 @@ def build(config: Config, device: torch.device) -> Run:
     distiller.to(device)
     if train.channels_last:
         distiller.to(memory_format=torch.channels_last)
+    if train.compile:
+        compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
     optimizer = make_optimizer(config, distiller)
     steps_per_epoch = len(images) // train.batch_size
     if mix is not None:  # until both were gone through

@@ -231,6 +231,12 @@ class Train(Steps):
     """Epochs between validations; 0.25 for four in each."""
 
 
+class DistillationTrain(Train):
+    compile: bool = False
+    """The teacher's pass, the student and the methods through torch.compile. The first step takes a minute or more for
+    it, at every start; losses and gradients are the same but for rounding (docs/performance.md)."""
+
+
 class BaseOptim(Section):
     name: str = "adamw"
     """A timm optimiser name."""
@@ -283,7 +289,7 @@ class Config(Section):
     {student: {model: resnet50}}. It may have an assistant itself."""
     losses: dict[str, dict[str, Any]]
     """Method name -> its options, `weight` (1 unless given), and `teachers`, the names of those that it reads (all)."""
-    train: Train
+    train: DistillationTrain
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from .compiled import compile_step
 from .config import Config, height_and_width, reads_logits
 from .distiller import Distiller, resized
 from .engine import AUTOCAST
@@ -38,6 +39,7 @@ from .files import make_folder, write_text
 from .models import create
 from .models import statistics as input_statistics
 from .optim import make_optimizer
+from .peak import held_in_a_step
 from .provenance import machine
 from .shortages import shortages_told
 from .stages import Features
@@ -50,6 +52,7 @@ NEEDS_VALUES = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+AGAIN = "held again, at most"  # the part for what checkpointed methods compute once more
 Crossing = tuple[Tensor, Tensor, Tensor, Tensor]  # a map before the teacher, what went in, what came out, what went on
 
 
@@ -183,6 +186,10 @@ class Ledger:
             yield
             self.on("")
 
+    @property
+    def in_backward(self) -> bool:
+        return self._at[1] == 1
+
     def on(self, part: str, backward: bool = False) -> None:
         """What comes from here on is this part's."""
         now = self._flops.get_total_flops()
@@ -216,9 +223,10 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
             pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
             mixed = config.augment.mixup or config.augment.cutmix
             targets = torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
-            charge_step(distiller.train(), pixels, targets, ledger, config.train.precision != "float32")
-            optimizer = make_optimizer(config, distiller)
-            state = _optimizer_bytes(optimizer)
+            half = config.train.precision != "float32"
+            charge_step(distiller.train(), pixels, targets, ledger, half)
+            again = _held_again(distiller, pixels, targets, half)
+            fixed = fixed_bytes(distiller, config)
     except NEEDS_VALUES as error:
         raise UserError(
             f"this recipe's step cannot be counted, as it goes by the values of its tensors: {first_line(error)}\n"
@@ -235,17 +243,21 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
         for part, (forward, backward) in ledger.macs.items()
         if part != "teacher" or teacher is not None
     }
+    if again is not None:
+        parts[AGAIN] = {"params": 0, "forward": 0.0, "backward": 0.0, "saved_mb": again / batch / 1e6}
     total = {key: sum(part[key] for part in parts.values()) for key in ("params", "forward", "backward", "saved_mb")}
     total["gmacs"] = total["forward"] + total["backward"]
-    fixed = {
-        "weights": _bytes(known),
-        "gradients": _bytes(p for p in distiller.parameters() if p.requires_grad),
-        "optimizer": state,
-        "average": _bytes(distiller.student.state_dict().values()) if config.train.ema else 0,
-    }
     fixed_mb = {key: None if value is None else value / 1e6 for key, value in fixed.items()}
     memory = sum(value or 0 for value in fixed_mb.values()) + batch * total["saved_mb"]
     return {"parts": parts, "total": total, "fixed_mb": fixed_mb, "memory_mb": memory}
+
+
+def _held_again(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> int | None:
+    """Bytes of the backward pass beyond those kept for it, where a method checkpoints; None where none does."""
+    if not any(getattr(method, "grad_checkpointing", False) for method in distiller.methods.values()):
+        return None
+    between, most = held_in_a_step(distiller, pixels, targets, half)
+    return most - between
 
 
 def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: Ledger, half: bool) -> None:
@@ -308,6 +320,8 @@ def _watched(teacher: Features | None, name: str, crossings: list[Crossing], led
     run_on = teacher.resume
 
     def resume(k: int, x: Tensor) -> Tensor:
+        if ledger.in_backward:  # computed once more by a checkpointed method; the graph was cut the first time
+            return run_on(k, x)
         ledger.on(_through(name))
         given = x.detach().requires_grad_()
         result = run_on(k, given)
@@ -321,6 +335,19 @@ def _watched(teacher: Features | None, name: str, crossings: list[Crossing], led
 
 def _through(name: str) -> str:
     return f"{name}: through the teacher"
+
+
+def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int | None]:
+    """What a device holds all the time: weights and buffers, gradients, the optimiser's state (None where it cannot be
+    counted), and averaged weights where the recipe has them."""
+    teacher = distiller.teacher_view.model if distiller.teacher_view else None
+    held = [distiller, teacher] if teacher else [distiller]  # the teacher is no sub-module
+    return {
+        "weights": _bytes(t for module in held for t in (*module.parameters(), *module.buffers())),
+        "gradients": _bytes(p for p in distiller.parameters() if p.requires_grad),
+        "optimizer": _optimizer_bytes(make_optimizer(config, distiller)),
+        "average": _bytes(distiller.student.state_dict().values()) if config.train.ema else 0,
+    }
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
@@ -384,6 +411,8 @@ def _real_step(
     distiller.to(device).train()
     if config.train.channels_last:
         distiller.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        compile_step(distiller, batch)
     optimizer = make_optimizer(config, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from timm.data import resolve_model_data_config
@@ -15,6 +15,9 @@ from .clock import Stopwatch
 from .errors import UserError, nearest
 from .methods import METHODS
 from .stages import Features, Shapes, StageView, input_channels
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel
 T = TypeVar("T")
@@ -32,15 +35,14 @@ class Teacher:
     needs_maps: bool = False
     needs_classifier: bool = False
 
-    def __call__(self, pixels: Tensor) -> Features:
-        """pixels (B, C, H, W) in [0, 1] to what the methods need of it."""
-        shown = resized(pixels, self.size, self.view.model)
-        return self.view(
-            (shown - self.mean) / self.std,
-            maps=self.needs_maps,
-            resumable=self.needs_maps and self.view.shapes.can_resume,
-            classifier=self.needs_classifier,
-        )
+    def __call__(self, pixels: Tensor, see: Callable[[Tensor], Features] | None = None) -> Features:
+        """pixels (B, C, H, W) in [0, 1] to what the methods need of it. see: what stands in for `self.see`."""
+        features = (see or self.see)(resized(pixels, self.size, self.view.model))
+        return self.view.resumable(features) if self.needs_maps and self.view.shapes.can_resume else features
+
+    def see(self, pixels: Tensor) -> Features:
+        """pixels (B, C, H, W) in [0, 1] of its size to features without `resume`."""
+        return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=self.needs_classifier)
 
 
 class Distiller(nn.Module):
@@ -98,6 +100,7 @@ class Distiller(nn.Module):
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
         self.teacher_clock = Stopwatch()
+        self.compiled: Compiled | None = None
 
     def _add(self, name: str, options: Any) -> None:
         """A loss of the recipe: one method, or one for each of its teachers."""
@@ -152,19 +155,29 @@ class Distiller(nn.Module):
         teacher: what `teacher_features` gave for these images; computed here unless given. With one teacher only.
         Returns scalars: every weighted loss term by name, and their sum as `total`.
         """
+        if not len(targets) and len(images):
+            for key, method in self.methods.items():
+                if getattr(method, "needs_targets", False):
+                    raise UserError(f"losses.{key} needs labels, and this batch has none")
+        compiled = self.compiled if self.compiled and self.compiled.images == len(images) else None
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        given = self._all_features(pixels) if teacher is None else dict.fromkeys(self.teachers, teacher)
-        shown = resized(pixels, self.image_size, self.student)
-        student = self.student_view((shown - self.student_mean) / self.student_std, maps=self.needs_maps)
+        if teacher is None:
+            given = self._all_features(pixels, compiled.teachers if compiled else None)
+        else:
+            given = dict.fromkeys(self.teachers, teacher)
+        terms = compiled.terms if compiled else self.terms
+        return terms(resized(pixels, self.image_size, self.student), targets, given)
+
+    def terms(self, pixels: Tensor, targets: Tensor, given: dict[str, Features]) -> dict[str, Tensor]:
+        """What `forward` returns. pixels (B, C, H, W) in [0, 1] of the student's size; given: of each teacher."""
+        student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
         if not self.student_view.shapes.classes:
             student.logits = student.logits[:, :0]  # timm gives what the pooling gives; that is not logits
         labelled = len(targets)
         losses: dict[str, Tensor] = {}
         for key, method in self.methods.items():
             seen = student, _mean_of([given[of] for of in self.reads[key]])
-            if labelled < len(images) and getattr(method, "needs_targets", False):
-                if not labelled:
-                    raise UserError(f"losses.{key} needs labels, and this batch has none")
+            if labelled < len(pixels) and getattr(method, "needs_targets", False):
                 seen = student.first(labelled), seen[1] and seen[1].first(labelled)
             for term, value in method(*seen, targets).items():
                 losses[key if term == key.partition("@")[0] else f"{key}.{term}"] = self.weights[key] * value
@@ -175,11 +188,13 @@ class Distiller(nn.Module):
         """pixels (B, C, H, W) in [0, 1] to what the methods need of the only teacher; None without one."""
         return None if self.only_teacher() is None else self._all_features(pixels)[next(iter(self.teachers))]
 
-    def _all_features(self, pixels: Tensor) -> dict[str, Features]:
+    def _all_features(
+        self, pixels: Tensor, compiled: Mapping[str, Callable[[Tensor], Features]] | None = None
+    ) -> dict[str, Features]:
         if not self.teachers:
             return {}
         with self.teacher_clock.timing(pixels.device), torch.no_grad():
-            return {name: teacher(pixels) for name, teacher in self.teachers.items()}
+            return {name: teacher(pixels, (compiled or {}).get(name)) for name, teacher in self.teachers.items()}
 
     def only_teacher(self) -> Teacher | None:
         """The teacher, None without one. Raises `UserError` when there are several."""

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import checkpoint, health, parallel, resume
+from .compiled import failures_told
 from .data import seed_everything
 from .errors import UserError
 from .health import NonFinite
@@ -50,7 +51,7 @@ def train_step(model: nn.Module, batches: Sequence[Any], run: Training, step: in
         last = i == len(batches) - 1
         # the processes' gradients are averaged once, with the last micro-batch
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with alone:
+        with alone, failures_told():
             with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
                 of_batch = run.losses(model, batch, step * len(batches) + i)
             run.scaler.scale(of_batch["total"] / len(batches)).backward()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import Augment, Model, Pixels
 from .errors import UserError, first_line, shortened
 from .files import cannot_write, replacing, write_text
-from .models import sha256_of
+from .weights import sha256_of
 
 ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
 

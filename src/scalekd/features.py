@@ -12,22 +12,24 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from .config import Augment, Data, Model
+from .config import Augment, Data
 from .data import Images, by_class, eval_batches, eval_transform, seed_from
 from .distiller import default_statistics, interpolation
-from .errors import UserError, counted, first_line, nearest, printable, shortened
+from .errors import UserError, counted, first_line, printable, shortened
 from .export import load_student
 from .files import make_folder, replacing
-from .models import backbone_sha256, build_model, sha256_of, trained, usual_size
+from .loaded import backbone_sha256
+from .models import usual_size
+from .named_model import timm_model
 from .runlog import duration
 from .sources import Source
+from .weights import sha256_of
 
 FEATURES = Path("runs/features")
 CHUNK = 512  # images whose features are written to the cache at a time
@@ -116,22 +118,7 @@ def _student(path: Path, device: torch.device) -> Backbone:
 
 
 def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) -> Backbone:
-    try:
-        spec = Model(model=name, weights=file or "pretrained")
-    except ValidationError:
-        hint = nearest(name.split(".")[0], timm.list_models()) if name else ""
-        raise UserError(
-            f"no timm model, and no exported student is there.{hint}\n"
-            "Write a timm name, NAME=FILE for weights in a file, or a run's folder."
-        ) from None
-    try:
-        model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
-    except UserError as error:
-        told = first_line(error).removeprefix("teacher").lstrip(":. ")
-        raise UserError(f"{told}\nWeights in a file: {name}=FILE") from None
-    found = trained(loaded)
-    if found.status == "fail":
-        raise UserError(found.told)
+    model, loaded, found = timm_model(name, file or "pretrained", size, f"Weights in a file: {name}=FILE")
     mean, std = default_statistics(model)
     card = {
         "model": name,

@@ -31,8 +31,10 @@ from .features import FEATURES, Backbone, features, say, sensible_crop, some
 from .files import make_folder, replacing, write_text
 from .head_page import tell
 from .head_solver import Choice, Linear, choose, fit, scores
-from .models import Loaded, backbone_sha256, build_model, input_doubt, put_head, sha256_of, statistics, trained
+from .loaded import Loaded, backbone_sha256, trained
+from .models import build_model, input_doubt, put_head, statistics
 from .provenance import git_state, machine, versions
+from .weights import sha256_of
 
 
 class Teacher(Backbone):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import timm
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from . import mixer  # noqa: F401 - adds a name to timm's
-from .config import FIT, Model
+from .config import Model
 from .distiller import Statistics, default_statistics
-from .errors import UserError, first_line, nearest, shortened
-from .files import is_file
+from .errors import UserError, first_line, nearest
+from .head_card import read_head
+from .loaded import Loaded, backbone_sha256
 from .model_folders import beside
 from .weights import (
     State,
@@ -39,67 +35,6 @@ from .weights import (
     under,
     without_classifier,
 )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What is known of a model and its weights."""
-
-    kwargs: dict[str, Any]  # what `timm.create_model` was given beside the name
-    source: str  # "pretrained (...)", a path, or "random"
-    sha256: str | None  # of the file; `backbone_sha256` for timm's own weights
-    matched: int  # tensors filled from the source
-    total: int  # tensors of the model
-    initial: float  # share of biases and norm weights still exactly at their initial 0 or 1
-    head: str | None = None  # what is there instead, where the source's classifier was for other classes
-    prefix: str = ""  # what was taken off the names in the file
-    keys: dict[str, list[str]] = field(default_factory=dict)  # `matched`, `missing`, `unexpected`, as `grouped`
-    noise: float | None = None  # `noise_share`; None: not looked at, or nothing to look at
-    exported: bool = False  # whether the card of a scalekd run beside the file names its sha256
-
-    @property
-    def untrained(self) -> bool:
-        """Whether weights that a source gave are those of a model that nobody trained."""
-        return self.source != "random" and self.initial > 0.5
-
-
-NOISE, ALL_NOISE = 0.4, 0.9  # shares of weight matrices without structure; up to 17 % in trained models that were tried
-
-
-class Trained(NamedTuple):
-    """Whether anyone trained weights that a source gave, as far as their numbers tell."""
-
-    status: Literal["ok", "warn", "fail"]
-    figures: str
-    meaning: str = ""  # with the way out
-
-    @property
-    def told(self) -> str:
-        return f"{self.figures}. {self.meaning}"
-
-
-def trained(loaded: Loaded) -> Trained:
-    """`fail`: biases and norms at initial values, or matrices without structure that no card of a run speaks for.
-
-    A short run of scalekd's own has such matrices too (a few dozen steps), so its export is not refused.
-    """
-    if loaded.untrained:
-        figures = f"{loaded.initial:.0%} of the biases and norms are at their initial values"
-        return Trained("fail", figures, "These weights were never trained; give others")
-    figures = f"{loaded.initial:.0%} of the biases and norms at initial values"
-    if loaded.noise is None:
-        return Trained("ok", figures)
-    figures += f", {loaded.noise:.0%} of the weight matrices without structure"
-    if loaded.noise <= NOISE:
-        return Trained("ok", figures)
-    if loaded.noise < ALL_NOISE or loaded.exported:
-        return Trained("warn", figures, "So do weights look after a few steps of training; else they were never loaded")
-    return Trained(
-        "fail",
-        f"{figures}: their entries might as well be shuffled",
-        "So do weights look that nobody trained, and trained ones after a few steps only: give others, or train these "
-        "for longer",
-    )
 
 
 def build_model(
@@ -256,66 +191,6 @@ def _of_a_run(path: Path, sha256: str, where: str) -> bool:
     return card is not None and card.sha256 == sha256
 
 
-# ---------------------------------------------------------------- a head fitted by `scalekd head`
-
-
-class HeadCard(BaseModel):
-    """What head.json must have for its head to be used; it has more, for people."""
-
-    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
-    model: str
-    kwargs: dict[str, Any]
-    sha256: str  # of the backbone: `backbone_sha256`
-    prefix: str | None = None  # what stood before its names in the file; not told by older versions
-    weights: str  # what the backbone was loaded from
-    channels: int
-    image_size: tuple[int, int]
-    mean: list[float]
-    std: list[float]
-    classes: Annotated[list[str], Field(min_length=1)]
-    labels: int
-    head_sha256: str  # of head.safetensors
-    crop_pct: float
-    interpolation: str
-    validation: dict[str, dict[str, float]]  # before and after the temperature
-
-
-def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
-    """The card and {"weight": (C, D), "bias": (C,)} that `scalekd head` wrote. Raises `UserError` that names `where`."""
-    if str(folder) == FIT:
-        raise UserError(
-            f"{where}: `{FIT}` is for `scalekd train`, which fits the head first; here name the folder of a head that "
-            "is there: a run's own, or what `scalekd head` wrote"
-        )
-    file, card_file = folder / "head.safetensors", folder / "head.json"
-    if not is_file(file) or not is_file(card_file):
-        raise UserError(f"{where}: no head.safetensors with its head.json in {folder}; `scalekd head` makes them")
-    try:
-        card = HeadCard.model_validate_json(card_file.read_bytes())
-        tensors = load_file(file)
-    except ValidationError as error:
-        wrong = "; ".join(_field_told(dict(e)) for e in error.errors()[:5])
-        raise UserError(f"{where}: {card_file} is not as `scalekd head` writes it: {wrong}; fit it anew") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{where}: {folder} holds no head that can be used: {first_line(error)}") from None
-    if card.head_sha256 != sha256_of(file):
-        raise UserError(
-            f"{where}: {file} is not the file that {card_file} tells of: it has another sha256; fit it anew"
-        )
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    width = shapes.get("weight", (0,))[-1]
-    if shapes != {"weight": (len(card.classes), width), "bias": (len(card.classes),)}:
-        raise UserError(f"{where}: {file} holds {shapes}, not a weight and a bias for {len(card.classes)} classes")
-    return card, tensors
-
-
-def _field_told(error: dict[str, Any]) -> str:
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing":
-        return f"{place} is missing"
-    return shortened(f"{place}: {error['msg']}" if place else str(error["msg"]))
-
-
 def _with_head(
     spec: Model, channels: int, image_size: tuple[int, int], classes: int | None, where: str
 ) -> tuple[nn.Module, Loaded]:
@@ -393,22 +268,6 @@ def put_head(
         raise UserError(f"{where}: timm does not say which layer of {name} is its classifier; fine-tune it instead")
     load_weights(model, state, Path("head.safetensors"), where)
     return model, kwargs
-
-
-def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
-    """The sha256 of the weights' file; for timm's own weights, of the parameters as loaded.
-
-    The latter leaves out the classifier and the tables of positions, which timm resizes to the image size with
-    a rounding that may differ from machine to machine.
-    """
-    if loaded.sha256:  # of timm's own, it is what stands below
-        return loaded.sha256
-    summed, head = hashlib.sha256(), classifier(model)
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in head and not re.search("pos_embed|position|rel_pos", name):
-            summed.update(f"{name} {tuple(parameter.shape)}".encode())
-            summed.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return summed.hexdigest()
 
 
 def statistics(model: nn.Module, spec: Model, channels: int, where: str) -> Statistics:

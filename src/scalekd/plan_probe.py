@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from .build import Run
+from .compiled import compile_step
 from .config import Config
 from .cost import ROUNDS, untrained
 from .data import Batch, Images, Split, load_batch, make_mixup, training_images, validation_images
@@ -110,6 +111,8 @@ def _step(run: Run, classes: int, size: int) -> Callable[[], object]:
     pixels = torch.randint(256, (size, channels, *sides), dtype=torch.uint8)
     batch = Batch(pixels, torch.randint(classes, (size,)))
     checked = looks_at_every_step(run)
+    if run.config.train.compile:
+        compile_step(distiller, size)
     return lambda: train_step(distiller, [batch], run, 0, checked)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from . import parallel
 from .build import Run, Taught, gives_embeddings
+from .compiled import failures_told
 from .config import height_and_width
 from .data import seed_everything
 from .distiller import dead_parameters
@@ -29,6 +30,8 @@ def preflight(run: Run, console: Console) -> None:
     checks = [*_weights(run), *_classes(run), *_unlabelled(run), *_inputs(run)]
     if not any(c.status == "fail" for c in checks):
         checks += [check for of in run.taught_by for check in teacher_accuracy(run, of)]
+    if run.config.train.compile and parallel.rank() == 0:
+        console.print("Pre-flight: the first step is compiled now; that takes a minute or more", highlight=False)
     names = ", ".join(of.teacher.view.name for of in run.taught_by)
     teacher = f" <- {names}" if names else ""
     finish(run, f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", checks, console)
@@ -172,9 +175,10 @@ def _bad_images(run: Training) -> list[Check]:
 
 def _forward_backward(run: Training, batch: Any) -> dict[str, torch.Tensor]:
     precision = run.config.train.precision
-    with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
-        losses = run.losses(run.model, batch, 0)
-    losses["total"].backward()
+    with failures_told():
+        with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
+            losses = run.losses(run.model, batch, 0)
+        losses["total"].backward()
     return {name: value.detach() for name, value in losses.items()}
 
 

@@ -22,11 +22,12 @@ from .config import Model
 from .errors import UserError, printable, shortened
 from .export import export_student
 from .files import make_folder
-from .models import build_model, sha256_of, usual_size
+from .models import build_model, usual_size
 from .released_keys import EXTRAS, KWARGS, REFUSED, RULES, SIGNS, TIMM
 from .sources import open_source
 from .version import __version__
 from .weights import adapted as through_timm
+from .weights import sha256_of
 from .weights_file import read_file
 
 State = dict[str, Tensor]

@@ -16,8 +16,8 @@ from .data import Images, eval_batches, eval_transform, same_classes
 from .errors import UserError, counted, first_line, printable
 from .evaluate import evaluate
 from .export import create_student, export_onnx, export_student, load_student, read_card
+from .loaded import Loaded
 from .memory import keep_freed_memory
-from .models import Loaded
 from .preflight import preflight
 from .provenance import made_by, provenance
 from .report.run import write_run_report

@@ -14,8 +14,10 @@ from .config import Augment
 from .data import Images, eval_batches, eval_transform
 from .distiller import Statistics, default_statistics, interpolation
 from .errors import UserError, counted
+from .head_card import HeadCard, read_head
+from .loaded import Loaded, trained
 from .model_folders import Described, beside
-from .models import HeadCard, Loaded, create, input_doubt, read_head, resolve, trained
+from .models import create, input_doubt, resolve
 from .stages import input_channels
 from .unseen_pixels import unseen, whole_sizes
 from .wrong_teacher import (

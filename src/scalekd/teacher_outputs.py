@@ -22,7 +22,7 @@ from .config import Config
 from .distiller import Distiller
 from .errors import UserError
 from .files import cannot_write
-from .models import Loaded
+from .loaded import Loaded
 from .samplers import seed_from
 from .stages import Features
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import parallel
 from .clock import Stopwatch
 from .errors import UserError
-from .models import Loaded
+from .loaded import Loaded
 from .samplers import Key, Mix, TrainSampler
 
 

@@ -19,19 +19,19 @@ import numpy as np
 import scipy
 import timm
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..config import Augment, Data, Model
+from ..config import Augment, Data
 from ..data import Images, eval_batches, eval_transform
 from ..distiller import Statistics, default_statistics, interpolation, resized
-from ..errors import UserError, first_line, nearest, shortened
+from ..errors import UserError, shortened
 from ..export import load_student
 from ..files import make_folder, write_text
-from ..models import build_model, trained, usual_size
+from ..models import usual_size
+from ..named_model import timm_model
 from ..shortages import shortages_told
 from ..sources import open_source, pair_of
 from ..stages import StageView
@@ -191,23 +191,13 @@ def _subject(text: str, random: bool) -> Subject:
         size = (card["image_size"][0], card["image_size"][1])
         return Subject(text, model, text, card.get("sha256"), size, stats, card["interpolation"], card["crop_pct"])
     weights = file if equals else "random" if random else "pretrained"
-    try:
-        spec = Model(model=name, weights=weights)
-    except ValidationError:
-        hint = nearest(name.split(".")[0], timm.list_models()) if name else ""
-        raise UserError(
-            f"{shortened(text)}: no timm model, and no exported student is there.{hint}\n"
-            "Write a timm name, NAME=FILE for weights in a file, or a run's folder."
-        ) from None
     size = usual_size(name)
     try:
-        model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
+        model, loaded, _ = timm_model(
+            name, weights, size, f"Weights in a file: {name}=FILE. Initial values, if you mean them: --random."
+        )
     except UserError as error:
-        told = first_line(error).removeprefix("teacher").lstrip(":. ")
-        raise UserError(f"{name}: {told}\nWeights in a file: {name}=FILE. Initial values: --random.") from None
-    found = trained(loaded)
-    if found.status == "fail":
-        raise UserError(f"{text}: {found.told}, or --random if you mean it")
+        raise UserError(f"{shortened(text)}: {error}") from None
     own = resolve_model_data_config(model)
     stats = default_statistics(model)
     return Subject(text, model, loaded.source, loaded.sha256, size, stats, interpolation(model), own["crop_pct"])

@@ -131,7 +131,7 @@ class Denoising(nn.Module):
         share = full_precision(self.adapter(x)).softmax(dim=1)[:, 0, None, None, None]
         x = share * x + (1 - share) * noise_like(x)
         for i, time in enumerate(self.times):
-            noise = self._noise(x, torch.tensor([time], device=x.device))
+            noise = self._noise(x, torch.full((1,), time, device=x.device))
             kept = self.kept[time]
             # at the last step everything is kept: what is left is the clean map
             kept_next = self.kept[self.times[i + 1]] if i + 1 < len(self.times) else torch.ones_like(kept)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..stages import MapShape
 
@@ -77,6 +78,7 @@ class CrossAttentionProjector(nn.Module):
             hands queries in at each call, and no table is built.
         tokens: the student branch's convolution, see `make_tokens`; all but `conv` are ours, and cheaper.
         expansion: hidden channels of the feed-forward block over dt. 4 in the authors' release.
+        grad_checkpointing: keep nothing of what follows the student branch's ReLU, and compute it again in the backward pass.
 
     Raises:
         ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown or `expansion` is not
@@ -93,6 +95,7 @@ class CrossAttentionProjector(nn.Module):
         learned_queries: bool = True,
         tokens: Tokens = "conv",
         expansion: int = 4,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         ds, h, w = student
@@ -104,6 +107,7 @@ class CrossAttentionProjector(nn.Module):
         self.heads = default_heads(dt) if heads is None else heads
         if self.heads < 1 or dt % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide the teacher's {dt} channels")
+        self.grad_checkpointing = grad_checkpointing
         self.scale = SOFTMAX_SCALE * (dt // self.heads) ** -0.5
 
         self.conv, width = make_tokens(tokens, ds, dt)
@@ -131,7 +135,17 @@ class CrossAttentionProjector(nn.Module):
                 f"the projector was built for student maps {self.student} and got "
                 f"{tuple(x.shape[1:])}: train at one image size, the one the method was built for"
             )
-        tokens = F.relu(self.norm(self.conv(x))) + self.position
+        branch = F.relu(self.norm(self.conv(x)), inplace=True)  # the norm keeps its input, not its result
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # From here on: the convolution is most of the arithmetic, and a batch norm that ran twice would move its
+            # running averages twice. Nothing in it is random.
+            y: Tensor = checkpoint(self._attend, branch, queries, use_reentrant=False, preserve_rng_state=False)
+            return y
+        return self._attend(branch, queries)
+
+    def _attend(self, branch: Tensor, queries: Tensor | None) -> Tensor:
+        """All that follows the student branch's ReLU: `(B, width, h, w)` to `(B, dt, H, W)`."""
+        tokens = branch + self.position
         # (B, h*w, width); one copy, as keys and values would each make and keep their own
         tokens = tokens.flatten(2).transpose(1, 2).contiguous()
 
@@ -140,7 +154,7 @@ class CrossAttentionProjector(nn.Module):
             queries = self.queries[None]  # (1, N, dt): projected once, then expanded over the batch
         else:
             queries = queries.flatten(2).transpose(1, 2)  # (B, N, dt)
-        q = self._split(self.q(F.relu(self.query_embed(queries)))).expand(len(x), -1, -1, -1)
+        q = self._split(self.q(F.relu(self.query_embed(queries)))).expand(len(branch), -1, -1, -1)
         y = F.scaled_dot_product_attention(
             q, self._split(self.k(tokens)), self._split(self.v(tokens)), scale=self.scale
         )  # (B, heads, N, dt / heads)

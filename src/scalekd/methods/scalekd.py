@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..stages import Features, Shapes
 from .features import (
@@ -68,8 +69,10 @@ class ScaleKD(nn.Module):
         expansion: hidden channels of the CAPs' feed-forward block over the teacher's. Default 4, as released.
         shared: one CAP per path serves both views, which halves what the method costs. Default False: eq. 3
             has one for each. With two different views only.
+        grad_checkpointing: save memory for time: what follows the CAPs' convolutions and the teacher's last stage are
+            computed again in the backward pass, view by view. The values are the same. Default False.
 
-    The last three make the method cheaper than the published form; docs/performance.md has the costs.
+    `tokens`, `expansion` and `shared` make it cheaper than the published form; docs/performance.md has the costs.
 
     Raises:
         ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
@@ -93,6 +96,7 @@ class ScaleKD(nn.Module):
         tokens: Tokens = "conv",
         expansion: int = 4,
         shared: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         teacher = check_features(student, teacher, alpha, reduction)
@@ -121,8 +125,15 @@ class ScaleKD(nn.Module):
 
         self.adaptive = tpp and adaptive_queries is not False
         self.reduction: Reduction = reduction
+        self.grad_checkpointing = grad_checkpointing
         heads_3, heads_4 = (None, None) if heads is None else (heads[0], heads[-1])
-        build = partial(CrossAttentionProjector, norm=norm, tokens=tokens, expansion=expansion)
+        build = partial(
+            CrossAttentionProjector,
+            norm=norm,
+            tokens=tokens,
+            expansion=expansion,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.cap_of = {view: SHARED if shared else view for view in self.weights}
         caps = dict.fromkeys(self.cap_of.values())
         self.student_caps = nn.ModuleDict(
@@ -154,9 +165,13 @@ class ScaleKD(nn.Module):
         if not self.proxy_caps:
             return {}
         assert teacher.resume is not None
-        stage_3 = torch.cat([cap(student.maps[2]) for cap in self.proxy_caps.values()])
-        final = teacher.resume(3, stage_3)  # one pass for all views
-        return dict(zip(self.proxy_caps, final.chunk(len(self.proxy_caps)), strict=True))
+        maps = {key: cap(student.maps[2]) for key, cap in self.proxy_caps.items()}
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # a pass for each view: only one's activations are there again at a time. A frozen teacher has no randomness
+            run_on = partial(checkpoint, teacher.resume, 3, use_reentrant=False, preserve_rng_state=False)
+            return {key: run_on(stage_3) for key, stage_3 in maps.items()}
+        final = teacher.resume(3, torch.cat(list(maps.values())))  # one pass for all views
+        return dict(zip(maps, final.chunk(len(maps)), strict=True))
 
 
 def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
@@ -185,6 +200,7 @@ def cap(
     reduction: Reduction = "mean",
     tokens: Tokens = "conv",
     expansion: int = 4,
+    grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`cap`: stage 4 through a cross attention projector (eq. 1).
 
@@ -201,6 +217,7 @@ def cap(
         reduction=reduction,
         tokens=tokens,
         expansion=expansion,
+        grad_checkpointing=grad_checkpointing,
     )
 
 
@@ -217,6 +234,7 @@ def dfm(
     tokens: Tokens = "conv",
     expansion: int = 4,
     shared: bool = False,
+    grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`dfm`: CAP in two views (eq. 3).
 
@@ -236,6 +254,7 @@ def dfm(
         tokens=tokens,
         expansion=expansion,
         shared=shared,
+        grad_checkpointing=grad_checkpointing,
     )
 
 
@@ -250,6 +269,7 @@ def tpp(
     reduction: Reduction = "mean",
     tokens: Tokens = "conv",
     expansion: int = 4,
+    grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`tpp`: CAP and the proxy path in one view (eq. 4).
 
@@ -267,6 +287,7 @@ def tpp(
         reduction=reduction,
         tokens=tokens,
         expansion=expansion,
+        grad_checkpointing=grad_checkpointing,
     )
 
 
@@ -284,6 +305,7 @@ def scalekd(
     tokens: Tokens = "conv",
     expansion: int = 4,
     shared: bool = False,
+    grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms).
 
@@ -304,6 +326,7 @@ def scalekd(
         tokens=tokens,
         expansion=expansion,
         shared=shared,
+        grad_checkpointing=grad_checkpointing,
     )
 
 

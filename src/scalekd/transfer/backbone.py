@@ -6,7 +6,8 @@ from torch import nn
 
 from ..config import Backbone, Model, height_and_width
 from ..distiller import Statistics
-from ..models import Loaded, build_model, statistics, usual_size
+from ..loaded import Loaded
+from ..models import build_model, statistics, usual_size
 from ..teacher_checks import Check, from_source
 from .pyramid import Size, any_size_kwargs
 

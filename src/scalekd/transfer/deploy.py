@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import Backbone, Pixels
 from ..errors import UserError, first_line, nearest, printable, shortened
 from ..files import is_file, replacing, write_text
-from ..models import sha256_of
+from ..weights import sha256_of
 from .detector import Detector
 from .pyramid import STRIDES, Pyramid
 from .segmenter import UPerNet
