@@ -1,9 +1,10 @@
-"""Where ScaleKD's own time goes, part by part, and what cheaper student branches cost.
+"""Where a step's time goes, part by part, and what cheaper student branches cost.
 
     python benchmarks/parts.py swin-s-resnet50 --out docs/results/performance
 
-Both views and both paths on random maps of the pair's shapes, forward and backward, each part alone; no teacher's
-forward pass and no student. GMACs are those of one image, from PyTorch's FLOP counter, as in `scalekd cost`.
+Each part alone. The floor: the plain timm models on random pixels. ScaleKD's own parts: both views and both paths on
+random maps of the pair's shapes, forward and backward. GMACs are those of one image, from PyTorch's FLOP counter, as in
+`scalekd cost`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from harness import about, in_turns, parser, prepare, quartiles, table, told, wr
 from literal import LiteralScaleKD
 from loss import as_in_the_paper, ours
 from steps import PAIRS, Pair
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,6 +108,24 @@ def parts_of(method: nn.Module, resume: Callable[[int, Tensor], Tensor], batch: 
     return found
 
 
+def floor_of(pair: Pair, student: nn.Module, teacher: nn.Module, device: torch.device) -> dict[str, list[Callable]]:
+    """What any distillation pays: part -> what is to be run for it."""
+    pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
+    targets = torch.randint(student.num_classes, (pair.batch,), device=device)
+    student.train()
+    return {
+        "teacher: forward": [lambda: torch.no_grad()(teacher)(pixels)],
+        "student: forward, backward": [lambda: F.cross_entropy(student(pixels), targets).backward()],
+        "optimiser: student": [optimizer_step(student, pair.optimizer)],
+    }
+
+
+def optimizer_step(module: nn.Module, name: str) -> Callable[[], object]:
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return create_optimizer_v2(module.parameters(), opt=name, lr=0.0, weight_decay=1e-4).step
+
+
 def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
     student = timm.create_model(pair.student, **pair.student_kwargs).to(device)
     teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs).to(device).eval().requires_grad_(False)
@@ -127,18 +147,21 @@ def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
     methods = {name: scalekd(*shapes, heads=pair.heads, **options) for name, options in OPTIONS.items()}
     steps = {name: method_step(method) for name, method in methods.items()}
     steps["literal"] = method_step(LiteralScaleKD(*shapes, heads=pair.heads))
-    parts = parts_of(methods["published form"], seen.resume, pair.batch)
-    seconds = in_turns(
-        {name: lambda runs=runs: [run() for run in runs] for name, runs in parts.items()}, device, rounds
-    )
-    whole = in_turns(steps, device, rounds)
     gmacs = {}
-    for name, step in steps.items():
+    for name, step in steps.items():  # these calls warm up, too
         with FlopCounterMode(display=False) as counter:
             step()
         gmacs[name] = counter.get_total_flops() / 2e9 / pair.batch
+    published = methods["published form"]
+    floor = floor_of(pair, student, teacher, device)
+    parts = parts_of(published, seen.resume, pair.batch)
+    parts["optimiser: projectors"] = [optimizer_step(published, pair.optimizer)]
+    alone = {name: lambda runs=runs: [run() for run in runs] for name, runs in (floor | parts).items()}
+    seconds = {name: quartiles(values) for name, values in in_turns(alone, device, rounds).items()}
+    whole = in_turns(steps, device, rounds, warm=0)
     return {
-        "parts": {name: quartiles(values) for name, values in seconds.items()},
+        "floor": {name: seconds[name] for name in floor},
+        "parts": {name: seconds[name] for name in parts},
         "forms": {name: quartiles(values) for name, values in whole.items()},
         "gmacs": gmacs,
         "parameters": {name: sum(p.numel() for p in method.parameters()) for name, method in methods.items()},
@@ -147,7 +170,9 @@ def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
 
 def lines_of(found: dict[str, Any], name: str) -> list[str]:
     published = found["forms"]["published form"][1]
-    parts = [[part, told([1000 * s for s in v], 0), f"{v[1] / published:.0%}"] for part, v in found["parts"].items()]
+    floor = sum(v[1] for v in found["floor"].values())
+    alone = found["floor"] | found["parts"]
+    parts = [[part, told([1000 * s for s in v], 0), f"{v[1] / floor:.0%}"] for part, v in alone.items()]
     forms = []
     for form, v in found["forms"].items():
         count = found["parameters"].get(form)
@@ -156,9 +181,11 @@ def lines_of(found: dict[str, Any], name: str) -> list[str]:
             [form, told([1000 * s for s in v], 0), f"{v[1] / published:.2f}", f"{found['gmacs'][form]:.3g}", size]
         )
     return [
-        f"{name}, batch {found['batch']}, float32: ScaleKD without the teacher's pass and the student's",
+        f"{name}, batch {found['batch']}, float32: the floor's three parts, then those of ScaleKD's published form",
         "",
-        *table(["part", "ms", "of the published form"], parts),
+        *table(["part", "ms", "of the floor"], parts),
+        "",
+        "Without the floor:",
         "",
         *table(["form", "ms", "of the published form", "GMACs an image", "parameters M"], forms),
         "",

@@ -1,14 +1,18 @@
-"""Puts the tables of docs/results/performance into docs/performance.md, between its markers.
+"""Puts the tables of docs/results/performance into docs/performance.md, between its markers, and draws its pictures.
 
     python benchmarks/tables.py
 
 A marker is a line `<!-- table NAME -->`; what stands between it and the next `<!-- end -->` becomes NAME.md.
+A picture stands beside the JSON file that it is drawn from, as NAME.svg.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+import drawing
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -24,6 +28,20 @@ def filled(text: str, folder: Path) -> str:
     return BLOCK.sub(shown, text)
 
 
+def pictures(folder: Path) -> dict[Path, str]:
+    """SVG file -> what is to be in it."""
+    found = {}
+    for file in sorted(folder.glob("parts-*.json")):
+        pair = file.stem.removeprefix("parts-")
+        found[file.with_suffix(".svg")] = drawing.parts(json.loads(file.read_text()), pair)
+    growth = folder / "growth.json"
+    if growth.is_file():
+        found[growth.with_suffix(".svg")] = drawing.growth(json.loads(growth.read_text()))
+    return found
+
+
 if __name__ == "__main__":
-    page = DOCS / "performance.md"
-    page.write_text(filled(page.read_text(), DOCS / "results" / "performance"))
+    page, results = DOCS / "performance.md", DOCS / "results" / "performance"
+    page.write_text(filled(page.read_text(), results))
+    for picture, text in pictures(results).items():
+        picture.write_text(text)

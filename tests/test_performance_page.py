@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from tables import BLOCK, filled  # noqa: E402
+from tables import BLOCK, filled, pictures  # noqa: E402
 
 
 def test_the_tables_are_those_of_the_results():
@@ -15,6 +15,8 @@ def test_the_tables_are_those_of_the_results():
     folder = ROOT / "docs" / "results" / "performance"
     assert {file.stem for file in folder.glob("*.md")} <= {block[2] for block in BLOCK.finditer(page)}
     assert filled(page, folder) == page
+    drawn = pictures(folder)
+    assert {file: file.read_text() for file in drawn} == drawn
 
 
 def test_a_block_is_replaced_and_nothing_else(tmp_path):

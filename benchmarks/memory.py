@@ -1,0 +1,115 @@
+"""Peak memory of a step of ScaleKD's forms over that of plain feature distillation, counted: no machine matters.
+
+    python benchmarks/memory.py --out docs/results/performance
+
+A step is run on fake tensors, which have shapes and no values, and every storage is followed from the operation that makes
+it to its last reference (scalekd.peak). Gradients are there all the time, as DDP has them in its buckets; so the paper's
+8 GPUs had them. What an operation needs inside itself, such as a convolution's workspace, is not seen. The recipe's
+optimiser is used, at the papers' 32 images a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import about, table, write
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalekd.config import Config, load_recipe
+from scalekd.cost import fixed_bytes, untrained
+from scalekd.distiller import Distiller
+from scalekd.peak import held_in_a_step
+
+RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15, where it has the pair
+    "imagenet-swin-s-resnet50-traditional": 6.65 / 3.66,
+    "imagenet-swin-b-resnet50-traditional": 7.26 / 3.66,
+    "imagenet-swin-l-resnet50-traditional": 9.11 / 4.72,
+    "imagenet-swin-l-vit-small-advanced": None,
+}
+CHEAPER = {"tokens": "reduced", "shared": True}
+AGAIN = {"grad_checkpointing": True}
+FORMS: dict[str, dict[str, Any] | None] = {  # options of scalekd; None: without it
+    "floor": None,
+    "fd": None,
+    "published": {},
+    "published, checkpointed": AGAIN,
+    "reduced-shared": CHEAPER,
+    "reduced-shared, checkpointed": CHEAPER | AGAIN,
+}
+SETTINGS = (("float32", 32), ("bf16", 32))  # precision, images a GPU
+
+
+def losses_of(form: str, recipe: Config) -> dict[str, dict[str, Any]]:
+    """The floor's are those that read logits: the recipe's task loss and KD."""
+    if form == "fd":
+        return {name: options for name, options in recipe.losses.items() if name in ("ce", "bce")} | {"fd": {}}
+    options = FORMS[form]
+    others = {name: given for name, given in recipe.losses.items() if name != "scalekd"}
+    return others if options is None else others | {"scalekd": recipe.losses["scalekd"] | options}
+
+
+def count(name: str) -> dict[str, Any]:
+    """Form -> GMACs of an image, and its peaks in MB of 10^6 bytes by setting."""
+    recipe = load_recipe(name)
+    found = {}
+    for form in FORMS:
+        with torch.device("meta"):
+            distiller = untrained(recipe, 1000, losses_of(form, recipe))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+            distiller.train()
+            with FlopCounterMode(display=False) as counter:
+                peaks = [peak(distiller, precision, batch) for precision, batch in SETTINGS]
+            # after a backward pass, as the optimiser's state is that of a step
+            fixed = sum(value or 0 for value in fixed_bytes(distiller, recipe).values())
+        images = sum(batch for _, batch in SETTINGS)
+        found[form] = {
+            "gmacs": counter.get_total_flops() / 2 / images / 1e9,
+            "fixed_mb": fixed / 1e6,
+            "peak_mb": {
+                f"{precision}, {batch}": (fixed + p) / 1e6
+                for (precision, batch), p in zip(SETTINGS, peaks, strict=True)
+            },
+        }
+    return found
+
+
+def peak(distiller: Distiller, precision: str, batch: int) -> int:
+    pixels, targets = torch.empty(batch, 3, *distiller.image_size), torch.empty(batch, dtype=torch.int64)
+    return held_in_a_step(distiller, pixels, targets, precision != "float32")[1]
+
+
+def lines_of(recipe: str, forms: dict[str, Any]) -> list[str]:
+    paper = RECIPES[recipe]
+    rows = []
+    for form, found in forms.items():
+        ratios = [f"{mb / forms['fd']['peak_mb'][key]:.2f}" for key, mb in found["peak_mb"].items()]
+        told = f"{paper:.2f}" if paper and form == "published" else ""
+        rows.append(
+            [form, f"{found['gmacs']:.1f}", f"{found['fixed_mb'] / 1e3:.2f}"]
+            + [f"{mb / 1e3:.2f}, {times}" for mb, times in zip(found["peak_mb"].values(), ratios, strict=True)]
+            + [told]
+        )
+    settings = [f"{precision}, {batch} images: GB, of FD's" for precision, batch in SETTINGS]
+    return [recipe, "", *table(["form", "GMACs an image", "fixed GB", *settings, "paper, of FD's"], rows), ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    recipes = {recipe: count(recipe) for recipe in RECIPES}
+    lines = [line for recipe, forms in recipes.items() for line in lines_of(recipe, forms)]
+    lines.append(
+        "Counted on fake tensors, not measured. Fixed: weights, gradients, optimiser's state, averaged weights."
+    )
+    found = about(torch.device("cpu")) | {"machine": "counted", "recipes": recipes}
+    write(args.out, "memory", found, lines)
+
+
+if __name__ == "__main__":
+    main()
