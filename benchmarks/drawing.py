@@ -16,10 +16,9 @@ from scalekd.svg import (
     Axis,
     Curve,
     curve_key,
-    drawing_style,
-    escape,
     line,
     nice_ticks,
+    svg_file,
     text_at,
     y_axis,
 )
@@ -112,12 +111,7 @@ def file(drawings: Sequence[Drawing], keys: Sequence[tuple[str, str]], label: st
     for drawing, text in keys:
         placed.append(f'<g transform="translate(12 {top:g})">{drawing}{text_at(54, 12, text)}</g>')
         top += 22
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{1.25 * width:g}" height="{1.25 * top:g}" '
-        f'viewBox="0 0 {width:g} {top:g}" role="img" aria-label="{escape(label)}">'
-        f"<style>svg {{ font-family: system-ui, sans-serif }}{drawing_style()}{STYLE}</style>"
-        f'<rect class="page" width="100%" height="100%"/>{"".join(placed)}</svg>\n'
-    )
+    return svg_file(placed, width, top, label, STYLE)
 
 
 STYLE = """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekd.config import Config, load_recipe
-from scalekd.cost import Ledger, charge_step, untrained
+from scalekd.cost import Ledger, charge_step, stand_ins, untrained
 from scalekd.distiller import Distiller
 from scalekd.methods.scalekd import scalekd
 from scalekd.optim import make_optimizer
@@ -87,12 +87,8 @@ def count(
 
 def charged(distiller: Distiller, config: Config, batch: int) -> Ledger:
     """A step's ledger. Leaves gradients behind, for the optimiser to make its state of."""
-    held = [distiller, distiller.teacher_view.model]
-    known = [t for module in held for t in (*module.parameters(), *module.buffers())]
-    pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
-    mixed = config.augment.mixup or config.augment.cutmix
-    targets = torch.empty(batch, CLASSES) if mixed else torch.empty(batch, dtype=torch.int64)
-    ledger = Apart(known, list(distiller.methods))
+    pixels, targets = stand_ins(distiller, config, CLASSES, batch)
+    ledger = Apart(distiller.held(), list(distiller.methods))
     charge_step(distiller.train(), pixels, targets, ledger, half=False)
     return ledger
 

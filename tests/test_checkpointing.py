@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from test_cost import assert_the_parts_add_up
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from whole_runs import TINY, changed
 
 from scalekd.config import check_config
-from scalekd.cost import AGAIN, Ledger, charge_step, count_step, untrained
+from scalekd.cost import AGAIN, count_step, untrained
 from scalekd.distiller import Distiller
 from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.peak import LiveBytes, held_in_a_step
@@ -146,19 +146,7 @@ def test_live_bytes_by_hand():
 
 def test_the_parts_add_up_to_a_checkpointed_step():
     _, distiller = pair("test_resnet", "scalekd", {})
-    for module in distiller.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # so that the second pass sees what the first saw
-    pixels, targets = torch.rand(4, 3, 48, 48), torch.randint(10, (4,))
-    with FlopCounterMode(display=False) as counter:
-        distiller(pixels, targets)["total"].backward()
-    whole = {name: p.grad for name, p in distiller.named_parameters()}
-    distiller.zero_grad()
-    ledger = Ledger()
-    charge_step(distiller, pixels, targets, ledger, half=False)
-    assert sum(map(sum, ledger.macs.values())) == pytest.approx(counter.get_total_flops() / 2, rel=1e-12)
-    for name, p in distiller.named_parameters():
-        torch.testing.assert_close(p.grad, whole[name], rtol=1e-3, atol=1e-6)
+    assert_the_parts_add_up(distiller)
 
 
 def test_cost_counts_what_is_freed_and_what_is_computed_twice():

@@ -319,7 +319,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-
         problems = _unlabelled_problems(self)
         needing = [n for n in self.losses if reads_teacher(n)]
         if needing and not self.all_teachers:
@@ -504,6 +503,7 @@ def _changed(section: Section, field: str) -> bool:
 
 
 def reads_teacher(loss: str) -> bool:
+    """Whether a loss of a recipe, or a method, reads a teacher."""
     from .methods import METHODS
 
     return getattr(METHODS[loss], "needs_teacher", True)

@@ -217,12 +217,9 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-            held = [distiller, teacher] if teacher else [distiller]  # the teacher is no sub-module
-            known = [t for module in held for t in (*module.parameters(), *module.buffers())]
+            known = distiller.held()
             ledger = Ledger(known)
-            pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
-            mixed = config.augment.mixup or config.augment.cutmix
-            targets = torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
+            pixels, targets = stand_ins(distiller, config, classes, batch)
             half = config.train.precision != "float32"
             charge_step(distiller.train(), pixels, targets, ledger, half)
             again = _held_again(distiller, pixels, targets, half)
@@ -250,6 +247,13 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
     fixed_mb = {key: None if value is None else value / 1e6 for key, value in fixed.items()}
     memory = sum(value or 0 for value in fixed_mb.values()) + batch * total["saved_mb"]
     return {"parts": parts, "total": total, "fixed_mb": fixed_mb, "memory_mb": memory}
+
+
+def stand_ins(distiller: Distiller, config: Config, classes: int, batch: int) -> tuple[Tensor, Tensor]:
+    """A batch of the recipe's shapes, pixels and targets, for what reads no values."""
+    pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
+    mixed = config.augment.mixup or config.augment.cutmix
+    return pixels, torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
 
 
 def _held_again(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> int | None:
@@ -340,10 +344,8 @@ def _through(name: str) -> str:
 def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int | None]:
     """What a device holds all the time: weights and buffers, gradients, the optimiser's state (None where it cannot be
     counted), and averaged weights where the recipe has them."""
-    teacher = distiller.teacher_view.model if distiller.teacher_view else None
-    held = [distiller, teacher] if teacher else [distiller]  # the teacher is no sub-module
     return {
-        "weights": _bytes(t for module in held for t in (*module.parameters(), *module.buffers())),
+        "weights": _bytes(distiller.held()),
         "gradients": _bytes(p for p in distiller.parameters() if p.requires_grad),
         "optimizer": _optimizer_bytes(make_optimizer(config, distiller)),
         "average": _bytes(distiller.student.state_dict().values()) if config.train.ema else 0,

@@ -196,6 +196,11 @@ class Distiller(nn.Module):
         with self.teacher_clock.timing(pixels.device), torch.no_grad():
             return {name: teacher(pixels, (compiled or {}).get(name)) for name, teacher in self.teachers.items()}
 
+    def held(self) -> list[Tensor]:
+        """Parameters and buffers of the student and the methods, and of the teachers, which are no sub-modules."""
+        modules = [self, *(teacher.view.model for teacher in self.teachers.values())]
+        return [t for module in modules for t in (*module.parameters(), *module.buffers())]
+
     def only_teacher(self) -> Teacher | None:
         """The teacher, None without one. Raises `UserError` when there are several."""
         if len(self.teachers) > 1:

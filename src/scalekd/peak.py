@@ -57,10 +57,7 @@ def held_in_a_step(distiller: Distiller, pixels: Tensor, targets: Tensor, half: 
     trained = [p for p in distiller.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
-    teacher = distiller.teacher_view.model if distiller.teacher_view else None
-    modules = [distiller, teacher] if teacher else [distiller]  # the teacher is no sub-module
-    known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    with LiveBytes([*known, *(p.grad for p in trained if p.grad is not None), pixels, targets]) as live:
+    with LiveBytes([*distiller.held(), *(p.grad for p in trained if p.grad is not None), pixels, targets]) as live:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
             total = distiller(pixels, targets)["total"]
         between = live.now

@@ -185,6 +185,16 @@ def drawing_style() -> str:
     return STYLE.replace("%LIGHT%", light).replace("%DARK%", dark)
 
 
+def svg_file(parts: Iterable[str], width: float, height: float, label: str, style: str) -> str:
+    """A file of its own: with the style of drawings and `style`, on the page's colour in light and dark."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{1.25 * width:g}" height="{1.25 * height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
+        f"<style>svg {{ font-family: system-ui, sans-serif }}{drawing_style()}{style}</style>"
+        f'<rect class="page" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
+    )
+
+
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #595959; --grid: #ddd }
 %LIGHT%

@@ -21,10 +21,9 @@ from ..svg import (
     Curve,
     chart_parts,
     curve_key,
-    drawing_style,
-    escape,
     finite,
     nice_ticks,
+    svg_file,
     text_at,
     x_axis,
 )
@@ -227,12 +226,7 @@ def _file(panels: Sequence[Panel], label: str, key_columns: int) -> str:
             words = text_at(54, 12, _short(text, 20 if key_columns > 1 else 50))
             parts.append(f'<g transform="translate({x} {y:g})">{drawing}{words}</g>')
         top += 22 * -(-len(panel.keys) // key_columns) + 16
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{1.25 * WIDTH:g}" height="{1.25 * top:g}" '
-        f'viewBox="0 0 {WIDTH} {top:g}" role="img" aria-label="{escape(label)}">'
-        f"<style>svg {{ font-family: system-ui, sans-serif }}{drawing_style()}{STYLE}</style>"
-        f'<rect class="page" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
-    )
+    return svg_file(parts, WIDTH, top, label, STYLE)
 
 
 def _short(text: str, most: int) -> str:

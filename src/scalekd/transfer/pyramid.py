@@ -70,8 +70,8 @@ class Pyramid(nn.Module):
         reductions = _reductions(model)
         finest = [stride for stride in STRIDES if stride in reductions]
         # its own maps, if they begin with the finest and end with its last
-        self.own = finest == [*STRIDES[: len(finest)]] and reductions[-1:] == finest[-1:]
-        wanted = finest if self.own else reductions[-1:]
+        own = finest == [*STRIDES[: len(finest)]] and reductions[-1:] == finest[-1:]
+        wanted = finest if own else reductions[-1:]
         self.indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in wanted]
         self.unit = wanted[-1]
         self.canvas: Size | None = None
@@ -92,8 +92,8 @@ class Pyramid(nn.Module):
         normed = any(isinstance(module, _BatchNorm) for module in model.modules())
         widths = [shape[1] for shape in shapes]
         self.norms = nn.ModuleList(nn.Identity() if normed else LayerNorm2d(width) for width in widths)
-        self.simple = None if self.own else SimplePyramid(widths[0], self.unit)
-        self.pooled = STRIDES[len(wanted) :] if self.own else ()
+        self.simple = None if own else SimplePyramid(widths[0], self.unit)
+        self.pooled = STRIDES[len(wanted) :] if own else ()
         self.channels: list[int] = (
             widths + [widths[-1]] * len(self.pooled) if self.simple is None else self.simple.channels
         )
