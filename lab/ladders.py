@@ -55,6 +55,9 @@ OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
     "OFA": {"ofa": {}},
 }
 
+EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # Table 7's, and what is best known
+VARIANTS = ("KD", "DKD", "DIST")  # what vanillaKD compares over the amount of data
+
 FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
     "shared": {"shared": True},
     "separable, shared": {"tokens": "separable", "shared": True},
@@ -165,6 +168,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
     shared = {"recipe": "base.yaml", "students": students(lrs), "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
+    both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
     betas = {
         f"beta {beta:g}": {"losses": best_kd["losses"] | {"scalekd": scalekd | {"beta": beta}}}
         for beta in (0, 0.2, 0.4, 0.6, 0.8, 1)
@@ -190,10 +194,15 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         shared
         | {
             "name": "methods",
-            "title": "ScaleKD and the methods it is compared with (Tables 7 and 13)",
-            "methods": {"no teacher": NO_TEACHER}
-            | compared
-            | {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd},
+            "title": "ScaleKD and the methods it is compared with, three students (Table 7)",
+            "methods": {"no teacher": NO_TEACHER} | {label: compared[label] for label in EVERY_STUDENT} | both,
+        },
+        shared
+        | {
+            "name": "cnn-methods",
+            "title": "ScaleKD and the methods made for CNNs (Table 13)",
+            "students": {"CNN": students(lrs)["CNN"]},
+            "methods": {"no teacher": NO_TEACHER} | compared | both,
         },
         shared
         | {
@@ -219,8 +228,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
             "name": "pitfall",
             "title": "KD and its variants over the number of images and augmentation (vanillaKD's small-data pitfall)",
             "students": {label: sections | {"optim": optim(lrs["CNN"])} for label, sections in PITFALL.items()},
-            "methods": {"no teacher": NO_TEACHER}
-            | {label: compared[label] for label in ("KD", "BKD", "DKD", "DIST", "CC")},
+            "methods": {"no teacher": NO_TEACHER} | {label: compared[label] for label in VARIANTS},
         },
     ]
 

@@ -12,7 +12,7 @@ test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
 known=()
-for ladder in rates search ladder forms methods beta sizes pitfall; do
+for ladder in rates search ladder forms beta methods cnn-methods pitfall sizes; do
     "$python" lab/ladders.py
     if [ "$ladder" = sizes ]; then
         for size in small large; do
@@ -23,6 +23,6 @@ for ladder in rates search ladder forms methods beta sizes pitfall; do
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
 done
-for ladder in ladder methods; do
+for ladder in ladder methods cnn-methods; do
     "$python" lab/measure.py "docs/results/lab/$ladder"
 done
