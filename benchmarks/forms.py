@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekd.config import Config, load_recipe
-from scalekd.cost import Ledger, charge_step, stand_ins, untrained
+from scalekd.cost import stand_ins, untrained
 from scalekd.distiller import Distiller
+from scalekd.ledger import Ledger, charge_step
 from scalekd.methods.scalekd import scalekd
 from scalekd.optim import make_optimizer
 

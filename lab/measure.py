@@ -11,7 +11,8 @@ For each run whose folder is there, on the CPU, without gradients:
                 a linear map fitted by ridge regression on 2,000 canvases of the search part; 2 - 2 cos, averaged over
                 the positions of the test canvases. 0: the same directions; 2: unrelated
 
-Writes measures.jsonl (a line per run; runs that are in it are not measured again), measures.json and measures.md.
+Writes measures.jsonl (a line per run; runs that are in it are not measured again), measures.json and measures.md. Runs
+that the comparison took from another one (`compare --known`) keep what was measured there; measure that one first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from scalekd.analyze.distance import LinearMap, distances, mapped, solve_ridge
 from scalekd.compare.ladder import Job, jobs, load_ladder
-from scalekd.compare.results import half_width
+from scalekd.compare.results import half_width, read_records
 from scalekd.config import Model
 from scalekd.export import load_student
 from scalekd.models import build_model
@@ -42,14 +43,15 @@ KINDS = ("agreement", "probe", "distance")
 def main(out: Path) -> None:
     ladder = load_ladder(str(HERE / f"{out.name}.yaml"))
     file = out / "measures.jsonl"
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    known = measured_in(out)
+    known += borrowed(out, known)
     done = {(m["student"], m["method"], m["seed"]) for m in known}
     planned = jobs(ladder)
     missing = [j for j in planned if (j.student, j.method, j.seed) not in done]
     missing = [j for j in missing if (out / "runs" / j.folder / "summary.json").is_file()]
     if missing:
         parts = {name: images(name) for name in ("test", "search", "probe-train", "probe-test")}
-        parts["search"] = tuple(p[:2000] for p in parts["search"])
+        parts["search"] = parts["search"][0][:2000], parts["search"][1][:2000]
         teacher = the_teacher(missing)
         seen = {name: features(teacher, parts[name][0]) for name in ("test", "search")}
         with open(file, "a") as lines:
@@ -61,6 +63,24 @@ def main(out: Path) -> None:
                 lines.write(json.dumps(known[-1]) + "\n")
                 lines.flush()
     tell(out, [*dict.fromkeys((j.student, j.method) for j in planned)], known)
+
+
+def measured_in(out: Path) -> list[dict]:
+    file = out / "measures.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def borrowed(out: Path, known: list[dict]) -> list[dict]:
+    """The measures of the runs that `out` took from other comparisons, under the names that they have here."""
+    have = {(m["student"], m["method"], m["seed"]) for m in known}
+    records = [r for r in read_records(out) if "from" in r and (r["student"], r["method"], r["seed"]) not in have]
+    found = []
+    for record in records:
+        there = Path(record["from"])
+        names = {(r["student"], r["method"], r["seed"]) for r in read_records(there) if r["recipe"] == record["recipe"]}
+        here = {key: record[key] for key in ("student", "method", "seed")}
+        found += [m | here for m in measured_in(there) if (m["student"], m["method"], m["seed"]) in names]
+    return found
 
 
 def the_teacher(planned: list[Job]) -> StageView:

@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from scalekd.cli import parse, shortcuts
-from scalekd.config import load_recipe, recipe_names
+from scalekd.config import load_recipe
 from scalekd.methods import METHODS
+from scalekd.recipe_files import recipe_names
 from scalekd.runlog import read_log
 from scalekd.version import __version__
 

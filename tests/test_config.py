@@ -7,9 +7,11 @@ import inspect
 import pytest
 import yaml
 
-from scalekd.config import check_config, load_recipe, merged, options_of, to_yaml
+from scalekd.config import check_config, load_recipe, to_yaml
 from scalekd.errors import UserError
+from scalekd.loss_options import options_of
 from scalekd.methods import METHODS
+from scalekd.recipe_files import merged
 from scalekd.yaml_file import parse_yaml
 
 BASE = """

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from whole_runs import TINY, changed
 
 from scalekd.config import check_config
-from scalekd.cost import Ledger, charge_step, cost
+from scalekd.cost import cost
 from scalekd.distiller import Distiller
+from scalekd.ledger import Ledger, charge_step
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost"

@@ -11,16 +11,10 @@ import pytest
 
 from scalekd.cli import _parser, parse, shortcuts
 from scalekd.compare.ladder import jobs, ladder_names, load_ladder
-from scalekd.config import (
-    Config,
-    _fields_at,
-    check_config,
-    load_recipe,
-    options_of,
-    recipe_names,
-    recipe_text,
-)
+from scalekd.config import Config, _fields_at, check_config, load_recipe
+from scalekd.loss_options import options_of
 from scalekd.methods import METHODS
+from scalekd.recipe_files import recipe_names, recipe_text
 from scalekd.transfer import cli as transfer_cli
 from scalekd.transfer import config as transfer
 from scalekd.yaml_file import parse_yaml

@@ -20,16 +20,9 @@ from test_sources import PNG, write_tar
 from whole_runs import TINY
 
 from scalekd import checkpoint
-from scalekd.config import (
-    MOST_PROBLEMS,
-    check_config,
-    load_recipe,
-    override,
-    recipe_names,
-    recipe_text,
-    to_yaml,
-)
+from scalekd.config import MOST_PROBLEMS, check_config, load_recipe, to_yaml
 from scalekd.errors import UserError
+from scalekd.recipe_files import override, recipe_names, recipe_text
 from scalekd.sources import open_source
 from scalekd.yaml_file import parse_yaml
 

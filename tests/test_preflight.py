@@ -25,10 +25,11 @@ from scalekd import preflight as preflight_module
 from scalekd.build import build
 from scalekd.class_order import natural, put_in_order, rows, teachers_order, way_out
 from scalekd.cli import parse, shortcuts
-from scalekd.config import check_config, load_recipe, recipe_values
+from scalekd.config import check_config, load_recipe
 from scalekd.errors import UserError
 from scalekd.models import resolve
 from scalekd.preflight import preflight
+from scalekd.recipe_files import recipe_values
 from scalekd.sources import FASHION_CLASSES
 from scalekd.unseen_pixels import unseen
 from scalekd.weights import sha256_of

@@ -18,9 +18,10 @@ from torch import nn
 
 from scalekd.build import build
 from scalekd.cli import main
-from scalekd.config import Config, load_recipe, recipe_names, recipe_text
+from scalekd.config import Config, load_recipe
 from scalekd.engine import AUTOCAST
 from scalekd.optim import make_optimizer, make_schedule
+from scalekd.recipe_files import recipe_names, recipe_text
 from scalekd.recipe_list import IMAGENET_IMAGES, entry, header, listed, table
 
 NAMES = recipe_names()

@@ -14,7 +14,7 @@ from . import parallel
 from .class_order import put_in_order
 from .clock import Stopwatch
 from .compiled import compile_step
-from .config import Config, Model, height_and_width, reads_logits, reads_teacher
+from .config import Config, Model, height_and_width
 from .data import (
     Batch,
     Images,
@@ -34,6 +34,7 @@ from .errors import UserError, printable
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
 from .head_card import read_head
 from .loaded import Loaded
+from .loss_options import reads_logits, reads_teacher
 from .models import build_model, resolve, statistics
 from .optim import make_optimizer, make_schedule
 from .samplers import Key, Mix, TrainSampler

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from . import parallel
 from .build import build
-from .config import Config, assistant_of, check_config, reads_logits
+from .config import Config, assistant_of, check_config
 from .errors import UserError
 from .files import is_file
+from .loss_options import reads_logits
 from .resume import recipe_difference
 from .run_head import heads_aside, with_heads
 from .runs import checked, execute

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .analyze.cli import add_commands as add_analyze_commands
 from .errors import UserError, printable
 from .stop import Stopped, StopRequest
 from .transfer.cli import add_commands as add_transfer_commands
@@ -234,33 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true")
     sub.set_defaults(on_bad_image=None)
 
-    sub = commands.add_parser("analyze", help="what models' features hold and how near a student is (docs/analyze.md)")
-    analyses = sub.add_subparsers(title="analyses", metavar="ANALYSIS", required=True)
-
-    def analysis(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = analyses.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=function)
-        sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-        sub.add_argument("--device", help="as for train")
-        sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figures there")
-        return sub
-
-    sub = analysis("frequency", _analyze_frequency, "the frequencies of models' last maps")
-    sub.add_argument("models", nargs="+", metavar="MODEL", help="a timm name, NAME=FILE, or an exported student")
-    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
-    sub.add_argument("--images", type=int, default=1600, metavar="N", help="how many (default: 1600)")
-    sub.add_argument("--random", action="store_true", help="initial values for models given by name alone")
-
-    for name, function, text in (
-        ("distance", _analyze_distance, "how far students' alternative components are from their teacher's"),
-        ("similarity", _analyze_similarity, "students beside their teacher: CKA, agreement, calibration, attention"),
-    ):
-        sub = analysis(name, function, text)
-        sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs with one teacher")
-        sub.add_argument("--data", metavar="SOURCE", help="other images than the first run's validation images")
-        sub.add_argument("--images", type=int, metavar="N", help="only so many, spread evenly (default: all)")
-    sub.add_argument("--baseline", type=Path, metavar="RUN", help="the run before: gains by class")
-    sub.add_argument("--pictures", type=int, default=4, metavar="N", help="images to draw attention for (default: 4)")
+    add_analyze_commands(commands)
 
     sub = command("teachers", _teachers, "which methods a timm model serves as a teacher; without names, the families")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="timm names")
@@ -487,7 +462,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from .config import options_of
+    from .loss_options import options_of
     from .methods import METHODS
 
     listed: list[dict[str, Any]] = []
@@ -529,8 +504,10 @@ def _tell(
 
 def _cost(args: argparse.Namespace) -> None:
     from .config import load_recipe
-    from .cost import cost, measure, show, write
+    from .cost import cost
+    from .cost_page import show, write
     from .parallel import pick_device
+    from .step_seconds import measure
 
     config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
     device = pick_device(args.device)
@@ -564,52 +541,6 @@ def _plan(args: argparse.Namespace) -> None:
     _tell(args, found, show, markdown)
 
 
-def _analyze_frequency(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from .analyze.frequency import analyze, show, write
-    from .parallel import pick_device
-
-    device = pick_device(args.device)
-    found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
-    show(found, Console(emoji=False))
-    if args.out:
-        write(found, args.out)
-
-
-def _analyze_distance(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from .analyze.distance import analyze, show, write
-    from .parallel import pick_device
-
-    found = analyze(args.runs, args.data, args.images, pick_device(args.device), batch=args.batch, out=args.out)
-    show(found, Console(emoji=False))
-    if args.out:
-        write(found, args.out)
-
-
-def _analyze_similarity(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from .analyze.similarity import analyze, show, write
-    from .parallel import pick_device
-
-    found = analyze(
-        args.runs,
-        args.data,
-        args.images,
-        pick_device(args.device),
-        baseline=args.baseline,
-        pictures=args.pictures,
-        batch=args.batch,
-        out=args.out,
-    )
-    show(found, Console(emoji=False))
-    if args.out:
-        write(found, args.out)
-
-
 def _teachers(args: argparse.Namespace) -> None:
     from .teachers import examine, families, markdown, show
 
@@ -617,7 +548,8 @@ def _teachers(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from .config import load_recipe, recipe_values
+    from .config import load_recipe
+    from .recipe_files import recipe_values
     from .recipe_list import amount, entry, explained, listed, table
 
     if args.show and (len(args.show) != 2 or args.show[0] != "show"):

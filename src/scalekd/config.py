@@ -7,9 +7,7 @@ import re
 import reprlib
 import typing
 from collections.abc import Callable, Iterable
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -17,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     WrapValidator,
@@ -26,9 +23,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .config_checks import misfits
 from .errors import UserError, nearest, printable, shortened
-from .files import is_file
-from .yaml_file import parse_yaml
+from .loss_options import method_problems, typed_options
+from .recipe_files import merged, override, recipe_values
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
@@ -41,7 +39,9 @@ def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
     try:
         return handler(value)
     except ValidationError:  # one for each form; people want one
-        raise ValueError(f"pixels, such as 224 or [192, 256] for height and width (given {_short(value)})") from None
+        raise ValueError(
+            f"pixels, such as 224 or [192, 256] for height and width (given {reprlib.repr(value)})"
+        ) from None
 
 
 def _natural_or_names(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -50,15 +50,14 @@ def _natural_or_names(value: Any, handler: Callable[[Any], Any]) -> Any:
     except ValidationError:
         raise ValueError(
             "`natural`, or the names of the data's classes in the teacher's order, those like numbers in quotes "
-            f"(given {_short(value)})"
+            f"(given {reprlib.repr(value)})"
         ) from None
 
 
 ClassOrder = Annotated[Literal["natural"] | tuple[str, ...], WrapValidator(_natural_or_names)]
 ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
-LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FIT = "fit"  # of `teacher.head`, in place of a folder
-OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
+MOST_PROBLEMS = 30  # told at once
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -204,6 +203,10 @@ class Model(Backbone):
     classes: ClassOrder | None = None
     """Teachers: the order of its classes where it is not the data's: `natural`, that of timm's train.py, or all names."""
 
+    @property
+    def fits_head(self) -> bool:
+        return self.head == FIT
+
 
 class Steps(Section):
     batch_size: Annotated[int, Field(gt=0, le=2**20)]
@@ -301,12 +304,12 @@ class Config(Section):
         if not isinstance(losses, dict):
             raise ValueError("losses: a mapping of method names to options, such as {ce: {}, kd: {temperature: 1.0}}")
         kept = {name: {} if options is None else options for name, options in losses.items() if options is not False}
-        problems = [line for name, options in kept.items() for line in _method_problems(name, options)]
+        problems = [line for name, options in kept.items() for line in method_problems(name, options)]
         if not kept:
             problems.append("losses: none at all; name at least one, such as ce")
         if problems:
             raise ValueError("\n".join(problems))
-        return {name: _typed_options(name, options) for name, options in kept.items()}
+        return {name: typed_options(name, options) for name, options in kept.items()}
 
     @property
     def all_teachers(self) -> dict[str, Model]:
@@ -319,31 +322,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = _unlabelled_problems(self)
-        needing = [n for n in self.losses if reads_teacher(n)]
-        if needing and not self.all_teachers:
-            problems.append(
-                f"losses: {', '.join(needing)} need(s) a teacher; add `teacher: {{model: ..., weights: ...}}`"
-            )
-        if not needing and self.teacher is not None:
-            problems.append("teacher: no loss uses it; add one (kd, scalekd, ...) or remove the teacher")
-        problems += _teachers_problems(self, needing)
-        problems += _head_problems(self)
-        problems += [
-            f"{self.place_of(name)}.classes: its head's names are the data's; leave it out"
-            for name, spec in self.all_teachers.items()
-            if spec.classes is not None and spec.head is not None
-        ]
-        if self.train.batch_size % self.train.accumulate:
-            problems.append(
-                f"train.batch_size {self.train.batch_size} is not a multiple of train.accumulate {self.train.accumulate}"
-            )
-        if self.schedule.warmup_epochs >= self.train.epochs:
-            problems.append(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}; "
-                "for a short trial add schedule.warmup_epochs=0"
-            )
-        problems += _ignored(self)
+        problems = misfits(self)
         if self.assistant is not None and not problems:
             problems += _assistant_problems(self)
         if problems:
@@ -363,246 +342,6 @@ def _assistant_problems(config: Config) -> list[str]:
     return []
 
 
-def _teachers_problems(config: Config, needing: list[str]) -> list[str]:
-    """What is wrong with several teachers and with the losses that choose among them."""
-    chosen = {name: options["teachers"] for name, options in config.losses.items() if "teachers" in options}
-    if not config.teachers:
-        return [f"losses.{name}.teachers: goes with several teachers, `teachers: {{NAME: ...}}`" for name in chosen]
-    if config.teacher is not None:
-        return ["teacher: there are `teachers` too; put it among them, or remove them"]
-    problems = []
-    for name, teachers in chosen.items():
-        if name not in needing:
-            problems.append(f"losses.{name}.teachers: {name} reads no teacher")
-        problems += [
-            f"losses.{name}.teachers: no teacher `{shortened(of)}`.{nearest(of, config.teachers)}"
-            for of in teachers
-            if of not in config.teachers
-        ]
-        if not teachers:
-            problems.append(f"losses.{name}.teachers: names none; leave it out for all of them")
-    used = {of for name in needing for of in chosen.get(name, config.teachers)}
-    return problems + [f"teachers.{of}: no loss uses it; remove it" for of in config.teachers if of not in used]
-
-
-def _head_problems(config: Config) -> list[str]:
-    if config.data.train is not None:
-        return []
-    return [
-        f"{config.place_of(name)}.head: {FIT} needs labelled images, a data.train; name some, or the folder of a head "
-        "(`scalekd head`)"
-        for name, spec in config.all_teachers.items()
-        if spec.head == FIT
-    ]
-
-
-def _unlabelled_problems(config: Config) -> list[str]:
-    from .methods import METHODS
-
-    data, problems = config.data, []
-    if data.train is None and data.unlabelled is None:
-        return ["data.train: missing; or name images without labels, data.unlabelled"]
-    if data.train is None:
-        if labels := [n for n in config.losses if getattr(METHODS[n], "needs_targets", False)]:
-            problems.append(
-                f"losses: {', '.join(labels)} need(s) labels; name a data.train, or turn off: losses.{labels[0]}=off"
-            )
-        if data.val is None:
-            problems.append(
-                "data.val: without a data.train, some labelled images are needed to validate on; some hundreds do"
-            )
-        if data.unlabelled == "rest":
-            problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; name a data.train")
-    elif data.unlabelled == "rest" and data.limit is None:
-        problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; set data.limit")
-    if data.unlabelled is not None and config.augment.repeats > 1:
-        problems.append("augment.repeats: goes with labelled images only; leave it out, or data.unlabelled")
-    return problems
-
-
-def _ignored(config: Config) -> list[str]:
-    """Values that were changed and that nothing would read."""
-    augment, schedule = config.augment, config.schedule
-    return unread(config.optim) + without_effect(
-        [
-            (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
-            (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
-            (
-                augment.auto_augment is not None,
-                "augment.color_jitter",
-                augment,
-                "no augment.auto_augment, which brings its own",
-            ),
-            *idle_in(schedule),
-            (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
-            (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
-            (
-                config.data.val is not None and config.data.limit is None and config.data.unlabelled_limit is None,
-                "data.seed",
-                config.data,
-                "data.limit or no data.val; a run's own seed is `seed`",
-            ),
-            (
-                config.data.train is None,
-                "data.limit",
-                config.data,
-                "a data.train; data.unlabelled_limit is the other's",
-            ),
-            (config.data.unlabelled is None, "data.unlabelled_limit", config.data, "data.unlabelled"),
-            (
-                config.data.unlabelled is None or config.data.train is None,
-                "data.unlabelled_share",
-                config.data,
-                "both data.train and data.unlabelled",
-            ),
-            (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
-            (True, "student.top1", config.student, "a teacher"),
-            (True, "student.head", config.student, "a teacher"),
-            (True, "student.classes", config.student, "a teacher"),
-        ]
-    )
-
-
-Idle = tuple[bool, str, Section, str]  # whether a field is not read, its name, the section it is in, what it goes with
-
-
-def idle_in(schedule: Schedule) -> list[Idle]:
-    """The fields that a schedule of its kind does not read."""
-    return [
-        (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
-        (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
-        (schedule.name != "cosine", "schedule.min_lr", schedule, "schedule.name: cosine"),
-        (schedule.warmup_epochs == 0, "schedule.warmup_lr", schedule, "schedule.warmup_epochs above 0"),
-    ]
-
-
-def unread(optim: BaseOptim) -> list[str]:
-    """Values of `optim` that were changed and that its optimiser does not have."""
-    from timm.optim import get_optimizer_info
-
-    info = get_optimizer_info(optim.name)
-    return without_effect(
-        [
-            (not info.has_betas, "optim.betas", optim, "an optimiser with betas"),
-            (not info.has_eps, "optim.eps", optim, "an optimiser with eps"),
-            (not info.has_momentum, "optim.momentum", optim, "an optimiser with momentum"),
-        ]
-    )
-
-
-def without_effect(idle: Iterable[Idle]) -> list[str]:
-    return [
-        f"{name}: has no effect here; it goes with {needs}"
-        for not_read, name, section, needs in idle
-        if not_read and _changed(section, name.split(".")[1])
-    ]
-
-
-def _changed(section: Section, field: str) -> bool:
-    return getattr(section, field) != type(section).model_fields[field].default
-
-
-def reads_teacher(loss: str) -> bool:
-    """Whether a loss of a recipe, or a method, reads a teacher."""
-    from .methods import METHODS
-
-    return getattr(METHODS[loss], "needs_teacher", True)
-
-
-def reads_logits(loss: str) -> bool:
-    """Whether a loss of a recipe reads the student's logits."""
-    from .methods import METHODS
-
-    method = METHODS[loss]
-    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
-
-
-# ---------------------------------------------------------------- method options
-
-
-def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword options of a method, annotations resolved; the one place where its defaults live."""
-    function = method.__init__ if inspect.isclass(method) else method
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _method_problems(name: str, options: Any) -> list[str]:
-    from .methods import METHODS
-
-    if name not in METHODS:
-        return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
-    if not isinstance(options, dict):
-        return [
-            f"losses.{name}: options are a mapping, not {_short(options)}; write {{}} for none, or losses.{name}=off to leave it out"
-        ]
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
-    problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
-    for key, value in options.items():
-        if isinstance(value, bool) and known.get(key, bool) is not bool:
-            problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
-        try:
-            if key in known:
-                _adapter(known[key]).validate_python(value)
-        except ValidationError as error:
-            problems += [f"losses.{name}.{key}: {e['msg']} (given {_short(value)})" for e in error.errors()[:1]]
-    return problems
-
-
-def _typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from .methods import METHODS
-
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
-    return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
-
-
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
-
-
-# ---------------------------------------------------------------- from recipe files
-
-
-class Shelf(NamedTuple):
-    """The recipes that come with scalekd for a task."""
-
-    folder: str
-    """In the package."""
-    command: str
-    """Lists them."""
-
-
-DISTILLATION = Shelf("recipes", "scalekd recipes")
-
-
-def shipped(folder: str) -> dict[str, Any]:
-    """The YAML files of a folder of the package, by name without the ending, in order."""
-    files = {p.name.removesuffix(".yaml"): p for p in (resources.files("scalekd") / folder).iterdir()}
-    return {name: files[name] for name in sorted(files) if files[name].name.endswith(".yaml")}
-
-
-def recipe_names(shelf: Shelf = DISTILLATION) -> list[str]:
-    return list(shipped(shelf.folder))
-
-
-def recipe_text(recipe: str, shelf: Shelf = DISTILLATION) -> str:
-    """The YAML of a shipped recipe's name or of a file."""
-    files = shipped(shelf.folder)
-    if recipe in files:
-        return files[recipe].read_text()
-    path = Path(recipe)
-    if not is_file(path):
-        raise UserError(
-            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, files)} "
-            f"`{shelf.command}` lists them."
-        )
-    try:
-        return path.read_text()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{recipe} cannot be read as text: {error}") from None
-
-
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
     """A shipped recipe's name or a YAML file, with `section.key=value` overrides (values are YAML).
 
@@ -612,64 +351,6 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
     for text in overrides:
         override(values, text)
     return check_config(values, recipe)
-
-
-def recipe_values(recipe: str, within: tuple[str, ...] = (), shelf: Shelf = DISTILLATION) -> dict[str, Any]:
-    """What a recipe says, with what its `base` says where it says nothing itself (`merged`).
-
-    within: the recipes whose base this one is.
-    """
-    values = parse_yaml(recipe_text(recipe, shelf), recipe)
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, losses, train, ...")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise UserError(f"{recipe}: base: the name of a recipe or a YAML file (given {_short(base)})")
-    beside = Path(recipe).parent / base
-    if base not in recipe_names(shelf) and is_file(beside):
-        base = str(beside)
-    if base in (*within, recipe):
-        raise UserError(f"{recipe}: base: {shortened(base)} is made from this recipe; name another")
-    try:
-        return merged(recipe_values(base, (*within, recipe), shelf), values)
-    except UserError as error:
-        raise UserError(f"{recipe}: base: {error}") from None
-
-
-def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` in their place, section by section and key by key.
-
-    Whole are replaced: `losses`, and a student or teacher that names a model, so that no option of another model stays.
-    """
-    result = dict(values)
-    for section, change in changes.items():
-        before = values.get(section)
-        whole = section == "losses" or (isinstance(change, dict) and "model" in change)
-        both = isinstance(before, dict) and isinstance(change, dict)
-        result[section] = before | change if both and not whole else change
-    return result
-
-
-def override(values: dict[str, Any], assignment: str) -> None:
-    """Sets the value that `section.key=value` names, in place. Raises `UserError`."""
-    key, equals, text = assignment.partition("=")
-    shown = shortened(assignment)
-    if not equals or not key or not key.isprintable():
-        raise UserError(f"`{shown}` is not an override: write key=value, such as optim.lr=1e-3")
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = values.get(parent)
-        if inner is None:
-            inner = values[parent] = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"`{shown}`: {parent} is a value, it has no `{last}`")
-        values = inner
-    values[last] = parse_yaml(text, f"`{shown}`")
-
-
-MOST_PROBLEMS = 30
 
 
 def check_config(values: dict[str, Any], where: str) -> Config:
@@ -710,13 +391,9 @@ def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
         return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
     if error["type"] == "model_type":
         return [
-            f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {_short(error['input'])})"
+            f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {reprlib.repr(error['input'])})"
         ]
-    return [f"{where}: {error['msg']} (given {_short(error['input'])})"]
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
+    return [f"{where}: {error['msg']} (given {reprlib.repr(error['input'])})"]
 
 
 def _fields_at(path: list[str], schema: type[Section]) -> list[str]:

@@ -18,8 +18,9 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import mixer  # noqa: F401 - adds `mlp_mixer` to timm's names
-from .config import Config, height_and_width, load_recipe, recipe_names
+from .config import Config, height_and_width, load_recipe
 from .errors import UserError, nearest, shortened
+from .recipe_files import recipe_names
 from .stages import StageView
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from .build import Run
 from .compiled import compile_step
 from .config import Config
-from .cost import ROUNDS, untrained
+from .cost import untrained
 from .data import Batch, Images, Split, load_batch, make_mixup, training_images, validation_images
 from .distiller import Distiller
 from .engine import looks_at_every_step, train_step
@@ -24,6 +23,7 @@ from .memory import keep_freed_memory
 from .optim import make_optimizer, make_schedule
 from .provenance import machine
 from .shortages import shortages_told
+from .step_seconds import ROUNDS, spread
 from .training import scaler_and_average
 
 MOST = 64  # images of a timed step unless given
@@ -131,7 +131,7 @@ def _rounds(step: Callable[[], object], device: torch.device) -> list[float]:
     """Seconds a call, [median, least, most] of ROUNDS; the first two calls do not count."""
     step()
     times = max(1, math.ceil(ROUND_SECONDS / _seconds(step, 1, device)))
-    return _spread([_seconds(step, times, device) for _ in range(ROUNDS)])
+    return spread([_seconds(step, times, device) for _ in range(ROUNDS)])
 
 
 def _seconds(step: Callable[[], object], times: int, device: torch.device) -> float:
@@ -143,10 +143,6 @@ def _seconds(step: Callable[[], object], times: int, device: torch.device) -> fl
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - began) / times
-
-
-def _spread(values: list[float]) -> list[float]:
-    return [statistics.median(values), min(values), max(values)]
 
 
 def _peak_mb(device: torch.device) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from .config import Config, load_recipe, recipe_names, recipe_text, recipe_values
+from .config import Config, load_recipe
+from .recipe_files import recipe_names, recipe_text, recipe_values
 from .yaml_file import parse_yaml
 
 FIELDS = ("command", "stands for", "expected", "cost", "status")

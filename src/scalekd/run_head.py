@@ -27,7 +27,7 @@ def with_heads(config: Config, folder: Path) -> Config:
     """The recipe that names, in place of `fit`, where the run in `folder` has its heads: head, or head-NAME."""
 
     def named(spec: Model, head: str) -> Model:
-        return spec.model_copy(update={"head": str(folder / head)}) if spec.head == FIT else spec
+        return spec.model_copy(update={"head": str(folder / head)}) if spec.fits_head else spec
 
     teachers = {name: named(spec, f"head-{name}") for name, spec in config.teachers.items()}
     teacher = config.teacher and named(config.teacher, "head")
@@ -46,7 +46,7 @@ def fit_heads(config: Config, folder: Path, device: torch.device, console: Conso
     if parallel.rank() == 0 and not is_file(folder / "recipe.yaml"):
         with in_use(folder), shortages_told(device, "Try a smaller teacher.image_size, or --device cpu."):
             for name, spec in config.all_teachers.items():
-                if spec.head == FIT:
+                if spec.fits_head:
                     out = Path(str(found.all_teachers[name].head))
                     _fit(config, spec, config.place_of(name), out, device, console, cache)
     parallel.from_first(None)  # gloo waits for half an hour, NCCL's own barrier for ten minutes

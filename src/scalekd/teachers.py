@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .config import reads_teacher
 from .embeddings import is_embedding
 from .errors import UserError, first_line, nearest, printable
+from .loss_options import reads_teacher
 from .methods import METHODS
 from .models import usual_size
 from .pairs import MODELS

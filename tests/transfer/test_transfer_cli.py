@@ -12,7 +12,7 @@ import yaml
 from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
 from PIL import Image
 
-from scalekd.config import recipe_names
+from scalekd.recipe_files import recipe_names
 from scalekd.transfer import cli as transfer_cli
 from scalekd.transfer import deploy, evaluate
 from scalekd.transfer.config import SHELVES

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from scalekd import engine, health
-from scalekd.config import recipe_names
 from scalekd.errors import UserError
 from scalekd.health import NonFinite, load_report
+from scalekd.recipe_files import recipe_names
 from scalekd.runlog import read_log
 from scalekd.transfer import detect, segment
 from scalekd.transfer.backbone import build_backbone

@@ -10,23 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..config import (
-    FIT,
-    Config,
-    Section,
-    Seed,
-    check_config,
-    described,
-    merged,
-    override,
-    reads_logits,
-    recipe_names,
-    recipe_text,
-    recipe_values,
-    shipped,
-)
+from ..config import Config, Section, Seed, check_config, described
 from ..errors import UserError, nearest
 from ..files import is_file
+from ..loss_options import reads_logits
+from ..recipe_files import merged, override, recipe_names, recipe_text, recipe_values, shipped
 from ..yaml_file import parse_yaml
 
 LADDERS = "ladders"
@@ -188,7 +176,7 @@ def _not_comparable(found: Iterable[Job]) -> dict[str, str]:
             problems["  - assistant: a comparison is of single runs; name a finished assistant's run as teacher"] = (
                 f"{job.student}, {job.method}: 1 problem"
             )
-        if any(spec.head == FIT for spec in job.config.all_teachers.values()):
+        if any(spec.fits_head for spec in job.config.all_teachers.values()):
             problems[
                 "  - teacher.head: the runs of a comparison share their teacher; fit its head once with `scalekd head`, "
                 "and name that folder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cost import COLUMNS, cost_lines, cost_rows
+from ..cost_page import COLUMNS, cost_lines, cost_rows
 from ..svg import BOTTOM, LEFT, RIGHT, TOP, Axis, Curve, chart, escape, legend, log_ticks, nice_ticks
 from .look import Seen
 from .page import NONE, panels, section, table

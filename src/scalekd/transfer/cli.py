@@ -202,7 +202,7 @@ def _predict_classes(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from ..config import recipe_names, recipe_text
+    from ..recipe_files import recipe_names, recipe_text
     from ..recipe_list import header
     from .config import SHELVES
 

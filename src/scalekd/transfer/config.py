@@ -17,17 +17,13 @@ from ..config import (
     Section,
     Seed,
     Share,
-    Shelf,
     Steps,
     Train,
     checked_as,
-    idle_in,
-    override,
-    recipe_values,
-    unread,
-    without_effect,
 )
+from ..config_checks import idle_in, unread, without_effect
 from ..model_folders import is_drop_rate
+from ..recipe_files import Shelf, override, recipe_values
 from .tasks import TASKS
 
 SHELVES = {name: Shelf(f"transfer/recipes/{name}", f"{task.command} recipes") for name, task in TASKS.items()}

@@ -1,0 +1,72 @@
+"""The options that a recipe's losses take: read from the methods' signatures, checked and typed."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import nearest
+
+LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
+
+
+def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword options of a method, annotations resolved; the one place where its defaults live."""
+    function = method.__init__ if inspect.isclass(method) else method
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def method_problems(name: str, options: Any) -> list[str]:
+    from .methods import METHODS
+
+    if name not in METHODS:
+        return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
+    if not isinstance(options, dict):
+        return [
+            f"losses.{name}: options are a mapping, not {reprlib.repr(options)}; write {{}} for none, or losses.{name}=off to leave it out"
+        ]
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
+    problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
+    for key, value in options.items():
+        if isinstance(value, bool) and known.get(key, bool) is not bool:
+            problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
+        try:
+            if key in known:
+                _adapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            problems += [f"losses.{name}.{key}: {e['msg']} (given {reprlib.repr(value)})" for e in error.errors()[:1]]
+    return problems
+
+
+def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from .methods import METHODS
+
+    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
+    return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def reads_teacher(loss: str) -> bool:
+    """Whether a loss of a recipe, or a method, reads a teacher."""
+    from .methods import METHODS
+
+    return getattr(METHODS[loss], "needs_teacher", True)
+
+
+def reads_logits(loss: str) -> bool:
+    """Whether a loss of a recipe reads the student's logits."""
+    from .methods import METHODS
+
+    method = METHODS[loss]
+    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
