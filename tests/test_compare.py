@@ -345,6 +345,19 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     assert known_records(tmp_path / "b", jobs(load_ladder(ladder_file()), ["optim.lr=0.7"]), [tmp_path / "a"]) == {}
 
 
+def test_one_is_1_0_and_no_large_number_is_another(ladder_file, tmp_path):
+    methods = {"none": METHODS["none"], "KD": {"losses": {"ce": {}, "kd": {"weight": 2}}}}
+    planned = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62])))
+    there = {j: record(j, 1.0) for j in planned}
+    for told in there.values():
+        told["recipe"]["losses"].get("kd", {})["weight"] = 2
+    (tmp_path / "a").mkdir()
+    write_records(tmp_path / "a", there)
+    assert set(known_records(tmp_path / "b", planned, [tmp_path / "a"])) == set(planned)
+    next_one = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62 + 1])))
+    assert known_records(tmp_path / "b", next_one, [tmp_path / "a"]) == {}
+
+
 def test_a_job_is_known_by_its_labels():
     config = check_config(TINY, "x")
     assert Job("a", "b", 0, config) == Job("a", "b", 0, config.model_copy(update={"seed": 1}))

@@ -33,7 +33,11 @@ def counted(number: float, what: str) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean `x`?' for the closest valid name, or the names if there are few, or ''."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.6)
-    if close:
-        return " Did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
-    return f" Valid: {', '.join(names)}." if 0 < len(names) <= 25 else ""
+    few = f" Valid: {', '.join(names)}." if 0 < len(names) <= 25 else ""
+    return did_you_mean(name, names) or few
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean `x`?', or '' where no valid name is close."""
+    close = difflib.get_close_matches(name[:100], sorted(valid), n=3, cutoff=0.6)
+    return " Did you mean " + " or ".join(f"`{c}`" for c in close) + "?" if close else ""

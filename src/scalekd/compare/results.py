@@ -69,8 +69,14 @@ def _recipe(job: Job) -> dict[str, Any]:
 
 
 def _key(recipe: dict[str, Any]) -> str:
-    """Equal for recipes that differ in their names only."""
-    return json.dumps({k: v for k, v in recipe.items() if k != "name"}, sort_keys=True)
+    """Equal for recipes that differ in their names only, or in how a number is written: 1 and 1.0."""
+    text = json.dumps({k: v for k, v in recipe.items() if k != "name"}, sort_keys=True)
+    return json.dumps(json.loads(text, parse_float=_as_short_as_it_gets))
+
+
+def _as_short_as_it_gets(number: str) -> float:
+    value = float(number)
+    return int(value) if value.is_integer() else value
 
 
 def read_records(out: Path) -> list[Record]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import UserError, nearest, printable
+from ..errors import UserError, did_you_mean, nearest, printable
 from ..images import decode, is_image, read_file
 
 # What names a folder on the command line, for those who have left it out: a recipe's own is a placeholder.
@@ -24,9 +24,7 @@ class Folder:
         root = Path(text).expanduser()
         if not root.is_dir():
             beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-            near = nearest(root.name, beside)
-            option = OPTIONS.get(key, "")
-            hint = option if near.startswith(" Valid") and option else near + option
+            hint = did_you_mean(root.name, beside) + OPTIONS.get(key, "") or nearest(root.name, beside)
             if root.suffix == ".tar" and root.is_file():
                 hint = f" For an archive of class folders write tar:{text}, for WebDataset shards wds:{text}."
             raise UserError(f"{key}: no folder {text}.{printable(hint)}")
