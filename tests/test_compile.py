@@ -5,6 +5,7 @@ All but the failing ones use backends that only trace ("eager") or also derive t
 
 from __future__ import annotations
 
+import contextlib
 import io
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from whole_runs import CPU, Interrupted, assert_same, changed, final_state, start
 
 from scalekd.build import Run, build
@@ -59,7 +61,7 @@ def tiny(student: str, losses: dict[str, Any], **options: Any) -> Distiller:
     return Distiller(model, teacher, losses, image_size=(48, 48)).train()
 
 
-def step(distiller: Distiller, images: int = 4) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step(distiller: torch.nn.Module, images: int = 4) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Losses and gradients, always from the same buffers and random numbers."""
     before = {name: value.clone() for name, value in distiller.state_dict().items()}
     torch.manual_seed(1)
@@ -97,6 +99,25 @@ def test_the_compiled_step_is_whole_and_the_same(student, options, losses, graph
         distiller.train()
     assert counters["stats"]["unique_graphs"] == graphs  # of the teacher, unless its classifier is called; of the rest
     assert list(distiller.state_dict()) == keys
+
+
+def test_the_compiled_step_under_ddp(tmp_path):
+    """In one process, which has all that DDP does to a step but the other processes."""
+    distiller = tiny("test_resnet", {"ce": {}, "kd": {}, "fd": {}})
+    expected, gradients = step(distiller)
+    compile_step(distiller, 4, backend="aot_eager", fullgraph=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(distiller)
+        for synchronised in (False, True):  # accumulation's two kinds of micro-batch
+            with contextlib.nullcontext() if synchronised else wrapped.no_sync():
+                found, of_compiled = step(wrapped)
+            assert found == pytest.approx(expected, rel=1e-5)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(of_compiled[f"module.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_batch_of_another_size_is_not_compiled():
