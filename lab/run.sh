@@ -26,3 +26,6 @@ done
 for ladder in ladder methods cnn-methods; do
     "$python" lab/measure.py "docs/results/lab/$ladder"
 done
+for ladder in ladder beta methods cnn-methods; do
+    "$python" lab/order.py "docs/results/lab/$ladder"
+done

@@ -130,8 +130,8 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **t
         base = by_method[ladder.baseline]
         for method, by_seed in by_method.items():
             if method != ladder.baseline:
-                rows[method] |= _against(by_seed, base)
-        _correct(rows)
+                rows[method] |= against(by_seed, base)
+        correct(rows)
         for row in rows.values():
             row["reach"] = _reach(row["curve"], rows[ladder.baseline])
         result["students"][student] = rows
@@ -153,7 +153,8 @@ def _alone(by_seed: dict[int, Record]) -> dict[str, Any]:
     }
 
 
-def _against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
+def against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
+    """The differences between two rows' runs of the same seeds, their mean, and a t-test of it. Seed -> record."""
     from scipy.stats import ttest_1samp
 
     gains = [r["top1"] - base[seed]["top1"] for seed, r in by_seed.items() if seed in base]
@@ -193,8 +194,8 @@ def half_width(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
 
 
-def _correct(rows: dict[str, dict[str, Any]]) -> None:
-    """Holm's correction over the methods of one student, in place."""
+def correct(rows: dict[str, dict[str, Any]]) -> None:
+    """Holm's correction over the tests of all rows, in place."""
     tested = sorted((row for row in rows.values() if row.get("p") is not None), key=lambda row: row["p"])
     highest = 0.0
     for i, row in enumerate(tested):
