@@ -1,9 +1,9 @@
-"""Puts the tables of docs/results/performance into docs/performance.md, between its markers, and draws its pictures.
+"""Puts the tables of docs/results into docs/performance.md and docs/laboratory.md, and draws the pictures of the first.
 
     python benchmarks/tables.py
 
-A marker is a line `<!-- table NAME -->`; what stands between it and the next `<!-- end -->` becomes NAME.md.
-A picture stands beside the JSON file that it is drawn from, as NAME.svg.
+A marker is a line `<!-- table NAME -->`; what stands between it and the next `<!-- end -->` becomes NAME.md, of a page
+with a title its first table. A picture stands beside the JSON file that it is drawn from, as NAME.svg.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 import drawing
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {DOCS / "performance.md": DOCS / "results" / "performance", DOCS / "laboratory.md": DOCS / "results" / "lab"}
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"^\|(?:.*\n\|)*.*\n", re.MULTILINE)
 
 
 def filled(text: str, folder: Path) -> str:
@@ -23,9 +25,15 @@ def filled(text: str, folder: Path) -> str:
 
     def shown(block: re.Match[str]) -> str:
         file = folder / f"{block[2]}.md"
-        return f"{block[1]}\n{file.read_text() if file.is_file() else 'Not measured yet.'}\n{block[3]}"
+        return f"{block[1]}\n{told(file.read_text()) if file.is_file() else 'Not measured yet.'}\n{block[3]}"
 
     return BLOCK.sub(shown, text)
+
+
+def told(text: str) -> str:
+    """What a page shows of a file: of one with a title its first table, else all."""
+    table = TABLE.search(text)
+    return table[0] if table and text.startswith("# ") else text
 
 
 def pictures(folder: Path) -> dict[Path, str]:
@@ -41,7 +49,7 @@ def pictures(folder: Path) -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    page, results = DOCS / "performance.md", DOCS / "results" / "performance"
-    page.write_text(filled(page.read_text(), results))
-    for picture, text in pictures(results).items():
+    for page, folder in PAGES.items():
+        page.write_text(filled(page.read_text(), folder))
+    for picture, text in pictures(DOCS / "results" / "performance").items():
         picture.write_text(text)
