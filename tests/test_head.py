@@ -586,9 +586,9 @@ def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_
     named = run_head.with_heads(config, run)
     assert {k: spec.head for k, spec in named.teachers.items()} == {"a": str(run / "head-a"), "b": "runs/b"}
     (run / "head-a").mkdir(parents=True)
-    open_folder(run, named)  # after a start that ended when its head was fitted
+    open_folder(run, named, run_head.heads_of(named))  # after a start that ended when its head was fitted
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        open_folder(run, config)
+        open_folder(run, config, run_head.heads_of(config))
     with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` is for `scalekd train`"):
         build(config, CPU)
 

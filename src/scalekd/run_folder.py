@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,16 +43,17 @@ def run_into(
     title: str,
     way_out: str,
     stop: StopRequest | None,
+    beforehand: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Trains to the end, or goes on with the run that is there. Returns its summary.
 
-    way_out: what needs less memory. stop: looked at between steps; `Stopped` is raised with the run saved.
+    way_out: what needs less memory. beforehand: what the task wrote into the folder before the run. stop: looked at between steps; `Stopped` is raised with the run saved.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
     config = run.config
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         if parallel.rank() == 0:
-            open_folder(folder, config)  # once more: another process may have had it since
+            open_folder(folder, config, beforehand)  # once more: another process may have had it since
             write_folder(folder, run, outcome)
         parallel.wait_for_all()
         trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
@@ -71,15 +72,17 @@ def run_into(
     return summary
 
 
-def open_folder(folder: Path, config: Section) -> None:
-    """Refuses a folder that holds something else, another recipe's run or a finished one. Writes nothing."""
+def open_folder(folder: Path, config: Section, beforehand: Collection[Path] = ()) -> None:
+    """Refuses a folder that holds something else, another recipe's run or a finished one. Writes nothing.
+
+    beforehand: what the task writes into it before the run is there.
+    """
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
         inside = list(folder.iterdir()) if folder.exists() else []
-        heads = {Path(spec.head) for spec in getattr(config, "all_teachers", {}).values() if spec.head}
-        # a run that ended at its very beginning leaves such files, heads that it fitted, or nothing
-        if all(path.name.endswith(".part") or path.name == LOCK or path in heads for path in inside):
+        # a run that ended at its very beginning leaves such files, or nothing
+        if all(path.name.endswith(".part") or path.name == LOCK or path in beforehand for path in inside):
             _check_writable(folder)
             return
         recipe = folder / "recipe.yaml"

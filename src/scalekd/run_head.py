@@ -34,6 +34,11 @@ def with_heads(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"teacher": teacher, "teachers": teachers})
 
 
+def heads_of(config: Config) -> list[Path]:
+    """The folders of its teachers' heads."""
+    return [Path(spec.head) for spec in config.all_teachers.values() if spec.head]
+
+
 def fit_heads(config: Config, folder: Path, device: torch.device, console: Console, cache: Path = FEATURES) -> Config:
     """Fits what the recipe asks for into `folder`, but not for a run that has begun there. Returns `with_heads`.
 

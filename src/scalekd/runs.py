@@ -22,7 +22,7 @@ from .preflight import preflight
 from .provenance import made_by, provenance
 from .report.run import write_run_report
 from .run_folder import Outcome, open_folder, run_into
-from .run_head import fit_heads, with_heads
+from .run_head import fit_heads, heads_of, with_heads
 from .shortages import shortages_told, smaller_steps
 from .sources import open_source, pair_of
 from .stages import StageView
@@ -52,7 +52,8 @@ def execute(
     """
     if config.assistant is not None:
         raise UserError("a recipe with an assistant is two runs: `scalekd train` makes both")
-    open_folder(folder, with_heads(config, folder))
+    named = with_heads(config, folder)
+    open_folder(folder, named, heads_of(named))
     parallel.wait_for_all()  # rank 0 writes into the folder below
     config = fit_heads(config, folder, device, console)
     run = checked(config, device, console) if check else _built(config, device)
@@ -65,7 +66,14 @@ def execute(
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
     return run_into(
-        folder, run, outcome(look), console, title=title or config.name, way_out=smaller_steps(config), stop=stop
+        folder,
+        run,
+        outcome(look),
+        console,
+        title=title or config.name,
+        way_out=smaller_steps(config),
+        stop=stop,
+        beforehand=heads_of(config),
     )
 
 
