@@ -62,6 +62,7 @@ VARIANTS = ("KD", "DKD", "DIST")  # what vanillaKD compares over the amount of d
 
 FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
     "shared": {"shared": True},
+    "shared, narrow": {"shared": True, "expansion": 1},
     "separable, shared": {"tokens": "separable", "shared": True},
     "reduced, shared": {"tokens": "reduced", "shared": True},
     "reduced, shared, narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
