@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tokens=pointwise": {"tokens": "pointwise"},
     "tokens=reduced": {"tokens": "reduced"},
     "shared": {"shared": True},
+    "shared, expansion=1": {"shared": True, "expansion": 1},
     "tokens=reduced, shared": {"tokens": "reduced", "shared": True},
     "tokens=reduced, shared, expansion=1": {"tokens": "reduced", "shared": True, "expansion": 1},
 }
