@@ -31,12 +31,15 @@ RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15
     "imagenet-swin-l-vit-small-advanced": None,
 }
 CHEAPER = {"tokens": "reduced", "shared": True}
+NARROW = {"shared": True, "expansion": 1}  # the one that teaches as well: docs/laboratory.md
 AGAIN = {"grad_checkpointing": True}
 FORMS: dict[str, dict[str, Any] | None] = {  # options of scalekd; None: without it
     "floor": None,
     "fd": None,
     "published": {},
     "published, checkpointed": AGAIN,
+    "shared-narrow": NARROW,
+    "shared-narrow, checkpointed": NARROW | AGAIN,
     "reduced-shared": CHEAPER,
     "reduced-shared, checkpointed": CHEAPER | AGAIN,
 }
