@@ -47,7 +47,8 @@ def run_into(
 ) -> dict[str, Any]:
     """Trains to the end, or goes on with the run that is there. Returns its summary.
 
-    way_out: what needs less memory. beforehand: what the task wrote into the folder before the run. stop: looked at between steps; `Stopped` is raised with the run saved.
+    way_out: what needs less memory. stop: looked at between steps; `Stopped` is raised with the run saved.
+    beforehand: what the task wrote into the folder before the run.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
     config = run.config
