@@ -40,33 +40,23 @@ def add_commands(commands: Any) -> None:
 
 
 def _frequency(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ..parallel import pick_device
     from .frequency import analyze, show, write
 
     device = pick_device(args.device)
     found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
-    show(found, Console(emoji=False))
-    if args.out:
-        write(found, args.out)
+    _tell(args, found, show, write)
 
 
 def _distance(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ..parallel import pick_device
     from .distance import analyze, show, write
 
     found = analyze(args.runs, args.data, args.images, pick_device(args.device), batch=args.batch, out=args.out)
-    show(found, Console(emoji=False))
-    if args.out:
-        write(found, args.out)
+    _tell(args, found, show, write)
 
 
 def _similarity(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ..parallel import pick_device
     from .similarity import analyze, show, write
 
@@ -80,6 +70,14 @@ def _similarity(args: argparse.Namespace) -> None:
         batch=args.batch,
         out=args.out,
     )
+    _tell(args, found, show, write)
+
+
+def _tell(
+    args: argparse.Namespace, found: Any, show: Callable[[Any, Any], None], write: Callable[[Any, Path], None]
+) -> None:
+    from rich.console import Console
+
     show(found, Console(emoji=False))
     if args.out:
         write(found, args.out)
