@@ -12,7 +12,7 @@ test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
 known=()
-for ladder in rates search edges ladder forms beta methods cnn-methods pitfall sizes; do
+for ladder in rates search edges ladder forms narrow beta methods cnn-methods pitfall sizes; do
     "$python" lab/ladders.py
     if [ "$ladder" = sizes ]; then
         for size in small large; do
