@@ -18,7 +18,7 @@ from scipy import stats
 from whole_runs import TINY
 
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
-from scalekd.compare.results import half_width, known_records, read_records, summary, write_records
+from scalekd.compare.results import half_width, known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import places
 from scalekd.config import check_config, load_recipe
 from scalekd.errors import UserError
@@ -248,10 +248,9 @@ def test_a_folder_of_something_else_is_refused(ladder_file, tmp_path):
 
 def record(job, top1, curve=()):
     made = {"machine": "m", "git": "abc", "scalekd": "1", "torch": "2", "timm": "1"}
-    recipe = job.config.model_dump(mode="json", exclude_defaults=True)
     return {
         "student": job.student, "method": job.method, "seed": job.seed, "top1": top1, "seconds": 10.0 * job.seed,
-        "steps": 9, "curve": list(curve), "made": made, "recipe": recipe,
+        "steps": 9, "curve": list(curve), "made": made, "recipe": recipe_of(job),
     }  # fmt: skip
 
 
@@ -343,6 +342,9 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     assert {(j.method, j.seed): r["top1"] for j, r in found.items()} == {("nothing", 1): 11.0, ("KD", 1): 11.0}
     assert all(r["method"] == j.method and r["from"] == str(tmp_path / "a") for j, r in found.items())
     assert known_records(tmp_path / "b", jobs(load_ladder(ladder_file()), ["optim.lr=0.7"]), [tmp_path / "a"]) == {}
+    (tmp_path / "b").mkdir()
+    write_records(tmp_path / "b", found)
+    assert known_records(tmp_path / "b", second) == found  # once taken, they are known without the other one
 
 
 def test_one_is_1_0_and_no_large_number_is_another(ladder_file, tmp_path):

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from .config_checks import misfits
 from .errors import UserError, nearest, printable, shortened
-from .loss_options import method_problems, typed_options
+from .loss_options import method_problems, typed_options, with_defaults
 from .recipe_files import merged, override, recipe_values
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -417,4 +417,8 @@ def assistant_of(config: Config) -> Config:
 
 
 def to_yaml(config: Section) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """A recipe with nothing left to defaults, the methods' included: it says the same after a default has changed."""
+    values = config.model_dump(mode="json")
+    if isinstance(config, Config):
+        values["losses"] = {name: with_defaults(name, options) for name, options in config.losses.items()}
+    return yaml.safe_dump(values, sort_keys=False)

@@ -53,6 +53,24 @@ def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
 
 
+def with_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options as plain values, with its defaults for those that are not given; the given ones come first."""
+    from .methods import METHODS
+
+    known = options_of(METHODS[name])
+    values = options | {key: p.default for key, p in known.items() if key not in options}
+    hints = {key: p.annotation for key, p in known.items()} | OF_ANY_LOSS
+    return {key: _adapter(hints[key]).dump_python(value, mode="json") for key, value in values.items()}
+
+
+def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Of a method's options, those that are not as by default."""
+    from .methods import METHODS
+
+    defaults = with_defaults(name, {}) if name in METHODS else {}
+    return {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
+
+
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 

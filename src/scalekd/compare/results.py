@@ -12,6 +12,7 @@ from typing import Any
 from ..config import check_config, to_yaml
 from ..errors import UserError
 from ..files import write_text
+from ..loss_options import with_defaults
 from ..resume import recipe_difference
 from ..runlog import read_log
 from .ladder import Job, Ladder
@@ -38,7 +39,7 @@ def record_of(job: Job, folder: Path) -> Record | None:
         "steps": told["steps"],
         "curve": sorted(curve.items()),
         "made": {key: made.get(key) for key in ("machine", "scalekd", "torch", "timm", "git")},
-        "recipe": _recipe(job),
+        "recipe": recipe_of(job),
     }
 
 
@@ -58,14 +59,16 @@ def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -
             found[job] = of_folder
     elsewhere = {_key(r["recipe"]): (r, folder) for folder in others for r in read_records(folder)}
     for job in of_label.values():
-        if job not in found and (there := elsewhere.get(_key(_recipe(job)))):
+        if job not in found and (there := elsewhere.get(_key(recipe_of(job)))):
             record, folder = there
             found[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
     return found
 
 
-def _recipe(job: Job) -> dict[str, Any]:
-    return job.config.model_dump(mode="json", exclude_defaults=True)
+def recipe_of(job: Job) -> dict[str, Any]:
+    """As a record keeps it: what is not as by default, and every option of the losses."""
+    losses = {name: with_defaults(name, options) for name, options in job.config.losses.items()}
+    return job.config.model_dump(mode="json", exclude_defaults=True) | {"losses": losses}
 
 
 def _key(recipe: dict[str, Any]) -> str:
@@ -96,8 +99,9 @@ def write_records(out: Path, records: dict[Job, Record]) -> None:
 
 
 def _same_recipe(recipe: dict[str, Any], job: Job) -> bool:
+    named = recipe | {"name": job.config.name}  # of a run taken from another comparison it is the one there
     try:
-        return not recipe_difference(to_yaml(check_config(recipe, "record")), job.config)
+        return not recipe_difference(to_yaml(check_config(named, "record")), job.config)
     except UserError:  # of another version
         return False
 

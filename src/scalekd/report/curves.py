@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..loss_options import apart_from_defaults
 from ..runlog import duration
 from ..svg import (
     INK,
@@ -105,8 +106,9 @@ def bounds(share: float, count: float) -> str:
 
 
 def losses_text(losses: Mapping[str, Any]) -> str:
-    """{"ce": {}, "kd": {"temperature": 2.0}} -> "ce, kd (temperature 2.0)"."""
-    texts = [", ".join(f"{k} {v}" for k, v in (options or {}).items()) for options in losses.values()]
+    """{"ce": {}, "kd": {"temperature": 2.0}} -> "ce, kd (temperature 2.0)"; what is as by default is left out."""
+    told = [apart_from_defaults(name, options or {}) for name, options in losses.items()]
+    texts = [", ".join(f"{k} {v}" for k, v in options.items()) for options in told]
     return ", ".join(f"{name} ({text})" if text else name for name, text in zip(losses, texts))
 
 
