@@ -67,6 +67,7 @@ FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
     "reduced, shared": {"tokens": "reduced", "shared": True},
     "reduced, shared, narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
 }
+GROUPED = {"grouped, shared, narrow": {"tokens": "grouped", "shared": True, "expansion": 1}}
 NARROW = "shared, narrow"  # level with the published form in `forms`: more seeds decide
 
 STUDENTS: dict[str, Any] = {
@@ -207,6 +208,16 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
             | {
                 label: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
                 for label, options in FORMS.items()
+            },
+            "baseline": "published",
+        },
+        shared
+        | {
+            "name": "grouped",
+            "title": "A 3x3 convolution in groups of channels, beside the published form",
+            "methods": {
+                label: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
+                for label, options in ({"published": {}} | GROUPED).items()
             },
             "baseline": "published",
         },

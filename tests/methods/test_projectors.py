@@ -215,7 +215,7 @@ def test_resampling_to_the_teachers_grid(build):
 
 # ---------------------------------------------------------------- cheaper forms of CAP
 
-FORMS = ["conv", "separable", "pointwise", "reduced"]
+FORMS = ["conv", "grouped", "separable", "pointwise", "reduced"]
 
 
 @pytest.mark.parametrize("tokens", FORMS)
@@ -230,6 +230,11 @@ def test_the_student_branch_by_hand(tokens, student):
     bias = p["1.bias"] if "1.bias" in p else p["bias"]
     if tokens == "conv":
         kernel = p["weight"]
+    elif tokens == "grouped":  # a quarter of the outputs reads the same quarter of the inputs
+        kernel = np.zeros((ds, ds, 3, 3))
+        for start in range(0, ds, ds // 4):
+            quarter = slice(start, start + ds // 4)
+            kernel[quarter, quarter] = p["weight"][quarter]
     elif tokens == "pointwise":
         kernel = np.zeros((ds, ds, 3, 3))
         kernel[:, :, 1, 1] = p["weight"][:, :, 0, 0]
@@ -250,6 +255,7 @@ def test_parameters_of_the_cheaper_forms(tokens, expansion):
     width = 12 if tokens == "reduced" else ds
     convolution = {
         "conv": 9 * ds * ds + ds,
+        "grouped": 9 * ds * ds // 4 + ds,
         "separable": 9 * ds + ds * ds + ds,
         "pointwise": ds * ds + ds,
         "reduced": ds * width + 9 * width + width,
@@ -262,11 +268,16 @@ def test_parameters_of_the_cheaper_forms(tokens, expansion):
 
 def test_refusals_of_the_cheaper_forms():
     with pytest.raises(
-        ValueError, match="tokens is 'grouped'; it can be 'conv', 'separable', 'pointwise' or 'reduced'"
+        ValueError, match="tokens is 'dilated'; it can be 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'"
     ):
-        CrossAttentionProjector(STUDENT, TEACHER, tokens="grouped")
+        CrossAttentionProjector(STUDENT, TEACHER, tokens="dilated")
     with pytest.raises(ValueError, match="expansion is 0; it is 1 or more"):
         CrossAttentionProjector(STUDENT, TEACHER, expansion=0)
+
+
+def test_groups_divide_the_students_channels():
+    groups = {ds: make_tokens("grouped", ds, 12)[0].groups for ds in (64, 6, 7)}
+    assert groups == {64: 4, 6: 2, 7: 1}
 
 
 def test_keys_and_values_read_one_copy_of_the_tokens():

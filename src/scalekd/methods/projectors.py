@@ -6,6 +6,7 @@ shapes of student and teacher. They are thrown away after training.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..stages import MapShape
 
 Norm = Literal["batch", "layer"]
-Tokens = Literal["conv", "separable", "pointwise", "reduced"]
+Tokens = Literal["conv", "grouped", "separable", "pointwise", "reduced"]
 
+GROUPS = 4  # of channels, of `tokens: grouped`
 SOFTMAX_SCALE = 5.0  # fixed sharpening of the attention in the authors' release; not in the paper
 
 
@@ -41,12 +43,15 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
     """The convolution that makes tokens of a student map of `ds` channels, and the channels of a token.
 
-    `conv`: 3x3, `ds -> ds`, the authors'. `separable`: the same in two factors, 3x3 in each channel, then 1x1. `pointwise`:
-    1x1, `ds -> ds`. `reduced`: 1x1 to `dt` channels if that is fewer than `ds`, then 3x3 in each channel; where the
-    teacher is narrower, keys and values cost less too. Raises ValueError for another name.
+    `conv`: 3x3, `ds -> ds`, the authors'. `grouped`: 3x3 within each quarter of the channels (as many groups as divide `ds`,
+    at most 4), which keys and values mix. `separable`: 3x3 in each channel, then 1x1. `pointwise`: 1x1, `ds -> ds`.
+    `reduced`: 1x1 to `dt` channels if that is fewer than `ds`, then 3x3 in each channel; where the teacher is narrower,
+    keys and values cost less too. Raises ValueError for another name.
     """
     if tokens == "conv":
         return nn.Conv2d(ds, ds, 3, padding=1), ds
+    if tokens == "grouped":
+        return nn.Conv2d(ds, ds, 3, padding=1, groups=gcd(ds, GROUPS)), ds
     if tokens == "separable":
         return nn.Sequential(nn.Conv2d(ds, ds, 3, padding=1, groups=ds, bias=False), nn.Conv2d(ds, ds, 1)), ds
     if tokens == "pointwise":
@@ -55,7 +60,7 @@ def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
         width = min(ds, dt)
         each = nn.Conv2d(width, width, 3, padding=1, groups=width)
         return nn.Sequential(nn.Conv2d(ds, width, 1, bias=False), each), width
-    raise ValueError(f"tokens is {tokens!r}; it can be 'conv', 'separable', 'pointwise' or 'reduced'")
+    raise ValueError(f"tokens is {tokens!r}; it can be 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'")
 
 
 class CrossAttentionProjector(nn.Module):
