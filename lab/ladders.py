@@ -225,6 +225,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         | {
             "name": "narrow",
             "title": "The cheaper form that was level with the published one, beside it, on 15 seeds",
+            "students": {label: students(lrs)[label] for label in ("CNN", "MLP")},
             "methods": {
                 "published": ladder["DFM + TPP"],
                 NARROW: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | FORMS[NARROW]}},
