@@ -70,7 +70,7 @@ def count(
         shapes = [distiller.student_view.shapes, distiller.teacher_view.shapes]
         of_recipe = {name: value for name, value in config.losses["scalekd"].items() if name != "weight"}
         for form, options in forms.items():
-            distiller.methods[form] = scalekd(*shapes, **of_recipe, **options)
+            distiller.methods[form] = scalekd(*shapes, **(of_recipe | options))
             distiller.weights[form] = 1.0
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))

@@ -31,7 +31,8 @@ RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15
     "imagenet-swin-l-vit-small-advanced": None,
 }
 CHEAPER = {"tokens": "reduced", "shared": True}
-NARROW = {"shared": True, "expansion": 1}  # the one that teaches as well: docs/laboratory.md
+NARROW = {"shared": True, "expansion": 1}  # the default of scalekd
+GROUPED = NARROW | {"tokens": "grouped"}  # for CNN students
 AGAIN = {"grad_checkpointing": True}
 FORMS: dict[str, dict[str, Any] | None] = {  # options of scalekd; None: without it
     "floor": None,
@@ -40,6 +41,8 @@ FORMS: dict[str, dict[str, Any] | None] = {  # options of scalekd; None: without
     "published, checkpointed": AGAIN,
     "shared-narrow": NARROW,
     "shared-narrow, checkpointed": NARROW | AGAIN,
+    "grouped-shared-narrow": GROUPED,
+    "grouped-shared-narrow, checkpointed": GROUPED | AGAIN,
     "reduced-shared": CHEAPER,
     "reduced-shared, checkpointed": CHEAPER | AGAIN,
 }

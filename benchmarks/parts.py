@@ -27,16 +27,18 @@ from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import scalekd
 from scalekd.stages import Features, StageView
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "published form": {},
+PUBLISHED: dict[str, Any] = {"shared": False, "expansion": 4}
+CHEAPER: dict[str, dict[str, Any]] = {  # what differs from it
     "tokens=separable": {"tokens": "separable"},
     "tokens=pointwise": {"tokens": "pointwise"},
     "tokens=reduced": {"tokens": "reduced"},
     "shared": {"shared": True},
     "shared, expansion=1": {"shared": True, "expansion": 1},
+    "tokens=grouped, shared, expansion=1": {"tokens": "grouped", "shared": True, "expansion": 1},
     "tokens=reduced, shared": {"tokens": "reduced", "shared": True},
     "tokens=reduced, shared, expansion=1": {"tokens": "reduced", "shared": True, "expansion": 1},
 }
+OPTIONS = {"published form": PUBLISHED} | {name: PUBLISHED | options for name, options in CHEAPER.items()}
 
 
 def branch(cap: CrossAttentionProjector, x: Tensor) -> Callable[[], None]:

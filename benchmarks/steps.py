@@ -73,7 +73,7 @@ def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "cap": TASK | {"cap": one},
         "dfm": TASK | {"dfm": one},
         "tpp": TASK | {"tpp": {"heads": heads}},
-        "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads}},
+        "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads, "shared": False, "expansion": 4}},  # as published
         "literal": TASK | {"kd": {}, "literal": partial(LiteralScaleKD, heads=heads)},
     }
     cheaper: dict[str, dict[str, Any]] = {
@@ -82,6 +82,8 @@ def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "shared": {"shared": True},
         "reduced-shared": {"tokens": "reduced", "shared": True},
         "reduced-shared-narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
+        "shared-narrow": {"shared": True, "expansion": 1},
+        "grouped-shared-narrow": {"tokens": "grouped", "shared": True, "expansion": 1},
     }
     published = steps["scalekd"]["scalekd"]
     return steps | {name: TASK | {"kd": {}, "scalekd": published | options} for name, options in cheaper.items()}

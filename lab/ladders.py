@@ -29,6 +29,7 @@ BEYOND = {FACTORS[0]: (0.03, 0.1), FACTORS[-1]: (30, 100)}
 KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
 NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
 
+PUBLISHED = {"shared": False, "expansion": 4}
 LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the method's term at factor 1
     "FD (s4)": {"fd": {"stages": [4], "projector": "linear"}},
     "FD (s3+s4)": {"fd": {"stages": [3, 4], "projector": "linear"}},
@@ -39,7 +40,7 @@ LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the met
     "DFM (Dir + Alt)": {"dfm": {"heads": 3, "views": "dir_alt"}},
     "TPP own queries": {"tpp": {"heads": HEADS, "adaptive_queries": False}},
     "TPP": {"tpp": {"heads": HEADS}},
-    "DFM + TPP": {"scalekd": {"heads": HEADS}},
+    "DFM + TPP": {"scalekd": {"heads": HEADS} | PUBLISHED},
 }
 OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
     "BKD": {"bkd": {}},

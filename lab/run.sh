@@ -12,7 +12,7 @@ test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
 known=()
-for ladder in rates search edges ladder forms narrow beta methods cnn-methods pitfall sizes; do
+for ladder in rates search edges ladder forms narrow grouped beta methods cnn-methods pitfall sizes; do
     "$python" lab/ladders.py
     if [ "$ladder" = sizes ]; then
         for size in small large; do
@@ -23,9 +23,7 @@ for ladder in rates search edges ladder forms narrow beta methods cnn-methods pi
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
 done
-for ladder in ladder methods cnn-methods; do
-    "$python" lab/measure.py "docs/results/lab/$ladder"
-done
+"$python" lab/measure.py docs/results/lab/ladder
 for ladder in ladder beta methods cnn-methods; do
     "$python" lab/order.py "docs/results/lab/$ladder"
 done

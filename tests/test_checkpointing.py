@@ -24,6 +24,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "test_vit": {"img_size": 48, "depth": 4, "drop_path_rate": 0.2},
 }
+PUBLISHED = {"shared": False, "expansion": 4}
 ONE_VIEW = [  # the same operations on the same shapes, so the same bits
     ("cap", {}),
     ("dfm", {"norm": "layer"}),
@@ -77,7 +78,7 @@ def test_bit_for_bit_the_same(student, name, options):
 @pytest.mark.parametrize("half", [False, True])
 def test_two_views_are_the_same_but_for_rounding(half):
     """Each view has a pass of its own through the teacher, so a product may be cut up in another way."""
-    plain, checkpointed = pair("test_resnet", "scalekd", {})
+    plain, checkpointed = pair("test_resnet", "scalekd", PUBLISHED)
     limits = {"rtol": 0.05, "atol": 0.02} if half else {"rtol": 1e-4, "atol": 1e-5}
     for wanted, found in zip(step(plain, half), step(checkpointed, half), strict=True):
         torch.testing.assert_close(found, wanted, **limits)
@@ -106,7 +107,7 @@ def counted_calls(distiller: Distiller) -> Iterator[dict[str, int]]:
 
 
 def test_what_runs_twice():
-    plain, checkpointed = pair("test_resnet", "scalekd", {})
+    plain, checkpointed = pair("test_resnet", "scalekd", PUBLISHED)
     with counted_calls(plain) as once:
         step(plain)
     with counted_calls(checkpointed) as twice:
@@ -119,7 +120,7 @@ def test_what_runs_twice():
 
 
 def test_less_is_kept_and_less_is_held_at_once():
-    plain, checkpointed = pair("test_vit", "scalekd", {})
+    plain, checkpointed = pair("test_vit", "scalekd", PUBLISHED)
     inputs = torch.rand(8, 3, 48, 48), torch.randint(10, (8,)), False
     floor = Distiller(plain.student, plain.teacher_view.model, {"ce": {}, "kd": {}}, image_size=(48, 48)).train()
     (none, _), (kept, most), (kept_less, less) = (held_in_a_step(d, *inputs) for d in (floor, plain, checkpointed))
@@ -145,7 +146,7 @@ def test_live_bytes_by_hand():
 
 
 def test_the_parts_add_up_to_a_checkpointed_step():
-    _, distiller = pair("test_resnet", "scalekd", {})
+    _, distiller = pair("test_resnet", "scalekd", PUBLISHED)
     assert_the_parts_add_up(distiller)
 
 
@@ -156,7 +157,7 @@ def test_cost_counts_what_is_freed_and_what_is_computed_twice():
             distiller = untrained(config, 10, config.losses)
         return count_step(distiller, config, 10, batch=8)
 
-    plain, again = counted({}), counted({"grad_checkpointing": True})
+    plain, again = counted(PUBLISHED), counted(PUBLISHED | {"grad_checkpointing": True})
     through = "scalekd: through the teacher"
     assert again["parts"].keys() - plain["parts"].keys() == {AGAIN} and again["fixed_mb"] == plain["fixed_mb"]
     for part in ("scalekd", through):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import whole_runs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from whole_runs import TINY, changed
+from whole_runs import changed
 
 from scalekd.config import check_config
 from scalekd.cost import cost
@@ -22,6 +23,8 @@ from scalekd.ledger import Ledger, charge_step
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost"
+LOSSES = {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}}  # two projectors a path, two passes
+TINY = changed(copy.deepcopy(whole_runs.TINY), losses=LOSSES)
 
 
 def counted(**changes: Any) -> dict[str, Any]:

@@ -140,8 +140,9 @@ def projected(name, run, student, teacher):
     if name == "plain":
         return {}
     m = m["scalekd"]
-    proxies = {v: teacher.resume(3, m.proxy_caps[v](student.maps[2])) for v in ("ori", "alt")}
-    return {f"scalekd.{v}": m.student_caps[v](student.final, proxies[v]) for v in proxies}
+    cap_of = m.cap_of  # one for both views, unless the recipe says otherwise
+    proxies = {v: teacher.resume(3, m.proxy_caps[cap_of[v]](student.maps[2])) for v in ("ori", "alt")}
+    return {f"scalekd.{v}": m.student_caps[cap_of[v]](student.final, proxies[v]) for v in proxies}
 
 
 def test_distances_of_runs_worked_out_again(cli, made, trained, tmp_path):

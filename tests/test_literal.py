@@ -31,7 +31,10 @@ def pair_of_distillers(teacher: str, dtype: torch.dtype) -> tuple[Distiller, Dis
     task = {"ce": {}, "kd": {}}
     both = [
         Distiller(student, model, task | losses, image_size=SIZE)
-        for losses in ({"scalekd": {"heads": heads}}, {"scalekd": partial(literal.LiteralScaleKD, heads=heads)})
+        for losses in (
+            {"scalekd": {"heads": heads, "shared": False, "expansion": 4}},
+            {"scalekd": partial(literal.LiteralScaleKD, heads=heads)},
+        )
     ]
     for p in (*model.parameters(), *both[0].parameters()):
         torch.nn.init.normal_(p, std=0.3)

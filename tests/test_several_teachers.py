@@ -66,7 +66,7 @@ def test_scalekd_has_projectors_of_its_own_for_each_teacher_and_all_get_gradient
     both = distiller({"ce": {}, "kd": {}, "scalekd": {}}).train()
     both(IMAGES, TARGETS)["total"].backward()
     assert [name for name, p in both.named_parameters() if p.grad is None] == []
-    caps = [both.methods[f"scalekd@{name}"].student_caps["ori"] for name in ("vit", "cnn")]
+    caps = [both.methods[f"scalekd@{name}"].student_caps["both"] for name in ("vit", "cnn")]
     assert not {id(p) for p in caps[0].parameters()} & {id(p) for p in caps[1].parameters()}
     assert all(p.grad is None for t in both.teachers.values() for p in t.view.model.parameters())
     assert not any("teacher" in key for key in both.state_dict())

@@ -36,7 +36,8 @@ def method_problems(name: str, options: Any) -> list[str]:
     known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
     problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
-        if isinstance(value, bool) and known.get(key, bool) is not bool:
+        annotation = known.get(key, bool)
+        if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
             problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
         try:
             if key in known:

@@ -46,10 +46,10 @@ def slow_losses(method, student, teacher, weights, with_tpp, adaptive, reduction
         target = VIEW[view](teacher.final.detach())
         queries = None
         if with_tpp:
-            proxy = teacher.resume(3, method.proxy_caps[view](student.maps[2]))
+            proxy = teacher.resume(3, method.proxy_caps[method.cap_of[view]](student.maps[2]))
             losses[f"proxy_{view}"] = weight * slow_distance(VIEW[view](proxy), target, reduction)
             queries = proxy if adaptive else None
-        mimic = method.student_caps[view](student.final, queries)
+        mimic = method.student_caps[method.cap_of[view]](student.final, queries)
         losses[view] = weight * slow_distance(VIEW[view](mimic), target, reduction)
     return losses
 
@@ -63,6 +63,7 @@ def weights_by_hand(views, alpha=0.14, beta=0.571):
     return dict(zip(TWO[views], (alpha * beta, alpha * (1 - beta)), strict=True))
 
 
+PUBLISHED = {"shared": False, "expansion": 4}
 CASES = [
     (cap, {}, weights_by_hand("single"), False, False),
     (cap, {"alpha": 2.0, "norm": "layer"}, {"ori": 2.0}, False, False),
@@ -74,11 +75,13 @@ CASES = [
     (tpp, {}, weights_by_hand("single"), True, True),
     (tpp, {"adaptive_queries": False, "norm": "layer"}, weights_by_hand("single"), True, False),
     (scalekd, {}, weights_by_hand("all_alt"), True, True),
+    (scalekd, PUBLISHED, weights_by_hand("all_alt"), True, True),
     (scalekd, {"adaptive_queries": False}, weights_by_hand("all_alt"), True, False),
-    (scalekd, {"views": "dir_alt", "norm": "layer"}, weights_by_hand("dir_alt"), True, True),
+    # wide: of few hidden channels none may switch between positions, and what shifts them all alike has no gradient then
+    (scalekd, {"views": "dir_alt", "norm": "layer", "expansion": 4}, weights_by_hand("dir_alt"), True, True),
     (scalekd, {"views": "dual_path", "beta": 0.25}, weights_by_hand("dual_path", beta=0.25), True, True),
     (scalekd, {"beta": 1.0}, {"ori": 0.14}, True, True),
-    (scalekd, {"beta": 0.0}, {"alt": 0.14}, True, True),
+    (scalekd, {"beta": 0.0, "expansion": 4}, {"alt": 0.14}, True, True),
 ]
 IDS = ["-".join([f.__name__, *(f"{k}={v}" for k, v in options.items())]) for f, options, *_ in CASES]
 cases = pytest.mark.parametrize(("build", "options", "weights", "with_tpp", "adaptive"), CASES, ids=IDS)
@@ -154,7 +157,7 @@ def test_teachers_last_stage_runs_once(pair, views, count):
 def test_one_cap_for_both_views(pair, build):
     """Shared CAPs act as two with the same parameters, and get the sum of their gradients."""
     shared = randomised(build(pair.student, pair.teacher, shared=True))
-    own = build(pair.student, pair.teacher).double()
+    own = build(pair.student, pair.teacher, shared=False).double()
     for paths in ("student_caps", "proxy_caps"):
         for cap_of_view in getattr(own, paths).values():
             cap_of_view.load_state_dict(getattr(shared, paths)["both"].state_dict())
@@ -171,6 +174,28 @@ def test_one_cap_for_both_views(pair, build):
     torch.testing.assert_close(found[0], retained(expected, [batch[0].final])[0])
     for x, y in zip(found[1:], sums, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-10)
+
+
+def test_scalekd_is_shared_and_narrow_by_default(pair):
+    """One CAP per path where there are two different views to share it; the other methods are as published."""
+
+    def built(**options):
+        method = scalekd(pair.student, pair.teacher, **options)
+        widths = {c.ffn[0].out_features // c.ffn[0].in_features for c in method.modules() if hasattr(c, "ffn")}
+        return {key: [*getattr(method, key)] for key in ("student_caps", "proxy_caps")}, widths
+
+    one, each = ({"student_caps": names, "proxy_caps": names} for names in (["both"], ["ori", "alt"]))
+    assert built() == built(views="all_alt", shared=True, expansion=1) == (one, {1})
+    assert built(views="dir_alt") == (one, {1})
+    assert built(**PUBLISHED) == (each, {4})
+    assert built(views="dual_path")[0]["proxy_caps"] == ["ori", "ori2"]
+    assert built(beta=1.0)[0]["proxy_caps"] == ["ori"] and built(beta=0)[0]["proxy_caps"] == ["alt"]
+    with pytest.raises(ValueError, match="shared goes with two different views only"):
+        built(views="dual_path", shared=True)
+    for build in (cap, dfm, tpp):
+        method = build(pair.student, pair.teacher)
+        assert "both" not in method.student_caps
+        assert all(c.ffn[0].out_features == 4 * c.ffn[0].in_features for c in method.student_caps.values())
 
 
 @pytest.mark.parametrize("build", [cap, dfm, tpp, scalekd])
@@ -245,7 +270,7 @@ def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
     student = Shapes("resnet50", ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)), (2048, 7, 7), 1000)
     teacher = Shapes("swin_l", ((192, 56, 56), (384, 28, 28), (768, 14, 14), (1536, 7, 7)), (1536, 7, 7), 1000, True)
     with torch.device("meta"):
-        method = scalekd(student, teacher, heads=heads)
+        method = scalekd(student, teacher, heads=heads, shared=False, expansion=4)
         assert all(c.heads == expected["proxy"] for c in method.proxy_caps.values())
         assert all(c.heads == expected["student"] for c in method.student_caps.values())
         assert cap(student, teacher, heads=8).student_caps["ori"].heads == 8
@@ -269,7 +294,7 @@ def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
         ({"views": "single", "shared": True}, "shared goes with two different views"),
         ({"views": "dual_path", "shared": True}, "shared goes with two different views"),
         ({"beta": 1.0, "shared": True}, "shared goes with two different views"),
-        ({"tokens": "grouped"}, "tokens is 'grouped'"),
+        ({"tokens": "dilated"}, "tokens is 'dilated'"),
         ({"heads": (3, 4)}, "3 does not divide the teacher's 8"),
     ],
 )

@@ -39,8 +39,10 @@ def attention_maps(runs: Runs, images: int) -> list[dict[str, Any]]:
     for pixels, _ in runs.batches(images):
         teacher = runs.teacher.features(pixels)
         for t in runs.trained:
+            seen: set[CrossAttentionProjector] = set()  # one that serves both views stands under the first
             for name, call in projector_calls(t.methods, t.student.features(pixels), teacher).items():
-                if isinstance(call.projector, CrossAttentionProjector):
+                if isinstance(call.projector, CrossAttentionProjector) and call.projector not in seen:
+                    seen.add(call.projector)
                     grid = call.projector.grid
                     empty = {"run": t.label, "projector": name, "grid": grid, "pixels": [], "maps": []}
                     of_cap = found.setdefault((t.label, name), empty)

@@ -296,8 +296,9 @@ def projector_calls(methods: nn.ModuleDict, student: Features, teacher: Features
 def _projectors(method: nn.Module) -> list[tuple[str, nn.Module, int]]:
     """View, projector, and the teacher's stage that it projects onto."""
     if isinstance(method, ScaleKD):
-        proxies = [(f"proxy_{view}", cap, 3) for view, cap in method.proxy_caps.items()]
-        return [(view, cap, 4) for view, cap in method.student_caps.items()] + proxies
+        proxied = method.cap_of.items() if method.proxy_caps else ()  # one projector may serve both views
+        proxies = [(f"proxy_{view}", method.proxy_caps[key], 3) for view, key in proxied]
+        return [(view, method.student_caps[key], 4) for view, key in method.cap_of.items()] + proxies
     if isinstance(method, FD):
         return [(name, projector, int(name[1:])) for name, projector in method.projectors.items()]  # s1 to s4
     return []

@@ -72,7 +72,8 @@ class ScaleKD(nn.Module):
         grad_checkpointing: save memory for time: what follows the CAPs' convolutions and the teacher's last stage are
             computed again in the backward pass, view by view. The values are the same. Default False.
 
-    `tokens`, `expansion` and `shared` make it cheaper than the published form; docs/performance.md has the costs.
+    `tokens`, `expansion` and `shared` make it cheaper than the published form, which is this class's default and not that of
+    the function `scalekd`; docs/performance.md has the costs.
 
     Raises:
         ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
@@ -303,15 +304,19 @@ def scalekd(
     norm: Norm = "batch",
     reduction: Reduction = "mean",
     tokens: Tokens = "conv",
-    expansion: int = 4,
-    shared: bool = False,
+    expansion: int = 1,
+    shared: bool | None = None,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms).
+    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms), by default in a form of ours.
 
-    For the options see `ScaleKD`.
+    `shared` is True unless given, where there are two different views, and `expansion` 1: it teaches as well as the
+    published form (docs/laboratory.md) for less than half of what that adds (docs/performance.md). The published form is
+    `shared=False, expansion=4`, as in the recipes of the paper's rows. For the options see `ScaleKD`.
     """
     _refuse_single("scalekd", views)
+    if shared is None:
+        shared = views != "dual_path" and len(_view_weights(views, alpha, beta)) == 2
     return ScaleKD(
         student,
         teacher,
