@@ -15,7 +15,7 @@ known=()
 for ladder in rates search edges ladder forms narrow grouped beta methods cnn-methods pitfall sizes; do
     "$python" lab/ladders.py
     if [ "$ladder" = sizes ]; then
-        for size in small large; do
+        for size in small middle; do
             out=runs/lab/teacher-$size
             test -f "$out/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "$out"
         done
@@ -24,6 +24,6 @@ for ladder in rates search edges ladder forms narrow grouped beta methods cnn-me
     known+=(--known "docs/results/lab/$ladder")
 done
 "$python" lab/measure.py docs/results/lab/ladder
-for ladder in ladder beta methods cnn-methods; do
+for ladder in ladder beta methods cnn-methods pitfall; do
     "$python" lab/order.py "docs/results/lab/$ladder"
 done
