@@ -9,7 +9,8 @@ export HF_HUB_OFFLINE=1
 
 test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 (cd runs/lab/data && sha256sum --check --quiet ../../../lab/data.sha256)
-test -d runs/lab/teacher || cp -r lab/teacher runs/lab/teacher # remove lab/teacher to train it anew
+# remove lab/teacher, lab/teacher-small or -middle to train them anew
+test -d runs/lab/teacher || ! test -d lab/teacher || cp -r lab/teacher runs/lab/teacher
 test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
 known=()
 for ladder in rates search edges ladder forms narrow grouped beta methods cnn-methods pitfall sizes; do
@@ -17,6 +18,7 @@ for ladder in rates search edges ladder forms narrow grouped beta methods cnn-me
     if [ "$ladder" = sizes ]; then
         for size in small middle; do
             out=runs/lab/teacher-$size
+            test -d "$out" || ! test -d "lab/teacher-$size" || cp -r "lab/teacher-$size" "$out"
             test -f "$out/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "$out"
         done
     fi
