@@ -55,7 +55,7 @@ RUNS: dict[str, list[str]] = {
         "student={model: resnet18}",
         "data.image_size=64",
         "teacher.image_size=28",
-        "losses={ce: {}, scalekd: {heads: [3, 3]}}",
+        "losses={ce: {}, scalekd: {heads: [3, 3], shared: false, expansion: 4}}",
         "train.accumulate=2",
     ],
     "two-readers-augmented": [

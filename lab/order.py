@@ -65,6 +65,12 @@ CLAIMS = {
         Claim("beta 0.6", "beta 1", {}),
         Claim("beta 1", "beta 0", {}),
     ],
+    "sizes": [  # Table 2: a larger teacher is better, and more so with ScaleKD
+        Claim(f"{SCALEKD} large", f"{SCALEKD} small", {"CNN": 0.48}),
+        Claim(f"{SCALEKD} large", f"{SCALEKD} middle", {"CNN": 0.30}),
+        *(Claim(f"{method} large", f"{method} small", {}) for method in ("KD", "ScaleKD")),
+        *(Claim(f"{SCALEKD} {size}", f"KD {size}", {}) for size in ("small", "middle", "large")),
+    ],
     "pitfall": [  # vanillaKD: on small data its variants are ahead of KD, on enough of it, with strong augmentation, not
         Claim("DKD", "KD", {}),
         Claim("DIST", "KD", {}),

@@ -26,6 +26,6 @@ for ladder in rates search edges ladder forms narrow grouped beta methods cnn-me
     known+=(--known "docs/results/lab/$ladder")
 done
 "$python" lab/measure.py docs/results/lab/ladder
-for ladder in ladder beta methods cnn-methods pitfall; do
+for ladder in ladder beta methods cnn-methods pitfall sizes; do
     "$python" lab/order.py "docs/results/lab/$ladder"
 done
