@@ -308,7 +308,7 @@ def scalekd(
     shared: bool | None = None,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms), by default in a form of ours.
+    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms); by default one narrow projector for each path.
 
     `shared` is True unless given, where there are two different views, and `expansion` 1: it teaches as well as the
     published form (docs/laboratory.md) for less than half of what that adds (docs/performance.md). The published form is
