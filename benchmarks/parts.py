@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from harness import about, in_turns, parser, prepare, quartiles, table, told, write
 from literal import LiteralScaleKD
 from loss import as_in_the_paper, ours
-from steps import PAIRS, Pair
+from steps import PAIRS, PUBLISHED, Pair
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,8 +27,7 @@ from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import scalekd
 from scalekd.stages import Features, StageView
 
-PUBLISHED: dict[str, Any] = {"shared": False, "expansion": 4}
-CHEAPER: dict[str, dict[str, Any]] = {  # what differs from it
+CHEAPER: dict[str, dict[str, Any]] = {  # what differs from the published form
     "tokens=separable": {"tokens": "separable"},
     "tokens=pointwise": {"tokens": "pointwise"},
     "tokens=reduced": {"tokens": "reduced"},

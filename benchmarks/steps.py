@@ -63,6 +63,7 @@ PAIRS = {
     "demo": Pair("vit_tiny_r_s16_p8_224", "resnet10t", 28, 50, (3, 3), "adamw", DEMO_TEACHER, DEMO_STUDENT),
 }
 TASK = {"ce": {}}
+PUBLISHED: dict[str, Any] = {"shared": False, "expansion": 4}
 
 
 def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
@@ -73,7 +74,7 @@ def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "cap": TASK | {"cap": one},
         "dfm": TASK | {"dfm": one},
         "tpp": TASK | {"tpp": {"heads": heads}},
-        "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads, "shared": False, "expansion": 4}},  # as published
+        "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads} | PUBLISHED},
         "literal": TASK | {"kd": {}, "literal": partial(LiteralScaleKD, heads=heads)},
     }
     cheaper: dict[str, dict[str, Any]] = {

@@ -68,7 +68,6 @@ FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
     "reduced, shared": {"tokens": "reduced", "shared": True},
     "reduced, shared, narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
 }
-GROUPED = {"grouped, shared, narrow": {"tokens": "grouped", "shared": True, "expansion": 1}}
 NARROW = "shared, narrow"  # level with the published form in `forms`: more seeds decide
 
 STUDENTS: dict[str, Any] = {
@@ -190,6 +189,10 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
     both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
+
+    def form(options: dict[str, Any]) -> dict[str, Any]:
+        return {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
+
     betas = {
         f"beta {beta:g}": {"losses": best_kd["losses"] | {"scalekd": scalekd | {"beta": beta}}}
         for beta in (0, 0.2, 0.4, 0.6, 0.8, 1)
@@ -205,21 +208,14 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         | {
             "name": "forms",
             "title": "Cheaper forms of ScaleKD's projectors beside the published one",
-            "methods": {"published": ladder["DFM + TPP"]}
-            | {
-                label: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
-                for label, options in FORMS.items()
-            },
+            "methods": {"published": form({})} | {label: form(options) for label, options in FORMS.items()},
             "baseline": "published",
         },
         shared
         | {
             "name": "grouped",
             "title": "A 3x3 convolution in groups of channels, beside the published form",
-            "methods": {
-                label: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
-                for label, options in ({"published": {}} | GROUPED).items()
-            },
+            "methods": {"published": form({}), f"grouped, {NARROW}": form(FORMS[NARROW] | {"tokens": "grouped"})},
             "baseline": "published",
         },
         shared
@@ -227,10 +223,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
             "name": "narrow",
             "title": "The cheaper form that was level with the published one, beside it, on 15 seeds",
             "students": {label: students(lrs)[label] for label in ("CNN", "MLP")},
-            "methods": {
-                "published": ladder["DFM + TPP"],
-                NARROW: {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | FORMS[NARROW]}},
-            },
+            "methods": {"published": form({}), NARROW: form(FORMS[NARROW])},
             "baseline": "published",
             "seeds": list(range(15)),
         },

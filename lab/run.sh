@@ -9,19 +9,14 @@ export HF_HUB_OFFLINE=1
 
 test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 (cd runs/lab/data && sha256sum --check --quiet ../../../lab/data.sha256)
-# remove lab/teacher, lab/teacher-small or -middle to train them anew
-test -d runs/lab/teacher || ! test -d lab/teacher || cp -r lab/teacher runs/lab/teacher
-test -f runs/lab/teacher/summary.json || "$run" train lab/teacher.yaml --out runs/lab/teacher
+for teacher in teacher teacher-small teacher-middle; do # remove one in lab/ to train it anew
+    out=runs/lab/$teacher
+    test -d "$out" || ! test -d "lab/$teacher" || cp -r "lab/$teacher" "$out"
+    test -f "$out/summary.json" || "$run" train "lab/$teacher.yaml" --out "$out"
+done
 known=()
 for ladder in rates search edges ladder forms narrow grouped beta methods cnn-methods pitfall sizes; do
     "$python" lab/ladders.py
-    if [ "$ladder" = sizes ]; then
-        for size in small middle; do
-            out=runs/lab/teacher-$size
-            test -d "$out" || ! test -d "lab/teacher-$size" || cp -r "lab/teacher-$size" "$out"
-            test -f "$out/summary.json" || "$run" train "lab/teacher-$size.yaml" --out "$out"
-        done
-    fi
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
 done

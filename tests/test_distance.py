@@ -140,9 +140,8 @@ def projected(name, run, student, teacher):
     if name == "plain":
         return {}
     m = m["scalekd"]
-    cap_of = m.cap_of  # one for both views, unless the recipe says otherwise
-    proxies = {v: teacher.resume(3, m.proxy_caps[cap_of[v]](student.maps[2])) for v in ("ori", "alt")}
-    return {f"scalekd.{v}": m.student_caps[cap_of[v]](student.final, proxies[v]) for v in proxies}
+    proxies = {v: teacher.resume(3, m.proxy_caps[v](student.maps[2])) for v in ("ori", "alt")}
+    return {f"scalekd.{v}": m.student_caps[v](student.final, proxies[v]) for v in proxies}
 
 
 def test_distances_of_runs_worked_out_again(cli, made, trained, tmp_path):
@@ -226,6 +225,18 @@ def test_the_projectors_run_as_trained(trained):
     }  # fmt: skip
     assert calls["scalekd.alt"].output.shape == (12, *runs.teacher.view.shapes.final)
     assert not any(m._forward_hooks for m in t.methods.modules())
+
+
+def test_a_projector_that_serves_both_views_stands_under_each(root, trained):
+    trained_runs(root, "shared", data={"image_size": 64})
+    runs = open_runs([root / "shared"], None, None, 12, CPU)
+    (pixels, _), t = next(runs.batches()), runs.trained[0]
+    with torch.no_grad():
+        calls = projector_calls(t.methods, t.student.features(pixels), runs.teacher.features(pixels))
+    assert [*calls] == ["scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.proxy_alt"]
+    assert calls["scalekd.ori"] is not calls["scalekd.alt"] and calls["scalekd.alt"].stage == 4
+    assert calls["scalekd.ori"].projector is calls["scalekd.alt"].projector is t.methods["scalekd"].student_caps["both"]
+    assert calls["scalekd.proxy_ori"].output is calls["scalekd.proxy_alt"].output
 
 
 def changed_copy(folder, to, change):

@@ -197,9 +197,9 @@ def test_a_run_beside_its_baseline(cli, root, made, tmp_path):
     assert any(gains.values())
     assert np.mean(list(gains.values())) == pytest.approx(found["runs"][1]["top1"] - found["runs"][0]["top1"])
 
-    caps = ["scalekd.ori", "scalekd.proxy_ori"]  # each serves both views
+    caps = ["scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.proxy_alt"]
     summary = (out / "summary.md").read_text()
-    pictures = ["calibration", "cka", "classes", "attention-1", "attention-2"]
+    pictures = ["calibration", "cka", "classes", *(f"attention-{i}" for i in range(1, 5))]
     for name in pictures:
         assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in summary
@@ -210,6 +210,15 @@ def test_a_run_beside_its_baseline(cli, root, made, tmp_path):
         assert sum(float(row["weight"]) for row in rows) == pytest.approx(2)  # 1 for each image
     written = {f"{name}.{form}" for name in pictures for form in ("csv", "png", "svg")}
     assert {p.name for p in out.iterdir()} == written | {"answers.csv", "results.json", "summary.md"}
+
+
+def test_a_projector_that_serves_both_views_is_drawn_once(cli, root, tmp_path):
+    trained_runs(root, "shared")
+    result = cli("analyze", "similarity", root / "shared", "--pictures", 1, "--out", tmp_path)
+    assert result.code == 0, result.err
+    summary = (tmp_path / "summary.md").read_text()
+    assert "attention-1: shared, scalekd.ori" in summary and "attention-2: shared, scalekd.proxy_ori" in summary
+    assert len([*tmp_path.glob("attention-*.csv")]) == 2
 
 
 def test_cka_of_a_run_s_maps(cli, root, made, tmp_path):

@@ -21,7 +21,8 @@ LOSSES: dict[str, Any] = {
     "kd": {"ce": {}, "kd": {}},
     "fd": {"ce": {}, "fd": {"stages": [3, 4]}},
     "cap": {"ce": {}, "cap": {}},
-    "scalekd": {"ce": {}, "kd": {}, "scalekd": {}},
+    "scalekd": {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}},  # as published
+    "shared": {"ce": {}, "kd": {}, "scalekd": {}},
 }
 
 

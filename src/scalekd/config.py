@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from .config_checks import misfits
 from .errors import UserError, nearest, printable, shortened
-from .loss_options import method_problems, typed_options, with_defaults
+from .loss_options import method_problems, typed_options, written_out
 from .recipe_files import merged, override, recipe_values
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -420,5 +420,5 @@ def to_yaml(config: Section) -> str:
     """A recipe with nothing left to defaults, the methods' included: it says the same after a default has changed."""
     values = config.model_dump(mode="json")
     if isinstance(config, Config):
-        values["losses"] = {name: with_defaults(name, options) for name, options in config.losses.items()}
+        values["losses"] = written_out(config.losses)
     return yaml.safe_dump(values, sort_keys=False)

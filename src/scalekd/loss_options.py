@@ -33,7 +33,7 @@ def method_problems(name: str, options: Any) -> list[str]:
         return [
             f"losses.{name}: options are a mapping, not {reprlib.repr(options)}; write {{}} for none, or losses.{name}=off to leave it out"
         ]
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
+    known = _annotations(name)
     problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
         annotation = known.get(key, bool)
@@ -48,28 +48,36 @@ def method_problems(name: str, options: Any) -> list[str]:
 
 
 def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from .methods import METHODS
-
-    known: dict[str, Any] = {k: p.annotation for k, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
+    known = _annotations(name)
     return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
 
 
-def with_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A method's options as plain values, with its defaults for those that are not given; the given ones come first."""
+def written_out(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe's losses as plain values, with the methods' defaults for what is not given; the given options come first."""
+    return {name: _written_out(name, options) for name, options in losses.items()}
+
+
+def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from .methods import METHODS
 
-    known = options_of(METHODS[name])
-    values = options | {key: p.default for key, p in known.items() if key not in options}
-    hints = {key: p.annotation for key, p in known.items()} | OF_ANY_LOSS
-    return {key: _adapter(hints[key]).dump_python(value, mode="json") for key, value in values.items()}
+    known = _annotations(name)
+    values = options | {key: p.default for key, p in options_of(METHODS[name]).items() if key not in options}
+    return {key: _adapter(known[key]).dump_python(value, mode="json") for key, value in values.items()}
 
 
 def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a method's options, those that are not as by default."""
     from .methods import METHODS
 
-    defaults = with_defaults(name, {}) if name in METHODS else {}
+    defaults = _written_out(name, {}) if name in METHODS else {}
     return {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
+
+
+def _annotations(name: str) -> dict[str, Any]:
+    """Of all options that a recipe can give to a method."""
+    from .methods import METHODS
+
+    return {key: p.annotation for key, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

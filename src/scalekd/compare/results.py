@@ -12,7 +12,7 @@ from typing import Any
 from ..config import check_config, to_yaml
 from ..errors import UserError
 from ..files import write_text
-from ..loss_options import with_defaults
+from ..loss_options import written_out
 from ..resume import recipe_difference
 from ..runlog import read_log
 from .ladder import Job, Ladder
@@ -67,8 +67,7 @@ def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """As a record keeps it: what is not as by default, and every option of the losses."""
-    losses = {name: with_defaults(name, options) for name, options in job.config.losses.items()}
-    return job.config.model_dump(mode="json", exclude_defaults=True) | {"losses": losses}
+    return job.config.model_dump(mode="json", exclude_defaults=True) | {"losses": written_out(job.config.losses)}
 
 
 def _key(recipe: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ class ScaleKD(nn.Module):
         if heads is not None and len(heads) != paths:
             raise ValueError(f"heads is {list(heads)}; with tpp it is (stage 3, stage 4), else (stage 4,)")
 
-        if shared and (len(self.weights) < 2 or views == "dual_path"):
+        if shared and not _can_share(views, self.weights):
             raise ValueError("shared goes with two different views only")
 
         self.adaptive = tpp and adaptive_queries is not False
@@ -189,6 +189,11 @@ def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, flo
     first, second = VIEWS[views]
     weights = {first: alpha * beta, second: alpha * (1 - beta)}
     return {view: weight for view, weight in weights.items() if weight > 0}
+
+
+def _can_share(views: str, weights: dict[str, float]) -> bool:
+    """Whether there are two different views, for one CAP to serve."""
+    return len(weights) == 2 and views != "dual_path"
 
 
 def cap(
@@ -316,7 +321,7 @@ def scalekd(
     """
     _refuse_single("scalekd", views)
     if shared is None:
-        shared = views != "dual_path" and len(_view_weights(views, alpha, beta)) == 2
+        shared = _can_share(views, _view_weights(views, alpha, beta))
     return ScaleKD(
         student,
         teacher,
