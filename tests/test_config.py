@@ -193,6 +193,8 @@ def test_a_runs_recipe_leaves_nothing_to_a_methods_defaults(load, monkeypatch):
     for name, options in losses.items():
         assert {*options} - {"weight"} == {*options_of(METHODS[name])}
 
+    assert text == to_yaml(load("losses.kd={weight: 2}", "losses.scalekd={shared: null, beta: 0.571, heads: [3, 6]}"))
+
     monkeypatch.setitem(METHODS, "kd", later)
     assert load("losses.kd={}").losses["kd"] == {}
     assert check_config(yaml.safe_load(text), "again").losses["kd"]["temperature"] == 1.0

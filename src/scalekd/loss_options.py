@@ -53,16 +53,16 @@ def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def written_out(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A recipe's losses as plain values, with the methods' defaults for what is not given; the given options come first."""
+    """A recipe's losses as plain values, with the methods' defaults for what is not given, in the order of the signatures."""
     return {name: _written_out(name, options) for name, options in losses.items()}
 
 
 def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from .methods import METHODS
 
-    known = _annotations(name)
-    values = options | {key: p.default for key, p in options_of(METHODS[name]).items() if key not in options}
-    return {key: _adapter(known[key]).dump_python(value, mode="json") for key, value in values.items()}
+    values = {key: p.default for key, p in options_of(METHODS[name]).items()} | options
+    known = OF_ANY_LOSS | _annotations(name)
+    return {key: _adapter(a).dump_python(values[key], mode="json") for key, a in known.items() if key in values}
 
 
 def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
