@@ -1,7 +1,7 @@
 """Writes the laboratory's ladder files: first the search's, then, with what the search found, the others.
 
-    python lab/ladders.py      writes lab/rates.yaml; once docs/results/lab/rates is there, lab/search.yaml; once
-                               docs/results/lab/search is there, lab/edges.yaml and the others
+    python lab/ladders.py      writes lab/rates.yaml and lab/vit-rates.yaml; once docs/results/lab/rates and vit-rates are
+                               there, lab/search.yaml; once docs/results/lab/search is, lab/edges.yaml and the others
 
 Every method has one number that is searched, and four tries for it: the factor on its loss weight, or for KD its
 weight and temperature. A try is one run of the CNN with seed 100, validated on images that no student is trained on
@@ -91,6 +91,7 @@ STUDENTS: dict[str, Any] = {
         }
     },
 }  # fmt: skip
+LONG = {"ViT": STUDENTS["ViT"] | {"data": {"limit": 8000}}}  # four times as many samples: with fewer it hardly learns
 
 
 def weighted(losses: Losses, factor: float) -> Losses:
@@ -103,21 +104,21 @@ def kd(setting: str) -> Losses:
     return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature}}}
 
 
-def rates() -> dict[str, Any]:
+def rates(name: str, title: str, of: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": "rates",
-        "title": "The students' learning rates, without a teacher",
+        "name": name,
+        "title": title,
         "recipe": "base.yaml",
         "set": {"data": {"val": "idx:runs/lab/data/search"}},
-        "students": STUDENTS,
+        "students": of,
         "methods": {f"lr {lr:g}": NO_TEACHER | {"optim": {"lr": lr}} for lr in RATES},
         "baseline": f"lr {RATES[1]:g}",
         "seeds": [100],
     }
 
 
-def students(lrs: dict[str, float]) -> dict[str, Any]:
-    return {label: sections | {"optim": optim(lrs[label])} for label, sections in STUDENTS.items()}
+def students(of: dict[str, Any], lrs: dict[str, float]) -> dict[str, Any]:
+    return {label: sections | {"optim": optim(lrs[label])} for label, sections in of.items()}
 
 
 def optim(lr: float) -> dict[str, float]:
@@ -134,7 +135,7 @@ def search(lrs: dict[str, float]) -> dict[str, Any]:
         "title": "The search: four tries for every method",
         "recipe": "base.yaml",
         "set": {"data": {"val": "idx:runs/lab/data/search"}},
-        "students": {"CNN": students(lrs)["CNN"]},
+        "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
         "methods": methods,
         "baseline": "no teacher",
         "seeds": [100],
@@ -179,13 +180,13 @@ TEACHERS = {  # beside base.yaml's, the large one; each is cut so that its last 
 }
 
 
-def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any]]:
+def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float]) -> list[dict[str, Any]]:
     best_kd = kd(best(found, "KD "))
     factors = {label: float(best(found, f"{label} x")) for label in LADDER | OTHERS}
     ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
     scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
     with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
-    shared = {"recipe": "base.yaml", "students": students(lrs), "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    shared = {"recipe": "base.yaml", "students": students(STUDENTS, lrs), "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
     both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
@@ -222,7 +223,7 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         | {
             "name": "narrow",
             "title": "The cheaper form that was level with the published one, beside it, on 15 seeds",
-            "students": {label: students(lrs)[label] for label in ("CNN", "MLP")},
+            "students": {label: students(STUDENTS, lrs)[label] for label in ("CNN", "MLP")},
             "methods": {"published": form({}), NARROW: form(FORMS[NARROW])},
             "baseline": "published",
             "seeds": list(range(15)),
@@ -237,21 +238,31 @@ def others(found: dict[str, float], lrs: dict[str, float]) -> list[dict[str, Any
         | {
             "name": "cnn-methods",
             "title": "ScaleKD and the methods made for CNNs (Table 13)",
-            "students": {"CNN": students(lrs)["CNN"]},
+            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
             "methods": {"no teacher": NO_TEACHER} | compared | both,
+        },
+        shared
+        | {
+            "name": "vit",
+            "title": "The ViT on 8,000 canvases: the ladder and the methods (Tables 1, 7 and 9)",
+            "students": students(LONG, long),
+            "methods": {"no teacher": NO_TEACHER}
+            | ladder
+            | {label: compared[label] for label in EVERY_STUDENT if label != "FitNet"}  # FD (s4)
+            | {"ScaleKD with KD": with_kd},
         },
         shared
         | {
             "name": "beta",
             "title": "The share of the original view, beta (Figure 4)",
-            "students": {"CNN": students(lrs)["CNN"]},
+            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
             "methods": {"no teacher": NO_TEACHER} | betas,
         },
         shared
         | {
             "name": "sizes",
             "title": "Teachers of 0.13, 0.29 and 0.71 M parameters (Table 2)",
-            "students": {"CNN": students(lrs)["CNN"]},
+            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
             "methods": {"no teacher": NO_TEACHER}
             | {
                 f"{method} {size}": {"teacher": teacher(size)} | losses
@@ -297,22 +308,28 @@ def records(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
+def best_rates(name: str, of: dict[str, Any]) -> dict[str, float]:
+    """Student -> its best rate; empty until all are tried."""
+    tried = records(name)
+    if len(tried) < len(of) * len(RATES):
+        return {}
+    by_student = {student: {r["method"]: r["top1"] for r in tried if r["student"] == student} for student in of}
+    return {student: float(best(top1, "lr ")) for student, top1 in by_student.items()}
+
+
 def main() -> None:
-    write(rates())
-    tried = records("rates")
-    if len(tried) < len(STUDENTS) * len(RATES):
+    write(rates("rates", "The students' learning rates, without a teacher", STUDENTS))
+    write(rates("vit-rates", "The ViT's learning rates on 8,000 canvases, without a teacher", LONG))
+    lrs, long = best_rates("rates", STUDENTS), best_rates("vit-rates", LONG)
+    if not lrs or not long:
         return
-    lrs = {}
-    for student in STUDENTS:
-        of_student = {r["method"]: r["top1"] for r in tried if r["student"] == student}
-        lrs[student] = float(best(of_student, "lr "))
     write(search(lrs))
     found = {r["method"]: r["top1"] for r in records("search")}
     if not set(found) >= set(search(lrs)["methods"]):
         return
     write(edges(found, lrs))
     beyond = {r["method"]: r["top1"] for r in records("edges")}
-    for ladder in others(found | beyond, lrs):
+    for ladder in others(found | beyond, lrs, long):
         write(ladder)
 
 
