@@ -50,6 +50,15 @@ DEMO_STUDENT = {
     "num_classes": 10,
 }
 POOLED = {"class_token": False, "global_pool": "avg"}
+LAB_TEACHER = DEMO_TEACHER | {"img_size": 40, "patch_size": 2, "num_classes": 100}
+LAB_STUDENT = POOLED | {
+    "img_size": 40,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 100,
+}
 PAIRS = {
     "swin-s-resnet50": Pair("swin_small_patch4_window7_224", "resnet50", 224, 4, (3, 6)),
     "swin-s-mobilenet-v1": Pair("swin_small_patch4_window7_224", "mobilenetv1_100", 224, 4, (3, 6)),
@@ -61,6 +70,7 @@ PAIRS = {
         "eva_large_patch14_196", "mixer_s16_224", 224, 2, (16, 16), "adamw", {"img_size": 224, "num_classes": 1000}
     ),
     "demo": Pair("vit_tiny_r_s16_p8_224", "resnet10t", 28, 50, (3, 3), "adamw", DEMO_TEACHER, DEMO_STUDENT),
+    "lab-vit": Pair("vit_tiny_r_s16_p8_224", "vit_tiny_patch16_224", 40, 32, (3, 3), "adamw", LAB_TEACHER, LAB_STUDENT),
 }
 TASK = {"ce": {}}
 PUBLISHED: dict[str, Any] = {"shared": False, "expansion": 4}

@@ -186,7 +186,12 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
     ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
     scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
     with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
-    shared = {"recipe": "base.yaml", "students": students(STUDENTS, lrs), "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    shared = {
+        "recipe": "base.yaml",
+        "students": students(STUDENTS, lrs),
+        "baseline": "no teacher",
+        "seeds": [0, 1, 2, 3, 4],
+    }
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
     both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
