@@ -91,6 +91,11 @@ CLAIMS = {
         *(Claim(SCALEKD, worse, {}) for worse in ("FitNet", "BKD", "CC", "OFA")),
     ],
 }
+CLAIMS["vit"] = [
+    *CLAIMS["ladder"],
+    Claim(SCALEKD, "FD (s4)", {}),
+    *(claim for claim in CLAIMS["methods"] if claim.worse in ("DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")),
+]
 
 
 def main(out: Path) -> None:
