@@ -186,12 +186,9 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
     ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
     scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
     with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
-    shared = {
-        "recipe": "base.yaml",
-        "students": students(STUDENTS, lrs),
-        "baseline": "no teacher",
-        "seeds": [0, 1, 2, 3, 4],
-    }
+    by_label = students(STUDENTS, lrs)
+    cnn = {"CNN": by_label["CNN"]}
+    shared = {"recipe": "base.yaml", "students": by_label, "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
     compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
     both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
@@ -228,7 +225,7 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
         | {
             "name": "narrow",
             "title": "The cheaper form that was level with the published one, beside it, on 15 seeds",
-            "students": {label: students(STUDENTS, lrs)[label] for label in ("CNN", "MLP")},
+            "students": cnn | {"MLP": by_label["MLP"]},
             "methods": {"published": form({}), NARROW: form(FORMS[NARROW])},
             "baseline": "published",
             "seeds": list(range(15)),
@@ -243,7 +240,7 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
         | {
             "name": "cnn-methods",
             "title": "ScaleKD and the methods made for CNNs (Table 13)",
-            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
+            "students": cnn,
             "methods": {"no teacher": NO_TEACHER} | compared | both,
         },
         shared
@@ -260,14 +257,14 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
         | {
             "name": "beta",
             "title": "The share of the original view, beta (Figure 4)",
-            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
+            "students": cnn,
             "methods": {"no teacher": NO_TEACHER} | betas,
         },
         shared
         | {
             "name": "sizes",
             "title": "Teachers of 0.13, 0.29 and 0.71 M parameters (Table 2)",
-            "students": {"CNN": students(STUDENTS, lrs)["CNN"]},
+            "students": cnn,
             "methods": {"no teacher": NO_TEACHER}
             | {
                 f"{method} {size}": {"teacher": teacher(size)} | losses
