@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from harness import about, table, write
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd.config import Config, load_recipe
 from scalekd.cost import fixed_bytes, untrained
 from scalekd.distiller import Distiller
+from scalekd.flops import flop_counter
 from scalekd.peak import held_in_a_step
 
 RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15, where it has the pair
@@ -70,7 +70,7 @@ def count(name: str) -> dict[str, Any]:
             distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
             distiller.train()
             peaks = [peak(distiller, precision, batch) for precision, batch in SETTINGS]
-            with FlopCounterMode(display=False) as counter:  # apart: it holds on to tensors that are computed again
+            with flop_counter() as counter:  # apart: it holds on to tensors that are computed again
                 peak(distiller, "float32", IMAGES)
             # after a backward pass, as the optimiser's state is that of a step
             fixed = sum(value or 0 for value in fixed_bytes(distiller, recipe).values())

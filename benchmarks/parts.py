@@ -21,8 +21,8 @@ from loss import as_in_the_paper, ours
 from steps import PAIRS, PUBLISHED, Pair
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from scalekd.flops import flop_counter
 from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import scalekd
 from scalekd.stages import Features, StageView
@@ -151,7 +151,7 @@ def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
     steps["literal"] = method_step(LiteralScaleKD(*shapes, heads=pair.heads))
     gmacs = {}
     for name, step in steps.items():  # these calls warm up, too
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             step()
         gmacs[name] = counter.get_total_flops() / 2e9 / pair.batch
     published = methods["published form"]

@@ -7,8 +7,9 @@ and the optimiser's step, on the plain timm models. All steps share one student 
 see the same random pixels, and have a learning rate of 0. `literal` is benchmarks/literal.py in place of `scalekd`; those
 after it are `scalekd` with options that make it cheaper than the published form.
 
-`--compile` puts both sides through torch.compile: the floor's models, and the steps as `train.compile` does. The JSON then has
-the graph breaks and how far each step's losses and gradients are from the plain ones. Memory is told on a GPU only.
+`--precision bf16` runs the floor and our steps under autocast, `--compile` puts them through torch.compile as `train.compile`
+does. `literal` stays as the paper's description has it, eager and in float32. The JSON then has the graph breaks and how far
+each step's losses and gradients are from the plain ones in float32. Compiled, memory is told on a GPU only.
 """
 
 from __future__ import annotations
@@ -116,23 +117,23 @@ def make_step(
     return step
 
 
-def differences(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> dict[str, float]:
-    """Compiles the step, and tells how far it is from the plain one: the largest of a loss relative to itself, and of a
-    gradient's value relative to the largest of all."""
+def differences(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool, compiled: bool) -> dict[str, float]:
+    """Compiles the step where asked to, and tells how far it is from the plain one in float32: the largest of a loss
+    relative to itself, and of a gradient's value relative to the largest of all."""
     found = []
-    for compiled in (False, True):
-        if compiled:
+    for plainly in (True, False):
+        if compiled and not plainly:
             compile_step(distiller, len(pixels))
         torch.manual_seed(0)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half and not plainly):
             losses = distiller.train()(pixels, targets)
         losses["total"].backward()
         gradients = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])
         found.append((torch.stack(list(losses.values())).detach(), gradients))
         distiller.zero_grad()
-    (plain, slopes), (of_compiled, their_slopes) = found
+    (plain, slopes), (measured, their_slopes) = found
     return {
-        "losses": ((of_compiled - plain).abs() / plain.abs()).max().item(),
+        "losses": ((measured - plain).abs() / plain.abs()).max().item(),
         "gradients": ((their_slopes - slopes).abs().max() / slopes.abs().max()).item(),
     }
 
@@ -169,10 +170,10 @@ def measure(
         if name != "floor":
             trained = Distiller(student, teacher, losses[name], image_size=(pair.size, pair.size)).to(device)
             forward = partial(lambda distiller: distiller(pixels, targets)["total"], trained)
-            if compiled:
-                apart[name] = differences(trained, pixels, targets, half)
+            if (compiled or half) and name != "literal":
+                apart[name] = differences(trained, pixels, targets, half, compiled)
         optimizer = create_optimizer_v2(trained.parameters(), opt=pair.optimizer, lr=0.0, weight_decay=1e-4)
-        steps[name] = make_step(trained, forward, optimizer, device, half)
+        steps[name] = make_step(trained, forward, optimizer, device, half and name != "literal")
         steps[name]()
         if compiled and device.type == "cpu":
             continue  # what compiled code keeps for the backward pass is not what autograd's hooks see
@@ -189,7 +190,9 @@ def measure(
         if other in seconds:
             found[f"vs {other}"] = {name: ratio(values, seconds[other]) for name, values in seconds.items()}
     if compiled:
-        found |= {"graph_breaks": dict(torch._dynamo.utils.counters["graph_break"]), "differences": apart}
+        found |= {"graph_breaks": dict(torch._dynamo.utils.counters["graph_break"])}
+    if apart:
+        found |= {"differences": apart}
     return found | ({"memory_mb": memory} if memory else {})
 
 
@@ -227,7 +230,7 @@ def main() -> None:
     args_parser.add_argument("--batch", type=int)
     args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), default=names)
-    args_parser.add_argument("--compile", action="store_true", help="both sides through torch.compile")
+    args_parser.add_argument("--compile", action="store_true", help="the floor and our steps through torch.compile")
     args = args_parser.parse_args()
     device = prepare(args)
     pair = PAIRS[args.pair]
@@ -235,7 +238,8 @@ def main() -> None:
     found = about(device) | {"pair": _plain(pair), "precision": args.precision, "rounds": args.rounds}
     found |= {"compile": args.compile}
     found |= measure(pair, args.steps, device, args.rounds, args.precision == "bf16", args.compile)
-    write(args.out, f"steps-{args.pair}" + "-compile" * args.compile, found, lines_of(found))
+    name = f"steps-{args.pair}" + "-bf16" * (args.precision == "bf16") + "-compile" * args.compile
+    write(args.out, name, found, lines_of(found))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import timm
 import torch
 import whole_runs
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from whole_runs import changed
 
 from scalekd.config import check_config
 from scalekd.cost import cost
 from scalekd.distiller import Distiller
+from scalekd.flops import flop_counter
 from scalekd.ledger import Ledger, charge_step
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def assert_the_parts_add_up(distiller):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # so that the second pass sees what the first saw
     pixels, targets = torch.rand(4, 3, 48, 48), torch.randint(10, (4,))
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         distiller(pixels, targets)["total"].backward()
     whole = {name: p.grad for name, p in distiller.named_parameters()}
     distiller.zero_grad()

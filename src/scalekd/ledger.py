@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .distiller import Distiller, resized
+from .flops import flop_counter
 from .stages import Features
 
 Crossing = tuple[Tensor, Tensor, Tensor, Tensor]  # a map before the teacher, what went in, what came out, what went on
@@ -29,7 +29,7 @@ class Ledger:
         self.macs: dict[str, list[float]] = {}
         self.saved: dict[str, int] = {}
         self._at, self._read = ("", 0), 0
-        self._flops = FlopCounterMode(display=False)
+        self._flops = flop_counter()
         # by address, and held: the address of a storage that is gone may be another's
         self._held = {_address(t): t.untyped_storage() for t in known}
 

@@ -15,11 +15,11 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import mixer  # noqa: F401 - adds `mlp_mixer` to timm's names
 from .config import Config, height_and_width, load_recipe
 from .errors import UserError, nearest, shortened
+from .flops import flop_counter
 from .recipe_files import recipe_names
 from .stages import StageView
 
@@ -130,7 +130,7 @@ def measure(model: PaperModel) -> dict[str, Any]:
         built = timm.create_model(model.name, **model.kwargs).eval()
         images = torch.empty(1, 3, model.size, model.size)
     view = StageView(built, name=model.name, image_size=(model.size, model.size), cuts=model.cuts)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         built(images)
     plain = len({f["reduction"] for f in built.feature_info}) == 1
     return {

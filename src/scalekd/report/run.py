@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..analyze.runs import Looker, labels
 from ..build import Run
@@ -19,6 +18,7 @@ from ..config import check_config
 from ..cost import cost
 from ..errors import UserError, first_line, printable
 from ..files import make_folder, write_text
+from ..flops import flop_counter
 from ..parallel import pick_device
 from ..runlog import duration
 from ..shortages import shortages_told
@@ -140,7 +140,7 @@ def count_parts(run: Run) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for part, (model, size) in models.items():
         pixels = torch.zeros(1, run.config.data.channels, *size, device=run.device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             model.eval()(pixels)
         found.append({"part": part, "params": _size(model), "gmacs": counter.get_total_flops() / 2e9})
     return found + [
