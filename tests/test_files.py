@@ -60,6 +60,7 @@ def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkey
 
 FULL = """
 import resource, sys
+import scalekd.build  # PyTorch writes files of its own when it is imported
 from scalekd.cli import main
 limits = [int(limit) for limit in sys.argv[1].split(",")]
 for i, limit in enumerate(limits):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,11 +52,16 @@ def test_the_table_is_that_of_the_records(name):
     assert told(page) == told((RESULTS / name / "summary.md").read_text())
 
 
+def claims(folder: Path) -> Any:
+    """As written, less the last digits, which hang on the releases of NumPy and SciPy."""
+    return json.loads((folder / "order.json").read_text(), parse_float=lambda text: round(float(text), 9))
+
+
 @pytest.mark.parametrize("name", order.CLAIMS)
 def test_the_claims_are_those_of_the_records(name, tmp_path):
     out = tmp_path / name
     out.mkdir()
     shutil.copy(RESULTS / name / "results.jsonl", out)
     order.main(out)
-    assert json.loads((out / "order.json").read_text()) == json.loads((RESULTS / name / "order.json").read_text())
+    assert claims(out) == claims(RESULTS / name)
     assert told((out / "order.md").read_text()) == told((RESULTS / name / "order.md").read_text())

@@ -172,5 +172,6 @@ def test_the_teachers_that_can_be_resumed_are_those_of_the_table():
     assert sorted(name for name, _ in rows) == sorted(c.__name__ for c in TEACHER_TAILS)
     for name, models in rows:
         for model in re.findall(r"\w+", models):
-            with torch.device("meta"):
+            # on torch's meta device a RegNet cannot be built with torch 2.8
+            with torch.device("cpu" if model.startswith("regnet") else "meta"):
                 assert type(timm.create_model(model)).__name__ == name, model

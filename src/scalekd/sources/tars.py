@@ -128,7 +128,8 @@ def _members(file: BinaryIO, archive: Path, key: str) -> Iterator[tarfile.TarInf
     whole = last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:  # fails where the bytes of the one before are not all there
+            # next() fails where the bytes of the one before are not all there, and in Python 3.10 where there is no member
+            while tar.offset and (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 whole, last = last, member.name
                 yield member
