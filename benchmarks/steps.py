@@ -8,8 +8,8 @@ see the same random pixels, and have a learning rate of 0. `literal` is benchmar
 after it are `scalekd` with options that make it cheaper than the published form.
 
 `--precision bf16` runs the floor and our steps under autocast, `--compile` puts them through torch.compile as `train.compile`
-does. `literal` stays as the paper's description has it, eager and in float32. The JSON then has the graph breaks and how far
-each step's losses and gradients are from the plain ones in float32. Compiled, memory is told on a GPU only.
+does. `literal` stays eager and in float32; `literal-bf16` is the same under autocast. The JSON then has the graph breaks and
+how far each step's losses and gradients are from the plain ones in float32. Compiled, memory is told on a GPU only.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ PAIRS = {
 }
 TASK = {"ce": {}}
 PUBLISHED: dict[str, Any] = {"shared": False, "expansion": 4}
+LITERAL = ("literal", "literal-bf16")
 
 
 def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
@@ -86,8 +87,8 @@ def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "dfm": TASK | {"dfm": one},
         "tpp": TASK | {"tpp": {"heads": heads}},
         "scalekd": TASK | {"kd": {}, "scalekd": {"heads": heads} | PUBLISHED},
-        "literal": TASK | {"kd": {}, "literal": partial(LiteralScaleKD, heads=heads)},
     }
+    steps |= dict.fromkeys(LITERAL, TASK | {"kd": {}, "literal": partial(LiteralScaleKD, heads=heads)})
     cheaper: dict[str, dict[str, Any]] = {
         "separable": {"tokens": "separable"},
         "reduced": {"tokens": "reduced"},
@@ -170,7 +171,7 @@ def measure(
         if name != "floor":
             trained = Distiller(student, teacher, losses[name], image_size=(pair.size, pair.size)).to(device)
             forward = partial(lambda distiller: distiller(pixels, targets)["total"], trained)
-            if (compiled or half) and name != "literal":
+            if (compiled or half) and name not in LITERAL:
                 apart[name] = differences(trained, pixels, targets, half, compiled)
         optimizer = create_optimizer_v2(trained.parameters(), opt=pair.optimizer, lr=0.0, weight_decay=1e-4)
         steps[name] = make_step(trained, forward, optimizer, device, half and name != "literal")
@@ -229,16 +230,20 @@ def main() -> None:
     args_parser.add_argument("pair", choices=PAIRS)
     args_parser.add_argument("--batch", type=int)
     args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), default=names)
+    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), help="all by default")
     args_parser.add_argument("--compile", action="store_true", help="the floor and our steps through torch.compile")
     args = args_parser.parse_args()
+    half = args.precision == "bf16"
+    if not half and "literal-bf16" in (args.steps or ()):
+        args_parser.error("literal-bf16 goes with --precision bf16")
+    steps = args.steps or [name for name in names if half or name != "literal-bf16"]
     device = prepare(args)
     pair = PAIRS[args.pair]
     pair = pair._replace(batch=args.batch or pair.batch)
     found = about(device) | {"pair": _plain(pair), "precision": args.precision, "rounds": args.rounds}
     found |= {"compile": args.compile}
-    found |= measure(pair, args.steps, device, args.rounds, args.precision == "bf16", args.compile)
-    name = f"steps-{args.pair}" + "-bf16" * (args.precision == "bf16") + "-compile" * args.compile
+    found |= measure(pair, steps, device, args.rounds, half, args.compile)
+    name = f"steps-{args.pair}" + "-bf16" * half + "-compile" * args.compile
     write(args.out, name, found, lines_of(found))
 
 

@@ -232,6 +232,18 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
         },
         shared
         | {
+            "name": "precision",
+            "title": "bf16 autocast beside float32, on 15 seeds",
+            "students": cnn | {"MLP": by_label["MLP"]},
+            "methods": {
+                "float32": form(FORMS[NARROW]),
+                "bf16": form(FORMS[NARROW]) | {"train": {"precision": "bf16"}},
+            },
+            "baseline": "float32",
+            "seeds": list(range(15)),
+        },
+        shared
+        | {
             "name": "methods",
             "title": "ScaleKD and the methods it is compared with, three students (Table 7)",
             "methods": {"no teacher": NO_TEACHER} | {label: compared[label] for label in EVERY_STUDENT} | both,

@@ -15,7 +15,7 @@ for teacher in teacher teacher-small teacher-middle; do # remove one in lab/ to 
     test -f "$out/summary.json" || "$run" train "lab/$teacher.yaml" --out "$out"
 done
 known=()
-for ladder in rates vit-rates search edges ladder forms narrow grouped beta methods cnn-methods pitfall sizes vit; do
+for ladder in rates vit-rates search edges ladder forms narrow grouped precision beta methods cnn-methods pitfall sizes vit; do
     "$python" lab/ladders.py
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
