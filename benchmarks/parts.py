@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from harness import about, in_turns, parser, prepare, quartiles, table, told, write
 from literal import LiteralScaleKD
 from loss import as_in_the_paper, ours
-from steps import PAIRS, PUBLISHED, Pair
-from timm.optim import create_optimizer_v2
+from steps import PAIRS, PUBLISHED, Pair, make_optimizer
 from torch import Tensor, nn
 
 from scalekd.flops import flop_counter
@@ -125,7 +124,7 @@ def floor_of(pair: Pair, student: nn.Module, teacher: nn.Module, device: torch.d
 def optimizer_step(module: nn.Module, name: str) -> Callable[[], object]:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return create_optimizer_v2(module.parameters(), opt=name, lr=0.0, weight_decay=1e-4).step
+    return make_optimizer(module.parameters(), name).step
 
 
 def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -10,11 +10,13 @@ after it are `scalekd` with options that make it cheaper than the published form
 `--precision bf16` runs the floor and our steps under autocast, `--compile` puts them through torch.compile as `train.compile`
 does. `literal` stays eager and in float32; `literal-bf16` is the same under autocast. The JSON then has the graph breaks and
 how far each step's losses and gradients are from the plain ones in float32. Compiled, memory is told on a GPU only.
+
+The optimiser is fused, as in training; that of `literal` is what PyTorch gives when nothing is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -102,6 +104,10 @@ def losses_of(heads: tuple[int, int]) -> dict[str, dict[str, Any]]:
     return steps | {name: TASK | {"kd": {}, "scalekd": published | options} for name, options in cheaper.items()}
 
 
+def make_optimizer(parameters: Iterable[Tensor], name: str, fused: bool = True) -> torch.optim.Optimizer:
+    return create_optimizer_v2(parameters, opt=name, lr=0.0, weight_decay=1e-4, fused=fused or None)
+
+
 def make_step(
     trained: nn.Module, losses: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device, half: bool
 ) -> Callable[[], None]:
@@ -173,7 +179,7 @@ def measure(
             forward = partial(lambda distiller: distiller(pixels, targets)["total"], trained)
             if (compiled or half) and name not in LITERAL:
                 apart[name] = differences(trained, pixels, targets, half, compiled)
-        optimizer = create_optimizer_v2(trained.parameters(), opt=pair.optimizer, lr=0.0, weight_decay=1e-4)
+        optimizer = make_optimizer(trained.parameters(), pair.optimizer, fused=name not in LITERAL)
         steps[name] = make_step(trained, forward, optimizer, device, half and name != "literal")
         steps[name]()
         if compiled and device.type == "cpu":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from scalekd.cli import parse, shortcuts
 from scalekd.config import load_recipe
+from scalekd.doctor import bf16_instructions
 from scalekd.methods import METHODS
 from scalekd.recipe_files import recipe_names
 from scalekd.runlog import read_log
@@ -83,6 +84,15 @@ def test_doctor(cli):
     assert result.code == 0 and found["problems"] == [] and found["torch"] == torch.__version__
     result = cli("doctor")
     assert result.code == 0 and "a run can start" in result.out
+
+
+def test_doctor_knows_a_cpu_with_bf16(tmp_path):
+    info = tmp_path / "cpuinfo"
+    assert bf16_instructions(info) == "unknown"
+    info.write_text("processor : 0\nflags\t\t: fpu avx512f amx_bf16 avx512_bf16\nprocessor : 1\nflags : fpu\n")
+    assert bf16_instructions(info) == "amx_bf16, avx512_bf16"
+    info.write_text("processor : 0\nFeatures\t: fp asimd\n")
+    assert bf16_instructions(info) == "none"
 
 
 def test_doctor_tells_what_fails(cli, monkeypatch):

@@ -165,11 +165,12 @@ def test_other_tasks_refuse_it(task):
         checked_as(SCHEMAS[task], {"train": {"compile": True}}, "test")
 
 
-def test_a_step_waits_for_nothing(tiny_recipe, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing(tiny_recipe, precision, monkeypatch):
     """On tensors without values, reading one is an error; a tensor made of Python numbers would be copied to a GPU,
     which is waited for too."""
     losses = {name: SHORT.get(name, {}) for name in METHODS}
-    train = {"clip_grad": 1.0, "accumulate": 2}
+    train = {"clip_grad": 1.0, "accumulate": 2, "precision": precision}
     config = check_config(changed(tiny_recipe, losses=losses, train=train, augment={"mixup": 0.2}), "test")
     with torch.device("meta"):
         distiller = untrained(config, 10, config.losses)

@@ -24,6 +24,7 @@ def examine(as_json: bool) -> int:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_bf16": bf16_instructions(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
     }
     found |= {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
@@ -43,6 +44,15 @@ def examine(as_json: bool) -> int:
             print(f"problem        {problem}")
         print("a run can start" if not problems else "a run cannot start before that is mended")
     return 1 if problems else 0
+
+
+def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Those with which `train.precision=bf16` is worth its while on this CPU (docs/performance.md), as Linux names them."""
+    if not cpuinfo.is_file():
+        return "unknown"
+    of_cores = (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features")))
+    has = set(next(of_cores, "").split())
+    return ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in has) or "none"
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,99 @@
+"""The optimisers that PyTorch has one kernel for take the same steps as its plain ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from scalekd.config import Optim
+from scalekd.optim import can_be_fused, of_groups
+
+FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum"], ["lamb", "lion", "adafactor"]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+
+
+def groups(of: nn.Module) -> list[dict]:
+    norm = [p for p in of.parameters() if p.ndim == 1]
+    rest = [p for p in of.parameters() if p.ndim > 1]
+    return [{"params": rest, "weight_decay": 0.1}, {"params": norm, "weight_decay": 0.0, "lr": 0.02}]
+
+
+def take_steps(of: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        optimizer.zero_grad()
+        of(torch.randn(4, 3, 8, 8, generator=g)).square().mean().backward()
+        optimizer.step()
+
+
+def plain(name: str, of: nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        groups(of), opt=name, lr=0.01, weight_decay=0.1, momentum=0.9, filter_bias_and_bn=False, foreach=False
+    )
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_same_steps_as_the_plain_one(name):
+    ours, theirs, start = model(), model(), model()
+    optimizer = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(ours))
+    assert all(group["fused"] is True for group in optimizer.param_groups)
+    take_steps(ours, optimizer, 5)
+    take_steps(theirs, plain(name, theirs), 5)
+    for p, q, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+        assert (q - before).abs().max() > 1e-3
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_others_are_built_as_they_are(name):
+    of = model()
+    optimizer = of_groups(Optim(name=name, lr=0.01), groups(of))
+    assert "fused" not in optimizer.param_groups[0]
+    take_steps(of, optimizer, 2)
+
+
+def test_where_there_is_no_such_kernel():
+    with torch.device("meta"):
+        of = nn.Linear(2, 2)
+    assert not can_be_fused("adamw", [{"params": list(of.parameters())}])
+    assert of_groups(Optim(name="adamw", lr=0.01), [{"params": list(of.parameters())}]).param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name):
+    """A checkpoint's groups say which it was; so runs of an earlier version go on bit for bit."""
+    one = model()
+    optimizer = plain(name, one)
+    take_steps(one, optimizer, 3)
+    other = copy.deepcopy(one)
+    resumed = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(other))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(one, optimizer, 3, seed=2)
+    take_steps(other, resumed, 3, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_the_state_goes_on_under_fp16_scaling():
+    """The scaler hands a fused optimiser what it found; the step is left out where a gradient is not finite."""
+    of = model()
+    optimizer = of_groups(Optim(name="adamw", lr=0.01), groups(of))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for bad in (False, True):
+        before = [p.clone() for p in of.parameters()]
+        optimizer.zero_grad()
+        scaler.scale(of(torch.randn(4, 3, 8, 8)).square().mean()).backward()
+        if bad:
+            next(of.parameters()).grad[0] = torch.inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(p, q) for p, q in zip(before, of.parameters(), strict=True)) is bad
+    assert scaler.get_scale() == 2.0**3
