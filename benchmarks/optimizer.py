@@ -7,6 +7,7 @@ Of a pair's student, with the projectors of ScaleKD's published form; gradients 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import timm
@@ -34,18 +35,17 @@ def trained(pair: Pair) -> nn.Module:
 
 
 def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
-    steps = {}
+    module, steps = trained(pair).to(device), {}
     for way, options in WAYS.items():
-        module = trained(pair).to(device)
-        for parameter in module.parameters():
+        one = copy.deepcopy(module)
+        for parameter in one.parameters():
             parameter.grad = torch.randn_like(parameter)
-        made = create_optimizer_v2(module.parameters(), opt=pair.optimizer, lr=1e-3, weight_decay=1e-4, **options)
+        made = create_optimizer_v2(one.parameters(), opt=pair.optimizer, lr=1e-3, weight_decay=1e-4, **options)
         steps[way] = made.step
     seconds = in_turns(steps, device, rounds, warm=2)
     return {
         "optimizer": pair.optimizer,
         "parameters": sum(p.numel() for p in module.parameters()),
-        "tensors": len(list(module.parameters())),
         "seconds": {way: quartiles(values) for way, values in seconds.items()},
         "plain / fused": ratio(seconds["plain"], seconds["fused"]),
     }

@@ -128,19 +128,19 @@ def differences(distiller: Distiller, pixels: Tensor, targets: Tensor, half: boo
     """Compiles the step where asked to, and tells how far it is from the plain one in float32: the largest of a loss
     relative to itself, and of a gradient's value relative to the largest of all."""
     found = []
-    for plainly in (True, False):
-        if compiled and not plainly:
+    for as_measured in (False, True):
+        if as_measured and compiled:
             compile_step(distiller, len(pixels))
         torch.manual_seed(0)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half and not plainly):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=as_measured and half):
             losses = distiller.train()(pixels, targets)
         losses["total"].backward()
         gradients = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])
         found.append((torch.stack(list(losses.values())).detach(), gradients))
         distiller.zero_grad()
-    (plain, slopes), (measured, their_slopes) = found
+    (plain, slopes), (those_measured, their_slopes) = found
     return {
-        "losses": ((measured - plain).abs() / plain.abs()).max().item(),
+        "losses": ((those_measured - plain).abs() / plain.abs()).max().item(),
         "gradients": ((their_slopes - slopes).abs().max() / slopes.abs().max()).item(),
     }
 

@@ -91,8 +91,12 @@ def test_doctor_knows_a_cpu_with_bf16(tmp_path):
     assert bf16_instructions(info) == "unknown"
     info.write_text("processor : 0\nflags\t\t: fpu avx512f amx_bf16 avx512_bf16\nprocessor : 1\nflags : fpu\n")
     assert bf16_instructions(info) == "amx_bf16, avx512_bf16"
+    info.write_text("processor : 0\nFeatures\t: fp asimd bf16\n")
+    assert bf16_instructions(info) == "bf16"
     info.write_text("processor : 0\nFeatures\t: fp asimd\n")
     assert bf16_instructions(info) == "none"
+    info.write_text("processor : 0\n")
+    assert bf16_instructions(info) == "unknown"
 
 
 def test_doctor_tells_what_fails(cli, monkeypatch):

@@ -10,9 +10,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from scalekd.config import Optim
-from scalekd.optim import can_be_fused, of_groups
+from scalekd.optim import can_be_fused, load_state, of_groups
 
-FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum"], ["lamb", "lion", "adafactor"]
+FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum", "nesterov"], ["lamb", "lion", "adafactor", "adagrad"]
 
 
 def model() -> nn.Module:
@@ -56,7 +56,7 @@ def test_the_same_steps_as_the_plain_one(name):
 def test_others_are_built_as_they_are(name):
     of = model()
     optimizer = of_groups(Optim(name=name, lr=0.01), groups(of))
-    assert "fused" not in optimizer.param_groups[0]
+    assert not optimizer.param_groups[0].get("fused")
     take_steps(of, optimizer, 2)
 
 
@@ -75,25 +75,64 @@ def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name):
     take_steps(one, optimizer, 3)
     other = copy.deepcopy(one)
     resumed = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(other))
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
     take_steps(one, optimizer, 3, seed=2)
     take_steps(other, resumed, 3, seed=2)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_the_state_goes_on_under_fp16_scaling():
-    """The scaler hands a fused optimiser what it found; the step is left out where a gradient is not finite."""
-    of = model()
-    optimizer = of_groups(Optim(name="adamw", lr=0.01), groups(of))
+def scaled_steps(of: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool]) -> torch.amp.GradScaler:
+    """Steps as the engine takes them in fp16; a gradient is not finite where `bad`."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    for bad in (False, True):
-        before = [p.clone() for p in of.parameters()]
+    g = torch.Generator().manual_seed(2)
+    for overflow in bad:
         optimizer.zero_grad()
-        scaler.scale(of(torch.randn(4, 3, 8, 8)).square().mean()).backward()
-        if bad:
+        scaler.scale(of(torch.randn(4, 3, 8, 8, generator=g)).square().mean()).backward()
+        if overflow:
             next(of.parameters()).grad[0] = torch.inf
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        assert all(torch.equal(p, q) for p, q in zip(before, of.parameters(), strict=True)) is bad
+    return scaler
+
+
+def with_garbage(like: torch.Tensor, **_: object) -> torch.Tensor:
+    return torch.full(like.shape, 1e30)  # what memory without values may hold
+
+
+@pytest.mark.parametrize("bad", [[True, False, False], [False, True, False]], ids=["first", "second"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_step_left_out_under_fp16_scaling(name, bad, monkeypatch):
+    """The scaler hands a fused optimiser what it found; the update that overflows leaves weights and state alone."""
+    ours, theirs = model(), model()
+    monkeypatch.setattr(torch, "empty_like", with_garbage)
+    scaler = scaled_steps(ours, of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(ours)), bad)
+    scaled_steps(theirs, plain(name, theirs), bad)
     assert scaler.get_scale() == 2.0**3
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_plain_one_goes_on_under_fp16_scaling(name):
+    one = model()
+    optimizer = plain(name, one)
+    scaled_steps(one, optimizer, [False, True, False])
+    other = copy.deepcopy(one)
+    resumed = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(other))
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    scaled_steps(one, optimizer, [False, True, False])
+    scaled_steps(other, resumed, [False, True, False])
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_parameter_whose_gradient_comes_later():
+    of = model()
+    optimizer = of_groups(Optim(name="sgd", lr=0.01, momentum=0.9), groups(of))
+    first, *rest = of.parameters()
+    for p in rest:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before, first.grad = first.detach().clone(), torch.ones_like(first)
+    optimizer.step()
+    assert not torch.equal(before, first)

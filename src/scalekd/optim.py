@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -26,22 +26,29 @@ def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:
 
 
 def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimiser that a recipe names, through timm's factory, with these parameter groups; fused where PyTorch has that."""
+    """The optimiser that a recipe names, through timm's factory, with these parameter groups; fused where `can_be_fused`.
+
+    Parameters have their place and layout in memory by then: the fused update takes gradients to have the same.
+    """
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = ({"betas": optim.betas} if info.has_betas else {}) | (
         {"eps": optim.eps} if info.has_eps else {}
     )
-    if can_be_fused(optim.name, groups):
-        extra["fused"] = True
-    return create_optimizer_v2(
+    fused = can_be_fused(optim.name, groups)
+    made = create_optimizer_v2(
         groups,
         opt=optim.name,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         filter_bias_and_bn=False,
-        **extra,
+        **extra | ({"fused": True} if fused else {}),
     )
+    if fused and isinstance(made, torch.optim.SGD):
+        # Else the first step makes them without values, and leaves them so where an fp16 gradient has overflown
+        for parameter in (p for group in made.param_groups if group["momentum"] for p in group["params"]):
+            made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return made
 
 
 def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
@@ -49,9 +56,16 @@ def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
 
     It gives the same values but for rounding, and holds no copies of the parameters meanwhile (docs/performance.md).
     """
-    made = get_optimizer_info(name).opt_class  # a name where another package has the class
     devices = {p.device.type for group in groups for p in group["params"]}
-    return isinstance(made, type) and "fused" in inspect.signature(made).parameters and devices <= {"cpu", "cuda"}
+    one_kernel = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return get_optimizer_info(name).opt_class in one_kernel and devices <= {"cpu", "cuda"}
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`; where the checkpoint is of an optimiser that was not fused, this one goes on so."""
+    optimizer.load_state_dict(state)
+    # what a gradient scaler found is for a fused one, and an error for the other
+    optimizer._step_supports_amp_scaling = any(g.get("fused") for g in optimizer.param_groups)  # type: ignore[attr-defined]
 
 
 def _groups(module: nn.Module, config: Config, lr: float) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from . import checkpoint, parallel
 from .config import Section, checked_as, to_yaml
 from .errors import UserError, first_line
+from .optim import load_state
 from .runlog import RunLog
 from .training import Training
 from .yaml_file import parse_yaml
@@ -103,7 +104,7 @@ def load_snapshot(run: Training, state: dict[str, Any], name: str) -> Progress:
             raise ValueError(f"step {at.step} of {run.total_steps}")
         for part, module in run.parts.items():
             module.load_state_dict(state[part])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_state(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             run.ema.load_state_dict(state["ema"])
