@@ -2,50 +2,38 @@
 
     python benchmarks/optimizer.py --out docs/results/performance
 
-Of a pair's student, with the projectors of ScaleKD's published form; gradients are random and the learning rate is not zero.
+Of a pair's student, with the projectors of ScaleKD's published form; gradients are random.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import timm
 import torch
 from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
-from steps import PAIRS, PUBLISHED, Pair
-from timm.optim import create_optimizer_v2
+from steps import PAIRS, Pair, losses_of, make_optimizer
 from torch import nn
 
-from scalekd.methods.scalekd import scalekd
-from scalekd.stages import StageView
+from scalekd import Distiller
 
 OF = ("swin-s-resnet50", "swin-s-mobilenet-v1", "swin-s-mixer-s", "swin-l-vit-s", "demo", "lab-vit")
-WAYS = {"fused": {"fused": True}, "plain": {}}
-
-
-def trained(pair: Pair) -> nn.Module:
-    """What an optimiser has in a distillation of the pair."""
-    models = [timm.create_model(pair.student, **pair.student_kwargs)]
-    with torch.device("meta"):  # its shapes are all that is needed
-        models.append(timm.create_model(pair.teacher, **pair.teacher_kwargs))
-    names, size = (pair.student, pair.teacher), (pair.size, pair.size)
-    shapes = [StageView(model, name=name, image_size=size).shapes for model, name in zip(models, names, strict=True)]
-    return nn.ModuleList([models[0], scalekd(*shapes, heads=pair.heads, **PUBLISHED)])
 
 
 def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
-    module, steps = trained(pair).to(device), {}
-    for way, options in WAYS.items():
-        one = copy.deepcopy(module)
-        for parameter in one.parameters():
+    student = timm.create_model(pair.student, **pair.student_kwargs)
+    teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs)
+    distiller = Distiller(student, teacher, losses_of(pair.heads)["scalekd"], image_size=(pair.size, pair.size))
+    steps, trained = {}, list(distiller.parameters())
+    for way in ("fused", "plain"):
+        copies = [nn.Parameter(p.detach().to(device, copy=True)) for p in trained]
+        for parameter in copies:
             parameter.grad = torch.randn_like(parameter)
-        made = create_optimizer_v2(one.parameters(), opt=pair.optimizer, lr=1e-3, weight_decay=1e-4, **options)
-        steps[way] = made.step
+        steps[way] = make_optimizer(copies, pair.optimizer, fused=way == "fused").step
     seconds = in_turns(steps, device, rounds, warm=2)
     return {
         "optimizer": pair.optimizer,
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in trained),
         "seconds": {way: quartiles(values) for way, values in seconds.items()},
         "plain / fused": ratio(seconds["plain"], seconds["fused"]),
     }

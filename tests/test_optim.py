@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def take_steps(of: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed
         optimizer.step()
 
 
+def ours(name: str, of: nn.Module) -> torch.optim.Optimizer:
+    return of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(of))
+
+
 def plain(name: str, of: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(
         groups(of), opt=name, lr=0.01, weight_decay=0.1, momentum=0.9, filter_bias_and_bn=False, foreach=False
@@ -42,12 +47,12 @@ def plain(name: str, of: nn.Module) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_same_steps_as_the_plain_one(name):
-    ours, theirs, start = model(), model(), model()
-    optimizer = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(ours))
+    one, other, start = model(), model(), model()
+    optimizer = ours(name, one)
     assert all(group["fused"] is True for group in optimizer.param_groups)
-    take_steps(ours, optimizer, 5)
-    take_steps(theirs, plain(name, theirs), 5)
-    for p, q, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+    take_steps(one, optimizer, 5)
+    take_steps(other, plain(name, other), 5)
+    for p, q, before in zip(one.parameters(), other.parameters(), start.parameters(), strict=True):
         assert (q - before).abs().max() > 1e-3
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -67,24 +72,12 @@ def test_where_there_is_no_such_kernel():
     assert of_groups(Optim(name="adamw", lr=0.01), [{"params": list(of.parameters())}]).param_groups[0]["fused"] is None
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name):
-    """A checkpoint's groups say which it was; so runs of an earlier version go on bit for bit."""
-    one = model()
-    optimizer = plain(name, one)
-    take_steps(one, optimizer, 3)
-    other = copy.deepcopy(one)
-    resumed = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(other))
-    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
-    take_steps(one, optimizer, 3, seed=2)
-    take_steps(other, resumed, 3, seed=2)
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def scaled_steps(of: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool]) -> torch.amp.GradScaler:
+def scaled_steps(
+    of: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool], seed: int = 1
+) -> torch.amp.GradScaler:
     """Steps as the engine takes them in fp16; a gradient is not finite where `bad`."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(seed)
     for overflow in bad:
         optimizer.zero_grad()
         scaler.scale(of(torch.randn(4, 3, 8, 8, generator=g)).square().mean()).backward()
@@ -96,6 +89,23 @@ def scaled_steps(of: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool
     return scaler
 
 
+@pytest.mark.parametrize(
+    "take", [partial(take_steps, count=3), partial(scaled_steps, bad=[False, True, False])], ids=["float32", "fp16"]
+)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name, take):
+    """A checkpoint's groups say which it was; so runs of an earlier version go on bit for bit."""
+    one = model()
+    optimizer = plain(name, one)
+    take(one, optimizer)
+    other = copy.deepcopy(one)
+    resumed = ours(name, other)
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    take(one, optimizer, seed=3)
+    take(other, resumed, seed=3)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def with_garbage(like: torch.Tensor, **_: object) -> torch.Tensor:
     return torch.full(like.shape, 1e30)  # what memory without values may hold
 
@@ -104,26 +114,13 @@ def with_garbage(like: torch.Tensor, **_: object) -> torch.Tensor:
 @pytest.mark.parametrize("name", FUSED)
 def test_a_step_left_out_under_fp16_scaling(name, bad, monkeypatch):
     """The scaler hands a fused optimiser what it found; the update that overflows leaves weights and state alone."""
-    ours, theirs = model(), model()
+    one, other = model(), model()
     monkeypatch.setattr(torch, "empty_like", with_garbage)
-    scaler = scaled_steps(ours, of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(ours)), bad)
-    scaled_steps(theirs, plain(name, theirs), bad)
+    scaler = scaled_steps(one, ours(name, one), bad)
+    scaled_steps(other, plain(name, other), bad)
     assert scaler.get_scale() == 2.0**3
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_a_plain_one_goes_on_under_fp16_scaling(name):
-    one = model()
-    optimizer = plain(name, one)
-    scaled_steps(one, optimizer, [False, True, False])
-    other = copy.deepcopy(one)
-    resumed = of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(other))
-    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
-    scaled_steps(one, optimizer, [False, True, False])
-    scaled_steps(other, resumed, [False, True, False])
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_a_parameter_whose_gradient_comes_later():
