@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
-from scalekd.provenance import machine, versions
-from scalekd.transfer.coco import open_coco
-from scalekd.transfer.coco_masks import mask_of
-from scalekd.transfer.detection_eval import average_precision, found
-from scalekd.transfer.detector import Detector
+from scalekd.common.provenance import machine, versions
+from scalekd.transfer.detection.coco import open_coco
+from scalekd.transfer.detection.masks import mask_of
+from scalekd.transfer.detection.model import Detector
+from scalekd.transfer.detection.scores import average_precision, found
 from scalekd.transfer.pyramid import Pyramid
 
 IMAGES, ANNOTATIONS, HEIGHT, WIDTH, CLASSES, DETECTIONS = 700, 5000, 480, 640, 80, 100

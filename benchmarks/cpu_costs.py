@@ -20,8 +20,8 @@ from pathlib import Path
 import timm
 import torch
 
-from scalekd.memory import keep_freed_memory
-from scalekd.provenance import machine
+from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.provenance import machine
 
 BATCH, ROUNDS = 128, 7
 

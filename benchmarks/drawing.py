@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scalekd.svg import (
+from scalekd.report.svg import (
     BOTTOM,
     HEIGHT,
     INK,

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from scalekd import checkpoint
-from scalekd.provenance import machine
-from scalekd.runlog import read_log
+from scalekd.common.provenance import machine
+from scalekd.train import checkpoint
+from scalekd.train.log import read_log
 
 STEPS, EPOCHS, BATCH = 10, 3, 20  # steps are per epoch
 RECIPE = [

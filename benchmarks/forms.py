@@ -20,12 +20,12 @@ from parts import OPTIONS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scalekd.config import Config, load_recipe
-from scalekd.cost import stand_ins, untrained
-from scalekd.distiller import Distiller
-from scalekd.ledger import Ledger, charge_step
+from scalekd.config.recipe import Config, load_recipe
+from scalekd.cost.count import stand_ins
+from scalekd.cost.ledger import Ledger, charge_step
+from scalekd.distill.build import make_optimizer, untrained
+from scalekd.distill.distiller import Distiller
 from scalekd.methods.scalekd import scalekd
-from scalekd.optim import make_optimizer
 
 CLASSES = 1000
 RECIPES = (

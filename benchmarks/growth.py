@@ -18,7 +18,7 @@ from forms import Step, count
 from harness import about, table, write
 from parts import OPTIONS
 
-from scalekd.config import load_recipe
+from scalekd.config.recipe import load_recipe
 
 FORMS = {name: OPTIONS[name] for name in ("published form", "tokens=reduced, shared")}
 TO_RESNET, TO_VIT = "imagenet-swin-s-resnet50-traditional", "imagenet-swin-l-vit-small-traditional"

@@ -20,8 +20,8 @@ import timm
 import torch
 from torch import Tensor
 
-from scalekd.memory import keep_freed_memory
-from scalekd.provenance import machine
+from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.provenance import machine
 
 Quartiles = list[float]  # lower quartile, median, upper quartile
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from scalekd.stages import Features, MapShape, Shapes
+from scalekd.models.stages import Features, MapShape, Shapes
 
 ALPHA, BETA = 0.14, 0.571  # as released
 SOFTMAX_SCALE = 5.0  # as released

@@ -21,9 +21,10 @@ from harness import about, in_turns, parser, prepare, quartiles, ratio, table, t
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from scalekd.config import Augment, Data
-from scalekd.data import open_split, train_batches, training_images
-from scalekd.samplers import TrainSampler
+from scalekd.data.batches import train_batches, training_images
+from scalekd.data.options import Augment, Data
+from scalekd.data.samplers import TrainSampler
+from scalekd.data.split import open_split
 from scalekd.transfer.scenes import main as make_scenes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,7 +16,7 @@ import torch
 from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
 from torch import Tensor
 
-from scalekd.methods.features import normalized_distance, remove_direct
+from scalekd.methods.distance import normalized_distance, remove_direct
 
 GRIDS, CHANNELS, BATCH = (7, 14, 28), 768, 16
 

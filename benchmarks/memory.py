@@ -18,11 +18,12 @@ import torch
 from harness import about, table, write
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scalekd.config import Config, load_recipe
-from scalekd.cost import fixed_bytes, untrained
-from scalekd.distiller import Distiller
-from scalekd.flops import flop_counter
-from scalekd.peak import held_in_a_step
+from scalekd.config.recipe import Config, load_recipe
+from scalekd.cost.count import fixed_bytes
+from scalekd.cost.flops import flop_counter
+from scalekd.cost.peak import held_in_a_step
+from scalekd.distill.build import untrained
+from scalekd.distill.distiller import Distiller
 
 RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15, where it has the pair
     "imagenet-swin-s-resnet50-traditional": 6.65 / 3.66,

@@ -15,7 +15,7 @@ from harness import about, in_turns, parser, prepare, quartiles, ratio, table, t
 from steps import PAIRS, Pair, losses_of, make_optimizer
 from torch import nn
 
-from scalekd import Distiller
+from scalekd.distill.distiller import Distiller
 
 OF = ("swin-s-resnet50", "swin-s-mobilenet-v1", "swin-s-mixer-s", "swin-l-vit-s", "demo", "lab-vit")
 

@@ -21,10 +21,10 @@ from loss import as_in_the_paper, ours
 from steps import PAIRS, PUBLISHED, Pair, make_optimizer
 from torch import Tensor, nn
 
-from scalekd.flops import flop_counter
+from scalekd.cost.flops import flop_counter
 from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import scalekd
-from scalekd.stages import Features, StageView
+from scalekd.models.stages import Features, StageView
 
 CHEAPER: dict[str, dict[str, Any]] = {  # what differs from the published form
     "tokens=separable": {"tokens": "separable"},

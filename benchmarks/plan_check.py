@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from scalekd.errors import printable
-from scalekd.plan_page import between
-from scalekd.provenance import machine
+from scalekd.common.provenance import machine
+from scalekd.common.text import printable
+from scalekd.cost.plan_page import between
 
 VIT = "{model: vit_tiny_patch16_224, weights: random, kwargs: {patch_size: 4, embed_dim: 96, depth: 6, num_heads: 3}}"
 # name: what differs from the recipe `demo`, a small ViT that teaches a small ResNet 28-pixel images with ScaleKD

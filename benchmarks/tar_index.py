@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scalekd.provenance import machine
-from scalekd.sources import open_source
+from scalekd.common.provenance import machine
+from scalekd.data.sources.open import open_source
 
 CLASSES = 100
 

@@ -21,8 +21,8 @@ from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from scalekd import Distiller
-from scalekd.distiller import default_statistics
+from scalekd.distill.distiller import Distiller
+from scalekd.models.inputs import default_statistics
 
 TASKS = {"kd": LogitDistillationTask, "fd": FeatureDistillationTask}
 

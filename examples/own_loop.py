@@ -9,7 +9,7 @@ you replace.
 import timm
 import torch
 
-from scalekd import Distiller
+from scalekd.distill.distiller import Distiller
 
 student = timm.create_model("test_resnet", num_classes=10)  # *
 teacher = timm.create_model("test_vit", num_classes=10, depth=4, img_size=64)  # * pretrained=True

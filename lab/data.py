@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scalekd.sources import open_source
+from scalekd.data.sources.open import open_source
 
 CANVAS, ITEM, SHIFT = 40, 24, 5
 PARTS = {  # name: (file, first item, last item, canvases)

@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalekd.analyze.distance import LinearMap, distances, mapped, solve_ridge
+from scalekd.common.intervals import half_width
 from scalekd.compare.ladder import Job, jobs, load_ladder
-from scalekd.compare.results import half_width, read_records
-from scalekd.config import Model
-from scalekd.export import load_student
-from scalekd.models import build_model
-from scalekd.sources import open_source
-from scalekd.stages import StageView
+from scalekd.compare.results import read_records
+from scalekd.data.sources.open import open_source
+from scalekd.models.build import build_model
+from scalekd.models.export import load_student
+from scalekd.models.options import Model
+from scalekd.models.stages import StageView
 
 HERE = Path(__file__).parent
 STRENGTHS = [10.0**k for k in range(-4, 4)]  # of the ridge, times the mean of the squared features

@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from scalekd import cli
-from scalekd.sources import Source, open_source
+from scalekd.cli import app as cli
+from scalekd.data.sources.open import open_source
+from scalekd.data.sources.source import Source
 
 DINO = "vit_small_patch14_dinov2"
 SMALL = "teacher.image_size=56 student.weights=random data.image_size=64 data.workers=0 train.batch_size=32"

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from scalekd.compare.results import half_width
-from scalekd.transfer.coco import open_coco
+from scalekd.common.intervals import half_width
 from scalekd.transfer.deploy import load
-from scalekd.transfer.overlay import overlay
-from scalekd.transfer.pictures import picture
-from scalekd.transfer.segment_pairs import open_segments
+from scalekd.transfer.detection.coco import open_coco
+from scalekd.transfer.detection.pictures import picture
+from scalekd.transfer.segmentation.overlay import overlay
+from scalekd.transfer.segmentation.pairs import open_segments
 
 STARTS = ("distilled", "supervised", "scratch")
 FIGURES = {

@@ -13,7 +13,7 @@ import yaml
 from small_images import write_images
 from whole_runs import PLAIN_LOSSES, TINY, changed
 
-from scalekd.cli import main
+from scalekd.cli.app import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
 

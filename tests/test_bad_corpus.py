@@ -23,8 +23,8 @@ from test_bad_input import Payload, contents, write_idx
 from test_sources import CELLS, PNG, add, save, shard, write_tar
 from whole_runs import TINY
 
-from scalekd import checkpoint
-from scalekd.cli import main
+from scalekd.cli.app import main
+from scalekd.train import checkpoint
 
 
 class Place(NamedTuple):

@@ -11,19 +11,13 @@ import torch
 import yaml
 from whole_runs import Interrupted, start
 
-from scalekd.config import Augment, Data
-from scalekd.data import (
-    Images,
-    TrainSampler,
-    eval_batches,
-    open_split,
-    train_batches,
-    training_images,
-    validation_images,
-)
-from scalekd.errors import UserError
-from scalekd.images import Bad, BadImages, read_list
-from scalekd.runlog import read_log
+from scalekd.common.errors import UserError
+from scalekd.data.batches import Images, eval_batches, train_batches, training_images, validation_images
+from scalekd.data.images import Bad, BadImages, read_list
+from scalekd.data.options import Augment, Data
+from scalekd.data.samplers import TrainSampler
+from scalekd.data.split import open_split
+from scalekd.train.log import read_log
 
 TRAIN_BAD = ["bee/2.png", "bee/3.png"]  # one after the other, so the first one's place is taken by bee/4.png
 

@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from scalekd import checkpoint, engine
-from scalekd.health import NonFinite
+from scalekd.train import checkpoint, engine
+from scalekd.train.health import NonFinite
 
 TINY_VIT = {"depth": 4, "img_size": 48, "num_classes": 3}
 

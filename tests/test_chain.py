@@ -13,12 +13,13 @@ import torch
 import yaml
 from whole_runs import changed
 
-from scalekd.chain import _finished, rehearse
-from scalekd.config import assistant_of, check_config, load_recipe, to_yaml
-from scalekd.errors import UserError
-from scalekd.run_head import with_heads
-from scalekd.runs import execute
-from scalekd.weights import sha256_of
+from scalekd.common.errors import UserError
+from scalekd.common.sections import to_yaml
+from scalekd.config.recipe import assistant_of, check_config, load_recipe
+from scalekd.models.weights.match import sha256_of
+from scalekd.runs.assistants import _finished, rehearse
+from scalekd.runs.distillation import execute
+from scalekd.runs.heads import with_heads
 
 
 @pytest.fixture

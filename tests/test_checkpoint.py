@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalekd import checkpoint
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
+from scalekd.train import checkpoint
 
 STATE = {"student": {"w": torch.arange(2000.0)}, "step": 3, "history": [{"top1": 50.0}], "ema": None}
 

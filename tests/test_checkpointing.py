@@ -14,11 +14,12 @@ from test_cost import assert_the_parts_add_up
 from torch import nn
 from whole_runs import TINY, changed
 
-from scalekd.config import check_config
-from scalekd.cost import AGAIN, count_step, untrained
-from scalekd.distiller import Distiller
+from scalekd.config.recipe import check_config
+from scalekd.cost.count import AGAIN, count_step
+from scalekd.cost.peak import LiveBytes, held_in_a_step
+from scalekd.distill.build import untrained
+from scalekd.distill.distiller import Distiller
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.peak import LiveBytes, held_in_a_step
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "test_resnet": {},

@@ -14,13 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from scalekd.cli import parse, shortcuts
-from scalekd.config import load_recipe
-from scalekd.doctor import bf16_instructions
+from scalekd.cli.app import parse
+from scalekd.cli.doctor import bf16_instructions
+from scalekd.cli.options import shortcuts
+from scalekd.common.version import __version__
+from scalekd.config.files import recipe_names
+from scalekd.config.recipe import load_recipe
 from scalekd.methods import METHODS
-from scalekd.recipe_files import recipe_names
-from scalekd.runlog import read_log
-from scalekd.version import __version__
+from scalekd.train.log import read_log
 
 COMMANDS = [
     "train", "compare", "evaluate", "export", "import", "head", "demo", "methods", "pairs", "teachers", "recipes", "cost",

@@ -17,11 +17,12 @@ import yaml
 from scipy import stats
 from whole_runs import TINY
 
+from scalekd.common.errors import UserError
+from scalekd.common.intervals import half_width
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
-from scalekd.compare.results import half_width, known_records, read_records, recipe_of, summary, write_records
+from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import places
-from scalekd.config import check_config, load_recipe
-from scalekd.errors import UserError
+from scalekd.config.recipe import check_config, load_recipe
 
 METHODS = {
     "none": {"teacher": None, "losses": {"ce": {}}},

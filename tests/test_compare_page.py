@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from test_report import Balance
 
-from scalekd.compare.page import curve_plot, gain_plot, html, markdown
-from scalekd.svg import WIDTH, escape
+from scalekd.compare.page import html, markdown
+from scalekd.compare.plot import curve_plot, gain_plot
+from scalekd.report.svg import WIDTH, escape
 
 SVG = "{http://www.w3.org/2000/svg}"
 NONE = "\N{EN DASH}"

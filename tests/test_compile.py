@@ -19,19 +19,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.parallel import DistributedDataParallel
 from whole_runs import CPU, Interrupted, assert_same, changed, final_state, start
 
-from scalekd.build import Run, build
-from scalekd.compiled import compile_step
-from scalekd.config import check_config, checked_as, to_yaml
-from scalekd.cost import untrained
-from scalekd.data import Batch, make_mixup
-from scalekd.distiller import Distiller
-from scalekd.engine import train_step
-from scalekd.errors import UserError
+from scalekd.checks.preflight import preflight
+from scalekd.common.errors import UserError
+from scalekd.common.sections import checked_as, to_yaml
+from scalekd.config.recipe import check_config
+from scalekd.data.batches import Batch
+from scalekd.data.transforms import make_mixup
+from scalekd.distill.build import build, make_optimizer, untrained
+from scalekd.distill.compiled import compile_step
+from scalekd.distill.distiller import Distiller
+from scalekd.distill.run import Run
 from scalekd.methods import METHODS
-from scalekd.optim import make_optimizer
-from scalekd.preflight import preflight
-from scalekd.resume import recipe_difference
-from scalekd.training import scaler_and_average
+from scalekd.train.engine import train_step
+from scalekd.train.resume import recipe_difference
+from scalekd.train.run import scaler_and_average
 from scalekd.transfer.config import SCHEMAS
 
 SHORT: dict[str, dict[str, Any]] = {  # options that make a method quick to trace, and leave nothing of it out

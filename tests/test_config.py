@@ -7,13 +7,14 @@ import inspect
 import pytest
 import yaml
 
-from scalekd.config import check_config, load_recipe, to_yaml
-from scalekd.errors import UserError
-from scalekd.loss_options import options_of
+from scalekd.common.errors import UserError
+from scalekd.common.sections import to_yaml
+from scalekd.common.yaml_file import parse_yaml
+from scalekd.config.files import merged
+from scalekd.config.losses import options_of
+from scalekd.config.recipe import check_config, load_recipe
 from scalekd.methods import METHODS
-from scalekd.recipe_files import merged
-from scalekd.resume import recipe_difference
-from scalekd.yaml_file import parse_yaml
+from scalekd.train.resume import recipe_difference
 
 BASE = """
 name: x

@@ -15,11 +15,11 @@ import whole_runs
 from torch import nn
 from whole_runs import changed
 
-from scalekd.config import check_config
-from scalekd.cost import cost
-from scalekd.distiller import Distiller
-from scalekd.flops import flop_counter
-from scalekd.ledger import Ledger, charge_step
+from scalekd.config.recipe import check_config
+from scalekd.cost.count import cost
+from scalekd.cost.flops import flop_counter
+from scalekd.cost.ledger import Ledger, charge_step
+from scalekd.distill.distiller import Distiller
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost"

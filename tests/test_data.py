@@ -16,22 +16,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from scalekd.config import Augment, Data
-from scalekd.data import (
-    Images,
-    Split,
-    TrainSampler,
-    eval_batches,
-    eval_transform,
-    make_mixup,
-    open_split,
-    seed_everything,
-    train_batches,
-    train_transform,
-    training_images,
-    validation_images,
-)
-from scalekd.sources import FASHION_CLASSES, open_source
+from scalekd.common.seeds import seed_everything
+from scalekd.data.batches import Images, eval_batches, train_batches, training_images, validation_images
+from scalekd.data.options import Augment, Data
+from scalekd.data.samplers import TrainSampler
+from scalekd.data.sources.idx import FASHION_CLASSES
+from scalekd.data.sources.open import open_source
+from scalekd.data.split import Split, open_split
+from scalekd.data.transforms import eval_transform, make_mixup, train_transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

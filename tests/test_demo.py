@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 
-from scalekd.build import build
-from scalekd.config import load_recipe
-from scalekd.data import eval_batches
+from scalekd.config.recipe import load_recipe
+from scalekd.data.batches import eval_batches
 from scalekd.demo import demo as module
-from scalekd.evaluate import evaluate
-from scalekd.models import resolve
-from scalekd.weights import sha256_of
+from scalekd.distill.build import build
+from scalekd.distill.evaluate import evaluate
+from scalekd.models.create import resolve
+from scalekd.models.weights.match import sha256_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo-5-seeds"

@@ -15,11 +15,11 @@ import yaml
 from trained_runs import trained_runs
 from whole_runs import CPU
 
-from scalekd import checkpoint
 from scalekd.analyze.distance import LINEAR, STRENGTH, LinearMap, distances, mapped, principal_plane
 from scalekd.analyze.figures import FIGURES_MISSING
 from scalekd.analyze.runs import labels, open_runs, projector_calls
-from scalekd.methods.features import normalized_distance, remove_direct
+from scalekd.methods.distance import normalized_distance, remove_direct
+from scalekd.train import checkpoint
 
 
 def by_scipy(a: np.ndarray, t: np.ndarray) -> float:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd.distiller import Distiller, dead_parameters
-from scalekd.errors import UserError
-from scalekd.stages import Features, Shapes
+from scalekd.checks.step import dead_parameters
+from scalekd.common.errors import UserError
+from scalekd.distill.distiller import Distiller
+from scalekd.models.stages import Features, Shapes
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.4814, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # also EVA's

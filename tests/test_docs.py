@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from scalekd.cli import _parser, parse, shortcuts
+from scalekd.cli import transfer as transfer_cli
+from scalekd.cli.app import _parser, parse
+from scalekd.cli.options import shortcuts
+from scalekd.common.sections import _fields_at
+from scalekd.common.yaml_file import parse_yaml
 from scalekd.compare.ladder import jobs, ladder_names, load_ladder
-from scalekd.config import Config, _fields_at, check_config, load_recipe
-from scalekd.loss_options import options_of
+from scalekd.config.files import recipe_names, recipe_text
+from scalekd.config.losses import options_of
+from scalekd.config.recipe import Config, check_config, load_recipe
 from scalekd.methods import METHODS
-from scalekd.recipe_files import recipe_names, recipe_text
-from scalekd.transfer import cli as transfer_cli
 from scalekd.transfer import config as transfer
-from scalekd.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,18 +14,19 @@ from rich.console import Console
 from torch import nn
 from whole_runs import CPU, Recipe, assert_same, changed, events, final_state, start
 
-from scalekd import checkpoint
-from scalekd.build import Run, build
-from scalekd.config import check_config
-from scalekd.data import eval_batches
-from scalekd.engine import train_step
-from scalekd.errors import UserError
-from scalekd.evaluate import evaluate
-from scalekd.export import load_student
-from scalekd.optim import make_optimizer, make_schedule
-from scalekd.preflight import preflight
-from scalekd.runlog import RunLog, read_log
-from scalekd.runs import execute
+from scalekd.checks.preflight import preflight
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.data.batches import eval_batches
+from scalekd.distill.build import build, make_optimizer
+from scalekd.distill.evaluate import evaluate
+from scalekd.distill.run import Run
+from scalekd.models.export import load_student
+from scalekd.runs.distillation import execute
+from scalekd.train import checkpoint
+from scalekd.train.engine import train_step
+from scalekd.train.log import RunLog, read_log
+from scalekd.train.optim import make_schedule
 
 
 def checksum(model: nn.Module) -> str:

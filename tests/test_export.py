@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 
-from scalekd import export
-from scalekd.build import Run, build
-from scalekd.config import check_config
-from scalekd.errors import UserError
-from scalekd.export import export_onnx, export_student, load_student
-from scalekd.runs import student_card
-from scalekd.weights import sha256_of
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.run import Run
+from scalekd.models import export
+from scalekd.models.export import export_onnx, export_student, load_student
+from scalekd.models.weights.match import sha256_of
+from scalekd.runs.students import student_card
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {"student": {"model": "test_resnet"}},

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from whole_runs import assert_same, changed, events, final_state
 
-from scalekd import run_folder
-from scalekd.errors import UserError
-from scalekd.files import replacing, write_text
+from scalekd.common.errors import UserError
+from scalekd.common.files import replacing, write_text
+from scalekd.train import folder as run_folder
 
 ALL = [
     "recipe.yaml", "provenance.json", "student.json", "log.jsonl", "best.pt", "last.pt",

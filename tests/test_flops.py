@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from scalekd.flops import CPU_ATTENTION, flop_counter
+from scalekd.cost.flops import CPU_ATTENTION, flop_counter
 
 HEADS, QUERIES, KEYS, DIM = 3, 7, 5, 8
 PRODUCT = 2 * HEADS * QUERIES * KEYS * DIM  # of an image, as FLOPs

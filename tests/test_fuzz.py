@@ -19,12 +19,13 @@ from test_bad_input import Payload, write_idx
 from test_sources import PNG, write_tar
 from whole_runs import TINY
 
-from scalekd import checkpoint
-from scalekd.config import MOST_PROBLEMS, check_config, load_recipe, to_yaml
-from scalekd.errors import UserError
-from scalekd.recipe_files import override, recipe_names, recipe_text
-from scalekd.sources import open_source
-from scalekd.yaml_file import parse_yaml
+from scalekd.common.errors import UserError
+from scalekd.common.sections import MOST_PROBLEMS, to_yaml
+from scalekd.common.yaml_file import parse_yaml
+from scalekd.config.files import override, recipe_names, recipe_text
+from scalekd.config.recipe import check_config, load_recipe
+from scalekd.data.sources.open import open_source
+from scalekd.train import checkpoint
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:

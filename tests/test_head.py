@@ -21,20 +21,26 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from small_images import write_images
 
-from scalekd import head, head_page, head_solver, run_head
-from scalekd.build import build
-from scalekd.cli import parse, shortcuts
+from scalekd.cli.app import parse
+from scalekd.cli.options import shortcuts
+from scalekd.common.errors import UserError
 from scalekd.compare.ladder import jobs, load_ladder
-from scalekd.config import Data, Model, check_config, load_recipe
-from scalekd.errors import UserError
-from scalekd.features import pooled
-from scalekd.head import Teacher, fit_head
-from scalekd.head_solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
-from scalekd.loaded import trained
-from scalekd.models import build_model
-from scalekd.run_folder import open_folder
-from scalekd.runlog import read_log
-from scalekd.weights import sha256_of
+from scalekd.config.recipe import check_config, load_recipe
+from scalekd.data.options import Data
+from scalekd.distill.build import build
+from scalekd.heads import fit as head
+from scalekd.heads import page as head_page
+from scalekd.heads import solver as head_solver
+from scalekd.heads.features import pooled
+from scalekd.heads.fit import Teacher, fit_head
+from scalekd.heads.solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
+from scalekd.models.build import build_model
+from scalekd.models.options import Model
+from scalekd.models.weights.match import sha256_of
+from scalekd.models.weights.trained import trained
+from scalekd.runs import heads as run_head
+from scalekd.train.folder import open_folder
+from scalekd.train.log import read_log
 
 CPU = torch.device("cpu")
 NAME, KWARGS = "test_vit", {"depth": 2}

@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 from whole_runs import CPU, assert_same, changed, events, final_state, start
 
-from scalekd import checkpoint, engine
-from scalekd.build import build
-from scalekd.config import check_config
-from scalekd.distiller import Distiller
-from scalekd.errors import UserError
-from scalekd.health import NonFinite, load_report
-from scalekd.resume import Progress, snapshot
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.distiller import Distiller
+from scalekd.runs.nonfinite import load_report
+from scalekd.train import checkpoint, engine
+from scalekd.train.health import NonFinite
+from scalekd.train.resume import Progress, snapshot
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalekd.images import BadImage, decode
+from scalekd.data.images import BadImage, decode
 
 random = np.random.default_rng(0)
 PIXELS = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalekd import knn
-from scalekd.knn import knn_predict
+from scalekd.heads import knn
+from scalekd.heads.knn import knn_predict
 
 
 def images(n: int, seed: int) -> tuple[Tensor, Tensor]:

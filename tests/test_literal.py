@@ -11,8 +11,8 @@ import scipy.fft
 import timm
 import torch
 
-from scalekd import Distiller
-from scalekd.methods.features import normalized_distance, remove_direct
+from scalekd.distill.distiller import Distiller
+from scalekd.methods.distance import normalized_distance, remove_direct
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import literal

@@ -1,4 +1,4 @@
-from scalekd.markdown import table_row
+from scalekd.common.markdown import table_row
 
 
 def test_a_name_from_outside_stays_in_its_cell():

@@ -13,12 +13,13 @@ import yaml
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from scalekd.build import build
-from scalekd.config import check_config, to_yaml
-from scalekd.errors import UserError
-from scalekd.export import export_student
-from scalekd.model_folders import beside, read_folder, with_folders
-from scalekd.weights import sha256_of
+from scalekd.common.errors import UserError
+from scalekd.common.sections import to_yaml
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.models.export import export_student
+from scalekd.models.weights.folder import beside, read_folder, with_folders
+from scalekd.models.weights.match import sha256_of
 
 VIT = {"depth": 4, "img_size": 64, "num_classes": 3}
 CLASSES = ["blue", "green", "red"]

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scalekd.build import build
-from scalekd.config import Model, check_config
-from scalekd.errors import UserError
-from scalekd.loaded import backbone_sha256
-from scalekd.models import build_model
-from scalekd.provenance import provenance
-from scalekd.weights import State, grouped, initial_share, noise_share
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.models.build import build_model
+from scalekd.models.options import Model
+from scalekd.models.weights.match import State, grouped
+from scalekd.models.weights.trained import backbone_sha256, initial_share, noise_share
+from scalekd.train.run import provenance
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 48}
 HEADS = {  # model: what makes it small, tensors of its classifier or classifiers

@@ -10,8 +10,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from scalekd.config import Optim
-from scalekd.optim import can_be_fused, load_state, of_groups
+from scalekd.config.fields import Optim
+from scalekd.train.optim import can_be_fused, load_state, of_groups
 
 FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum", "nesterov"], ["lamb", "lion", "adafactor", "adagrad"]
 

@@ -17,9 +17,9 @@ import torchvision
 from rich.console import Console
 from torch import nn
 
-import scalekd.pairs as module
-from scalekd.config import load_recipe
-from scalekd.pairs import (
+import scalekd.cost.pairs as module
+from scalekd.config.recipe import load_recipe
+from scalekd.cost.pairs import (
     BY_MODULE,
     BY_OPERATION,
     CLASS_TOKEN,

@@ -18,12 +18,13 @@ import yaml
 from rich.console import Console
 from whole_runs import assert_same, changed, events, final_state
 
-from scalekd import parallel
-from scalekd.config import check_config
-from scalekd.errors import UserError
-from scalekd.export import load_student
-from scalekd.runlog import read_log
-from scalekd.runs import evaluate_student, execute
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.models.export import load_student
+from scalekd.runs.distillation import execute
+from scalekd.runs.students import evaluate_student
+from scalekd.train.log import read_log
 
 VAL_IMAGES = 261  # odd, and more than one batch of validation
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from whole_runs import changed
 
-from scalekd import plan_probe
-from scalekd.config import check_config
-from scalekd.cost import cost
-from scalekd.plan import (
+from scalekd.config.recipe import check_config
+from scalekd.cost import plan_measured as plan_probe
+from scalekd.cost.count import cost
+from scalekd.cost.plan import (
     GPUS,
     MEMORY_COUNTED,
     UTILISATION_FLOAT32,
@@ -27,7 +27,7 @@ from scalekd.plan import (
     plan,
     workers_needed,
 )
-from scalekd.plan_page import between, duration, markdown
+from scalekd.cost.plan_page import between, duration, markdown
 
 ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs" / "plan.md").read_text()

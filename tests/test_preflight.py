@@ -20,20 +20,9 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from scalekd import embeddings, teacher_checks
-from scalekd import preflight as preflight_module
-from scalekd.build import build
-from scalekd.class_order import natural, put_in_order, rows, teachers_order, way_out
-from scalekd.cli import parse, shortcuts
-from scalekd.config import check_config, load_recipe
-from scalekd.errors import UserError
-from scalekd.models import resolve
-from scalekd.preflight import preflight
-from scalekd.recipe_files import recipe_values
-from scalekd.sources import FASHION_CLASSES
-from scalekd.unseen_pixels import unseen
-from scalekd.weights import sha256_of
-from scalekd.wrong_teacher import (
+from scalekd.checks import preflight as preflight_module
+from scalekd.checks import teacher as teacher_checks
+from scalekd.checks.evidence import (
     Sample,
     _loss,
     better_features,
@@ -45,6 +34,19 @@ from scalekd.wrong_teacher import (
     other_order,
     other_statistics,
 )
+from scalekd.checks.preflight import preflight
+from scalekd.cli.app import parse
+from scalekd.cli.options import shortcuts
+from scalekd.common.errors import UserError
+from scalekd.config.files import recipe_values
+from scalekd.config.recipe import check_config, load_recipe
+from scalekd.data.sources.idx import FASHION_CLASSES
+from scalekd.distill.build import build
+from scalekd.models import embeddings
+from scalekd.models.class_order import natural, put_in_order, rows, teachers_order, way_out
+from scalekd.models.create import resolve
+from scalekd.models.unseen_pixels import unseen
+from scalekd.models.weights.match import sha256_of
 
 CPU = torch.device("cpu")
 FILE = resolve("package:demo/teacher.safetensors")

@@ -20,13 +20,15 @@ from safetensors.torch import save_file
 from scipy.optimize import minimize
 from torchvision import datasets
 
-from scalekd import features, head_solver, probe
-from scalekd.config import Data
-from scalekd.data import open_split
-from scalekd.errors import UserError
-from scalekd.export import export_student
-from scalekd.features import Backbone, named_backbone
-from scalekd.probe import labelled_sets, over_draws, parse_shots
+from scalekd.analyze import probe
+from scalekd.analyze.probe import labelled_sets, over_draws, parse_shots
+from scalekd.common.errors import UserError
+from scalekd.data.options import Data
+from scalekd.data.split import open_split
+from scalekd.heads import features
+from scalekd.heads import solver as head_solver
+from scalekd.heads.features import Backbone, named_backbone
+from scalekd.models.export import export_student
 
 CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat"]

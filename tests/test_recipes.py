@@ -16,13 +16,13 @@ import torch
 from small_images import write_images
 from torch import nn
 
-from scalekd.build import build
-from scalekd.cli import main
-from scalekd.config import Config, load_recipe
-from scalekd.engine import AUTOCAST
-from scalekd.optim import make_optimizer, make_schedule
-from scalekd.recipe_files import recipe_names, recipe_text
-from scalekd.recipe_list import IMAGENET_IMAGES, entry, header, listed, table
+from scalekd.cli.app import main
+from scalekd.config.files import header, recipe_names, recipe_text
+from scalekd.config.listing import IMAGENET_IMAGES, entry, listed, table
+from scalekd.config.recipe import Config, load_recipe
+from scalekd.distill.build import build, make_optimizer
+from scalekd.train.optim import make_schedule
+from scalekd.train.run import AUTOCAST
 
 NAMES = recipe_names()
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalekd import released
-from scalekd.config import Model
-from scalekd.errors import UserError
-from scalekd.export import load_student
-from scalekd.released import import_student, patches_merged, recognise
-from scalekd.released_keys import RULES, SIGNS
-from scalekd.weights_file import read_file
+from scalekd.common.errors import UserError
+from scalekd.models import released
+from scalekd.models.export import load_student
+from scalekd.models.options import Model
+from scalekd.models.released import patches_merged, recognise
+from scalekd.models.released_keys import RULES, SIGNS
+from scalekd.models.weights.file import read_file
+from scalekd.runs.imported import import_student
 
 CLASSES = 3
 

@@ -11,9 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scalekd.report import ReportRun, write_report
-from scalekd.report.series import events_of, figure_points, loss_points, share_interval, thin, time_use
-from scalekd.svg import LEFT, RIGHT, Axis, escape, log_ticks, nice_ticks, tick_text, value_axis
+from scalekd.common.intervals import share_interval
+from scalekd.common.text import tick_text
+from scalekd.report.curves import ReportRun
+from scalekd.report.series import events_of, figure_points, loss_points, thin, time_use
+from scalekd.report.several import write_report
+from scalekd.report.svg import LEFT, RIGHT, Axis, escape, log_ticks, nice_ticks, value_axis
 
 NO_END_TAG = {"meta", "br", "link", "img", "hr"}
 

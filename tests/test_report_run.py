@@ -21,16 +21,16 @@ from test_compare_page import summary
 from test_report import cells, step, validation, well_formed
 from trained_runs import trained_runs
 
-from scalekd.build import Run
-from scalekd.errors import UserError
-from scalekd.export import export_student, load_student
+from scalekd.common.errors import UserError
+from scalekd.distill.run import Run
+from scalekd.models.export import export_student, load_student
 from scalekd.report import look as looking
 from scalekd.report import run as reporting
 from scalekd.report.answers import by_class, confusion_matrix, confusions, difference
 from scalekd.report.look import STUDENT, TEACHER, Seen, look
 from scalekd.report.run import write_run_report
-from scalekd.runs import student_card
-from scalekd.svg import escape
+from scalekd.report.svg import escape
+from scalekd.runs.students import student_card
 
 FACTS = {"data": "24 images", "machine": "a CPU"}
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "cost"

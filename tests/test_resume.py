@@ -10,10 +10,10 @@ import pytest
 import yaml
 from whole_runs import Interrupted, assert_same, changed, events, final_state, start
 
-from scalekd import checkpoint, engine
-from scalekd.errors import UserError
-from scalekd.runlog import read_log
-from scalekd.stop import StopRequest
+from scalekd.common.errors import UserError
+from scalekd.common.stop import StopRequest
+from scalekd.train import checkpoint, engine
+from scalekd.train.log import read_log
 
 
 def assert_same_runs(a, b):

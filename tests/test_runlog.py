@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from scalekd.errors import UserError
-from scalekd.runlog import RunLog, read_log
+from scalekd.common.errors import UserError
+from scalekd.train.log import RunLog, read_log
 
 STEP = {
     "epoch": 0.1,

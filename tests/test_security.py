@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import save_file
 from test_report import well_formed
 
-from scalekd import checkpoint
-from scalekd.config import check_config, load_recipe
-from scalekd.errors import UserError
-from scalekd.export import load_student
-from scalekd.runlog import read_log
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config, load_recipe
+from scalekd.models.export import load_student
+from scalekd.train import checkpoint
+from scalekd.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
 BAD = ["<img src=x onerror=alert(1)>", "[red]\\", "]]><script>", "a\x1b[2J\x1b]0;t\x07b", 'new\nline "&', "\udcff"]

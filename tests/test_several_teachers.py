@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from whole_runs import assert_same, changed, start
 
-from scalekd import Distiller
-from scalekd.build import build
-from scalekd.config import check_config
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.distiller import Distiller
 
 SIZE = (64, 64)
 IMAGES, TARGETS = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])

@@ -12,12 +12,15 @@ import pytest
 import torch
 from whole_runs import changed, final_state
 
-from scalekd import engine, parallel, preflight
-from scalekd.build import _check_batch
-from scalekd.config import check_config
-from scalekd.data import Images
-from scalekd.errors import UserError
-from scalekd.shortages import shortages_told, smaller_steps
+from scalekd.checks import preflight
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.common.shortages import shortages_told
+from scalekd.config.recipe import check_config
+from scalekd.data.batches import Images
+from scalekd.distill.build import _check_batch
+from scalekd.runs.memory import smaller_steps
+from scalekd.train import engine
 
 CPU = torch.device("cpu")
 BUS = (

@@ -14,7 +14,6 @@ import torch
 from trained_runs import trained_runs
 from whole_runs import CPU
 
-from scalekd import checkpoint
 from scalekd.analyze.attention import attention_weights
 from scalekd.analyze.calibration import Answers, calibration, class_gains
 from scalekd.analyze.cka import StageCKA, hsic, inner_products
@@ -22,6 +21,7 @@ from scalekd.analyze.runs import open_runs
 from scalekd.analyze.similarity import STAGES
 from scalekd.analyze.similarity_figures import draw_cka, draw_classes
 from scalekd.methods.projectors import CrossAttentionProjector
+from scalekd.train import checkpoint
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

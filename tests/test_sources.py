@@ -19,12 +19,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from scalekd.cli import parse, shortcuts
-from scalekd.config import Augment, Data
-from scalekd.data import TrainSampler, open_split, train_batches, training_images
-from scalekd.errors import UserError
-from scalekd.images import BadImage
-from scalekd.sources import open_source
+from scalekd.cli.app import parse
+from scalekd.cli.options import shortcuts
+from scalekd.common.errors import UserError
+from scalekd.data.batches import train_batches, training_images
+from scalekd.data.images import BadImage
+from scalekd.data.options import Augment, Data
+from scalekd.data.samplers import TrainSampler
+from scalekd.data.sources.open import open_source
+from scalekd.data.split import open_split
 
 CLASSES = ["ant", "bee", "cat"]
 

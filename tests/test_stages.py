@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import nn
 
-from scalekd import stages
-from scalekd.stages import StageView
-from scalekd.tails import TEACHER_TAILS
+from scalekd.models import stages
+from scalekd.models.stages import StageView
+from scalekd.models.tails import TEACHER_TAILS
 
 SMALL_VIT = {"embed_dim": 48, "depth": 5, "num_heads": 3}
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 6)}

@@ -8,13 +8,14 @@ import pytest
 import torch
 from whole_runs import CPU, assert_same, changed
 
-from scalekd.build import build
-from scalekd.cli import main
-from scalekd.config import check_config, to_yaml
-from scalekd.errors import UserError
-from scalekd.loaded import Loaded
-from scalekd.runlog import read_log
-from scalekd.teacher_outputs import TeacherOutputs, outputs_name
+from scalekd.cli.app import main
+from scalekd.common.errors import UserError
+from scalekd.common.sections import to_yaml
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
+from scalekd.models.weights.trained import Loaded
+from scalekd.train.log import read_log
 
 ALL = {"ce": {}, "kd": {}, "scalekd": {}, "srrl": {}}  # logits, maps, the last stage run on, the classifier
 TEACHERS = [

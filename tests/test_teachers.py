@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 
-from scalekd.cli import main
-from scalekd.distiller import Distiller
-from scalekd.embeddings import is_embedding
-from scalekd.errors import UserError
-from scalekd.teachers import FAMILIES, METHODS, ON_LOGITS, examine, families, markdown
+from scalekd.checks.served_methods import FAMILIES, ON_LOGITS, examine, families, markdown
+from scalekd.cli.app import main
+from scalekd.common.errors import UserError
+from scalekd.distill.distiller import Distiller
+from scalekd.methods import METHODS
+from scalekd.models.embeddings import is_embedding
 
 HEADLESS = {"DINOv2", "DINOv2, registers", "DINOv3", "SigLIP 2", "EVA-02", "MAE", "Hiera, MAE"}
 EMBEDDINGS = {"CLIP": 512, "Perception Encoder": 512}

@@ -15,12 +15,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import changed, events
 
-from scalekd import engine, parallel, trackers
-from scalekd.config import check_config
-from scalekd.errors import UserError
-from scalekd.runlog import RunLog
-from scalekd.runs import execute
-from scalekd.trackers import Opened, Tracker, check_trackers, open_trackers
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.runs.distillation import execute
+from scalekd.train import engine, trackers
+from scalekd.train.log import RunLog
+from scalekd.train.trackers import Opened, Tracker, check_trackers, open_trackers
 
 OTHERS = ["wandb", "mlflow", "trackio"]
 

@@ -20,15 +20,19 @@ from small_images import write_images
 from torch.nn import functional as F
 from whole_runs import changed
 
-from scalekd import Distiller
-from scalekd.build import build
-from scalekd.config import Data, check_config
-from scalekd.data import make_mixup, mixed, open_split, train_batches
-from scalekd.errors import UserError
-from scalekd.evaluate import evaluate_features
-from scalekd.export import load_student
-from scalekd.samplers import Mix, TrainSampler
-from scalekd.sources import UNLABELLED, open_unlabelled
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config
+from scalekd.data.batches import train_batches
+from scalekd.data.options import Data
+from scalekd.data.samplers import Mix, TrainSampler
+from scalekd.data.sources.open import open_unlabelled
+from scalekd.data.sources.unlabelled import UNLABELLED
+from scalekd.data.split import open_split
+from scalekd.data.transforms import make_mixup, mixed
+from scalekd.distill.build import build
+from scalekd.distill.distiller import Distiller
+from scalekd.distill.evaluate import evaluate_features
+from scalekd.models.export import load_student
 
 CPU = torch.device("cpu")
 
@@ -327,7 +331,7 @@ def test_neighbours_validate_a_backbone_as_a_loop_over_images_does() -> None:
     batches = [(torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8), torch.randint(0, 3, (7,))) for _ in range(5)]
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6)).train()
     mean, std = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2)
-    from scalekd.data import Batch
+    from scalekd.data.batches import Batch
 
     found = evaluate_features(model, [Batch(*b) for b in batches], mean, std, CPU)
     features = torch.cat([model((b[0] / 255 - mean) / std) for b in batches]).detach().double().numpy()

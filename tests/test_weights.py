@@ -18,12 +18,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from scalekd import Distiller
-from scalekd.config import Model, check_config, load_recipe
-from scalekd.errors import UserError
-from scalekd.models import build_model
-from scalekd.weights import as_prefix, find_prefix, load_weights, read_weights
-from scalekd.weights_file import as_overrides, read_file, said_in
+from scalekd.common.errors import UserError
+from scalekd.config.recipe import check_config, load_recipe
+from scalekd.distill.distiller import Distiller
+from scalekd.models.build import build_model
+from scalekd.models.options import Model
+from scalekd.models.weights.file import as_overrides, read_file, said_in
+from scalekd.models.weights.match import as_prefix, find_prefix, load_weights, read_weights
 
 VIT = {"depth": 4, "img_size": 48}
 

@@ -11,10 +11,12 @@ from small_images import write_images
 from torch import nn
 from whole_runs import CPU, TINY, changed
 
-from scalekd import checkpoint
-from scalekd.build import Run, build
-from scalekd.config import check_config, to_yaml
-from scalekd.resume import Progress, snapshot
+from scalekd.common.sections import to_yaml
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.run import Run
+from scalekd.train import checkpoint
+from scalekd.train.resume import Progress, snapshot
 
 LOSSES: dict[str, Any] = {
     "plain": {"ce": {}},

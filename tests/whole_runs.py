@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scalekd import checkpoint
-from scalekd.build import Run, build
-from scalekd.config import check_config
-from scalekd.engine import train
-from scalekd.preflight import preflight
-from scalekd.runlog import RunLog, read_log
+from scalekd.checks.preflight import preflight
+from scalekd.config.recipe import check_config
+from scalekd.distill.build import build
+from scalekd.distill.run import Run
+from scalekd.train import checkpoint
+from scalekd.train.engine import train
+from scalekd.train.log import RunLog, read_log
 
 TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
     "name": "tiny",

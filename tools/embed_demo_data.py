@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalekd.sources import open_source
+from scalekd.data.sources.open import open_source
 
 TARGET = Path(__file__).parent.parent / "src" / "scalekd" / "demo" / "data"
 PER_CLASS = 1000

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 CLASSES = 5
 POOLED = 10  # channels of what the teacher's classifier is given: not those of its final map

@@ -8,7 +8,7 @@ import torch
 from by_hand import cells, check_gradients, check_half_precision, values
 
 from scalekd.methods.at import AttentionTransfer
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 
 def test_on_paper():

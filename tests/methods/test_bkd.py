@@ -9,7 +9,7 @@ import torch
 from scipy.special import expit, softmax
 
 from scalekd.methods.bkd import BKD
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 S3 = Shapes("s", (), None, 3)
 STUDENT = Features(torch.tensor([[log(3), -log(4), 0.0]]))  # sigmoid: 3/4, 1/5, 1/2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scalekd.methods.cc import CC
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 TINY = Shapes("tiny", ((2, 1, 2),) * 4, (2, 1, 2), 0)
 

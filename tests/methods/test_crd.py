@@ -8,7 +8,7 @@ import torch
 from by_hand import check_half_precision, randomised, values, weights
 
 from scalekd.methods.crd import CRD
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 BUFFERS = ["student_queue", "teacher_queue", "oldest", "log_z"]
 

@@ -16,7 +16,7 @@ from by_hand import (
 )
 
 from scalekd.methods.diffkd import DiffKD
-from scalekd.stages import Shapes
+from scalekd.models.stages import Shapes
 
 KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 

@@ -8,7 +8,7 @@ import torch
 from scipy.special import softmax
 
 from scalekd.methods.dist import DIST
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 S2 = Shapes("s", (), None, 2)
 

@@ -10,7 +10,7 @@ from scipy.special import rel_entr, softmax
 
 from scalekd.methods.dkd import DKD
 from scalekd.methods.logits import KD
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 S3 = Shapes("s", (), None, 3)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from scalekd.methods.features import FD, normalized_distance, only_direct, remove_direct
+from scalekd.methods.distance import normalized_distance, only_direct, remove_direct
+from scalekd.methods.fd import FD
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 GRIDS = [(7, 7), (5, 4), (1, 6), (16, 16)]
 

@@ -10,7 +10,7 @@ from scipy.special import rel_entr, softmax
 
 from scalekd.methods import METHODS
 from scalekd.methods.logits import KD, BinaryCrossEntropy, CrossEntropy
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 S3 = Shapes("s", (), None, 3)
 PROBABILITIES = Features(torch.tensor([[log(1), log(2), log(5)]]))  # softmax: 1/8, 2/8, 5/8

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from scalekd.methods import METHODS
-from scalekd.stages import Features, Shapes
-from scalekd.tails import TEACHER_TAILS
+from scalekd.models.stages import Features, Shapes
+from scalekd.models.tails import TEACHER_TAILS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

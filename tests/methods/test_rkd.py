@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scalekd.methods.rkd import RKD, relations
-from scalekd.stages import Features
+from scalekd.models.stages import Features
 
 
 def of(points: list[list[float]] | np.ndarray, dtype: torch.dtype = torch.float64) -> Features:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from scalekd.methods.features import FD, remove_direct
+from scalekd.methods.distance import remove_direct
+from scalekd.methods.fd import FD
 from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import ScaleKD, cap, dfm, scalekd, tpp
-from scalekd.stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
 # ---------------------------------------------------------------- a plain, slow ScaleKD
 

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from scalekd.distiller import Distiller
+from scalekd.distill.distiller import Distiller
 from scalekd.methods.srrl import SRRL
-from scalekd.stages import Features, Shapes, StageView
+from scalekd.models.stages import Features, Shapes, StageView
 
 TINY = Shapes("tiny", ((2, 1, 2),) * 4, (2, 1, 2), 2, pooled=2)
 

@@ -7,9 +7,9 @@ from typing import Any
 import timm
 import torch
 
-from scalekd.transfer.detector import Detector
+from scalekd.transfer.detection.model import Detector
 from scalekd.transfer.pyramid import Pyramid
-from scalekd.transfer.segmenter import UPerNet
+from scalekd.transfer.segmentation.model import UPerNet
 
 INPUT = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25], "figures": {}, "provenance": {"seed": 0}}
 DETECTOR = INPUT | {

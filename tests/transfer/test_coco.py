@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from scalekd.errors import UserError
-from scalekd.images import BadImages
-from scalekd.samplers import TrainSampler
-from scalekd.transfer.coco import Coco, Instance, open_coco
-from scalekd.transfer.coco_masks import mask_of, mask_tools, rle_counts
-from scalekd.transfer.detection_data import DetectionImages, Scales, detection_batches, eval_batches
+from scalekd.common.errors import UserError
+from scalekd.data.images import BadImages
+from scalekd.data.samplers import TrainSampler
+from scalekd.transfer.detection.coco import Coco, Instance, open_coco
+from scalekd.transfer.detection.data import DetectionImages, Scales, detection_batches, eval_batches
+from scalekd.transfer.detection.masks import mask_of, mask_tools, rle_counts
 
 POLYGON = [[2, 2, 12, 2, 12, 10, 2, 10]]
 PLAIN = Scales(short=(20,), long=40, flip=0.0)  # pictures below are 40x20: nothing changes

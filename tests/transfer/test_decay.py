@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
 from scalekd.transfer.decay import layer_groups
 from scalekd.transfer.pyramid import Pyramid
 

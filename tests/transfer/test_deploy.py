@@ -12,8 +12,8 @@ import torch
 from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
 from safetensors.torch import load_file
 
-from scalekd import mixer  # noqa: F401 - adds a name to timm's
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
+from scalekd.models import mixer  # noqa: F401 - adds a name to timm's
 from scalekd.transfer import deploy
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import scalekd
-from scalekd import parallel
-from scalekd.errors import UserError
-from scalekd.transfer.coco import Coco, Instance, Picture
-from scalekd.transfer.coco_masks import mask_of
-from scalekd.transfer.detection_eval import Found, average_precision, found, merged
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.transfer.detection.coco import Coco, Instance, Picture
+from scalekd.transfer.detection.masks import mask_of
+from scalekd.transfer.detection.scores import Found, average_precision, found, merged
 
 SIZE = 200
 SMALL, MEDIUM, LARGE = (5, 5, 20, 20), (40, 40, 60, 60), (60, 50, 120, 140)

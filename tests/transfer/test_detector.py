@@ -7,9 +7,9 @@ import timm
 import torch
 from torchvision.ops import box_iou
 
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
 from scalekd.transfer.decay import layer_groups
-from scalekd.transfer.detector import Detector
+from scalekd.transfer.detection.model import Detector
 from scalekd.transfer.pyramid import Pyramid, any_size_kwargs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalekd.transfer.overlay import FIRST, LISTED, _edges, overlay, palette
+from scalekd.transfer.palette import FIRST, palette
+from scalekd.transfer.segmentation.overlay import LISTED, _edges, overlay
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

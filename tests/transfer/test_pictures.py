@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scalekd.transfer.overlay import palette
-from scalekd.transfer.pictures import _label, picture
+from scalekd.transfer.detection.pictures import _label, picture
+from scalekd.transfer.palette import palette
 
 CLASSES = ["bag", "tie", "a name that is much too long to be written"]
 

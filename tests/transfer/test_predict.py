@@ -15,13 +15,13 @@ from rich.console import Console
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from scalekd import mixer  # noqa: F401 - adds a name to timm's
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
+from scalekd.models import mixer  # noqa: F401 - adds a name to timm's
 from scalekd.transfer import predict
 from scalekd.transfer.predict import objects_in, predict_classes, predict_objects
 from scalekd.transfer.predict_files import output_names
-from scalekd.transfer.segment_eval import classes_of
-from scalekd.transfer.segment_pairs import open_pairs, read_classes
+from scalekd.transfer.segmentation.pairs import open_pairs, read_classes
+from scalekd.transfer.segmentation.scores import classes_of
 
 CPU = torch.device("cpu")
 WITH_HEADER = {"sha256": "0" * 64}

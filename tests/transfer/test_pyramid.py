@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
 from scalekd.transfer.pyramid import Pyramid, SimplePyramid, any_size_kwargs
 
 FIVE = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
 from scalekd.transfer.scenes import Options, main, make_scenes, run_lengths, tight_box
 
 EMBEDDED = ("fashion-mnist:train", "fashion-mnist:test")
@@ -83,7 +83,7 @@ def test_items_overlap_in_three_sizes_and_none_is_hidden(scenes):
 def test_what_is_seen_is_the_item_itself(tmp_path):
     # one item a scene, unscaled, grey: under the mask stand the source's own pixels
     make_scenes(tmp_path / "one", *EMBEDDED, train=3, val=1, options=Options(size=40, items=(1, 1), scales=(1.0,)))
-    from scalekd.sources import open_source
+    from scalekd.data.sources.open import open_source
 
     source = open_source(EMBEDDED[0], "x")
     for image, (a,) in by_image(json.loads((tmp_path / "one" / "instances_train.json").read_text())):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from scalekd.data import seed_everything
-from scalekd.errors import UserError
-from scalekd.images import BadImage, BadImages
-from scalekd.samplers import TrainSampler
-from scalekd.transfer import segment_data
+from scalekd.common.errors import UserError
+from scalekd.common.seeds import seed_everything
+from scalekd.data.images import BadImage, BadImages
+from scalekd.data.samplers import TrainSampler
 from scalekd.transfer.scenes import Options, make_scenes
-from scalekd.transfer.segment_data import (
+from scalekd.transfer.segmentation import data as segment_data
+from scalekd.transfer.segmentation.data import (
     Crops,
     SegmentImages,
     eval_batches,
@@ -23,7 +23,7 @@ from scalekd.transfer.segment_data import (
     training_crop,
     whole_image,
 )
-from scalekd.transfer.segment_pairs import IGNORED, Pairs, as_classes, open_pairs, open_segments, read_classes
+from scalekd.transfer.segmentation.pairs import IGNORED, Pairs, as_classes, open_pairs, open_segments, read_classes
 
 NAMES = ["wall", "floor", "sky"]
 PLAIN = Crops((32, 32), scale=(1, 1), flip=0, photometric=False)

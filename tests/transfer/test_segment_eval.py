@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from scalekd import parallel
-from scalekd.data import Batch
-from scalekd.errors import UserError
-from scalekd.transfer.segment_eval import (
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.data.batches import Batch
+from scalekd.transfer.segmentation.scores import (
     _starts,
     classes_of,
     confusion_matrix,

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import scalekd
-from scalekd import mixer  # noqa: F401 - adds a name to timm's
-from scalekd.errors import UserError
+from scalekd.common.errors import UserError
+from scalekd.models import mixer  # noqa: F401 - adds a name to timm's
 from scalekd.transfer.pyramid import Pyramid
-from scalekd.transfer.segmenter import Segmenter, UPerNet
+from scalekd.transfer.segmentation.model import Segmenter, UPerNet
 
 FAMILIES = {
     "resnet50": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "stem_width": 8},

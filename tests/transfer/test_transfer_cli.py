@@ -12,8 +12,8 @@ import yaml
 from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
 from PIL import Image
 
-from scalekd.recipe_files import recipe_names
-from scalekd.transfer import cli as transfer_cli
+from scalekd.cli import transfer as transfer_cli
+from scalekd.config.files import recipe_names
 from scalekd.transfer import deploy, evaluate
 from scalekd.transfer.config import SHELVES
 
@@ -77,7 +77,7 @@ def test_a_missing_extra_is_named_before_anything_else(cli, monkeypatch, tmp_pat
 
 
 def parsed(*words):
-    from scalekd.cli import parse
+    from scalekd.cli.app import parse
 
     return parse([str(word) for word in words])
 

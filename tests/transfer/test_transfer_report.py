@@ -17,10 +17,10 @@ from PIL import Image
 from test_models import with_structure
 from test_report import cells, well_formed
 
-from scalekd.export import export_student
+from scalekd.models.export import export_student
 from scalekd.report.folder import read_run
 from scalekd.report.transfer_sections import figure_sections
-from scalekd.runlog import read_log
+from scalekd.train.log import read_log
 from scalekd.transfer.deploy import load
 from scalekd.transfer.tasks import TASKS
 

@@ -15,17 +15,19 @@ import timm
 import torch
 from rich.console import Console
 
-from scalekd import engine, health
-from scalekd.errors import UserError
-from scalekd.health import NonFinite, load_report
-from scalekd.recipe_files import recipe_names
-from scalekd.runlog import read_log
-from scalekd.transfer import detect, segment
+from scalekd.common.errors import UserError
+from scalekd.config.files import recipe_names
+from scalekd.runs.nonfinite import load_report
+from scalekd.runs.transfer import build, train
+from scalekd.train import engine, health
+from scalekd.train.health import NonFinite
+from scalekd.train.log import read_log
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.config import SHELVES, _other_model, load
 from scalekd.transfer.deploy import load as load_trained
+from scalekd.transfer.detection import run as detect
 from scalekd.transfer.scenes import Options, make_scenes
-from scalekd.transfer.train import build, train
+from scalekd.transfer.segmentation import run as segment
 
 CPU = torch.device("cpu")
 CARDS = {"detection": "detector.json", "segmentation": "segmenter.json"}

@@ -1,0 +1,1 @@
+"""Analyses of trained models: frequencies, feature distances, similarity, probing."""

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.projectors import CrossAttentionProjector
+from scalekd.methods.projectors import CrossAttentionProjector
+
 from .runs import Runs, projector_calls
 
 

@@ -20,12 +20,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
-from ..files import make_folder, write_text
-from ..markdown import table_row
-from ..methods.features import EPS, remove_direct
-from ..methods.projectors import Resample
-from ..stages import Features
+from scalekd.common.errors import UserError
+from scalekd.common.files import make_folder, write_text
+from scalekd.common.markdown import table_row
+from scalekd.methods.distance import EPS, remove_direct
+from scalekd.methods.projectors import Resample
+from scalekd.models.stages import Features
+
 from .distance_figures import draw_distances, draw_projection
 from .figures import figure_class, write_csv, write_figure
 from .runs import Runs, Trained, open_runs, projector_calls

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import replacing, write_text
+from scalekd.common.errors import UserError
+from scalekd.common.files import replacing, write_text
 
 FIGURES_MISSING = "the figure needs matplotlib: pip install 'scalekd[figures]'; without --out the table is shown alone"
 

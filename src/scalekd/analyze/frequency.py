@@ -24,17 +24,19 @@ from rich.table import Table
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..config import Augment, Data
-from ..data import Images, eval_batches, eval_transform
-from ..distiller import Statistics, default_statistics, interpolation, resized
-from ..errors import UserError, shortened
-from ..export import load_student
-from ..files import make_folder, write_text
-from ..models import usual_size
-from ..named_model import timm_model
-from ..shortages import shortages_told
-from ..sources import open_source, pair_of
-from ..stages import StageView
+from scalekd.common.errors import UserError
+from scalekd.common.files import make_folder, write_text
+from scalekd.common.shortages import shortages_told
+from scalekd.common.text import shortened
+from scalekd.data.batches import Images, eval_batches
+from scalekd.data.options import Augment, Data
+from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.transforms import eval_transform
+from scalekd.models.build import timm_model
+from scalekd.models.export import load_student
+from scalekd.models.inputs import Statistics, default_statistics, interpolation, resized, usual_size
+from scalekd.models.stages import StageView
+
 from .figures import COLOURS, MARKERS, figure_class, short, write_csv, write_figure
 
 

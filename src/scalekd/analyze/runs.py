@@ -12,37 +12,27 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
-from ..build import Run, build
-from ..config import Config, check_config, height_and_width
-from ..data import Images, eval_batches, eval_transform, same_classes
-from ..distiller import resized
-from ..errors import UserError, first_line
-from ..files import is_file
-from ..methods.features import FD
-from ..methods.scalekd import ScaleKD
-from ..shortages import shortages_told
-from ..sources import Source, open_source, pair_of
-from ..stages import Features, StageView
-from ..version import __version__
-from ..yaml_file import parse_yaml
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import is_file
+from scalekd.common.sections import height_and_width
+from scalekd.common.shortages import shortages_told
+from scalekd.common.version import __version__
+from scalekd.config.recipe import Config
+from scalekd.data.batches import Images, eval_batches
+from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.sources.source import Source
+from scalekd.data.split import same_classes
+from scalekd.data.transforms import eval_transform
+from scalekd.distill.build import build
+from scalekd.distill.rebuild import _config
+from scalekd.distill.run import Run
+from scalekd.methods.fd import FD
+from scalekd.methods.scalekd import ScaleKD
+from scalekd.models.shown import Looker
+from scalekd.models.stages import Features
+from scalekd.train import checkpoint
 
 SEED = 0  # of the order of the images, and of which of them are drawn
-
-
-@dataclass
-class Looker:
-    """A model and how it sees pixels."""
-
-    view: StageView
-    size: tuple[int, int]
-    mean: Tensor  # (1, C, 1, 1), as std
-    std: Tensor
-
-    def features(self, pixels: Tensor, maps: bool = True) -> Features:
-        """pixels (B, C, H, W) in [0, 1]. A model that can be run on from a stage gives `resume` with its maps."""
-        seen = resized(pixels, self.size, self.view.model)
-        return self.view((seen - self.mean) / self.std, maps=maps, resumable=maps and self.view.shapes.can_resume)
 
 
 @dataclass
@@ -204,14 +194,6 @@ def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, R
     student = Looker(distiller.student_view, size, distiller.student_mean, distiller.student_std)
     trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)
     return trained, run
-
-
-def _config(recipe: Path) -> Config:
-    try:
-        text = recipe.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{recipe} cannot be read: {first_line(error)}") from None
-    return check_config(parse_yaml(text, str(recipe)), str(recipe))
 
 
 def _teacher(run: Run, label: str) -> Looker | None:

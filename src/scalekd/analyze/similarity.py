@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UserError, printable
-from ..files import make_folder, write_text
-from ..markdown import table_row
-from ..methods.maps import stage_map
+from scalekd.common.errors import UserError
+from scalekd.common.files import make_folder, write_text
+from scalekd.common.markdown import table_row
+from scalekd.common.text import printable
+from scalekd.methods.shared import stage_map
+
 from .attention import attention_maps
 from .calibration import Answers, class_gains
 from .cka import LEAST, StageCKA

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import shortened
+from scalekd.common.text import shortened
+
 from .figures import figure_class, short
 
 MOST_CLASSES = 40  # in a picture; of more, those that gained most and least

@@ -1,0 +1,1 @@
+"""Comparisons of methods, students and seeds."""

@@ -19,15 +19,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UserError, printable
-from ..files import in_use, write_text
-from ..provenance import versions
-from ..report.compared import write_comparison
-from ..runlog import duration
-from ..stop import StopRequest
-from ..teacher_outputs import SUFFIX
+from scalekd.common.errors import UserError
+from scalekd.common.files import in_use, write_text
+from scalekd.common.provenance import versions
+from scalekd.common.stop import StopRequest
+from scalekd.common.text import duration, printable
+from scalekd.distill.teacher_outputs import SUFFIX
+
 from .ladder import Job, Ladder, jobs, ladder_text
-from .page import curve_plot, gain_plot, markdown
+from .page import markdown
+from .plot import curve_plot, gain_plot
+from .report import write_comparison
 from .results import FILE, Record, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
 

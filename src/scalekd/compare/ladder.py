@@ -10,14 +10,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..config import Config, Section, Seed, check_config, described
-from ..errors import UserError, nearest
-from ..files import is_file
-from ..loss_options import reads_logits
-from ..recipe_files import merged, override, recipe_names, recipe_text, recipe_values, shipped
-from ..yaml_file import parse_yaml
+from scalekd.common.errors import UserError, nearest
+from scalekd.common.files import is_file
+from scalekd.common.sections import Section, Seed, described
+from scalekd.common.yaml_file import parse_yaml
+from scalekd.config.files import merged, override, recipe_names, recipe_text, recipe_values, shipped
+from scalekd.config.losses import reads_logits
+from scalekd.config.recipe import Config, check_config
 
-LADDERS = "ladders"
+LADDERS = "compare/ladders"
 Label = Annotated[str, Field(pattern=r"^[\w(][\w .+,()=&/-]*$", max_length=60)]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report.page import NONE, facts_section, page, section
-from ..runlog import duration
-from ..svg import escape, finite, keys, svg_figure
+from scalekd.common.text import duration
+from scalekd.report.page import NONE, facts_section, page, section
+from scalekd.report.svg import escape, finite, keys, svg_figure
+
 from .plot import (
     GAIN_KEYS,
     STYLE,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..report.series import thin
-from ..svg import (
+from scalekd.report.series import thin
+from scalekd.report.svg import (
     BOTTOM,
     HEIGHT,
     INK,

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import check_config, to_yaml
-from ..errors import UserError
-from ..files import write_text
-from ..loss_options import written_out
-from ..resume import recipe_difference
-from ..runlog import read_log
+from scalekd.common.errors import UserError
+from scalekd.common.files import write_text
+from scalekd.common.intervals import half_width
+from scalekd.common.sections import to_yaml
+from scalekd.config.losses import written_out
+from scalekd.config.recipe import check_config
+from scalekd.train.log import read_log
+from scalekd.train.resume import recipe_difference
+
 from .ladder import Job, Ladder
 
 Record = dict[str, Any]
@@ -186,15 +189,6 @@ def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
         if y1 >= goal:
             return (x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / whole
     return None
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % interval of the mean by Student's t; None for fewer than two values."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
 
 
 def correct(rows: dict[str, dict[str, Any]]) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..errors import UserError
-from ..parallel import pick_device
-from ..stop import Stopped, StopRequest
+from scalekd.common.errors import UserError
+from scalekd.common.parallel import pick_device
+from scalekd.common.stop import Stopped, StopRequest
+
 from .ladder import Job
 
 FINISHED, FAILED, STOPPED = 0, 1, 75
@@ -62,7 +63,7 @@ def run_all(
 
     ended: told each job's exit code. shown: told about every second which jobs run, and since when.
     """
-    SERVER.set_forkserver_preload(["scalekd.compare.runner", "scalekd.runs", "timm"])
+    SERVER.set_forkserver_preload(["scalekd.compare.runner", "scalekd.runs.distillation", "timm"])
     waiting, free = list(jobs), list(at)
     running: dict[Job, tuple[ForkServerProcess, Place, float]] = {}
     checked = {(job.student, job.method): job for job in reversed(jobs)}  # the first of each is pre-flighted
@@ -105,7 +106,7 @@ def _run(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool
 
 
 def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> int:
-    from ..runs import execute
+    from scalekd.runs.distillation import execute
 
     torch.set_num_threads(place.threads)
     if place.device != "cpu":

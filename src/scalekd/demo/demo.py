@@ -17,18 +17,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Config, load_recipe
-from ..data import eval_batches
-from ..distiller import Distiller
-from ..errors import printable
-from ..evaluate import evaluate
-from ..export import export_onnx, load_student
-from ..files import write_text
-from ..parallel import pick_device
-from ..report import ReportRun, write_report
-from ..resume import recipe_difference
-from ..runlog import duration, read_log
-from ..runs import checked, execute, facts
+from scalekd.common.files import write_text
+from scalekd.common.parallel import pick_device
+from scalekd.common.text import duration, printable
+from scalekd.config.recipe import Config, load_recipe
+from scalekd.data.batches import eval_batches
+from scalekd.distill.distiller import Distiller
+from scalekd.distill.evaluate import evaluate
+from scalekd.models.export import export_onnx, load_student
+from scalekd.report.curves import ReportRun
+from scalekd.report.several import write_report
+from scalekd.runs.distillation import checked, execute, facts
+from scalekd.train.log import read_log
+from scalekd.train.resume import recipe_difference
 
 METHODS = {
     "baseline": ["teacher=null", "losses.kd=off", "losses.scalekd=off", "losses.ce.weight=1"],

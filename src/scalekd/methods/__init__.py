@@ -38,7 +38,7 @@ from .crd import CRD
 from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
-from .features import FD
+from .fd import FD
 from .logits import KD, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
 from .ofa import OFA

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .features import check_features
-from .logits import full_precision
-from .maps import check_stages
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_features, check_stages, full_precision
 
 
 class AttentionTransfer(nn.Module):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .features import check_features
-from .logits import full_precision
-from .pooled import pooled
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_features, full_precision, pooled
 
 
 class CC(nn.Module):

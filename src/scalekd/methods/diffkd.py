@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, MapShape, Shapes
-from .features import check_features
-from .logits import full_precision
-from .maps import check_stages, stage_map
+from scalekd.models.stages import Features, MapShape, Shapes
+
 from .projectors import Norm, Resample, make_norm
+from .shared import check_features, check_stages, full_precision, stage_map
 
 TIMES = 1000  # of the diffusion, with the noise variances of DDPM: 1e-4 to 0.02, linear
 FIRST, LAST = 1e-4, 0.02

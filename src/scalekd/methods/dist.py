@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .logits import check_logits, full_precision
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_logits, full_precision
 
 EPS = 1e-6  # a vector shorter than this, its mean taken off, has no direction
 

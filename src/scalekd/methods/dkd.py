@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .logits import check_logits, full_precision
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_logits, full_precision
 
 
 class DKD(nn.Module):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
+from scalekd.models.stages import Features, Shapes
 
-
-def full_precision(x: Tensor) -> Tensor:
-    """`x` in float32 at least: float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from .shared import check_logits, full_precision
 
 
 def _check_task(name: str, student: Shapes, smoothing: float) -> None:
@@ -92,25 +88,6 @@ class BinaryCrossEntropy(nn.Module):
         targets = targets.to(logits.dtype) * (1 - self.smoothing) + self.smoothing / classes
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return {"bce": loss * classes if self.reduction == "sum" else loss}
-
-
-def check_logits(name: str, student: Shapes, teacher: Shapes | None, temperature: float = 1.0) -> None:
-    """The checks of every method that compares the two models' logits. Raises ValueError."""
-    if teacher is None:
-        raise ValueError(f"{name} needs a teacher")
-    if teacher.classes < 1:
-        raise ValueError(
-            f"{name}: the teacher {teacher.model} has no classifier. Fit one on your labels: `scalekd head`, or "
-            "teacher.head=fit as the run starts; or use feature methods: scalekd, dfm, cap, fd"
-        )
-    if student.classes != teacher.classes:
-        raise ValueError(
-            f"{name}: {student.model} has {student.classes} classes and {teacher.model} {teacher.classes}. "
-            "Use a teacher of the same classes, fit it a classifier for yours (`scalekd head`, or teacher.head=fit), or "
-            "use feature methods: scalekd, dfm, cap, fd"
-        )
-    if not temperature > 0:
-        raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
 
 
 class KD(nn.Module):

@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..stages import Features, MapShape, Shapes
-from .features import check_features
-from .logits import full_precision
-from .maps import check_stages, stage_map
+from scalekd.models.stages import Features, MapShape, Shapes
+
 from .projectors import Resample
+from .shared import check_features, check_stages, full_precision, stage_map
 
 
 class MGD(nn.Module):

@@ -15,7 +15,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..stages import MapShape
+from scalekd.models.stages import MapShape
 
 Norm = Literal["batch", "layer"]
 Tokens = Literal["conv", "grouped", "separable", "pointwise", "reduced"]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .features import check_features
-from .pooled import pooled
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_features, pooled
 
 
 class RKD(nn.Module):

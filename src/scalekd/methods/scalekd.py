@@ -13,18 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..stages import Features, Shapes
-from .features import (
-    ALPHA,
-    Reduction,
-    check_features,
-    check_positions,
-    normalized_distance,
-    only_direct,
-    remove_direct,
-)
-from .logits import full_precision
+from scalekd.models.stages import Features, Shapes
+
+from .distance import ALPHA, Reduction, normalized_distance, only_direct, remove_direct
 from .projectors import CrossAttentionProjector, Norm, Tokens
+from .shared import check_features, check_positions, full_precision
 
 BETA = 0.571  # released configurations: 0.08 / (0.08 + 0.06); the paper's best is 0.6 (Fig. 4)
 

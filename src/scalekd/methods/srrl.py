@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..stages import Features, Shapes
-from .features import check_features
-from .logits import full_precision
+from scalekd.models.stages import Features, Shapes
+
+from .shared import check_features, full_precision
 
 
 class SRRL(nn.Module):

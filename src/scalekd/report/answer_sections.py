@@ -6,8 +6,13 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import shortened
-from ..svg import (
+from scalekd.common.text import shortened
+
+from .answers import accuracies, by_class, confusion_matrix, confusions
+from .curves import bounds
+from .look import STUDENT, TEACHER, Example, Seen
+from .page import NONE, panels, section, table
+from .svg import (
     INK,
     LEFT,
     RIGHT,
@@ -22,10 +27,6 @@ from ..svg import (
     text_at,
     value_axis,
 )
-from .answers import accuracies, by_class, confusion_matrix, confusions
-from .curves import bounds
-from .look import STUDENT, TEACHER, Example, Seen
-from .page import NONE, panels, section, table
 
 MOST_CLASSES = 40  # of the table: of more, the worst and the best
 MATRIX, NUMBERED = 30, 12  # classes of the matrix, and of one with numbers in its cells

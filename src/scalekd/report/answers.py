@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from scalekd.common.intervals import share_interval
+
 from .look import STUDENT, TEACHER, Seen
-from .series import share_interval
 
 
 def accuracies(seen: Seen) -> list[dict[str, Any]]:

@@ -9,15 +9,16 @@ from typing import Any
 
 import yaml
 
-from ..errors import shortened
-from ..files import is_file, write_text
-from ..svg import finite
+from scalekd.common.files import is_file, write_text
+from scalekd.common.intervals import share_interval
+from scalekd.common.text import shortened
+
 from .answers import accuracies
 from .curves import losses_text
 from .folder import RunFolder
 from .look import STUDENT, Seen
 from .page import NONE
-from .series import share_interval
+from .svg import finite
 
 OURS = "<!-- Written by scalekd, and written anew by the next report. Remove this line to keep your changes. -->"
 

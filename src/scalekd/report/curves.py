@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ..loss_options import apart_from_defaults
-from ..runlog import duration
-from ..svg import (
+from scalekd.common.intervals import share_interval
+from scalekd.common.text import duration
+from scalekd.config.losses import apart_from_defaults
+
+from .page import NONE, panels, section, table
+from .series import events_of, figure_points, loss_points, thin, time_use
+from .svg import (
     INK,
     LEFT,
     RIGHT,
@@ -26,8 +30,6 @@ from ..svg import (
     value_axis,
     x_axis,
 )
-from .page import NONE, panels, section, table
-from .series import events_of, figure_points, loss_points, share_interval, thin, time_use
 
 TOP1 = {"top1": "top-1", "top5": "top-5"}
 

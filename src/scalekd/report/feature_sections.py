@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cost_page import COLUMNS, cost_lines, cost_rows
-from ..svg import BOTTOM, LEFT, RIGHT, TOP, Axis, Curve, chart, escape, legend, log_ticks, nice_ticks
+from scalekd.cost.page import COLUMNS, cost_lines, cost_rows
+
 from .look import Seen
 from .page import NONE, panels, section, table
+from .svg import BOTTOM, LEFT, RIGHT, TOP, Axis, Curve, chart, escape, legend, log_ticks, nice_ticks
 
 LEAST_MAGNITUDE = 1e-4  # of the direct component, in the drawing
 

@@ -13,19 +13,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .. import checkpoint
-from ..analyze.runs import Looker
-from ..build import Run, build
-from ..config import Config, check_config
-from ..errors import UserError, counted, first_line
-from ..export import create_student, load_student, read_card
-from ..files import is_file
-from ..provenance import made_by
-from ..runlog import read_log
-from ..sources import pair_of
-from ..stages import StageView
-from ..transfer.tasks import TASKS, TaskName, task_of
-from ..yaml_file import parse_yaml
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import is_file
+from scalekd.common.provenance import made_by
+from scalekd.common.text import counted
+from scalekd.common.yaml_file import parse_yaml
+from scalekd.config.recipe import Config, check_config
+from scalekd.data.sources.open import pair_of
+from scalekd.distill.build import build
+from scalekd.distill.run import Run
+from scalekd.models.export import create_student, load_student
+from scalekd.models.shown import Looker
+from scalekd.models.stages import StageView
+from scalekd.models.weights.card import read_card
+from scalekd.train import checkpoint
+from scalekd.train.log import read_log
+from scalekd.transfer.tasks import TASKS, TaskName, task_of
+
 from .curves import TOP1, ReportRun
 from .series import events_of
 

@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..analyze.calibration import Answers
-from ..analyze.cka import StageCKA
-from ..analyze.distance import distances, statistics
-from ..analyze.frequency import Spectrum
-from ..analyze.runs import SEED, Looker, projector_calls
-from ..build import Run
-from ..data import Images, Sample, eval_batches, eval_transform
-from ..methods.maps import stage_map
-from ..stages import Features, StageView
+from scalekd.analyze.calibration import Answers
+from scalekd.analyze.cka import StageCKA
+from scalekd.analyze.distance import distances, statistics
+from scalekd.analyze.frequency import Spectrum
+from scalekd.analyze.runs import SEED, projector_calls
+from scalekd.data.batches import Images, Sample, eval_batches
+from scalekd.data.transforms import eval_transform
+from scalekd.distill.run import Run
+from scalekd.methods.shared import stage_map
+from scalekd.models.shown import Looker
+from scalekd.models.stages import Features, StageView
 
 MOST_IMAGES, MOST_SECONDS = 2000, 60.0
 MAP_IMAGES = 256  # whose maps are looked at

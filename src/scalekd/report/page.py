@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..svg import drawing_style, escape
+from .svg import drawing_style, escape
 
 NONE = "\N{EN DASH}"  # an empty cell of a table
 

@@ -6,9 +6,10 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
-from ..svg import escape
+from scalekd.common.errors import UserError
+
 from .page import section
+from .svg import escape
 
 MOST_BYTES = 1_000_000  # of all pictures together: base64 makes a third more of it, and a page stays below 2 MB
 

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..analyze.runs import Looker, labels
-from ..build import Run
-from ..config import check_config
-from ..cost import cost
-from ..errors import UserError, first_line, printable
-from ..files import make_folder, write_text
-from ..flops import flop_counter
-from ..parallel import pick_device
-from ..runlog import duration
-from ..shortages import shortages_told
-from ..svg import escape, finite
-from ..yaml_file import parse_yaml
+from scalekd.analyze.runs import labels
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import make_folder, write_text
+from scalekd.common.parallel import pick_device
+from scalekd.common.shortages import shortages_told
+from scalekd.common.text import duration, printable
+from scalekd.common.yaml_file import parse_yaml
+from scalekd.config.recipe import check_config
+from scalekd.cost.count import cost
+from scalekd.cost.flops import flop_counter
+from scalekd.distill.run import Run
+from scalekd.models.shown import Looker
+
 from .answer_sections import answer_sections, numbers
 from .card import load_lines, model_card, write_card
-from .compared import is_comparison, write_comparison
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
 from .feature_sections import cost_section, feature_sections, parts_section
 from .folder import RunFolder, baseline_looker, read_run, rebuilt
@@ -34,6 +34,7 @@ from .look import MOST_IMAGES, TEACHER, Seen, look
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
 from .series import events_of, time_use
+from .svg import escape, finite
 from .transfer_card import transfer_card
 from .transfer_sections import figure_sections, teacher_fact, trained_line, use_section
 
@@ -90,11 +91,6 @@ def report(
     path = out or folder / FILE
     make_folder(path.parent)
     pictures = analysis_sections(analyses)
-    if is_comparison(folder):
-        if unused:
-            raise UserError(f"{folder} is a comparison, whose page is made of its results: leave out {unused}")
-        write_comparison(folder, path, more=pictures)
-        return path, []
     found = read_run(folder)
     others = {label: read_run(path) for label, path in zip(labels([folder, *baselines])[1:], baselines)}
     seen, left_out = None, list[str]()

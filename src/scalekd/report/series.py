@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from ..svg import Point, finite
+from .svg import Point, finite
 
 
 def events_of(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -67,11 +67,3 @@ def thin(points: list[Point], most: int) -> list[Point]:
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
     return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups] + points[-1:]
-
-
-def share_interval(share: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share in %, of `count` independent images, in %: Wilson's, which holds near 0 and 100 too."""
-    z, p = 1.959964, share / 100
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)

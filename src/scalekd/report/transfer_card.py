@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..markdown import table_row
-from ..svg import finite
+from scalekd.common.markdown import table_row
+
 from .card import OURS, classes_line, facts_list, front, marked, model_index
 from .folder import RunFolder
+from .svg import finite
 from .transfer_sections import GIVES, figure_rows, load_lines, predict_line, trained_line
 
 HUB = {  # the Hub's name of the task, and its tag

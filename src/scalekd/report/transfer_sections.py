@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import counted
-from ..svg import escape, finite
-from ..transfer.tasks import TASKS
+from scalekd.common.text import counted
+from scalekd.transfer.tasks import TASKS
+
 from .answer_sections import name, worst_and_best
 from .curves import losses_text
 from .folder import RunFolder, read_json
 from .page import NONE, code, section, table
+from .svg import escape, finite
 
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "S", "ap_medium": "M", "ap_large": "L"}
 SHARES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import Backbone, Model, height_and_width
-from ..distiller import Statistics
-from ..loaded import Loaded
-from ..models import build_model, statistics, usual_size
-from ..teacher_checks import Check, from_source
+from scalekd.common.sections import height_and_width
+from scalekd.models.build import build_model
+from scalekd.models.inputs import Statistics, statistics, usual_size
+from scalekd.models.options import Backbone, Model
+from scalekd.models.weights.trained import Loaded
+
 from .pyramid import Size, any_size_kwargs
 
 
@@ -22,9 +23,3 @@ def build_backbone(spec: Backbone, channels: int) -> tuple[nn.Module, Loaded, Si
     named = Model.model_validate(spec.model_dump() | {"kwargs": kwargs})
     model, loaded = build_model(named, channels=channels, image_size=size, classes=None, where="backbone")
     return model, loaded, size, statistics(model, named, channels, "backbone")
-
-
-def weights_check(spec: Backbone, loaded: Loaded, seed: int) -> Check:
-    if loaded.source == "random":
-        return Check("backbone weights", "ok", f"initial values, from seed {seed}")
-    return from_source("backbone", "backbone", loaded)

@@ -7,23 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import (
-    Backbone,
-    BaseOptim,
-    ImageSize,
-    Pixels,
-    Positive,
-    Schedule,
-    Section,
-    Seed,
-    Share,
-    Steps,
-    Train,
-    checked_as,
-)
-from ..config_checks import idle_in, unread, without_effect
-from ..model_folders import is_drop_rate
-from ..recipe_files import Shelf, override, recipe_values
+from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, checked_as
+from scalekd.config.any_recipe import AnyRecipe
+from scalekd.config.files import Shelf, override, recipe_values
+from scalekd.config.misfits import idle_in, unread, without_effect
+from scalekd.models.options import Backbone
+from scalekd.models.weights.folder import is_drop_rate
+from scalekd.train.options import BaseOptim, Schedule, Steps, Train
+
 from .tasks import TASKS
 
 SHELVES = {name: Shelf(f"transfer/recipes/{name}", f"{task.command} recipes") for name, task in TASKS.items()}
@@ -116,7 +107,7 @@ class IterationSchedule(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Transfer(Section):
+class Transfer(AnyRecipe):
     name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
     """The run's; its folder is runs/NAME unless --out says otherwise."""
     seed: Seed = 0

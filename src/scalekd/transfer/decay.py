@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import nn
 
-from ..errors import UserError
+from scalekd.common.errors import UserError
 
 
 def layer_groups(

@@ -18,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..config import Backbone, Pixels
-from ..errors import UserError, first_line, nearest, printable, shortened
-from ..files import is_file, replacing, write_text
-from ..weights import sha256_of
-from .detector import Detector
+from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.files import is_file, replacing, write_text
+from scalekd.common.sections import Pixels
+from scalekd.common.text import printable, shortened
+from scalekd.models.options import Backbone
+from scalekd.models.weights.match import sha256_of
+
+from .detection.model import Detector
 from .pyramid import STRIDES, Pyramid
-from .segmenter import UPerNet
+from .segmentation.model import UPerNet
 from .tasks import TASKS, TaskName, need_extra
 
 NOISE = 256  # pixels, at most, of the images that outputs are compared on

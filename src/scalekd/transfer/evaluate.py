@@ -12,20 +12,22 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..errors import UserError, counted, printable
-from ..markdown import table_row
-from ..yaml_file import parse_yaml
-from .coco import Coco, open_coco
+from scalekd.common.errors import UserError
+from scalekd.common.markdown import table_row
+from scalekd.common.text import counted, printable
+from scalekd.common.yaml_file import parse_yaml
+
 from .deploy import load
-from .detection_data import DetectionImages, Scales
-from .detection_data import eval_batches as detection_batches
-from .detection_eval import Found, average_precision, found, percent
+from .detection.coco import Coco, open_coco
+from .detection.data import DetectionImages, Scales
+from .detection.data import eval_batches as detection_batches
+from .detection.scores import Found, average_precision, found, percent
 from .predict import how_of
-from .segment_data import Crops, SegmentImages
-from .segment_data import eval_batches as segment_batches
-from .segment_eval import evaluate
-from .segment_eval import table as class_table
-from .segment_pairs import MASKS, Pairs, classes_file, open_pairs, part_folders, read_classes
+from .segmentation.data import Crops, SegmentImages
+from .segmentation.data import eval_batches as segment_batches
+from .segmentation.pairs import MASKS, Pairs, classes_file, open_pairs, part_folders, read_classes
+from .segmentation.scores import evaluate
+from .segmentation.scores import table as class_table
 from .tasks import need_extra
 
 FIGURES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP S", "ap_medium": "AP M", "ap_large": "AP L"}

@@ -16,16 +16,18 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from ..errors import UserError, counted, printable
-from ..files import write_text
-from ..images import of_channels
+from scalekd.common.errors import UserError
+from scalekd.common.files import write_text
+from scalekd.common.text import counted, printable
+from scalekd.data.images import of_channels
+
 from .deploy import load
-from .detection_eval import Found, found
-from .overlay import overlay
-from .pictures import picture
+from .detection.pictures import picture
+from .detection.scores import Found, found
 from .predict_files import Images, save_png, write_index
-from .segment_data import evaluated_at, resized
-from .segment_eval import Inference, classes_of, inference
+from .segmentation.data import evaluated_at, resized
+from .segmentation.overlay import overlay
+from .segmentation.scores import Inference, classes_of, inference
 from .tasks import need_extra
 
 NOT_COLOURED = ("background",)  # class names

@@ -11,11 +11,13 @@ from urllib.parse import quote
 from PIL import Image
 from rich.console import Console
 
-from ..errors import UserError, counted, nearest, printable
-from ..files import make_folder, replacing, write_text
-from ..images import BadImage, decode, read_file
-from ..sources.folders import images_below
-from .overlay import palette
+from scalekd.common.errors import UserError, nearest
+from scalekd.common.files import make_folder, replacing, write_text
+from scalekd.common.text import counted, printable
+from scalekd.data.images import BadImage, decode, read_file
+from scalekd.data.sources.folders import images_below
+
+from .palette import palette
 
 BAD = "bad-images.txt"
 STYLE = """body{font:15px system-ui,sans-serif;margin:2em}

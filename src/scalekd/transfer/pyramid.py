@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UserError, first_line
-from ..stages import _obstacle, input_channels
+from scalekd.common.errors import UserError, first_line
+from scalekd.models.inputs import input_channels
+from scalekd.models.stages import _obstacle
 
 STRIDES = (4, 8, 16, 32)
 Size = tuple[int, int]  # height, width in pixels

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from ..errors import UserError
-from ..files import cannot_write, make_folder, write_text
-from ..samplers import seed_from
-from ..sources import Source, open_source
+from scalekd.common.errors import UserError
+from scalekd.common.files import cannot_write, make_folder, write_text
+from scalekd.common.seeds import seed_from
+from scalekd.data.sources.open import open_source
+from scalekd.data.sources.source import Source
 
 Grey = NDArray[np.float32]  # (H, W), 0 to 255
 Mask = NDArray[np.bool_]  # (H, W)

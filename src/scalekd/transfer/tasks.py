@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
-from ..errors import UserError
+from scalekd.common.errors import UserError
 
 TaskName = Literal["detection", "segmentation"]  # of the extras as well
 

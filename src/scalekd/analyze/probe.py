@@ -1,0 +1,318 @@
+"""`scalekd probe`: how much a frozen model's features tell of your classes, from few labels and from all.
+
+Features -> a linear classifier and k nearest neighbours on sets of labelled images -> accuracy on the validation
+images. docs/transfer.md tells the protocol, ScaleKD's Table 12, and how to read the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import make_folder, write_text
+from scalekd.common.intervals import half_width
+from scalekd.common.provenance import git_state, machine, versions
+from scalekd.common.seeds import seed_from
+from scalekd.common.text import counted, duration, printable, say
+from scalekd.data.options import Data
+from scalekd.data.split import Split, by_class, open_split
+from scalekd.heads.features import FEATURES, Backbone, cache_folder, features, named_backbone, some
+from scalekd.heads.knn import knn_predict
+from scalekd.heads.solver import choose, fit, scores
+
+from .figures import figure_class, write_figure
+from .probe_page import ALL, Shots, drawing, markdown, show
+
+Set = tuple[Shots, int]  # labelled images: so many per class, of such a draw
+Fit = dict[str, Any]  # what came of one model on one set
+
+FILE = "results.json"
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k nearest neighbours, as in DINO
+NAMED = 3  # classes that a message names
+
+
+def parse_shots(text: str) -> list[Shots]:
+    """'5,1,all' to [1, 5, "all"], from few to many. Raises `UserError`."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = [word for word in words if word != ALL and not (word.isdecimal() and 0 < int(word) < 2**31)]
+    if wrong or not words:
+        told = f"`{wrong[0]}` is neither a number from 1 on nor `all`" if wrong else "none are named"
+        raise UserError(f"--shots: {told}; write such as 1,5,10,25,all")
+    counts: list[Shots] = sorted({int(word) for word in words if word != ALL})
+    return counts + [ALL] * (ALL in words)
+
+
+def probe(
+    models: Sequence[str],
+    data: Data,
+    out: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    shots: Sequence[Shots],
+    draws: int,
+    image_size: tuple[int, int] | None = None,
+    val_limit: int | None = None,
+    cache: Path = FEATURES,
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Probes the models, writes results.json, summary.md and the figure into `out`; returns what results.json holds.
+
+    models: as `named_backbone` takes them; with several, each is compared with the first. data: `train`, `val` and
+    `seed` of a recipe. shots: labelled images per class. draws: so many sets of labelled images of each size, the same
+    for all models. image_size: for models given by name. val_limit: use only so many validation images. cache: where
+    features are kept. Fits that `out` holds already are not done again.
+    dry_run: check everything, tell what would be done, write nothing and return None. Raises `UserError`.
+    """
+    if double := [text for i, text in enumerate(models) if text in models[:i]]:
+        raise UserError(f"{double[0]} is named twice; name each model once")
+    known = _known(out)
+    split = _split(data)
+    sets = labelled_sets(split, shots, draws, data.seed)
+    val = some(split.val, split.val_indices, val_limit, data.seed)
+    _tell_data(split, val, data, console)
+    can_draw = _can_draw(console)
+    backbones = {text: named_backbone(text, image_size, device) for text in models}
+    keys = {text: _keys(backbone, split, val, sets, data, cache) for text, backbone in backbones.items()}
+    missing = {text: [s for s in sets if keys[text][s] not in known] for text in models}
+    for text, backbone in backbones.items():
+        _tell_model(text, backbone, len(missing[text]), len(sets), console)
+    if dry_run:
+        return None
+
+    make_folder(out)
+    for text, backbone in backbones.items():
+        todo = {s: sets[s] for s in missing[text]}
+        for s, fitted in _fits(backbone, split, val, todo, data, cache, console) if todo else ():
+            known[keys[text][s]] = {
+                "key": keys[text][s],
+                "model": text,
+                "shots": s[0],
+                "seed": data.seed + s[1],
+            } | fitted
+            _write(out, {"fits": list(known.values())})  # the rest follows when all are done
+    fits = {text: {s: known[keys[text][s]] for s in sets} for text in models}
+    results = {text: {"card": backbones[text].card} | _result(fits[text], shots) for text in models}
+    found = {
+        "data": {
+            "train": data.train,
+            "val": data.val or f"{data.val_fraction:.0%} of the same images, held out",
+            "seed": data.seed,
+            "classes": len(split.classes),
+            "train_images": len(split.train_indices),
+            "val_images": len(val),
+        },
+        "shots": list(shots),
+        "draws": draws,
+        "neighbours": {"k": NEIGHBOURS, "temperature": TEMPERATURE},
+        "models": results,
+        "against_first": {text: _differences(results[models[0]], results[text]) for text in models[1:]},
+        "provenance": {
+            "command": shlex.join(["scalekd", *sys.argv[1:]]),
+            **versions(),
+            "machine": machine(device),
+            "git": git_state(),
+        },
+        "fits": list(known.values()),
+    }
+    _write(out, found)
+    if can_draw:
+        write_figure(drawing(found), out, "probe")
+    write_text(out / "summary.md", markdown(found, "probe.svg" if can_draw else None))
+    show(found, console)
+    say(console, f"{out / 'summary.md'}  {out / FILE}" + f"  {out / 'probe.svg'}" * can_draw)
+    return found
+
+
+# ---------------------------------------------------------------- which images
+
+
+def _split(data: Data) -> Split:
+    """Raises `UserError` with this command's options where `open_split` names a recipe's keys."""
+    if data.val == data.train:
+        raise UserError(f"--val is --data, {data.val}: models would be tested on the images that they learn from")
+    try:
+        return open_split(data)
+    except UserError as error:
+        raise UserError(str(error).replace("data.train", "--data").replace("data.val", "--val")) from None
+
+
+def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -> dict[Set, list[int]]:
+    """The images of every set: places in the training source, sorted. `all` has one draw.
+
+    Draw d is an order of all training images by `seed` + d, and n shots are the first n of each class in it: so the
+    images of 1 shot are among those of 5. Raises `UserError` where a class has fewer images than shots.
+    """
+    targets = [split.train.targets[i] for i in split.train_indices]
+    counted_by = Counter(targets)
+    counts = [counted_by[c] for c in range(len(split.classes))]
+    most = max([1, *(n for n in shots if isinstance(n, int))])
+    if few := [f"{name} ({n})" for name, n in zip(split.classes, counts) if n < most]:
+        names = ", ".join(few[:NAMED]) + ", ..." * (len(few) > NAMED)
+        way_out = f"ask for --shots {min(counts)} at most, or all" if min(counts) else "label some"
+        raise UserError(
+            f"--data: {len(few)} of {len(counts)} classes have fewer than {counted(most, 'image')} to learn from: "
+            f"{printable(names)}; {way_out}"
+        )
+    orders = [by_class(targets, seed + d) for d in range(draws)]
+    sets: dict[Set, list[int]] = {}
+    for n in shots:
+        for d in range(1 if n == ALL else draws):
+            chosen = range(len(targets)) if n == ALL else orders[d][: int(n) * len(counts)]
+            sets[n, d] = sorted(split.train_indices[i] for i in chosen)
+    return sets
+
+
+def _keys(
+    backbone: Backbone, split: Split, val: Sequence[int], sets: dict[Set, list[int]], data: Data, cache: Path
+) -> dict[Set, str]:
+    """For each set a name of all that a fit depends on: weights, preprocessing, images, labels, seed, this version."""
+    places = [cache_folder(backbone, *source, cache).name for source in _sources(split, data)]
+    shared = seed_from(*places, *val, NEIGHBOURS, repr(TEMPERATURE), versions()["scalekd"])
+    return {s: f"{seed_from(shared, data.seed + s[1], *images):016x}" for s, images in sets.items()}
+
+
+def _sources(split: Split, data: Data) -> list[tuple[Any, str]]:
+    return [(split.train, str(data.train)), (split.val, str(data.val or data.train))]
+
+
+# ---------------------------------------------------------------- fits
+
+
+def _fits(
+    backbone: Backbone,
+    split: Split,
+    val: Sequence[int],
+    sets: dict[Set, list[int]],
+    data: Data,
+    cache: Path,
+    console: Console,
+) -> Iterator[tuple[Set, Fit]]:
+    """What came of each set; tells how it goes."""
+    needed = sorted({i for images in sets.values() for i in images})
+    train, test = _sources(split, data)
+    say(console, f"{backbone.card['model']} from {backbone.card['weights']}")
+    x, y = features(backbone, train[0], needed, train[1], cache, console)
+    asked, truth = (t.to(backbone.device) for t in features(backbone, test[0], val, test[1], cache, console))
+    row = {image: k for k, image in enumerate(needed)}
+    began = time.perf_counter()
+    with console.status("") as status:
+        for done, (s, images) in enumerate(sets.items()):
+            left = f", about {duration((time.perf_counter() - began) / done * (len(sets) - done))} left" if done else ""
+            status.update(f"{done} of {len(sets)} fits{left}")
+            rows = torch.tensor([row[i] for i in images])
+            known = x[rows].to(backbone.device), y[rows].to(backbone.device)
+            fitted = fit_and_score(*known, asked, truth, len(split.classes), seed_from("probe", data.seed + s[1]))
+            told = f"all {len(rows)} images" if s[0] == ALL else f"{s[0]} per class, draw {s[1] + 1}"
+            top1 = f"linear {fitted['linear']['top1']:.2f} %, {NEIGHBOURS}-nn {fitted['knn']['top1']:.2f} %"
+            say(console, f"  {told}: {top1}, {fitted['seconds']:.1f} s")
+            yield s, fitted
+
+
+def fit_and_score(x: Tensor, y: Tensor, asked: Tensor, truth: Tensor, classes: int, seed: int) -> Fit:
+    """x: (N, D) features with labels y: (N,); asked: (M, D), scored against truth: (M,), which choose nothing."""
+    began = time.perf_counter()
+    choice = choose(x, y, classes, seed)
+    linear = fit(x, y, classes, choice.strength)
+    votes = knn_predict(x, y, asked, k=NEIGHBOURS, temperature=TEMPERATURE, classes=classes)
+    return {
+        "images": len(x),
+        "features": x.shape[1],
+        "strength": choice.strength,
+        "tried": choice.tried,
+        "linear": scores(linear(asked), truth),
+        "knn": {"top1": 100 * (votes.argmax(1) == truth).double().mean().item()},
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+# ---------------------------------------------------------------- results
+
+
+def _result(fits: dict[Set, Fit], shots: Sequence[Shots]) -> dict[str, Any]:
+    """By shots: mean and interval over the draws, of the linear classifier and of the neighbours."""
+    result: dict[str, Any] = {"features": next(iter(fits.values()))["features"], "shots": {}}
+    for n in shots:
+        drawn = [fitted for s, fitted in fits.items() if s[0] == n]
+        result["shots"][str(n)] = {
+            "images": drawn[0]["images"],
+            "strengths": [fitted["strength"] for fitted in drawn],
+            "linear": over_draws([fitted["linear"]["top1"] for fitted in drawn]),
+            "knn": over_draws([fitted["knn"]["top1"] for fitted in drawn]),
+        }
+    return result
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """By shots, of `other` over `first` on the same labelled images."""
+    return {
+        n: {
+            kind: over_draws([b - a for a, b in zip(cell[kind]["top1"], other["shots"][n][kind]["top1"])])
+            for kind in ("linear", "knn")
+        }
+        for n, cell in first["shots"].items()
+    }
+
+
+def over_draws(top1: list[float]) -> dict[str, Any]:
+    return {"top1": top1, "mean": statistics.fmean(top1), "half_width_95": half_width(top1)}
+
+
+def _known(out: Path) -> dict[str, Fit]:
+    """The fits that are in `out`, by key. Raises `UserError` for a folder of something else."""
+    file = out / FILE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; name a folder")
+    if not file.exists():
+        return {}
+    try:
+        return {fitted["key"]: fitted for fitted in json.loads(file.read_text())["fits"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not of `scalekd probe`: {first_line(error)}. Give --out another folder") from None
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    write_text(out / FILE, json.dumps(found, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def _tell_data(split: Split, val: Sequence[int], data: Data, console: Console) -> None:
+    held = "" if data.val else ", held out of --data"
+    images = counted(len(split.train_indices), "image")
+    say(console, f"{len(split.classes)} classes, {images} to learn from, {len(val)} to test on{held}")
+    seen = {split.val.targets[i] for i in val}
+    if unseen := [name for c, name in enumerate(split.classes) if c not in seen]:
+        names = ", ".join(unseen[:NAMED]) + ", ..." * (len(unseen) > NAMED)
+        say(console, f"{len(unseen)} classes have no image to test on: {names}; accuracy is over the others")
+
+
+def _tell_model(text: str, backbone: Backbone, missing: int, total: int, console: Console) -> None:
+    card = backbone.card
+    seen = "x".join(map(str, card["image_size"])) + (" in grey" if card["channels"] == 1 else "")
+    name = f"{text}: {card['model']}, sha256 {card['sha256'][:12]}, sees {seen}"
+    say(console, f"{name}; {counted(missing, 'fit')} to do, {total - missing} done before")
+    for doubt in backbone.doubts:
+        say(console, f"warn: {text}: {doubt}")
+
+
+def _can_draw(console: Console) -> bool:
+    try:
+        figure_class()
+    except UserError:
+        say(console, "no figure: that needs matplotlib, pip install 'scalekd[figures]'")
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""What `scalekd probe` shows and writes: a table on the screen, summary.md, a figure of accuracy over labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scalekd.common.markdown import escaped, table_row
+from scalekd.common.text import printable, tick_text
+
+from .figures import COLOURS, MARKERS, figure_class, short
+
+Shots = int | str  # labelled images per class, or ALL
+ALL = "all"
+KINDS = ("linear", "knn")
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(model, classifier, a cell for each number of shots), then the differences from the first model."""
+    k = found["neighbours"]["k"]
+    names = {"linear": "linear", "knn": f"{k}-nn"}
+    shots = [str(n) for n in found["shots"]]
+    rows = [
+        (text, names[kind], [_cell(model["shots"][n][kind]) for n in shots])
+        for kind in KINDS
+        for text, model in found["models"].items()
+    ]
+    two = len(found["models"]) == 2
+    rows += [
+        (
+            "the second less the first" if two else f"{text} less the first",
+            names[kind],
+            [_cell(by_shots[n][kind], "+") for n in shots],
+        )
+        for kind in KINDS
+        for text, by_shots in found["against_first"].items()
+    ]
+    return rows
+
+
+def _cell(over_draws: dict[str, Any], sign: str = "") -> str:
+    half = over_draws["half_width_95"]
+    return f"{over_draws['mean']:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    data, draws = found["data"], found["draws"]
+    labels = f"{data['train_images']} labelled images of {data['classes']} classes, {data['train']}"
+    lines = [f"Top-1 % on {data['val_images']} images, {data['val']}; {labels}."]
+    if draws > 1 and found["shots"] != [ALL]:
+        lines.append(
+            f"By labelled images per class: mean of {draws} draws ± half of the 95 % interval of the mean; "
+            "the same draws for every model."
+        )
+    return lines
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("model", overflow="fold")  # the one that gives way in a narrow terminal
+    table.add_column("", no_wrap=True)
+    for n in found["shots"]:
+        table.add_column(str(n), no_wrap=True, justify="right")
+    for text, kind, cells in _rows(found):
+        table.add_row(printable(text), kind, *cells)
+    console.print("", table, "", *_told(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(found: dict[str, Any], figure: str | None) -> str:
+    """summary.md. figure: its file beside it, if there is one."""
+    lines = ["# Probe", "", *_told(found), ""]
+    lines += [f"| model | | {' | '.join(map(str, found['shots']))} |", f"|---|---|{'---:|' * len(found['shots'])}"]
+    lines += [table_row([text, kind, *cells]) for text, kind, cells in _rows(found)]
+    lines += ["", *([f"![Accuracy over labelled images per class]({figure})", ""] if figure else [])]
+    for text, model in found["models"].items():
+        card = model["card"]
+        size = "x".join(map(str, card["image_size"]))
+        of = f"{card['model']}, weights {card['weights']} (sha256 {card['sha256'][:12]})"
+        lines.append(
+            f"- {escaped(text)}: {escaped(of)}, {model['features']} features, {size}, {card['channels']} channel(s)"
+        )
+    made = found["provenance"]
+    by = f"scalekd {made['scalekd']}, torch {made['torch']}, timm {made['timm']}, {made['machine']}"
+    return "\n".join([*lines, "", f"`{made['command']}`", "", f"{by}. Every draw: results.json.", ""])
+
+
+def drawing(found: dict[str, Any]) -> Any:
+    """Accuracy over labelled images per class, with the intervals of the linear classifiers; a matplotlib figure."""
+    classes, models = found["data"]["classes"], found["models"]
+    figure = figure_class()[0](figsize=(7.0, 4.6), layout="constrained")
+    axes = figure.subplots()
+    ticks: dict[float, str] = {}
+    for i, (text, model) in enumerate(models.items()):
+        cells = model["shots"]
+        places = [cell["images"] / classes for cell in cells.values()]
+        ticks |= {at: f"all ({tick_text(round(at))})" if n == ALL else n for n, at in zip(cells, places)}
+        beside = [at * 1.025 ** (i - (len(models) - 1) / 2) for at in places]  # so that intervals do not hide others
+        style: dict[str, Any] = {"marker": MARKERS[i % 8], "markersize": 5, "color": COLOURS[i % 6]}
+        linear, knn = ([cell[kind] for cell in cells.values()] for kind in KINDS)
+        halves = [f["half_width_95"] or 0.0 for f in linear]
+        axes.errorbar(beside, [f["mean"] for f in linear], halves, label=short(text), capsize=3, **style)
+        axes.plot(places, [f["mean"] for f in knn], ls=":", alpha=0.7, **style)
+    axes.set(xscale="log", xlabel="labelled images per class", ylabel="top-1 %, linear (dotted: nearest neighbours)")
+    axes.set_xticks(list(ticks), labels=list(ticks.values()))
+    axes.minorticks_off()
+    axes.grid(True, which="major", color="#dddddd")
+    axes.legend(fontsize=8)
+    return figure

@@ -1,0 +1,216 @@
+"""`scalekd detect` and `scalekd segment`: train, evaluate, predict, recipes. What is slow to import is imported inside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scalekd.common.errors import UserError
+from scalekd.common.stop import StopRequest
+from scalekd.common.text import printable
+from scalekd.transfer.tasks import TASKS, need_extra
+
+DEVICE = "cpu, cuda, cuda:1 (default: a GPU if there is one)"
+# flags of train and the fields of a recipe that they stand for
+SHORTCUTS = {
+    "annotations": "data.annotations",
+    "images": "data.images",
+    "val_annotations": "data.val_annotations",
+    "val_images": "data.val_images",
+    "data": "data.root",
+    "backbone": "backbone.model",
+    "weights": "backbone.weights",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Adds both to the sub-commands of `scalekd`."""
+    parser = commands.add_parser("detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/transfer.md)")
+    words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = _train_command(words, "detection", "train a detector; started again, it goes on where it stopped")
+    sub.add_argument("--annotations", metavar="FILE", help="COCO's format, such as instances_train2017.json")
+    sub.add_argument("--images", metavar="DIR", help="the folder that the file's image names are relative to")
+    sub.add_argument("--val-annotations", metavar="FILE", help="as --annotations, to validate on")
+    sub.add_argument("--val-images", metavar="DIR", help="as --images")
+    sub = _evaluate_command(words, "detection", _evaluate_detector, "box and mask AP of a trained detector")
+    sub.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO's format")
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of its images")
+    sub = _predict_command(words, "detection", _predict_objects, "what a trained detector finds in images, drawn")
+    sub.add_argument(
+        "--threshold", type=float, default=0.5, metavar="X", help="leave out what scores below (default: 0.5)"
+    )
+    _recipes_command(words, "detection")
+
+    parser = commands.add_parser("segment", help="UPerNet on a backbone: train, evaluate, predict (docs/transfer.md)")
+    words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = _train_command(words, "segmentation", "train a segmenter; started again, it goes on where it stopped")
+    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/transfer.md)")
+    sub = _evaluate_command(words, "segmentation", _evaluate_segmenter, "mIoU and accuracies of a trained segmenter")
+    sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="images and masks")
+    sub.add_argument("--classes", type=Path, metavar="FILE", help="their names (default: DIR/classes.txt)")
+    _inference(sub)
+    sub = _predict_command(words, "segmentation", _predict_classes, "the classes of images' pixels, drawn and as masks")
+    _inference(sub)
+    _recipes_command(words, "segmentation")
+
+
+def _command(words: Any, name: str, function: Callable[..., None], task: str, text: str) -> argparse.ArgumentParser:
+    sub = words.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=function, task=task)
+    return sub
+
+
+def _train_command(words: Any, task: str, text: str) -> argparse.ArgumentParser:
+    sub = _command(words, "train", _train, task, text)
+    sub.add_argument("recipe", help=f"a shipped recipe's name (`{TASKS[task].command} recipes`) or a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
+    sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
+    sub.add_argument("--weights", metavar="FILE", help="the backbone's: a file, `pretrained` or `random`")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    sub.add_argument("--device", help=DEVICE)
+    sub.add_argument("--dry-run", action="store_true", help="build everything, check it, write nothing")
+    return sub
+
+
+def _evaluate_command(
+    words: Any, task: str, function: Callable[..., dict[str, Any]], text: str
+) -> argparse.ArgumentParser:
+    sub = _command(words, "evaluate", _evaluate, task, text)
+    sub.set_defaults(evaluate=function)
+    sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
+    sub.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write evaluation.json and evaluation.md there")
+    sub.add_argument("--device", help=DEVICE)
+    sub.add_argument("--json", action="store_true")
+    return sub
+
+
+def _predict_command(words: Any, task: str, function: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    sub = _command(words, "predict", function, task, text)
+    sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
+    sub.add_argument("source", type=Path, metavar="IMAGES", help="a folder, sub-folders too, or one image")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--device", help=DEVICE)
+    return sub
+
+
+def _recipes_command(words: Any, task: str) -> None:
+    sub = _command(words, "recipes", _recipes, task, "the shipped recipes")
+    sub.add_argument("--json", action="store_true")
+
+
+def _inference(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--inference",
+        choices=["whole", "sliding"],
+        help="images at once, or through windows (default: as the run was validated)",
+    )
+
+
+# ---------------------------------------------------------------- what they do
+
+
+def _train(args: argparse.Namespace) -> None:
+    with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal is answered in them too
+        need_extra(args.task)
+        from rich.console import Console
+
+        from scalekd.common.parallel import processes
+        from scalekd.runs.transfer import train
+        from scalekd.transfer.config import load
+
+        config = load(args.task, args.recipe, [*shortcuts(args), *args.overrides])
+        folder = args.out or Path("runs") / config.name
+        with processes(args.device) as device:
+            summary = train(config, folder, device, Console(emoji=False), stop=stop, dry_run=args.dry_run)
+    if summary and int(os.environ.get("RANK", "0")) == 0:
+        figures = "  ".join(f"{name} {summary[key]:.2f} %" for key, name in TASKS[args.task].figures.items())
+        report = folder / "report.html"
+        print(printable(f"{figures}  model {summary['model']}" + (f"  report {report}" if report.is_file() else "")))
+
+
+def shortcuts(args: argparse.Namespace) -> list[str]:
+    """The overrides that --annotations, --data, --backbone and so on stand for."""
+    given = {field: getattr(args, flag, None) for flag, field in SHORTCUTS.items()}
+    if args.backbone and not args.weights:
+        given["backbone.weights"] = "pretrained"  # timm's, or the folder's own; the recipe's are another model's
+    return [f"{field}={json.dumps(value)}" for field, value in given.items() if value is not None]
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from scalekd.common.files import make_folder, write_text
+    from scalekd.common.parallel import pick_device
+    from scalekd.common.shortages import shortages_told
+    from scalekd.transfer.evaluate import detector_table, segmenter_table
+
+    need_extra(args.task)
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: 0 or more")
+    if args.out:
+        make_folder(args.out)
+    device = pick_device(args.device)
+    with shortages_told(device, "Try --device cpu."):
+        result = args.evaluate(args, device, Console(emoji=False, stderr=True))
+    table = (detector_table if args.task == "detection" else segmenter_table)(result)
+    if args.out:
+        write_text(args.out / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        write_text(args.out / "evaluation.md", table)
+    print(json.dumps(result) if args.json else table, end="\n" if args.json else "")
+
+
+def _evaluate_detector(args: argparse.Namespace, device: Any, console: Any) -> dict[str, Any]:
+    from scalekd.transfer.evaluate import evaluate_detector
+
+    return evaluate_detector(args.trained, args.annotations, args.images, device, console, args.workers)
+
+
+def _evaluate_segmenter(args: argparse.Namespace, device: Any, console: Any) -> dict[str, Any]:
+    from scalekd.transfer.evaluate import evaluate_segmenter
+
+    return evaluate_segmenter(args.trained, args.data, device, console, args.inference, args.classes, args.workers)
+
+
+def _predict_objects(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from scalekd.common.parallel import pick_device
+    from scalekd.common.shortages import shortages_told
+    from scalekd.transfer.predict import predict_objects
+
+    need_extra("detection")
+    device = pick_device(args.device)
+    with shortages_told(device, "Try --device cpu, smaller images, or a higher --threshold: masks take most of it."):
+        predict_objects(args.trained, args.source, args.out, device, Console(emoji=False), args.threshold)
+
+
+def _predict_classes(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from scalekd.common.parallel import pick_device
+    from scalekd.common.shortages import shortages_told
+    from scalekd.transfer.predict import predict_classes
+
+    need_extra("segmentation")
+    device = pick_device(args.device)
+    with shortages_told(device, "Try --device cpu, or smaller images."):
+        predict_classes(args.trained, args.source, args.out, device, Console(emoji=False), args.inference)
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from scalekd.config.files import header, recipe_names, recipe_text
+    from scalekd.transfer.config import SHELVES
+
+    shelf = SHELVES[args.task]
+    entries = [{"name": name} | header(recipe_text(name, shelf)) for name in recipe_names(shelf)]
+    if args.json:
+        print(json.dumps(entries, indent=2))
+        return
+    width = max((len(entry["name"]) for entry in entries), default=0)
+    for entry in entries:
+        print(f"{entry['name']:{width}}  {entry['summary']}")

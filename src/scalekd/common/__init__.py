@@ -1,0 +1,1 @@
+"""Helpers that know nothing of images, models or tasks."""

@@ -1,0 +1,123 @@
+"""Sections of a recipe: field types, validation with all errors at once, and YAML output."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .errors import UserError, nearest
+from .text import shortened
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+Pixels = Annotated[int, Field(gt=0, lt=2**16)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interpolation = Literal["bilinear", "bicubic"]
+CropShare = Annotated[float, Field(ge=0.1, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:  # one for each form; people want one
+        raise ValueError(
+            f"pixels, such as 224 or [192, 256] for height and width (given {reprlib.repr(value)})"
+        ) from None
+
+
+ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
+MOST_PROBLEMS = 30  # told at once
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1, so `epochs: yes` would be a run of one epoch
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool", "true and false are no value for it")
+        return value
+
+    def complete(self) -> dict[str, Any]:
+        """Plain values with nothing left to defaults."""
+        return self.model_dump(mode="json")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def checked_as(schema: type[S], values: dict[str, Any], where: str) -> S:
+    """Validates plain values. Raises `UserError` that lists all problems, after `where`."""
+    try:
+        return schema.model_validate(values)
+    except UserError as error:  # from a validator: pydantic lets it through
+        raise UserError(f"{where}: {error}") from None
+    except ValidationError as error:
+        errors = error.errors()
+        lines = [line for e in errors[:MOST_PROBLEMS] for line in described(dict(e), schema)]
+    count = len(lines) + max(0, len(errors) - MOST_PROBLEMS)
+    listed = [f"  - {shortened(line)}" for line in lines[:MOST_PROBLEMS]]
+    if count > MOST_PROBLEMS:
+        listed.append(f"  - and {count - MOST_PROBLEMS} more")
+    raise UserError(f"{where}: {count} problem{'s' * (count > 1)}\n" + "\n".join(listed))
+
+
+def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
+    """What pydantic found wrong with values of `schema`, for people: place, problem, nearest name."""
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return [f"{where}: unknown.{nearest(path[-1], _fields_at(path[:-1], schema))}"]
+    if error["type"] == "missing":
+        return [f"{where}: missing"]
+    if error["type"] == "value_error":
+        whole = where in ("", "losses")  # those name the place themselves
+        return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
+    if error["type"] == "model_type":
+        return [
+            f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {reprlib.repr(error['input'])})"
+        ]
+    return [f"{where}: {error['msg']} (given {reprlib.repr(error['input'])})"]
+
+
+def _fields_at(path: list[str], schema: type[Section]) -> list[str]:
+    section: Any = schema
+    parts = iter(path)
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        if typing.get_origin(annotation) is dict:
+            next(parts, None)  # the name that a person gave one of them
+        section = next(
+            (a for a in (annotation, *typing.get_args(annotation)) if inspect.isclass(a) and issubclass(a, Section)),
+            schema,
+        )
+    return list(section.model_fields)
+
+
+def to_yaml(config: Section) -> str:
+    """A recipe with nothing left to defaults, the methods' included: it says the same after a default has changed."""
+    return yaml.safe_dump(config.complete(), sort_keys=False)

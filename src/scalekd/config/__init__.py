@@ -1,0 +1,1 @@
+"""Distillation recipes: fields, validation, shipped files."""

@@ -1,0 +1,116 @@
+"""The shipped recipes: what their headers say, the list of them, and one of them written out and explained."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from itertools import groupby
+from typing import Any
+
+import yaml
+
+from scalekd.common.yaml_file import parse_yaml
+
+from .files import _comment, header, recipe_names, recipe_text, recipe_values
+from .recipe import Config, load_recipe
+
+IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K's training set
+WIDTH = 120
+
+
+def listed() -> list[dict[str, Any]]:
+    """An entry for each shipped recipe, by name."""
+    return [entry(name) for name in recipe_names()]
+
+
+def entry(recipe: str) -> dict[str, Any]:
+    """What there is to know of a recipe at a glance. `losses`, `epochs` and so on are those that it resolves to."""
+    text, values = recipe_text(recipe), recipe_values(recipe)
+    return {
+        "name": values["name"],
+        **header(text),
+        "base": parse_yaml(text, recipe).get("base"),
+        "student": values["student"]["model"],
+        "teacher": (values.get("teacher") or {}).get("model"),
+        "losses": values["losses"],
+        "epochs": values["train"]["epochs"],
+        "batch": values["train"]["batch_size"],
+    }
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """One line per recipe, those of a teacher together: name, expected top-1 in %, status, what it stands for."""
+    width = max(len(e["name"]) for e in entries)
+    lines = [f"{'  recipe':{width + 2}}  top-1 %  status     stands for"]
+    for group, members in groupby(sorted(entries, key=_group), key=_group):
+        lines += ["", group]
+        for e in members:
+            top1, status = re.match(r"[\d.]+", e["expected"]), re.match(r"[A-Z ]*[A-Z]", e["status"])
+            shown = f"{top1[0] if top1 else '-':>7}  {status[0] if status else '-':9}"
+            lines.append(f"  {e['name']:{width}}  {shown}  {e['stands_for']}")
+    return "\n".join(lines)
+
+
+def _group(e: dict[str, Any]) -> str:
+    if not e["name"].startswith("imagenet-"):
+        return "your own data, and the demo"
+    return f"ImageNet-1K, teacher {e['teacher']}" if e["teacher"] else "ImageNet-1K, no teacher: the baselines"
+
+
+def explained(recipe: str) -> str:
+    """The recipe with what its base says written out, as YAML that loads, and comments on what it will do."""
+    values, config = recipe_values(recipe), load_recipe(recipe)
+    told = _comment(recipe_text(recipe))
+    base = parse_yaml(recipe_text(recipe), recipe).get("base")
+    notes = [f"This is {config.name} with what its base, {base}, says written out."] if base else []
+    notes += _amount(config)
+    lines = [*told, "", *(f"# {line}" for note in notes for line in textwrap.wrap(note, WIDTH - 2))]
+    for section in sorted(values, key=list(Config.model_fields).index):
+        lines += _losses(values[section]) if section == "losses" else _section(section, values[section])
+    return "\n".join(lines) + "\n"
+
+
+def amount(config: Config) -> dict[str, int] | None:
+    """Steps and images seen, of a recipe for ImageNet-1K; the last, partial batch of an epoch is left out."""
+    if "imagenet" not in (config.data.train or "") or config.data.limit:
+        return None
+    steps = IMAGENET_IMAGES // config.train.batch_size
+    epochs = config.train.epochs
+    return {"steps_per_epoch": steps, "steps": steps * epochs, "images_seen": IMAGENET_IMAGES * epochs}
+
+
+def _amount(config: Config) -> list[str]:
+    found, train = amount(config), config.train
+    if found is None:
+        return []
+    parts = f", {train.accumulate} x {train.batch_size // train.accumulate}" if train.accumulate > 1 else ""
+    return [
+        f"On ImageNet-1K: {found['steps_per_epoch']:,} steps an epoch, {found['steps']:,} in all, each of "
+        f"{train.batch_size} images{parts}; {found['images_seen']:,} images seen, "
+        f"{train.epochs} epochs x {IMAGENET_IMAGES:,}."
+    ]
+
+
+def _losses(losses: dict[str, Any]) -> list[str]:
+    """The section, each method with its first paragraph as a comment."""
+    from scalekd.methods import METHODS
+
+    lines = ["losses:"]
+    for name, options in losses.items():
+        doc = (METHODS[name].__doc__ or "").strip().split("\n\n")[0]
+        lines += [f"  # {line}" for line in textwrap.wrap(" ".join(doc.split()), WIDTH - 4)]
+        lines.append(f"  {name}: {_flow(options)}")
+    return lines
+
+
+def _section(name: str, value: Any) -> list[str]:
+    line = f"{name}: {_flow(value)}"
+    if len(line) <= WIDTH or not isinstance(value, dict):
+        return [line]
+    return [f"{name}:", *(f"  {key}: {_flow(inner)}" for key, inner in value.items())]
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()

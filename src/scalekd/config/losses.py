@@ -1,0 +1,99 @@
+"""The options that a recipe's losses take: read from the methods' signatures, checked and typed."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from scalekd.common.errors import nearest
+
+LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
+
+
+def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword options of a method, annotations resolved; the one place where its defaults live."""
+    function = method.__init__ if inspect.isclass(method) else method
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def method_problems(name: str, options: Any) -> list[str]:
+    from scalekd.methods import METHODS
+
+    if name not in METHODS:
+        return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
+    if not isinstance(options, dict):
+        return [
+            f"losses.{name}: options are a mapping, not {reprlib.repr(options)}; write {{}} for none, or losses.{name}=off to leave it out"
+        ]
+    known = _annotations(name)
+    problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
+    for key, value in options.items():
+        annotation = known.get(key, bool)
+        if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
+            problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
+        try:
+            if key in known:
+                _adapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            problems += [f"losses.{name}.{key}: {e['msg']} (given {reprlib.repr(value)})" for e in error.errors()[:1]]
+    return problems
+
+
+def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = _annotations(name)
+    return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
+
+
+def written_out(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe's losses as plain values, with the methods' defaults for what is not given, in the order of the signatures."""
+    return {name: _written_out(name, options) for name, options in losses.items()}
+
+
+def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from scalekd.methods import METHODS
+
+    values = {key: p.default for key, p in options_of(METHODS[name]).items()} | options
+    known = OF_ANY_LOSS | _annotations(name)
+    return {key: _adapter(a).dump_python(values[key], mode="json") for key, a in known.items() if key in values}
+
+
+def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Of a method's options, those that are not as by default."""
+    from scalekd.methods import METHODS
+
+    defaults = _written_out(name, {}) if name in METHODS else {}
+    return {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
+
+
+def _annotations(name: str) -> dict[str, Any]:
+    """Of all options that a recipe can give to a method."""
+    from scalekd.methods import METHODS
+
+    return {key: p.annotation for key, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def reads_teacher(loss: str) -> bool:
+    """Whether a loss of a recipe, or a method, reads a teacher."""
+    from scalekd.methods import METHODS
+
+    return getattr(METHODS[loss], "needs_teacher", True)
+
+
+def reads_logits(loss: str) -> bool:
+    """Whether a loss of a recipe reads the student's logits."""
+    from scalekd.methods import METHODS
+
+    method = METHODS[loss]
+    return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))

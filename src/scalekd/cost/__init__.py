@@ -1,0 +1,1 @@
+"""What a training step costs and how long a run takes."""

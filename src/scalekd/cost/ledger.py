@@ -1,0 +1,140 @@
+"""A training step taken apart: what each part computes, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalekd.distill.distiller import Distiller
+from scalekd.models.inputs import resized
+from scalekd.models.stages import Features
+
+from .flops import flop_counter
+
+Crossing = tuple[Tensor, Tensor, Tensor, Tensor]  # a map before the teacher, what went in, what came out, what went on
+
+
+class Ledger:
+    """Charges what is computed, and what autograd keeps for the backward pass, to the part that is on.
+
+    macs: part -> [forward, backward] in multiply-accumulates: half of what torch's FLOP counter finds, as in
+    `scalekd pairs`. saved: part -> bytes; a storage counts once, for the part that saved it first.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        """known: parameters and buffers, which are held anyway and cost nothing when saved."""
+        self.macs: dict[str, list[float]] = {}
+        self.saved: dict[str, int] = {}
+        self._at, self._read = ("", 0), 0
+        self._flops = flop_counter()
+        # by address, and held: the address of a storage that is gone may be another's
+        self._held = {_address(t): t.untyped_storage() for t in known}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        with self._flops, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield
+            self.on("")
+
+    @property
+    def in_backward(self) -> bool:
+        return self._at[1] == 1
+
+    def on(self, part: str, backward: bool = False) -> None:
+        """What comes from here on is this part's."""
+        now = self._flops.get_total_flops()
+        if self._at[0]:
+            self.macs.setdefault(self._at[0], [0, 0])[self._at[1]] += (now - self._read) / 2
+        self._at, self._read = (part, int(backward)), now
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if _address(tensor) not in self._held:
+            self._held[_address(tensor)] = tensor.untyped_storage()
+            self.saved[self._at[0]] = self.saved.get(self._at[0], 0) + tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # not data_ptr: stand-ins have no data
+
+
+def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: Ledger, half: bool) -> None:
+    """A forward and a backward pass as `Distiller.forward` has them, each part on its own account.
+
+    The graph is cut where one part hands over to another, so that the backward pass too can be taken part by part:
+    at what the student gives each method, and before and after the teacher's stages that a method runs. Those are
+    charged as `NAME: through the teacher`.
+    """
+    with ledger.open():
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+            ledger.on("teacher")
+            teacher = distiller.teacher_features(pixels)
+            ledger.on("student")
+            seen = resized(pixels, distiller.image_size, distiller.student)
+            seen = (seen - distiller.student_mean) / distiller.student_std
+            student = distiller.student_view(seen, maps=distiller.needs_maps)
+            cuts: list[tuple[Tensor, Tensor]] = []  # in the student's graph, and the leaf that a method was given
+            losses: list[tuple[str, Tensor, list[Crossing]]] = []
+            for name, method in distiller.methods.items():
+                crossings: list[Crossing] = []
+                ledger.on(name)
+                terms = method(_cut(student, cuts), _watched(teacher, name, crossings, ledger), targets)
+                losses.append((name, distiller.weights[name] * torch.stack(list(terms.values())).sum(), crossings))
+        for name, loss, crossings in losses:
+            ledger.on(name, backward=True)
+            loss.backward()
+            for before, given, result, handed in reversed(crossings):
+                ledger.on(_through(name), backward=True)
+                result.backward(handed.grad)
+                ledger.on(name, backward=True)
+                before.backward(given.grad)
+        ledger.on("student", backward=True)
+        reached = [(tensor, leaf.grad) for tensor, leaf in cuts if leaf.grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+
+
+def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
+    """The student's features as leaves, which are noted in `cuts` beside what they stand for."""
+
+    def leaf(tensor: Any) -> Any:
+        if tensor is None or not tensor.requires_grad:
+            return tensor
+        cuts.append((tensor, tensor.detach().requires_grad_()))
+        return cuts[-1][1]
+
+    return replace(
+        features,
+        logits=leaf(features.logits),
+        maps=tuple(map(leaf, features.maps)),
+        final=leaf(features.final),
+        prefix=tuple(map(leaf, features.prefix)),
+    )
+
+
+def _watched(teacher: Features | None, name: str, crossings: list[Crossing], ledger: Ledger) -> Features | None:
+    """The teacher's features with a `resume` that is charged on its own, and cut on both sides."""
+    if teacher is None or teacher.resume is None:
+        return teacher
+    run_on = teacher.resume
+
+    def resume(k: int, x: Tensor) -> Tensor:
+        if ledger.in_backward:  # computed once more by a checkpointed method; the graph was cut the first time
+            return run_on(k, x)
+        ledger.on(_through(name))
+        given = x.detach().requires_grad_()
+        result = run_on(k, given)
+        handed = result.detach().requires_grad_()
+        crossings.append((x, given, result, handed))
+        ledger.on(name)
+        return handed
+
+    return replace(teacher, resume=resume)
+
+
+def _through(name: str) -> str:
+    return f"{name}: through the teacher"

@@ -1,0 +1,76 @@
+"""What `scalekd cost` found, on the screen and as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scalekd.common.files import make_folder, write_text
+
+COLUMNS = ["part", "params M", "GMACs forward", "GMACs backward", "saved MB"]
+
+
+def cost_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = [[name, *_cells(part)] for name, part in found["step"]["parts"].items()]
+    rows.append(["whole step", *_cells(found["step"]["total"])])
+    if found["fd"]:
+        rows.append(["the same pair with fd", *_cells(found["fd"]["total"])])
+    return rows
+
+
+def _cells(part: dict[str, float]) -> list[str]:
+    return [f"{part['params'] / 1e6:.2f}", *(f"{part[key]:.2f}" for key in ("forward", "backward", "saved_mb"))]
+
+
+def cost_lines(found: dict[str, Any]) -> list[str]:
+    """What is told beside the table."""
+    step, ratio = found["step"], found["ratio"]
+    total, fixed = step["total"], step["fixed_mb"]
+    told = [f"A step takes {total['gmacs']:.2f} GMACs and keeps {total['saved_mb']:.1f} MB for each image."]
+    if ratio:
+        times = f"{ratio['gmacs']:.2f} times the GMACs, {ratio['saved_mb']:.2f} times the saved activations"
+        told.append(f"Beside fd on stage 4 through a linear layer: {times}, {ratio['memory_mb']:.2f} times the memory.")
+    else:
+        told.append(f"No ratio to fd: {found['no_fd']}.")
+    held = ", ".join(f"{name} {'not counted' if mb is None else f'{mb:.0f}'}" for name, mb in fixed.items() if mb != 0)
+    told.append(f"Memory at {found['batch']} images a device: {step['memory_mb']:.0f} MB; of these {held} MB.")
+    for method, parts in found["projectors"].items():
+        sizes = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
+        told.append(f"{method} trains beside the student: {sizes}.")
+    if measured := found.get("measured"):
+        told.append(
+            f"Measured on {measured['machine']}, {measured['batch']} images a step, {measured['rounds']} rounds:"
+        )
+        for name, (middle, least, most) in measured["ratio"].items():
+            told.append(f"the recipe's step takes {middle:.2f} times as long as {name} ({least:.2f} to {most:.2f})")
+    return told
+
+
+def _title(found: dict[str, Any]) -> str:
+    size = "x".join(map(str, found["image_size"]))
+    pair = f"{found['teacher']} -> {found['student']}" if found["teacher"] else found["student"]
+    return f"{found['name']}: {pair}, {size}, {found['precision']}, {', '.join(found['losses'])}"
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    console.print(_title(found), "", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for row in cost_rows(found):
+        table.add_row(*row)
+    console.print(table, "", *cost_lines(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """NAME.json and NAME.md in `folder`. Raises `UserError` when they cannot be written."""
+    lines = [f"# {_title(found)}", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in cost_rows(found)]
+    lines += ["", *(f"- {line}" for line in cost_lines(found)), "", "Made by `scalekd cost` (docs/cost.md)."]
+    make_folder(folder)
+    write_text(folder / f"{found['name']}.json", json.dumps(found, indent=2) + "\n")
+    write_text(folder / f"{found['name']}.md", "\n".join(lines) + "\n")

@@ -1,0 +1,190 @@
+"""The measured part of `scalekd plan`: a recipe's own steps on random pixels, and its own reading of images."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.provenance import machine
+from scalekd.common.shortages import shortages_told
+from scalekd.config.recipe import Config
+from scalekd.data.batches import Batch, Images, load_batch, training_images, validation_images
+from scalekd.data.split import Split
+from scalekd.data.transforms import make_mixup
+from scalekd.distill.build import make_optimizer, untrained
+from scalekd.distill.compiled import compile_step
+from scalekd.distill.distiller import Distiller
+from scalekd.distill.run import Run
+from scalekd.train.engine import looks_at_every_step, train_step
+from scalekd.train.optim import make_schedule
+from scalekd.train.run import scaler_and_average
+
+from .seconds import ROUNDS, spread
+
+MOST = 64  # images of a timed step unless given
+ROUND_SECONDS = 1.0  # at least, so that a round of a small model is no accident of the scheduler's
+WARM, MOST_READ = 8, 400  # images read before the rounds, and at most in one
+
+
+def probe(
+    config: Config, device: torch.device, classes: int, micro: int, batch: int | None, split: Split | None
+) -> dict[str, Any]:
+    """Seconds an image, [least, most] of ROUNDS: `train`, `validate`, and with data `read` and `read_validation`.
+
+    Whole training steps at two batch sizes, with initial weights and a learning rate of 0. micro: the run's images per
+    step and device; batch: the larger size, `micro` up to MOST unless given. `rounds` holds what was timed, in seconds
+    a step or validation batch, [median, least, most]. Raises `UserError`, also when the memory does not suffice.
+    """
+    large = max(4, batch or min(micro, MOST))
+    large -= large % 2
+    small = large // 2 + large // 2 % 2  # even, for mixup
+    rounds: dict[str, list[float]] = {}
+    peaks: dict[int, float] = {}
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run has it
+    with shortages_told(device, f"Try a smaller --batch (now {large})."):
+        run = _run(config, device, classes)
+        for size in (small, large):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            rounds[f"train {size}"] = _rounds(_step(run, classes, size), device)
+            peaks[size] = _peak_mb(device)
+        many = min(256, 4 * large)
+        rounds[f"validate {many}"] = _rounds(_validation(run.distiller, config, device, many), device)
+    found = {
+        "machine": machine(device),
+        "cores": os.cpu_count() or 1,
+        "batches": [small, large],
+        "rounds": rounds,
+        "train": an_image(rounds[f"train {small}"], rounds[f"train {large}"], small, large, micro),
+        "validate": [seconds / many for seconds in rounds[f"validate {many}"][1:]],
+        "memory": _memory(peaks, small, large, device),
+    }
+    if split is not None:
+        found |= _reading(config, run.distiller, split)
+    return found
+
+
+def an_image(of_small: list[float], of_large: list[float], small: int, large: int, micro: int) -> list[float]:
+    """Seconds a step at two batch sizes, [median, least, most], to seconds an image [least, most] at a third.
+
+    What was seen at the larger one, and what the line through both medians gives at `micro`.
+    """
+    slope = (of_large[0] - of_small[0]) / (large - small)
+    on_the_line = (of_large[0] + slope * (micro - large)) / micro
+    seen = [of_large[1] / large, of_large[2] / large]
+    return seen if on_the_line <= 0 else [min(seen[0], on_the_line), max(seen[1], on_the_line)]
+
+
+def _run(config: Config, device: torch.device, classes: int) -> Run:
+    """A run as far as a step goes: untrained, without images."""
+    distiller = untrained(config, classes, config.losses).to(device).train()
+    if config.train.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(config, distiller)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
+    return Run(
+        config=config,
+        device=device,
+        classes=[],
+        train_images=cast(Images, None),
+        val_images=cast(Images, None),
+        model=distiller,
+        loaded={},
+        optimizer=optimizer,
+        schedule=make_schedule(config, optimizer, 1),
+        mixup=make_mixup(config.augment, classes),
+        steps_per_epoch=1,
+        **scaler_and_average(config.train, distiller.student, device),
+    )
+
+
+def _step(run: Run, classes: int, size: int) -> Callable[[], object]:
+    distiller, channels = run.distiller, run.config.data.channels
+    sides = map(max, distiller.image_size, distiller.teacher_size)
+    pixels = torch.randint(256, (size, channels, *sides), dtype=torch.uint8)
+    batch = Batch(pixels, torch.randint(classes, (size,)))
+    checked = looks_at_every_step(run)
+    if run.config.train.compile:
+        compile_step(distiller, size)
+    return lambda: train_step(distiller, [batch], run, 0, checked)
+
+
+def _validation(distiller: Distiller, config: Config, device: torch.device, size: int) -> Callable[[], object]:
+    pixels = torch.rand(size, config.data.channels, *distiller.image_size, device=device)
+    student = distiller.student.eval()
+
+    def step() -> None:
+        with torch.inference_mode():
+            student((pixels - distiller.student_mean) / distiller.student_std)
+
+    return step
+
+
+def _rounds(step: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds a call, [median, least, most] of ROUNDS; the first two calls do not count."""
+    step()
+    times = max(1, math.ceil(ROUND_SECONDS / _seconds(step, 1, device)))
+    return spread([_seconds(step, times, device) for _ in range(ROUNDS)])
+
+
+def _seconds(step: Callable[[], object], times: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / times
+
+
+def _peak_mb(device: torch.device) -> float:
+    """The most that was held: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _memory(peaks: dict[int, float], small: int, large: int, device: torch.device) -> dict[str, float | None]:
+    """The line through two batch sizes, `fixed_mb + images * image_mb`; on a CPU the process's peak alone."""
+    if device.type == "cpu":
+        return {"fixed_mb": peaks[large], "image_mb": 0.0, "gpu_mb": None}
+    slope = (peaks[large] - peaks[small]) / (large - small)
+    total = torch.cuda.get_device_properties(device).total_memory / 1e6
+    return {"fixed_mb": peaks[large] - large * slope, "image_mb": slope, "gpu_mb": total}
+
+
+def _reading(config: Config, distiller: Distiller, split: Split) -> dict[str, Any]:
+    """Seconds an image in this process, as one worker has it, of training and of validation images."""
+    size = tuple(map(max, distiller.image_size, distiller.teacher_size))
+    data = config.data.model_copy(update={"image_size": size})
+    mean, std = (tuple(values.flatten().tolist()) for values in (distiller.student_mean, distiller.student_std))
+    train = training_images(split, data, config.augment, mean, std, config.seed)
+    val = validation_images(split, config.data, config.augment)
+    return {"read": _read(train), "read_validation": _read(val)}
+
+
+def _read(images: Images) -> list[float]:
+    """Seconds an image, [least, most] of ROUNDS of different images, each round spread over all; a first one warms up."""
+    warm = _seconds_an_image(images, 0, min(WARM, len(images)))
+    count = max(1, min(MOST_READ, math.ceil(ROUND_SECONDS / warm), len(images) // ROUNDS))
+    seconds = [_seconds_an_image(images, start, count) for start in range(ROUNDS)]
+    return [min(seconds), max(seconds)]
+
+
+def _seconds_an_image(images: Images, start: int, count: int) -> float:
+    keys = [(0, (start + ROUNDS * i) * len(images) // (ROUNDS * count)) for i in range(count)]
+    began = time.perf_counter()
+    load_batch(images, keys)
+    return (time.perf_counter() - began) / count

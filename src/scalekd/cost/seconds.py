@@ -1,0 +1,94 @@
+"""How long real steps of a recipe take, beside plain feature distillation and the models alone: `--measure`, docs/cost.md."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scalekd.common.errors import UserError
+from scalekd.common.provenance import machine
+from scalekd.common.shortages import shortages_told
+from scalekd.config.recipe import Config
+from scalekd.distill.build import make_optimizer, untrained
+from scalekd.distill.compiled import compile_step
+from scalekd.distill.distiller import Distiller
+from scalekd.train.run import AUTOCAST
+
+from .count import plain_distillation
+
+ROUNDS = 5  # of `--measure`, after one that does not count
+
+
+def measure(config: Config, device: torch.device, *, classes: int = 1000, batch: int = 4) -> dict[str, Any]:
+    """Real steps on random pixels, in turns: the recipe, `fd`, the student alone, the teacher's forward pass alone.
+
+    Seconds a step, `[median, least, most]` of ROUNDS, and the recipe's seconds over those of the others, taken round by
+    round. With initial weights and a learning rate of 0. Raises `UserError`, also when the memory does not suffice.
+    """
+    if batch < 2:
+        raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
+    with shortages_told(device, f"Try a smaller --batch (now {batch})."):
+        distillers: dict[str, Distiller | None] = {"recipe": untrained(config, classes, config.losses)}
+        distillers["fd"] = plain_distillation(config, classes)[0]
+        distillers["student alone"] = untrained(config, classes, {"ce": {}}, teacher=False)
+        steps = {name: _real_step(d, config, device, classes, batch) for name, d in distillers.items() if d is not None}
+        first = distillers["recipe"]
+        if first is not None and first.teacher_view is not None:
+            pixels = torch.rand(batch, config.data.channels, *first.teacher_size, device=device)
+            steps["teacher forward"] = lambda: _in_precision(config, device, lambda: first.teacher_features(pixels))
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(1 + ROUNDS):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name].append(time.perf_counter() - began)
+    counted = {name: values[1:] for name, values in seconds.items()}
+    ratios = {
+        name: spread([a / b for a, b in zip(counted["recipe"], values, strict=True)])
+        for name, values in counted.items()
+        if name != "recipe"
+    }
+    seconds_told = {name: spread(values) for name, values in counted.items()}
+    return {"machine": machine(device), "batch": batch, "rounds": ROUNDS, "seconds": seconds_told, "ratio": ratios}
+
+
+def _real_step(
+    distiller: Distiller, config: Config, device: torch.device, classes: int, batch: int
+) -> Callable[[], None]:
+    distiller.to(device).train()
+    if config.train.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        compile_step(distiller, batch)
+    optimizer = make_optimizer(config, distiller)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
+    pixels = torch.rand(
+        batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size), device=device
+    )
+    targets = torch.randint(classes, (batch,), device=device)
+
+    def step() -> None:
+        losses = _in_precision(config, device, lambda: distiller(pixels, targets))
+        losses["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _in_precision(config: Config, device: torch.device, function: Callable[[], Any]) -> Any:
+    dtype = AUTOCAST[config.train.precision]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        return function()
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median, least, most."""
+    return [statistics.median(values), min(values), max(values)]

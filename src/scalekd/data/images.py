@@ -1,0 +1,164 @@
+"""From the bytes of an image file to pixels, for every source that has files; and the list of those that fail."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from scalekd.common import parallel
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import cannot_write
+from scalekd.common.text import printable
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the text is the reason."""
+
+
+def is_image(name: str) -> bool:
+    """By its extension; hidden files, such as the `._1.jpg` that macOS leaves in archives, are none."""
+    base = name.rpartition("/")[2]
+    return base.lower().endswith(EXTENSIONS) and not base.startswith(".")
+
+
+def read_file(path: str) -> bytes:
+    """Raises `BadImage`."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame of an encoded image, upright, 8 bits, mode L or RGB. Raises `BadImage`.
+
+    Transparency is dropped and 16-bit grey is scaled, so that 65535 is 255. docs/data.md has the whole table.
+    """
+    if not data:
+        raise BadImage("it is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return plain(image)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("it is not an image that Pillow knows") from None
+    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+        raise BadImage(first_line(error)) from None
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A loaded image, upright, 8 bits, mode L or RGB. Raises `BadImage` for pixels without a known range."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF does not make the pixels bad
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode == "F":
+        raise BadImage("its pixels are floating-point numbers of unknown range; convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage("its pixels are not within 0 to 65535; convert it to 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    image.info.pop("transparency", None)  # of a palette; Pillow would warn that it is dropped
+    return of_channels(1 if image.mode in ("1", "L", "LA") else 3, image)
+
+
+def of_channels(channels: int, image: Image.Image) -> Image.Image:
+    """In grey for 1, else in colours. As it is if it is so: `convert` would copy it, a tenth of a millisecond a photo."""
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+# ---------------------------------------------------------------- those that fail
+
+
+class Bad(NamedTuple):
+    name: str
+    reason: str
+
+
+class BadImages:
+    """The images of one set that a run left out, each once. `part` is `train` or `val`, `images` the size of the set.
+
+    Several processes count what each has met, and at a start what all have listed.
+    """
+
+    def __init__(self, part: str, images: int, share: float):
+        self.part, self.images, self.allowed = part, images, _allowed(images, share)
+        self.found: dict[str, str] = {}  # name: reason, both on one line
+        self.file: Path | None = None
+
+    def keep_in(self, folder: Path) -> None:
+        """Lists them in `folder/bad-images.txt` from here on, and counts those that are listed there already."""
+        listed = {name: reason for part, name, reason in read_list(folder) if part == self.part}
+        rank = parallel.rank()
+        self.file = folder / (f"bad-images-{rank}.txt" if rank else "bad-images.txt")
+        if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+            self._write("\n")  # a run that was killed left half a line
+        before, self.found = self.found, listed
+        self.add(Bad(name, reason) for name, reason in before.items())
+
+    def add(self, bad: Iterable[Bad]) -> None:
+        """Raises `UserError` when there are more than allowed."""
+        for name, reason in bad:
+            name, reason = printable(name), printable(reason)
+            if name not in self.found:
+                self.found[name] = reason
+                self._write(f"{self.part}\t{name}\t{reason}\n")
+        if len(self.found) > self.allowed:
+            name, reason = next(iter(self.found.items()))
+            listed = f" All of them: {self.file}." if self.file else ""
+            raise UserError(
+                f"{len(self.found)} of {self.images} images cannot be read, and data.max_bad allows {self.allowed}. "
+                f"The first: {name}: {reason}.{listed}\nMend or remove them, or raise data.max_bad."
+            )
+
+    def _write(self, text: str) -> None:
+        if self.file is None:
+            return
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise cannot_write(self.file, error) from None
+
+
+def _allowed(images: int, share: float) -> int:
+    """A share of the images, but three of 30 or more, and a tenth of fewer: one bad file must not stop a small set."""
+    if share == 0:
+        return 0
+    return max(math.floor(images * share + 1e-9), min(3, images // 10))
+
+
+def read_list(folder: Path) -> list[tuple[str, str, str]]:
+    """(part, name, reason) of every bad image that the processes of a run have listed in its folder, once each."""
+    entries: dict[tuple[str, str], str] = {}
+    for file in sorted(folder.glob("bad-images*.txt")):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            fields = line.split("\t")
+            if len(fields) == 3:
+                entries.setdefault((fields[0], fields[1]), fields[2])
+    return [(part, name, reason) for (part, name), reason in entries.items()]

@@ -1,0 +1,1 @@
+"""Image sources: folders, archives, shards, Hugging Face, torchvision and IDX files."""

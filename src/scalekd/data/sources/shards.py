@@ -1,0 +1,152 @@
+"""WebDataset shards: tar archives with `key.jpg` and `key.cls` for each image."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from scalekd.common.errors import UserError
+from scalekd.common.text import printable, shortened
+from scalekd.data.images import EXTENSIONS, decode, is_image
+
+from .tars import Place, index
+
+MAX_CLASSES = 1_000_000
+MAX_LABEL = 1000  # bytes
+MAX_SHARDS = 100_000
+NUMBER = re.compile(r"-?[0-9]{1,12}")
+
+
+class Shards:
+    """The images of all shards, in the shards' order. Labels are numbers from 0, or class names.
+
+    `classes.txt` beside the shards, one name per line, names the numbers and fixes their count.
+    """
+
+    def __init__(self, text: str, key: str):
+        paths = shard_paths(text, key)
+        self.names: list[str] = []
+        self.places: list[Place] = []
+        labels: list[str] = []
+        for path in paths:
+            for name, place, label in _samples(path, key):
+                self.names.append(name)
+                self.places.append(place)
+                labels.append(label)
+        if not labels:
+            raise UserError(f"{key}: {text} holds no images")
+        self.classes, number = _classes(paths[0].parent / "classes.txt", labels, key)
+        wrong = next((i for i, label in enumerate(labels) if label not in number), None)
+        if wrong is not None:
+            raise UserError(
+                f"{key}: label {printable(repr(labels[wrong]))} of {self.where(wrong)} is none of the "
+                f"{len(self.classes)} classes; labels are numbers from 0, or names, in all shards alike"
+            )
+        self.targets = [number[label] for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return decode(self.places[i].read()), self.targets[i]
+
+    def where(self, i: int) -> str:
+        return printable(f"{self.names[i]} in {self.places[i].archive}")
+
+    def identity(self, i: int) -> tuple[str, int]:
+        return self.places[i].identity()
+
+
+def is_sample_image(name: str) -> bool:
+    """Whether a file of a shard is a sample's image: not `0.mask.png`."""
+    extension = name.rpartition("/")[2].partition(".")[2]
+    return is_image(name) and f".{extension.lower()}" in EXTENSIONS
+
+
+def shard_paths(text: str, key: str) -> list[Path]:
+    pattern = str(Path(text).expanduser())
+    paths = [path for p in _ranges(pattern, key) for path in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
+    if not paths:
+        raise UserError(f"{key}: no file matches {text}")
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise UserError(f"{key}: {len(missing)} of {len(paths)} shards of {text} are not there, such as {missing[0]}")
+    return [Path(path) for path in paths]
+
+
+def _ranges(pattern: str, key: str) -> list[str]:
+    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; every range in it is written out."""
+    paths = [pattern]
+    while found := re.search(r"\{([^{}]*)\}", paths[0]):
+        ends = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", found[1])
+        if not ends or int(ends[1]) > int(ends[2]):
+            raise UserError(
+                f"{key}: {shortened(found[0])} in {shortened(pattern)} is no range; write it such as {{000..012}}"
+            )
+        numbers = range(int(ends[1]), int(ends[2]) + 1)
+        if len(numbers) * len(paths) > MAX_SHARDS:
+            raise UserError(f"{key}: {pattern} stands for more than {MAX_SHARDS:,} shards")
+        width = len(ends[1])
+        paths = [path.replace(found[0], str(n).zfill(width), 1) for path in paths for n in numbers]
+    return paths
+
+
+def _samples(path: Path, key: str) -> list[tuple[str, Place, str]]:
+    """(image's name, its place, its label) of every sample in a shard."""
+    images: dict[str, str] = {}
+    labels: dict[str, Place] = {}
+    places, _ = index(path, key)
+    for name, place in places.items():
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        sample = f"{folder}/{stem}" if folder else stem
+        if extension == "cls" and not base.startswith("."):
+            labels[sample] = place
+        elif is_sample_image(name):
+            if sample in images:
+                raise UserError(f"{key}: {printable(images[sample])} and {printable(name)} in {path} are one sample")
+            images[sample] = name
+    odd = sorted(images.keys() ^ labels.keys())
+    if odd:
+        lacks = "no label (.cls)" if odd[0] in images else "a label and no image"
+        raise UserError(
+            f"{key}: sample {printable(odd[0])} in {path} has {lacks}; {len(odd)} in this shard are not whole"
+        )
+    return [(name, places[name], _label(labels[sample], sample, path, key)) for sample, name in images.items()]
+
+
+def _label(place: Place, sample: str, path: Path, key: str) -> str:
+    if place.size > MAX_LABEL:
+        raise UserError(f"{key}: the label of {printable(sample)} in {path} has {place.size} bytes, which is no class")
+    try:
+        text = place.read().decode().strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{key}: the label of {printable(sample)} in {path} is not text") from None
+    return str(int(text)) if NUMBER.fullmatch(text) else text
+
+
+def _classes(names: Path, labels: list[str], key: str) -> tuple[list[str], dict[str, int]]:
+    """The class names, and the class index of each label that is allowed."""
+    if names.is_file():
+        try:
+            lines = names.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{key}: {names} is not UTF-8 text; write one class per line") from None
+        classes = [line.strip() for line in lines if line.strip()]
+        if not classes or len(set(classes)) < len(classes):
+            raise UserError(f"{key}: {names} has {'a name twice' if classes else 'no name'}; write one class per line")
+        return classes, _numbered(classes) | _numbered(map(str, range(len(classes))))
+    numbers = {int(label) for label in labels if NUMBER.fullmatch(label)}
+    if NUMBER.fullmatch(labels[0]):
+        classes = [str(i) for i in range(min(max(numbers) + 1, MAX_CLASSES))]
+    else:
+        classes = sorted({label for label in labels if label and not NUMBER.fullmatch(label)})
+    return classes, _numbered(classes)
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names)}

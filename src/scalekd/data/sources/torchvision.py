@@ -1,0 +1,74 @@
+"""torchvision's data sets, already on disk. torchvision reads the files; nothing is downloaded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from PIL import Image
+
+from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.data.images import BadImage, plain
+
+from .folders import real
+
+
+class TorchVision:
+    def __init__(self, text: str, key: str):
+        from torchvision import datasets
+
+        name, _, rest = text.partition(":")
+        split, _, root = rest.partition(":")
+        names = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
+        if name not in names:
+            raise UserError(f"{key}: torchvision has no data set `{name}`.{nearest(name, names)}")
+        if split not in ("train", "test", "val") or not root:
+            raise UserError(f"{key}: write torchvision:{name}:train:/folder or torchvision:{name}:test:/folder")
+        maker: Any = getattr(datasets, name)
+        if "train" in inspect.signature(maker).parameters:
+            if split == "val":
+                raise UserError(f"{key}: torchvision's {name} has train and test, and no val")
+            choice: dict[str, Any] = {"train": split == "train"}
+        else:
+            choice = {"split": split}
+        try:
+            self.images = maker(root, **choice)
+        except MemoryError:
+            raise
+        except Exception as error:  # its readers of damaged files raise nearly anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {reason}") from None
+        self.name, self.root = f"{name} {split}", real(root)
+        labels: Any = next(
+            (getattr(self.images, a) for a in ("targets", "labels", "_labels") if hasattr(self.images, a)), None
+        )
+        try:
+            self.targets = [int(label) for label in labels]
+        except (TypeError, ValueError):  # none at all, or not one class per image
+            raise UserError(
+                f"{key}: torchvision's {name} does not list one class per image; export it to class folders"
+            ) from None
+        self.classes = [str(c) for c in getattr(self.images, "classes", range(max(self.targets) + 1))]
+        wrong = next((i for i, t in enumerate(self.targets) if not 0 <= t < len(self.classes)), None)
+        if wrong is not None:
+            raise UserError(
+                f"{key}: {self.where(wrong)} has label {self.targets[wrong]}, and there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        try:
+            image, _ = self.images[i]
+            return plain(image), self.targets[i]
+        except (BadImage, MemoryError):
+            raise
+        except Exception as error:  # what torchvision and Pillow raise for a damaged file
+            raise BadImage(first_line(error)) from None
+
+    def where(self, i: int) -> str:
+        return f"image {i} of {self.name}"
+
+    def identity(self, i: int) -> tuple[str, str, int]:
+        return self.name, self.root, i

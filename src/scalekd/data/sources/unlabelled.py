@@ -1,0 +1,119 @@
+"""Images without labels: whatever a source holds, each with the target `UNLABELLED`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from scalekd.common.errors import UserError
+from scalekd.common.text import printable
+from scalekd.data.images import decode, is_image, read_file
+
+from .folders import OPTIONS, images_below, real
+from .shards import is_sample_image, shard_paths
+from .tars import Place, index
+
+if TYPE_CHECKING:
+    from .source import Source
+
+UNLABELLED = -1
+
+
+class Loose:
+    """Image files, on the disk or in archives, at any depth; folders mean nothing."""
+
+    def __init__(self, places: Sequence[str | Place], names: Sequence[str]):
+        self.places, self.names = places, names
+        self.classes: Sequence[str] = ()
+        self.targets = [UNLABELLED] * len(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        place = self.places[i]
+        return decode(place.read() if isinstance(place, Place) else read_file(place)), UNLABELLED
+
+    def where(self, i: int) -> str:
+        return printable(self.names[i])
+
+    def identity(self, i: int) -> Hashable:
+        place = self.places[i]
+        return place.identity() if isinstance(place, Place) else real(place)
+
+
+class WithoutLabels:
+    """A labelled source whose labels are not told."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.classes: Sequence[str] = ()
+        self.targets = [UNLABELLED] * len(source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return self.source[i][0], UNLABELLED
+
+    def where(self, i: int) -> str:
+        return self.source.where(i)
+
+    def identity(self, i: int) -> Hashable:
+        return self.source.identity(i)
+
+
+class Joined:
+    """The images of a labelled source, and after them those of one without labels."""
+
+    def __init__(self, labelled: Source, unlabelled: Source):
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.classes = labelled.classes
+        self.targets = [*labelled.targets, *unlabelled.targets]
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.unlabelled)
+
+    def _of(self, i: int) -> tuple[Source, int]:
+        return (self.labelled, i) if i < len(self.labelled) else (self.unlabelled, i - len(self.labelled))
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        source, place = self._of(i)
+        return source[place]
+
+    def where(self, i: int) -> str:
+        source, place = self._of(i)
+        return source.where(place)
+
+    def identity(self, i: int) -> Hashable:
+        source, place = self._of(i)
+        return source.identity(place)
+
+
+def loose_files(text: str, key: str) -> Loose:
+    """All images below a folder. Raises `UserError`."""
+    root = Path(text).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{key}: no folder {text}.{OPTIONS.get(key, '')}")
+    files = images_below(root)
+    if not files:
+        raise UserError(f"{key}: {text} holds no images")
+    return Loose(files, files)
+
+
+def loose_members(text: str, key: str, shards: bool) -> Loose:
+    """All images in one archive, or in all `shards` that the text names. Raises `UserError`."""
+    counts = is_sample_image if shards else is_image
+    archives = shard_paths(text, key) if shards else [Path(text).expanduser()]
+    found = [
+        (place, f"{name} in {place.archive}")
+        for archive in archives
+        for name, place in index(archive, key)[0].items()
+        if counts(name)
+    ]
+    if not found:
+        raise UserError(f"{key}: {text} holds no images")
+    return Loose([place for place, _ in found], [name for _, name in found])

@@ -1,0 +1,148 @@
+"""A distillation run: what the engine trains."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from scalekd.common import parallel
+from scalekd.common.stopwatch import Stopwatch
+from scalekd.config.losses import reads_logits, reads_teacher
+from scalekd.config.recipe import Config
+from scalekd.data.batches import (
+    Batch,
+    Images,
+    eval_batches,
+    load_batch,
+    train_batches,
+)
+from scalekd.data.samplers import Key, TrainSampler
+from scalekd.data.transforms import mixed
+from scalekd.models.embeddings import is_embedding
+from scalekd.models.options import Model
+from scalekd.models.weights.trained import Loaded
+from scalekd.train.run import Training
+
+from .distiller import Distiller, Teacher
+from .evaluate import NEIGHBOURS, evaluate, evaluate_features
+from .teacher_outputs import TeacherOutputs
+
+
+class Taught(NamedTuple):
+    """A teacher of a run."""
+
+    place: str  # in the recipe: `teacher`, or `teachers.NAME`
+    spec: Model
+    teacher: Teacher
+    loaded: Loaded
+
+    @property
+    def label(self) -> str:
+        return self.place.removeprefix("teachers.")
+
+
+@dataclass(kw_only=True)
+class Run(Training):
+    """A distillation, or a training without a teacher, built."""
+
+    batch = Batch
+    config: Config
+    train_images: Images
+    val_images: Images
+    model: Distiller
+    mixup: Mixup | None
+    teacher_outputs: TeacherOutputs | None = None
+
+    @property
+    def distiller(self) -> Distiller:
+        return self.model
+
+    @property
+    def student(self) -> nn.Module:
+        return self.model.student
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"student": self.model.student, "methods": self.model.methods}
+
+    @property
+    def figures(self) -> dict[str, str]:
+        neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
+        return {"top1": f"{neighbours}top-1", "top5": "top-5"}
+
+    @property
+    def eval_batch_size(self) -> int:
+        return min(256, 4 * super().eval_batch_size)  # without gradients, four times as many fit
+
+    @property
+    def teacher_clock(self) -> Stopwatch:
+        return self.model.teacher_clock
+
+    @property
+    def taught_by(self) -> list[Taught]:
+        """Its teachers."""
+        places = {name: self.config.place_of(name) for name in self.config.all_teachers}
+        return [
+            Taught(places[name], spec, self.distiller.teachers[name], self.loaded[places[name]])
+            for name, spec in self.config.all_teachers.items()
+        ]
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the student has one: not where no loss would train it."""
+        return self.distiller.student_view.shapes.classes > 0
+
+    def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
+        images, targets = self.inputs(batch)
+        known = self.teacher_outputs and self.teacher_outputs.features(micro, images)
+        return model(images, targets, known) if known else model(images, targets)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        if shared := self.teacher_outputs:
+            told = {"computed": shared.computed, "read": shared.read, "file": str(shared.path)}
+            return {"teacher_outputs": told}
+        return {}
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the distiller is called with: images (B, C, H, W) in [0, 1] and targets, mixed where the recipe says so."""
+        images = batch.images.to(self.device, non_blocking=True).float() / 255
+        targets = batch.targets.to(self.device, non_blocking=True)
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return mixed(images, targets, self.mixup) if self.mixup else (images, targets)
+
+    def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Batch, None, None]:
+        return train_batches(self.train_images, sampler, workers, self.device.type == "cuda")
+
+    def eval_batches(self, size: int, workers: int) -> Generator[Batch, None, None]:
+        pin = self.device.type == "cuda"
+        return eval_batches(self.val_images, size, workers, pin, parallel.rank(), parallel.world())
+
+    def again(self, keys: list[Key]) -> tuple[Batch, list[str]]:
+        images = self.train_images
+        return load_batch(images, keys), [images.source.where(images.indices[i]) for _, i in keys]
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """The deployed student's accuracy: `evaluate`, or `evaluate_features` without a classifier."""
+        by = evaluate if self.has_classifier else evaluate_features
+        return by(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
+
+
+def logit_losses(config: Config, teacher: str) -> list[str]:
+    """The losses of a recipe that compare this teacher's logits with the student's."""
+    return [
+        loss
+        for loss, options in config.losses.items()
+        if reads_teacher(loss) and reads_logits(loss) and teacher in options.get("teachers", config.all_teachers)
+    ]
+
+
+def gives_embeddings(spec: Model, outputs: int, classes: int) -> bool:
+    """Whether a teacher's outputs are an embedding. In a file, as many as the data has classes are taken for classes."""
+    same = outputs == classes and spec.weights != "pretrained"
+    return spec.head is None and not same and is_embedding(spec.model, outputs)

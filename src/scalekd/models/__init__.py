@@ -1,0 +1,1 @@
+"""timm models: created, checked, viewed in stages, exported."""

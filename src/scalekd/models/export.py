@@ -1,0 +1,110 @@
+"""The student alone, as files that timm and onnxruntime load, and the proof that they give the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import cannot_write, replacing, write_text
+
+from .weights.card import read_card
+from .weights.match import sha256_of
+
+ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
+
+
+def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
+    """Writes `path` (.safetensors) and, beside it, the card as JSON; loads it back with timm.
+
+    card: model, kwargs, classes, mean, std, image_size, ... as `student_card` makes it.
+    Returns the largest difference between the logits of the student and of the file loaded back.
+    Raises `UserError` when it cannot be written.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+    with replacing(path) as file:
+        file.write(save(state, metadata={"scalekd": json.dumps(card)}))
+    write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
+    images = example_images(card)
+    return _difference(_logits(student, images), _logits(load_student(path)[0], images))
+
+
+def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(the student in eval mode, its card) from an exported .safetensors file or a run's folder. Raises `UserError`."""
+    file = path / "student.safetensors" if path.is_dir() else path
+    card_file = file.with_suffix(".json")
+    # nothing but safetensors: other weights files may hold code
+    if file.suffix != ".safetensors" or not file.is_file() or not card_file.is_file():
+        raise UserError(f"{path}: no student.safetensors with its .json there; `scalekd export RUN_FOLDER` makes them")
+    card = read_card(card_file)
+    if card.get("sha256", sha256_of(file)) != sha256_of(file):
+        raise UserError(
+            f"{file} does not fit its card {card_file}: it has another sha256, so it was changed or is of another "
+            "export; `scalekd export RUN_FOLDER` makes both anew"
+        )
+    return create_student(card, card_file, file).eval(), card
+
+
+def create_student(card: dict[str, Any], card_file: Path, weights: Path | None = None) -> nn.Module:
+    """The timm model that a card names, with its weights if given. Raises `UserError`."""
+    try:
+        return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
+    except Exception as error:  # whatever timm ends with, given such arguments or such a file
+        raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {first_line(error)}") from None
+
+
+def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
+    """Writes ONNX with a free batch size; returns the largest difference of logits under onnxruntime.
+
+    Input: normalised images (B, C, H, W), as the timm model's. Raises `UserError` if the extra is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError(ONNX_MISSING) from None
+    images = example_images(card)
+    student = copy.deepcopy(student).cpu().eval()
+    program = torch.onnx.export(
+        student,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    try:
+        program.save(str(path))
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # another batch size than the exporter saw, so that a fixed one would show
+    again = torch.cat([images, images.flip(0)])
+    return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+
+
+def example_images(card: dict[str, Any]) -> Tensor:
+    height, width = card["image_size"]
+    return torch.randn(4, len(card["mean"]), height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    was_training = model.training
+    device = next(model.parameters()).device
+    logits = model.eval()(images.to(device)).float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()

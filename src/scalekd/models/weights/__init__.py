@@ -1,0 +1,1 @@
+"""Weight files: reading, matching to a model, and their metadata."""

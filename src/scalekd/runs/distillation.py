@@ -1,0 +1,138 @@
+"""A run from its recipe to its folder: check, train, export, report."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from scalekd.checks.preflight import preflight
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.provenance import made_by
+from scalekd.common.shortages import shortages_told
+from scalekd.common.stop import StopRequest
+from scalekd.common.text import counted
+from scalekd.config.recipe import Config
+from scalekd.distill.build import build
+from scalekd.distill.run import Run
+from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
+from scalekd.models.export import export_student
+from scalekd.models.options import Model
+from scalekd.models.stages import StageView
+from scalekd.models.weights.trained import Loaded
+from scalekd.report.run import write_run_report
+from scalekd.train.folder import Outcome, open_folder, run_into
+from scalekd.train.run import provenance
+from scalekd.train.trackers import check_trackers
+
+from .heads import fit_heads, heads_of, with_heads
+from .memory import smaller_steps
+from .students import student_card
+
+
+def execute(
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    check: bool = True,
+    title: str | None = None,
+    stop: StopRequest | None = None,
+    teacher_outputs: Path | None = None,
+    look: bool = True,
+) -> dict[str, Any]:
+    """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
+
+    check: pre-flight before training. stop: looked at between steps; `Stopped` is raised with the run saved.
+    look: at the student's answers to validation images, for the report; a minute at most.
+    teacher_outputs: a folder where runs that show their teacher the same pixels share what it gives.
+    Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
+    """
+    if config.assistant is not None:
+        raise UserError("a recipe with an assistant is two runs: `scalekd train` makes both")
+    named = with_heads(config, folder)
+    open_folder(folder, named, heads_of(named))
+    parallel.wait_for_all()  # rank 0 writes into the folder below
+    config = fit_heads(config, folder, device, console)
+    run = checked(config, device, console) if check else _built(config, device)
+    if teacher_outputs and config.teachers:
+        raise UserError("--teacher-outputs goes with one teacher; leave it out")
+    if teacher_outputs and config.teacher:
+        if parallel.world() > 1:
+            raise UserError("--teacher-outputs goes with one process; leave it out")
+        name = outputs_name(config, run.distiller, run.loaded["teacher"])
+        records = run.total_steps * config.train.accumulate
+        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
+    return run_into(
+        folder,
+        run,
+        outcome(look),
+        console,
+        title=title or config.name,
+        way_out=smaller_steps(config),
+        stop=stop,
+        beforehand=heads_of(config),
+    )
+
+
+def _finish(run: Run, folder: Path, summary: dict[str, Any], look: bool) -> None:
+    file = folder / "student.safetensors"
+    summary["student"] = str(file)
+    summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
+    write_run_report(folder, summary, facts(run), run if look else None)
+
+
+def checked(config: Config, device: torch.device, console: Console) -> Run:
+    """Builds a recipe and runs its pre-flight; writes nothing. Raises `UserError`."""
+    run = _built(config, device)
+    with shortages_told(device, smaller_steps(config)):
+        preflight(run, console)
+    return run
+
+
+def _built(config: Config, device: torch.device) -> Run:
+    check_trackers(config.track)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with shortages_told(device, smaller_steps(config)):
+        return build(config, device)
+
+
+def outcome(look: bool) -> Outcome:
+    return Outcome("student.json", student_card, partial(_finish, look=look))
+
+
+def facts(run: Run) -> dict[str, str]:
+    config = run.config
+    told = {
+        "data": _data_fact(run),
+        "student": _model_fact(run.distiller.student_view, config.student, run.loaded["student"]),
+    }
+    for name, spec in config.all_teachers.items():
+        place = config.place_of(name)
+        told[place] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[place])
+    return told | {
+        "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
+        **made_by(provenance(run)),
+    }
+
+
+def _data_fact(run: Run) -> str:
+    data, labelled = run.config.data, run.train_images.labelled
+    parts = [f"{data.train}, {labelled} images of {len(run.classes)} classes"] if labelled else []
+    if rest := len(run.train_images) - labelled:
+        parts.append(f"{rest} images without labels, {data.unlabelled}")
+    if not run.has_classifier:
+        parts.append("the student has no classifier; validation by the nearest neighbours of its features")
+    return "; ".join([*parts, f"validation on {len(run.val_images)}"])
+
+
+def _model_fact(view: StageView, spec: Model, loaded: Loaded) -> str:
+    millions = sum(p.numel() for p in view.model.parameters()) / 1e6
+    return f"{spec.model}, {millions:.2f} M parameters, weights: {loaded.source}"

@@ -1,0 +1,104 @@
+"""Exports the student of a run, and evaluates exported students."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from scalekd.common import parallel
+from scalekd.common.errors import UserError, first_line
+from scalekd.common.sections import height_and_width
+from scalekd.common.shortages import shortages_told
+from scalekd.common.text import printable
+from scalekd.data.batches import Images, eval_batches
+from scalekd.data.options import Augment, Data
+from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.split import same_classes
+from scalekd.data.transforms import eval_transform
+from scalekd.distill.evaluate import evaluate
+from scalekd.distill.run import Run
+from scalekd.models.export import create_student, export_onnx, export_student, load_student
+from scalekd.models.weights.card import as_written, read_card
+from scalekd.train import checkpoint
+from scalekd.train.run import provenance
+
+
+def student_card(run: Run) -> dict[str, Any]:
+    """What someone needs to use the exported student, beside its weights."""
+    config = run.config
+    return {
+        "model": config.student.model,
+        "kwargs": run.loaded["student"].kwargs,
+        "classes": run.classes if run.has_classifier else [],
+        "image_size": list(height_and_width(config.data.image_size)),
+        "mean": as_written(run.distiller.student_mean),
+        "std": as_written(run.distiller.student_std),
+        "interpolation": config.augment.interpolation,
+        "crop_pct": config.augment.crop_pct,
+        "teacher": " + ".join(spec.model for spec in config.all_teachers.values()) or None,
+        "losses": config.losses,
+        "provenance": provenance(run),
+    }
+
+
+def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
+    """Writes student.safetensors, its card and, if asked, student.onnx from a run's `best` or `last` checkpoint.
+
+    Needs neither the run's data nor its teacher. Raises `UserError`.
+    """
+    state_file, card_file = folder / f"{which}.pt", folder / "student.json"
+    if not card_file.is_file() or not state_file.is_file():
+        raise UserError(
+            f"{folder} has no {which} checkpoint to export; is it a run's folder that reached its first validation?"
+        )
+    state, card = checkpoint.load(state_file), read_card(card_file)
+    student = create_student(card, card_file)
+    try:
+        top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
+        student.load_state_dict(state["deployed" if which == "last" else "student"])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{state_file} is not a checkpoint of {card_file}'s student: {first_line(error)}") from None
+    card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
+    file = folder / "student.safetensors"
+    difference = export_student(student, file, card)
+    told = f"{file}  timm loads it back: largest difference of logits {difference:.1e}"
+    console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
+    if onnx:
+        difference = export_onnx(student, folder / "student.onnx", card)
+        told = f"{folder / 'student.onnx'}  onnxruntime: largest difference of logits {difference:.1e}"
+        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
+
+
+def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
+    """Top-1, top-5 and loss of an exported student on any data source. Raises `UserError` if classes differ."""
+    student, card = load_student(path)
+    if not card["classes"]:
+        raise UserError(
+            f"{path} has no classifier: its losses read no logits. `scalekd probe` tells how good its features are"
+        )
+    device = parallel.pick_device(device_name)
+    source = open_source(source_text, "--data")
+    if not same_classes(card["classes"], source.classes):
+        if pair := pair_of(source_text):
+            raise UserError(
+                f"--data: {source_text} has a part to train on and one to validate on; write --data {pair[1]}"
+            )
+        raise UserError(
+            f"--data has other classes than the student knows: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
+            f"against {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
+        )
+    data = Data.model_validate({"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])})
+    augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
+    images = Images(source, range(len(source)), eval_transform(data, augment), None)
+    mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
+    with shortages_told(device, "Try --device cpu."):
+        return evaluate(
+            student.to(device),
+            eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),
+            mean,
+            std,
+            device,
+        )

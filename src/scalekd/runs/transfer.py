@@ -1,0 +1,105 @@
+"""Training of a detector or segmenter, from recipe to folder: built, checked, run, exported, reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from scalekd.checks.model import weights_check
+from scalekd.checks.step import finish
+from scalekd.common import parallel
+from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.provenance import made_by
+from scalekd.common.shortages import shortages_told
+from scalekd.common.stop import StopRequest
+from scalekd.common.text import counted
+from scalekd.report.run import write_run_report
+from scalekd.train.folder import Outcome, open_folder, run_into
+from scalekd.train.run import provenance
+from scalekd.train.trackers import check_trackers
+from scalekd.transfer.config import Detection, Segmentation
+from scalekd.transfer.deploy import export
+from scalekd.transfer.detection import run as detect
+from scalekd.transfer.segmentation import run as segment
+
+
+def build(config: Detection | Segmentation, device: torch.device) -> detect.DetectionRun | segment.SegmentationRun:
+    """Opens the data and builds model, optimiser and schedule. Raises `UserError`."""
+    return detect.build(config, device) if isinstance(config, Detection) else segment.build(config, device)
+
+
+def train(
+    config: Detection | Segmentation,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    stop: StopRequest | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Trains into `folder`, or goes on with the run that is there. Returns its summary; None for a dry run.
+
+    Raises `UserError`, and `Stopped` with the run saved.
+    """
+    if not dry_run:
+        open_folder(folder, config)
+        parallel.wait_for_all()  # rank 0 writes into the folder below
+    check_trackers(config.track)
+    if device.type == "cpu":
+        keep_freed_memory()
+    way_out = _way_out(config)
+    with shortages_told(device, way_out):
+        run = build(config, device)
+        _preflight(run, console)
+    if dry_run:
+        return None
+    outcome = Outcome(f"{run.task.trained}.json", _card, _finish)
+    return run_into(folder, run, outcome, console, title=config.name, way_out=way_out, stop=stop)
+
+
+def _preflight(run: Any, console: Console) -> None:
+    if parallel.rank() == 0:
+        for line in run.told():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    spec, loaded = run.config.backbone, run.loaded["backbone"]
+    finish(run, f"{spec.model}, {run.task.model}", [weights_check(spec, loaded, run.config.seed)], console)
+
+
+def _way_out(config: Any) -> str:
+    train = config.train
+    parts = 2 * train.accumulate
+    more = f"train.accumulate={parts} (the same batch in more parts), or " * (
+        train.batch_size % (parts * parallel.world()) == 0
+    )
+    now = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
+    return f"Now {now}; try {more}smaller images."
+
+
+def _card(run: Any) -> dict[str, Any]:
+    return run.card() | {"provenance": provenance(run)}
+
+
+def _finish(run: Any, folder: Path, summary: dict[str, Any]) -> None:
+    file = folder / run.task.weights
+    figures = {key: summary[key] for key in run.figures}
+    summary["model"] = str(file)
+    summary["reload_difference"] = export(run.deployed, file, _card(run) | {"figures": figures})
+    write_run_report(folder, summary, facts(run))
+
+
+def facts(run: Any) -> dict[str, str]:
+    """For the report: what was trained, on what, for how long."""
+    config, loaded = run.config, run.loaded["backbone"]
+    millions = sum(p.numel() for p in run.student.parameters()) / 1e6
+    epochs = counted(run.epochs(run.total_steps), "epoch")
+    return {
+        "data": run.told()[0],
+        "model": f"{run.task.model} on {config.backbone.model}, {millions:.2f} M parameters",
+        "backbone": f"{config.backbone.model}, weights: {loaded.source}",
+        "budget": f"{epochs}, {counted(run.total_steps, 'step')}, batch {config.train.batch_size}, {config.optim.name}, "
+        f"lr {config.optim.lr:g}, stage decay {config.optim.stage_decay:g}, seed {config.seed}",
+        **made_by(provenance(run)),
+    }

@@ -1,0 +1,1 @@
+"""The training loop of any task, its checkpoints and its run folder."""

@@ -1,0 +1,163 @@
+"""What a run tells: `log.jsonl` for programs, a progress line or plain lines for people, scalars for trackers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from scalekd.common import parallel
+from scalekd.common.files import cannot_write
+from scalekd.common.text import duration, printable
+
+from .trackers import Tracker
+
+OpenTrackers = Callable[[int, Callable[[str], None]], list[Tracker]]  # (last step done, tell a line) -> trackers
+SCALARS = ("lr", "grad_norm", "images_per_s", "data_share", "teacher_share")
+
+
+class RunLog:
+    """Events as JSON lines in `folder/log.jsonl`, and their short form on the screen. Only rank 0 writes.
+
+    open_trackers: called when training starts from a step, again if it goes back to one.
+    Raises `UserError` when the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None = None,
+        label: str = "",
+        open_trackers: OpenTrackers | None = None,
+    ):
+        self.active = parallel.rank() == 0
+        self.console = console or Console(emoji=False)
+        self.label = label
+        self.open_trackers, self.trackers = open_trackers, list[Tracker]()
+        self.path = folder / "log.jsonl"
+        try:
+            # unbuffered: what a full disk refuses is not tried again later, in the middle of something else
+            self.file = open(self.path, "ab", buffering=0) if self.active else None  # noqa: SIM115 - until close()
+            if self.active and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+                self._append("\n")  # after half a line of a run that was killed
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self.live: Live | None = None
+        self.last_line = 0.0
+        self.accuracy = ""
+
+    def event(self, kind: str, **values: Any) -> None:
+        self._append(json.dumps({"event": kind, "time": round(time.time(), 3)} | values) + "\n")
+
+    def _append(self, text: str) -> None:
+        left = memoryview(text.encode())
+        try:
+            while self.file and left:
+                left = left[self.file.write(left) or 0 :]
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, done: int, total: int) -> None:
+        """Training begins after step `done`; once more when it goes back to a checkpoint."""
+        if not self.active:
+            return
+        self._close_shown()
+        if self.open_trackers:
+            self.trackers = self.open_trackers(done, self.say)
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total} {task.fields[speed]}", markup=False),
+            )
+            self.task = self.progress.add_task(printable(self.label), total=total, completed=done, speed="")
+            self.terms = Text()
+            self.live = Live(Group(self.progress, self.terms), console=self.console, transient=True)
+            self.live.start()
+
+    def step(self, **values: Any) -> None:
+        """One log interval: epoch, step, steps, lr, losses, images_per_s, data_share, left_s, and teacher_share if there is
+        a teacher."""
+        self.event("step", **values)
+        if not self.active:
+            return
+        scalars = {f"loss/{name}": value for name, value in values["losses"].items()}
+        self._track(values["step"], scalars | {name: values[name] for name in SCALARS if name in values})
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in values["losses"].items())
+        teacher = f"teacher {values['teacher_share']:.0%}  " if "teacher_share" in values else ""
+        speed = (
+            f"{values['images_per_s']:.0f} img/s  data {values['data_share']:.0%}  "
+            f"{teacher}{duration(values['left_s'])} left"
+        )
+        if self.live:
+            self.progress.update(self.task, completed=values["step"], speed=speed)
+            self.terms.plain = printable(f"  {losses}  {self.accuracy}")
+        elif time.time() - self.last_line > 10:  # a log file wants a line now and then, not every interval
+            self.last_line = time.time()
+            self.say(f"{self.label} step {values['step']}/{values['steps']}  {losses}  {speed}")
+
+    def validation(self, figures: Mapping[str, str], **values: Any) -> None:
+        """figures: key -> name of what is told, in %. values: these, step and steps, epoch and epochs, best, elapsed_s."""
+        self.event("validation", **values)
+        self._track(values["step"], {f"val/{name}": values[name] for name in (*figures, "loss") if name in values})
+        told = [f"{name} {values[key]:.2f} %" for key, name in figures.items()]
+        self.accuracy = told[0]
+        unit = "epoch" if values["epoch"] == int(values["epoch"]) else "step"
+        self.say(
+            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(told)}  best {values['best']:.2f} %  "
+            f"{duration(values['elapsed_s'])}"
+        )
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(step, values)
+
+    def _close_shown(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+
+    def close(self) -> None:
+        self._close_shown()
+        if self.file:
+            self.file.close()
+            self.file = None
+
+
+def top1_of(result: Mapping[str, Any]) -> str:
+    """What a validation's top-1 is of: the student's classifier, or its features' neighbours."""
+    return f"{result['neighbours']}-nn top-1" if "neighbours" in result else "top-1"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first, no step twice: what a resumed run repeats counts as it was the last time.
+
+    A half-written line, from when the run was killed, is left out.
+    """
+    events: list[dict[str, Any]] = []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(event, dict) or "event" not in event:
+            continue
+        if event["event"] == "resumed":
+            events = [e for e in events if e["event"] != "finished" and e.get("step", 0) <= event.get("step", 0)]
+        events.append(event)
+    last = {(e["event"], e.get("step")): i for i, e in enumerate(events) if e["event"] in ("step", "validation")}
+    return [e for i, e in enumerate(events) if last.get((e["event"], e.get("step")), i) == i]

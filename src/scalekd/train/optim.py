@@ -1,0 +1,95 @@
+"""Parameter groups, optimiser and schedule, through timm's factories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch.optim import Optimizer
+
+from .options import BaseOptim
+
+
+def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimiser that a recipe names, through timm's factory, with these parameter groups; fused where `can_be_fused`.
+
+    Parameters have their place and layout in memory by then: the fused update takes gradients to have the same.
+    """
+    info = get_optimizer_info(optim.name)
+    extra: dict[str, Any] = ({"betas": optim.betas} if info.has_betas else {}) | (
+        {"eps": optim.eps} if info.has_eps else {}
+    )
+    fused = can_be_fused(optim.name, groups)
+    made = create_optimizer_v2(
+        groups,
+        opt=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=False,
+        **extra | ({"fused": True} if fused else {}),
+    )
+    if fused and isinstance(made, torch.optim.SGD):
+        # Else the first step makes them without values, and leaves them so where an fp16 gradient has overflown
+        for parameter in (p for group in made.param_groups if group["momentum"] for p in group["params"]):
+            made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return made
+
+
+def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether PyTorch has one kernel for the whole update of these parameters: SGD, Adam and AdamW on a CPU or a GPU.
+
+    It gives the same values but for rounding, and holds no copies of the parameters meanwhile (docs/performance.md).
+    """
+    devices = {p.device.type for group in groups for p in group["params"]}
+    one_kernel = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return get_optimizer_info(name).opt_class in one_kernel and devices <= {"cpu", "cuda"}
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`; where the checkpoint is of an optimiser that was not fused, this one goes on so."""
+    optimizer.load_state_dict(state)
+    # what a gradient scaler found is for a fused one, and an error for the other
+    optimizer._step_supports_amp_scaling = any(g.get("fused") for g in optimizer.param_groups)  # type: ignore[attr-defined]
+
+
+def make_schedule(config: Any, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule for a recipe's `schedule` and `train.epochs`, counted in steps: call `schedule.step_update(step)` before each step."""
+    s, epochs = config.schedule, config.train.epochs
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=s.name,
+        num_epochs=epochs,
+        warmup_epochs=s.warmup_epochs,
+        warmup_lr=s.warmup_lr,
+        warmup_prefix=False,
+        min_lr=s.min_lr,
+        decay_milestones=list(s.milestones),
+        decay_rate=s.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    assert schedule is not None
+    return schedule
+
+
+def make_iteration_schedule(schedule: Any, iterations: int, optimizer: Optimizer) -> Scheduler:
+    """timm's cosine or polynomial schedule over `iterations` steps. schedule: a recipe's, with `warmup_iterations`."""
+    made, _ = create_scheduler_v2(
+        optimizer,
+        sched=schedule.name,
+        num_epochs=iterations,
+        warmup_epochs=schedule.warmup_iterations,
+        warmup_lr=schedule.warmup_lr,
+        warmup_prefix=False,
+        min_lr=schedule.min_lr,
+        decay_rate=schedule.power,  # what timm's factory takes as the power of `poly`
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    assert made is not None
+    return made

@@ -1,0 +1,180 @@
+"""From COCO annotations to batches for a detector: images of any size, with boxes, labels and masks.
+
+As in `scalekd.data`, items are asked for by (epoch, index) and every random choice comes from (seed, epoch, index).
+`coco.py` opens and checks the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from scalekd.common.errors import UserError
+from scalekd.common.seeds import seed_everything
+from scalekd.common.text import printable
+from scalekd.data.batches import checked, loader
+from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels
+from scalekd.data.samplers import EvalSampler, Key
+
+from .coco import Coco, Instance, Picture
+from .masks import mask_of
+
+Target = dict[str, Tensor]
+NARROWEST = 400  # the long side of an image, in short sides
+
+
+class DetectionBatch(NamedTuple):
+    images: list[Tensor]  # each (C, H, W) uint8, of its own size
+    targets: list[Target]
+    """Training: `boxes` (N, 4) float32, left, top, right, bottom in pixels; `labels` (N,) int64 from 1; `masks`
+    (N, H, W) uint8. Always: `picture`, the place in `Coco.pictures`, and `size` (2,), height and width of the file."""
+    skipped: Sequence[Bad] = ()  # images that could not be read on the way
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a training image goes through. The defaults are those of mmdetection's multi-scale recipes up to 1333x800.
+
+    An evaluation image leaves as it is: the detector resizes it and gives its boxes in the file's own pixels.
+    """
+
+    short: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels: the short side is one of these
+    long: int = 1333  # pixels: and the long side at most that
+    flip: float = 0.5  # probability, left to right
+    channels: int = 3
+
+    def limited(self, limit: int | None) -> Scales:
+        """The same with no side over `limit` pixels, `Detector.limit`; None changes nothing."""
+        if limit is None:
+            return self
+        return replace(self, short=tuple(s for s in self.short if s <= limit) or (limit,), long=min(self.long, limit))
+
+
+class DetectionImages(Dataset):
+    """Images asked for by (epoch, index), as `scalekd.data.Images`: augmented and with targets with a seed, else plain.
+
+    To train on: only images with objects, and no crowd regions. To evaluate: all images.
+
+    An image that cannot be used comes back as a `UserError`. With `bad`, which notes them, it is left out instead: in
+    training the next one takes its place.
+    """
+
+    def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None):
+        self.coco, self.scales, self.seed, self.bad = coco, scales, seed, bad
+        self.places = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
+        self.augment = v2.Compose(
+            [
+                v2.RandomShortestSize(list(scales.short), scales.long, antialias=True),
+                v2.RandomHorizontalFlip(scales.flip),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: Key) -> DetectionBatch | UserError:
+        epoch, index = key
+        if self.seed is not None:
+            seed_everything(self.seed, epoch, index)
+        skipped: list[Bad] = []
+        # more bad ones in a row than are allowed: enough to know that the run must stop
+        spare = self.bad.allowed if self.bad and self.seed is not None else 0
+        for i in range(index, index + spare + 1):
+            place = self.places[i % len(self)]
+            picture = self.coco.pictures[place]
+            try:
+                image = _read(picture)
+            except BadImage as error:
+                if self.bad is None:
+                    return UserError(
+                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Mend or remove it"
+                    )
+                skipped.append(Bad(picture.path, str(error)))
+            else:
+                pixels, target = self._item(image, picture)
+                target |= {"picture": torch.tensor(place), "size": torch.tensor([picture.height, picture.width])}
+                return DetectionBatch([pixels], [target], skipped)
+        return DetectionBatch([], [], skipped)
+
+    def _item(self, image: Image.Image, picture: Picture) -> tuple[Tensor, Target]:
+        pixels = TF.pil_to_tensor(of_channels(self.scales.channels, image))
+        if self.seed is None:
+            return pixels, {}
+        target = _target(picture)
+        pixels, target = self.augment(tv_tensors.Image(pixels), target)
+        return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+
+def _read(picture: Picture) -> Image.Image:
+    """Raises `BadImage` for what cannot be read, or is not what the annotations describe."""
+    try:
+        data = Path(picture.path).read_bytes()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+    image = decode(data)
+    if image.size != (picture.width, picture.height):
+        raise BadImage(
+            f"it has {image.width}x{image.height} pixels, upright, and its annotations are for "
+            f"{picture.width}x{picture.height}"
+        )
+    if max(image.size) > NARROWEST * min(image.size):
+        raise BadImage(f"it has {image.width}x{image.height} pixels; resized, nothing would be left of the short side")
+    return image
+
+
+def _target(picture: Picture) -> Target:
+    """Boxes, labels and masks of its objects, crowds left out."""
+    height, width = picture.height, picture.width
+    objects = [instance for instance in picture.instances if not instance.crowd]
+    boxes = torch.tensor([_corners(instance) for instance in objects], dtype=torch.float32).reshape(-1, 4)
+    masks = np.stack([mask_of(instance.mask, height, width) for instance in objects])
+    return {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": torch.tensor([instance.label for instance in objects], dtype=torch.int64),
+        "masks": tv_tensors.Mask(torch.from_numpy(masks)),
+    }
+
+
+def _corners(instance: Instance) -> tuple[float, float, float, float]:
+    x, y, width, height = instance.box
+    return x, y, x + width, y + height
+
+
+# ---------------------------------------------------------------- batches
+
+
+def collate(samples: list[DetectionBatch | UserError]) -> DetectionBatch | UserError:
+    images: list[Tensor] = []
+    targets: list[Target] = []
+    skipped: list[Bad] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        images += sample.images
+        targets += sample.targets
+        skipped += sample.skipped
+    return DetectionBatch(images, targets, skipped)
+
+
+def detection_batches(
+    images: DetectionImages, sampler: Sampler, workers: int, pin: bool
+) -> Generator[DetectionBatch, None, None]:
+    """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
+    return checked(loader(images, sampler, workers, pin, collate), images.bad)
+
+
+def eval_batches(
+    images: DetectionImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
+) -> Generator[DetectionBatch, None, None]:
+    return detection_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)

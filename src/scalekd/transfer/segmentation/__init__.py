@@ -1,0 +1,1 @@
+"""UPerNet on images with masks."""

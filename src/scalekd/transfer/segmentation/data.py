@@ -1,0 +1,204 @@
+"""From images with masks to batches: random crops to train on, whole images to evaluate.
+
+As in `scalekd.data`, items are asked for by (epoch, index) and every random choice comes from (seed, epoch, index).
+`segment_pairs.py` opens the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from scalekd.common.errors import UserError
+from scalekd.common.seeds import seed_everything
+from scalekd.common.text import printable
+from scalekd.data.batches import Batch, checked, loader
+from scalekd.data.images import Bad, BadImage, BadImages, of_channels
+from scalekd.data.samplers import EvalSampler, Key
+from scalekd.data.transforms import Statistic
+
+from .pairs import IGNORED, Mask, Pairs
+
+# ---------------------------------------------------------------- transforms
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What happens to an image before it is seen. The defaults are ADE20K's, as the papers have them.
+
+    source: mmsegmentation's configs/_base_/datasets/ade20k.py and the transforms it names.
+    """
+
+    size: tuple[int, int] = (512, 512)  # height, width of a training crop
+    scale: tuple[float, float] = (0.5, 2.0)  # training: of the size that an image is evaluated at
+    most: float = 0.75  # no class may have more of a crop's pixels, if ten tries find such a crop
+    flip: float = 0.5
+    photometric: bool = True
+    channels: int = 3
+    fill: Statistic = (0.485, 0.456, 0.406)  # of what is padded, in [0, 1]: the backbone's mean
+
+
+Pair = tuple[Tensor, Tensor]  # image (C, h, w) uint8, mask (H, W) uint8
+
+
+def training_crop(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
+    """Random size, part, flip and colours; padded to `crops.size` with `fill` and `IGNORED`. Draws from torch."""
+    pixels, classes = _tensors(image, mask, crops.channels)
+    scale = crops.scale[0] + (crops.scale[1] - crops.scale[0]) * float(torch.rand(()))
+    size = evaluated_at(image.height, image.width, crops.size, scale)
+    # nearest-exact keeps the classes where bilinear keeps the pixels; nearest shifts them by half a pixel
+    classes = F.interpolate(classes[None, None], size, mode="nearest-exact")[0, 0]
+    pixels, classes = _cropped(resized(pixels, size), classes, crops)
+    if torch.rand(()) < crops.flip:
+        pixels, classes = pixels.flip(-1), classes.flip(-1)
+    if crops.photometric:
+        pixels = DISTORTION(pixels)
+    return _padded(pixels, classes, crops)
+
+
+def whole_image(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
+    """The image with its short side as long as that of `crops.size`; the mask as it is, of another size."""
+    pixels, classes = _tensors(image, mask, crops.channels)
+    return resized(pixels, evaluated_at(image.height, image.width, crops.size)), classes
+
+
+def _tensors(image: Image.Image, mask: Mask, channels: int) -> Pair:
+    return TF.pil_to_tensor(of_channels(channels, image)), torch.from_numpy(mask)
+
+
+def evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """Height and width of an image with its sides in proportion: the short one min(size), the long one at most 4x that.
+
+    mmsegmentation's scale (2048, 512) with crops of 512.
+    """
+    short = scale * min(size)
+    factor = min(short / min(height, width), 4 * short / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return TF.resize(pixels, list(size), v2.InterpolationMode.BILINEAR, antialias=True)
+
+
+def _cropped(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
+    """A random part of at most `crops.size`: the first of ten in which no class has more than `most`, else the last."""
+    height, width = (min(side, most) for side, most in zip(classes.shape, crops.size))
+    for _ in range(10):
+        y = int(torch.randint(classes.shape[0] - height + 1, ()))
+        x = int(torch.randint(classes.shape[1] - width + 1, ()))
+        part = classes[y : y + height, x : x + width]
+        counts = torch.bincount(part.flatten(), minlength=IGNORED + 1)[:IGNORED]
+        if 0 < counts.max() < crops.most * counts.sum():
+            break
+    return pixels[:, y : y + height, x : x + width], part
+
+
+def _padded(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
+    """Below and on the right."""
+    height, width = classes.shape
+    if (height, width) == crops.size:
+        return pixels, classes
+    whole = torch.full(crops.size, IGNORED, dtype=torch.uint8)
+    canvas = (255 * torch.tensor(crops.fill)).round().to(torch.uint8).view(-1, 1, 1).repeat(1, *crops.size)
+    whole[:height, :width], canvas[:, :height, :width] = classes, pixels
+    return canvas, whole
+
+
+def _at_times(**change: tuple[float, float]) -> v2.Transform:
+    return v2.RandomApply([v2.ColorJitter(**change)], p=0.5)
+
+
+# SSD's (arXiv:1512.02325) in the ranges of mmsegmentation's PhotoMetricDistortion, contrast before or after the others.
+# torchvision's RandomPhotometricDistort also swaps channels, which mmsegmentation's does not.
+_LIGHT, _CONTRAST = _at_times(brightness=(1 - 32 / 255, 1 + 32 / 255)), _at_times(contrast=(0.5, 1.5))
+_COLOUR = [_at_times(saturation=(0.5, 1.5)), _at_times(hue=(-0.1, 0.1))]
+DISTORTION = v2.RandomChoice([v2.Compose([_LIGHT, _CONTRAST, *_COLOUR]), v2.Compose([_LIGHT, *_COLOUR, _CONTRAST])])
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Sample(NamedTuple):
+    pair: Pair | None  # None if it cannot be read and nothing takes its place
+    skipped: Sequence[Bad] = ()
+
+
+class SegmentImages(Dataset):
+    """Pairs asked for by (epoch, index), as `scalekd.data.Images`: random crops with a seed, whole images without.
+
+    A pair that cannot be used comes back as a `UserError`. With `bad`, which notes them, it is left out instead: in
+    training the next one takes its place.
+    """
+
+    def __init__(self, pairs: Pairs, crops: Crops, seed: int | None, bad: BadImages | None = None):
+        self.pairs, self.crops, self.seed, self.bad = pairs, crops, seed, bad
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: Key) -> Sample | UserError:
+        epoch, index = key
+        if self.seed is not None:
+            seed_everything(self.seed, epoch, index)
+        transform = whole_image if self.seed is None else training_crop
+        skipped: list[Bad] = []
+        spare = self.bad.allowed if self.bad and self.seed is not None else 0
+        for i in range(index, index + spare + 1):
+            place = i % len(self)
+            try:
+                image, mask = self.pairs[place]
+            except BadImage as error:
+                if self.bad is None:
+                    return UserError(
+                        f"cannot use {self.pairs.where(place)}: {printable(str(error))}. Mend or remove the two files"
+                    )
+                skipped.append(Bad(self.pairs.where(place), str(error)))
+            else:
+                return Sample(transform(image, mask, self.crops), skipped)
+        return Sample(None, skipped)
+
+
+def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
+    """Samples that follow each other and have one size, together: `images (B, C, h, w)`, `targets (B, H, W)`, uint8.
+
+    In training that is one batch; in evaluation images have their own sizes.
+    """
+    runs: list[list[Pair]] = []
+    skipped: list[Bad] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        skipped += sample.skipped
+        if sample.pair is None:
+            continue
+        if not runs or [t.shape for t in runs[-1][0]] != [t.shape for t in sample.pair]:
+            runs.append([])
+        runs[-1].append(sample.pair)
+    batches = [Batch(torch.stack([p for p, _ in run]), torch.stack([m for _, m in run])) for run in runs]
+    first, *rest = batches or [Batch(torch.empty(0), torch.empty(0))]
+    return [first._replace(skipped=skipped), *rest]
+
+
+def segment_batches(images: SegmentImages, sampler: Sampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
+    """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
+    return checked(_one_by_one(loader(images, sampler, workers, pin, collate)), images.bad)
+
+
+def eval_batches(
+    images: SegmentImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
+) -> Generator[Batch, None, None]:
+    return segment_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
+
+
+def _one_by_one(collated: Iterable[list[Batch] | UserError]) -> Iterator[Batch | UserError]:
+    for of_one in collated:
+        yield from [of_one] if isinstance(of_one, UserError) else of_one

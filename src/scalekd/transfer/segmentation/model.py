@@ -1,0 +1,124 @@
+"""UPerNet (arXiv:1807.10221) on any timm backbone: the decoder of segmentation_models_pytorch over `Pyramid`.
+
+Heads, dropout and the weights of the losses are those of mmsegmentation's configs/_base_/models/upernet_swin.py. Unlike
+it, smp's decoder puts a layer norm on each map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalekd.common.errors import UserError
+from scalekd.models.inputs import Statistics, default_statistics
+from scalekd.transfer.pyramid import Pyramid
+from scalekd.transfer.tasks import TASKS
+
+from .pairs import IGNORED
+
+DROPOUT = 0.1
+AUXILIARY_WEIGHT, AUXILIARY_CHANNELS = 0.4, 256
+AUXILIARY_STRIDE = 16
+
+
+class UPerNet(nn.Module):
+    """x `(B, C, H, W)`, normalised, to logits `(B, classes, H, W)`. What is deployed.
+
+    pyramid: a `Pyramid`. channels: the decoder's width. `.decoder` and `.classifier` are new and `.pyramid` has the
+    backbone, so parameter groups tell them apart by name. Raises `UserError` without the extra.
+    """
+
+    def __init__(self, pyramid: Pyramid, classes: int, channels: int = 512):
+        super().__init__()
+        self.pyramid = pyramid
+        self.decoder = _decoder(pyramid.channels, channels)
+        self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, classes, 1))
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_maps(self.pyramid(x), x.shape[-2:])
+
+    def from_maps(self, maps: list[Tensor], size: torch.Size) -> Tensor:
+        """The pyramid's maps to logits of (height, width) `size`."""
+        # smp's decoder leaves out the first two of an encoder's maps, those of the strides 1 and 2
+        return _enlarged(self.classifier(self.decoder([maps[0], maps[0], *maps])), size)
+
+
+class Segmenter(nn.Module):
+    """A `UPerNet` as `.student`, with the auxiliary head that only training needs: convolution, norm, ReLU, classifier
+    on the map of stride 16, its loss weighted 0.4.
+
+    model: a timm model; it becomes part of the student. image_size: (height, width) it was built for.
+    statistics: (mean, std) of its input for pixels in [0, 1]; timm's own unless given.
+    Raises `UserError` without the extra, and for a model that gives no maps.
+    """
+
+    student_mean: Tensor
+    student_std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: tuple[int, int],
+        classes: int,
+        channels: int = 512,
+        statistics: Statistics | None = None,
+    ):
+        super().__init__()
+        for name, values in zip(("mean", "std"), statistics or default_statistics(model)):
+            self.register_buffer(f"student_{name}", torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        pyramid = Pyramid(model, image_size)
+        self.student = UPerNet(pyramid, classes, channels)
+        self.level = list(pyramid.strides).index(AUXILIARY_STRIDE)
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(pyramid.channels[self.level], AUXILIARY_CHANNELS, 3, padding=1, bias=False),
+            nn.BatchNorm2d(AUXILIARY_CHANNELS),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(DROPOUT),
+            nn.Conv2d(AUXILIARY_CHANNELS, classes, 1),
+        )
+
+    def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """{"ce": ..., "auxiliary": ..., "total": ...}: mean cross-entropy of the pixels that are not ignored.
+
+        images: (B, C, H, W), uint8, or float in [0, 1]. masks: (B, H, W) classes, 255 is ignored.
+        A batch of ignored pixels alone has losses of 0. Raises `UserError` for one image on one process in training.
+        """
+        if self.training and len(images) == 1 and not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
+            raise UserError(
+                "one image per process and step: UPerNet's batch norms over a pooled map of one pixel need two or more; "
+                "raise train.batch_size"
+            )
+        pixels = images if images.is_floating_point() else images.float() / 255
+        maps = self.student.pyramid((pixels - self.student_mean) / self.student_std)
+        size = masks.shape[-2:]
+        losses = {
+            "ce": _cross_entropy(self.student.from_maps(maps, size), masks),
+            "auxiliary": AUXILIARY_WEIGHT * _cross_entropy(_enlarged(self.auxiliary(maps[self.level]), size), masks),
+        }
+        losses["total"] = torch.stack(list(losses.values())).sum()
+        return losses
+
+
+def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    summed = F.cross_entropy(logits.float(), masks.long(), ignore_index=IGNORED, reduction="sum")
+    return summed / (masks != IGNORED).sum().clamp(min=1)  # 0 / 0 would make a whole run's weights nan
+
+
+def _enlarged(logits: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _decoder(widths: list[int], channels: int) -> Any:
+    """smp's decoder for maps of these widths, initialised as smp does. Raises `UserError` without the extra."""
+    try:
+        from segmentation_models_pytorch.base.initialization import initialize_decoder
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    except ImportError:
+        raise UserError(TASKS["segmentation"].missing) from None
+    decoder = UPerNetDecoder([0, 0, *widths], decoder_channels=channels)
+    initialize_decoder(decoder)
+    return decoder

@@ -1,0 +1,159 @@
+"""A recipe of `scalekd segment`, built for the engine: its data, its model, its losses and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalekd.common import parallel
+from scalekd.common.errors import UserError
+from scalekd.common.sections import height_and_width
+from scalekd.common.seeds import seed_everything
+from scalekd.common.text import counted
+from scalekd.data.batches import Batch, bad_images
+from scalekd.data.samplers import Key, TrainSampler
+from scalekd.train.optim import make_iteration_schedule
+from scalekd.train.run import Training, prepared, scaler_and_average
+from scalekd.transfer.backbone import build_backbone
+from scalekd.transfer.build import input_of, optimizer_of, steps_per_epoch
+from scalekd.transfer.config import Segmentation
+from scalekd.transfer.pyramid import Size
+from scalekd.transfer.tasks import TASKS
+
+from .data import Crops, SegmentImages, collate, eval_batches, segment_batches
+from .model import Segmenter
+from .pairs import open_segments
+from .scores import evaluate, inference
+
+
+@dataclass(kw_only=True)
+class SegmentationRun(Training):
+    task = TASKS["segmentation"]
+    batch = Batch
+    config: Segmentation
+    train_images: SegmentImages
+    val_images: SegmentImages
+    model: Segmenter
+    image_size: Size  # that the backbone was built for
+
+    @property
+    def figures(self) -> dict[str, str]:
+        return self.task.figures
+
+    @property
+    def student(self) -> nn.Module:
+        return self.model.student
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"student": self.model.student, "auxiliary": self.model.auxiliary}
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.iterations
+
+    @property
+    def eval_steps(self) -> int:
+        return self.config.train.eval_every
+
+    def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
+        images = batch.images.to(self.device, non_blocking=True)
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return model(images, batch.targets.to(self.device, non_blocking=True))
+
+    def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Batch, None, None]:
+        return segment_batches(self.train_images, sampler, workers, self.device.type == "cuda")
+
+    def eval_batches(self, size: int, workers: int) -> Generator[Batch, None, None]:
+        pin = self.device.type == "cuda"
+        return eval_batches(self.val_images, size, workers, pin, parallel.rank(), parallel.world())
+
+    def again(self, keys: list[Key]) -> tuple[Batch, list[str]]:
+        images = self.train_images
+        batches = collate([images[key] for key in keys])
+        if isinstance(batches, UserError):
+            raise batches
+        return batches[0], [images.pairs.where(i) for _, i in keys]
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """`segment_eval.scores` of the deployed model."""
+        crop = height_and_width(self.config.data.crop)
+        how = inference(self.config.segmenter.inference, crop)
+        model, classes = self.model, self.classes
+        return evaluate(self.deployed, batches, model.student_mean, model.student_std, self.device, classes, how)
+
+    def card(self) -> dict[str, Any]:
+        data = self.config.data
+        crop = height_and_width(data.crop)
+        return {
+            "task": "segmentation",
+            "backbone": self.config.backbone.model,
+            "kwargs": self.loaded["backbone"].kwargs,
+            "image_size": list(self.image_size),
+            "classes": self.classes,
+            **input_of(self.model.student_mean, self.model.student_std),
+            "short": min(crop),
+            "long": 4 * min(crop),
+            "width": self.config.segmenter.width,
+            "crop": list(crop),
+            "inference": self.config.segmenter.inference,
+            "reduce_zero_label": data.reduce_zero_label,
+        }
+
+    def told(self) -> list[str]:
+        counts = f"{counted(len(self.train_images), 'image')} to train on, {len(self.val_images)} to validate on"
+        return [f"{self.config.data.root}: {counts}, {len(self.classes)} classes"]
+
+
+def build(config: Segmentation, device: torch.device) -> SegmentationRun:
+    """Opens the data and builds model, optimiser and schedule. Raises `UserError`."""
+    seed_everything(config.seed, "models")
+    data, crop = config.data, height_and_width(config.data.crop)
+    train_pairs, val_pairs = open_segments(
+        Path(data.root),
+        classes=Path(data.classes) if data.classes else None,
+        reduce_zero_label=data.reduce_zero_label,
+        val_fraction=data.val_fraction,
+        seed=data.seed,
+    )
+    backbone, loaded, size, stats = build_backbone(config.backbone, data.channels)
+    model = Segmenter(backbone, size, len(train_pairs.classes), config.segmenter.width, stats)
+    _expect_fit(model.student.pyramid.canvas, crop, config)
+    prepared(model, config, device)
+    crops = Crops(crop, data.scale, flip=data.flip, photometric=data.photometric, channels=data.channels, fill=stats[0])
+    train_images = SegmentImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
+    val_images = SegmentImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
+    optimizer = optimizer_of(model, model.student.pyramid.backbone, config)
+    return SegmentationRun(
+        config=config,
+        device=device,
+        classes=list(train_pairs.classes),
+        train_images=train_images,
+        val_images=val_images,
+        model=model,
+        image_size=size,
+        loaded={"backbone": loaded},
+        optimizer=optimizer,
+        schedule=make_iteration_schedule(config.schedule, config.train.iterations, optimizer),
+        steps_per_epoch=steps_per_epoch(len(train_images), config),
+        **scaler_and_average(config.train, model.student, device),
+    )
+
+
+def _expect_fit(canvas: Size | None, crop: Size, config: Segmentation) -> None:
+    """A backbone of one size sees a crop or a window, and nothing larger."""
+    if canvas is None:
+        return
+    fits = crop[0] <= canvas[0] and crop[1] <= canvas[1]
+    if not fits or config.segmenter.inference == "whole":
+        side = f"{canvas[0]}" if canvas[0] == canvas[1] else str(list(canvas))
+        raise UserError(
+            f"backbone.model: {config.backbone.model} takes images of {canvas[0]}x{canvas[1]} pixels and no others; set "
+            f"data.crop={side if not fits else config.data.crop} segmenter.inference=sliding"
+        )
