@@ -21,7 +21,7 @@ from scalekd.models.export import load_student
 from scalekd.train import checkpoint
 from scalekd.train.log import read_log
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BAD = ["<img src=x onerror=alert(1)>", "[red]\\", "]]><script>", "a\x1b[2J\x1b]0;t\x07b", 'new\nline "&', "\udcff"]
 PLAIN = ["losses={ce: {}}", "teacher=null", "train.epochs=1"]
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800-\udfff]")  # but for tabs and line ends

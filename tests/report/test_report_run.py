@@ -33,7 +33,7 @@ from scalekd.report.svg import escape
 from scalekd.runs.students import student_card
 
 FACTS = {"data": "24 images", "machine": "a CPU"}
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "cost"
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cost"
 SUMMARY = {"top1": 75.0, "top5": 100.0, "seconds": 60.0, "steps": 6}
 
 

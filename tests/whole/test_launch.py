@@ -13,7 +13,7 @@ import pytest
 import yaml
 from whole_runs import assert_same, changed, events, final_state, start
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
     "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -14,7 +14,7 @@ from scalekd.compare.ladder import Job, chosen, jobs, load_ladder
 from scalekd.compare.page import markdown
 from scalekd.compare.results import known_records, read_records, summary
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAB, RESULTS = ROOT / "lab", ROOT / "docs" / "results" / "lab"
 sys.path += [str(LAB), str(ROOT / "benchmarks")]
 import ladders  # noqa: E402

@@ -34,7 +34,7 @@ def test_the_families():
         assert entry["embedding"] == EMBEDDINGS.get(family, 0)
         assert entry["classes"] == (0 if family in {*HEADLESS, *EMBEDDINGS} else 1000)
     assert found["DINOv3"]["prefix_tokens"] == 5 and found["Swin"]["maps"][-1] == [768, 7, 7]
-    docs = Path(__file__).parent.parent / "docs" / "results" / "teachers.md"
+    docs = Path(__file__).parents[2] / "docs" / "results" / "teachers.md"
     assert docs.read_text() == markdown(list(found.values())), "scalekd teachers --markdown > docs/results/teachers.md"
 
 

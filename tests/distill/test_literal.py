@@ -14,7 +14,7 @@ import torch
 from scalekd.distill.distiller import Distiller
 from scalekd.methods.distance import normalized_distance, remove_direct
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import literal
 
 SIZE = (64, 96)  # grids that are not square

@@ -21,7 +21,7 @@ from scalekd.config.recipe import Config, check_config, load_recipe
 from scalekd.methods import METHODS
 from scalekd.transfer import config as transfer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
 TRANSFER_RECIPES = [name for shelf in transfer.SHELVES.values() for name in recipe_names(shelf)]

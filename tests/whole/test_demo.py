@@ -18,7 +18,7 @@ from scalekd.distill.evaluate import evaluate
 from scalekd.models.create import resolve
 from scalekd.models.weights.match import sha256_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "demo-5-seeds"
 
 

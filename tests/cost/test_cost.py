@@ -21,7 +21,7 @@ from scalekd.cost.flops import flop_counter
 from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.distiller import Distiller
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "cost"
 LOSSES = {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}}  # two projectors a path, two passes
 TINY = changed(copy.deepcopy(whole_runs.TINY), losses=LOSSES)

@@ -29,7 +29,7 @@ from scalekd.cost.plan import (
 )
 from scalekd.cost.plan_page import between, duration, markdown
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "plan.md").read_text()
 CPU = torch.device("cpu")
 # days on 8 V100, and GB of each, for 100 epochs of ImageNet-1K

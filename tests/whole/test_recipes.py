@@ -25,7 +25,7 @@ from scalekd.train.optim import make_schedule
 from scalekd.train.run import AUTOCAST
 
 NAMES = recipe_names()
-DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
+DOC = Path(__file__).parents[2] / "docs" / "recipes.md"
 load = functools.cache(load_recipe)  # what a shipped recipe says does not change in between
 
 

@@ -309,7 +309,7 @@ def test_initial_values_have_no_structure(name):
 
 @pytest.mark.parametrize("file", ["src/scalekd/demo/teacher.safetensors", "lab/teacher/student.safetensors"])
 def test_trained_weights_have_structure(file):
-    path = Path(__file__).parent.parent / file
+    path = Path(__file__).parents[2] / file
     card = json.loads(path.with_suffix(".json").read_text())
     model = timm.create_model(card["model"], checkpoint_path=str(path), **card["kwargs"])
     assert noise_share(model) == 0.0
@@ -336,7 +336,7 @@ def test_a_step_is_not_enough_for_structure_and_a_product_of_vectors_is():
 
 def test_a_backbone_of_which_half_was_loaded(tmp_path):
     """The first blocks from a trained model, the others fresh: no share of constant biases tells that for sure."""
-    file = Path(__file__).parent.parent / "src/scalekd/demo/teacher.safetensors"
+    file = Path(__file__).parents[2] / "src/scalekd/demo/teacher.safetensors"
     card = json.loads(file.with_suffix(".json").read_text())
     model = timm.create_model(card["model"], **card["kwargs"])
     state = {k: v for k, v in load_file(file).items() if not k.startswith(("blocks.4", "blocks.5", "blocks.3"))}

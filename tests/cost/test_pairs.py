@@ -34,7 +34,7 @@ from scalekd.cost.pairs import (
     show,
 )
 
-SHOWN = Path(__file__).parent.parent / "docs" / "results" / "pairs.md"
+SHOWN = Path(__file__).parents[2] / "docs" / "results" / "pairs.md"
 
 # student stages n-1 and n, as the papers' pairs have them
 STUDENTS = {

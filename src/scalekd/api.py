@@ -1,0 +1,626 @@
+"""The Python interface: one function for each command, with the same code behind it.
+
+Every function returns data, raises `UserError` for a mistake in its input, never exits the process, and prints only
+with `verbose=True`. Heavy imports happen on the first call. docs/python.md shows how to use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scalekd.common.errors import UserError
+from scalekd.common.stop import StopRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from scalekd.config.recipe import Config
+
+AnyPath = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    top1: float
+    """Top-1 accuracy of the exported student on the validation images, in %. Without a classifier: of its features'
+    nearest neighbours."""
+    metrics: dict[str, float]
+    """All numbers of `summary`: top1, top5, best_top1, seconds, steps, ..."""
+    student: Path
+    """The exported student, a .safetensors file with its card beside it."""
+    report: Path
+    summary: dict[str, Any]
+    """What summary.json in `folder` holds."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A student's figures on labelled images: top-1 and top-5 accuracy in %, mean cross-entropy, image count."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What frozen features tell of classes, by number of labelled images per class."""
+
+    folder: Path
+    results: dict[str, Any]
+    """What results.json in `folder` holds: for each model top-1 in % by number of labels, with intervals."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier that was fitted on a frozen teacher. A recipe names `folder` as `teacher.head`."""
+
+    folder: Path
+    top1: float
+    """Of the teacher with this head on the validation images, in %."""
+    card: dict[str, Any]
+    """What head.json in `folder` holds."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of methods, students and seeds."""
+
+    folder: Path
+    report: Path
+    summary: dict[str, Any]
+    """What summary.json in `folder` holds; `students` has top-1 and paired gains of every row."""
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    """The runs that failed, with their errors."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Exported files, each with the largest difference of its logits from the student's."""
+
+    student: Path
+    top1: float
+    """Of the exported checkpoint at its last validation, in %."""
+    differences: dict[Path, float]
+    onnx: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written page."""
+
+    path: Path
+    left_out: list[str]
+    """What could not be shown, and why."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step costs."""
+
+    gmacs: float
+    """Multiply-adds of a step, in billions an image."""
+    memory_mb: float
+    """Peak memory of a step, counted."""
+    details: dict[str, Any]
+    """What `scalekd cost --json` prints: parts, projectors, plain feature distillation beside it, ratios."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a recipe takes. Intervals are (low, high)."""
+
+    hours: tuple[float, float]
+    gpu_hours: tuple[float, float]
+    runs: list[dict[str, Any]]
+    """For each run (an assistant's, then the student's) what `scalekd plan --json` prints."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A distillation method, as `losses` of a recipe names it."""
+
+    name: str
+    summary: str
+    needs_teacher: bool
+    needs_targets: bool
+    options: dict[str, Any]
+    """Option name -> default."""
+
+
+def train(
+    recipe: str | PathLike[str],
+    *,
+    data: AnyPath | Mapping[str, Any] | None = None,
+    val: AnyPath | None = None,
+    unlabelled: AnyPath | None = None,
+    teacher: AnyPath | Mapping[str, Any] | None = None,
+    student: AnyPath | Mapping[str, Any] | None = None,
+    out: AnyPath | None = None,
+    device: str | None = None,
+    preflight: bool = True,
+    teacher_outputs: AnyPath | None = None,
+    stop: StopRequest | None = None,
+    verbose: bool = False,
+    overrides: Sequence[str] = (),
+    **sections: Any,
+) -> Result:
+    """Trains a student from a recipe; `scalekd train`. The same call resumes a run that was interrupted.
+
+    Args:
+        recipe: the name of a shipped recipe (`recipes()` lists them) or a YAML file.
+        data: training images: a folder with `train/` and `val/` or with one folder per class, `tar:...`, `wds:...`,
+            `hf:...`, `torchvision:...`; or a mapping of keys of the recipe's section `data`.
+        val: validation images, in the same forms. By default those of `data`, or a held-out part.
+        unlabelled: more training images, without labels; or `rest`.
+        teacher, student: a timm model name, or the folder of a run. A teacher named here uses its pre-trained weights.
+            A mapping sets keys of the section, such as `{"model": "resnet18", "weights": "pretrained"}`.
+        out: the run's folder; `runs/NAME` by default.
+        device: `cpu`, `cuda`, `cuda:1`; by default a GPU if there is one.
+        preflight: check data, models and two real steps before training.
+        teacher_outputs: a folder where runs that show their teacher the same pixels share its outputs.
+        stop: a `StopRequest` that is entered already. By default SIGINT, SIGTERM and SIGUSR1 stop the run after the
+            current step, with a checkpoint.
+        verbose: print the pre-flight and a progress line.
+        overrides: keys of the recipe as on the command line, such as `["optim.lr=1e-3"]`.
+        **sections: the same as keyword arguments: `optim={"lr": 1e-3}, losses={"kd": {"temperature": 2}}, seed=1`.
+            Nested mappings change single keys and keep the others. `losses={"kd": False}` removes a loss.
+
+    Raises:
+        UserError: for anything wrong with the recipe, data, models or `out`; lists every problem of a recipe.
+        Stopped: when a signal stopped the run; `exit_code` is that of the command line.
+
+    Example:
+        >>> result = scalekd.train("own-data", data="photos", teacher="swin_tiny_patch4_window7_224",
+        ...                        student="resnet18", out="runs/photos", train={"epochs": 30})
+        >>> result.top1, result.student
+    """
+    with _stoppable(stop) as stop:
+        from scalekd.common.parallel import processes
+        from scalekd.runs.assistants import train_chain
+
+        config = _config(recipe, data, val, unlabelled, teacher, student, overrides, sections)
+        folder = Path(out) if out else Path("runs") / config.name
+        with processes(device) as on:
+            summary = train_chain(
+                config,
+                folder,
+                on,
+                _console(verbose),
+                check=preflight,
+                stop=stop,
+                teacher_outputs=Path(teacher_outputs) if teacher_outputs else None,
+            )
+    metrics = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    return Result(
+        folder, summary["top1"], metrics, folder / "student.safetensors", folder / "report.html", dict(summary)
+    )
+
+
+def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None) -> Evaluation:
+    """Evaluates an exported student; `scalekd evaluate`.
+
+    Args:
+        student: a run's folder or its student.safetensors.
+        data: images with the student's classes, in any form that `train` takes.
+        device: as for `train`.
+    """
+    from scalekd.runs.students import evaluate_student
+
+    found = evaluate_student(Path(student), fspath(data), device)
+    return Evaluation(found["top1"], found["top5"], found["loss"], int(found["images"]))
+
+
+def probe(
+    models: str | Sequence[str],
+    *,
+    data: AnyPath,
+    val: AnyPath | None = None,
+    shots: Sequence[int | Literal["all"]] = (1, 5, 10, 25, "all"),
+    draws: int = 5,
+    out: AnyPath = "runs/probe",
+    image_size: int | tuple[int, int] | None = None,
+    seed: int | None = None,
+    val_limit: int | None = None,
+    cache: AnyPath | None = None,
+    device: str | None = None,
+    verbose: bool = False,
+) -> Probe:
+    """Fits linear classifiers and nearest neighbours on frozen features; `scalekd probe`.
+
+    Args:
+        models: exported students (a run's folder or file), timm names, or `NAME=FILE`. Others are compared with the
+            first.
+        data, val: as for `train`.
+        shots: labelled images per class.
+        draws: sets of labelled images of each size.
+        out: the folder for results.json, summary.md and the figure.
+        image_size: pixels, for timm names; timm's own by default.
+        seed: chooses the draws, and what is held out without `val`.
+        val_limit: test on this many images only.
+        cache: where features are kept; `runs/features` by default.
+        device, verbose: as for `train`.
+    """
+    from scalekd.analyze.probe import probe_named
+
+    folder = Path(out)
+    results = probe_named(
+        [models] if isinstance(models, str) else list(models),
+        fspath(data),
+        fspath(val) if val else None,
+        folder,
+        _console(verbose),
+        shots=shots,
+        draws=draws,
+        image_size=image_size,
+        seed=seed,
+        val_limit=val_limit,
+        cache=Path(cache) if cache else None,
+        device_name=device,
+    )
+    assert results is not None  # None of a dry run alone
+    return Probe(folder, results)
+
+
+def fit_head(
+    model: str,
+    *,
+    data: AnyPath,
+    val: AnyPath | None = None,
+    out: AnyPath,
+    weights: str = "pretrained",
+    prefix: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    draws: int = 1,
+    val_limit: int | None = None,
+    cache: AnyPath | None = None,
+    device: str | None = None,
+    verbose: bool = False,
+) -> Head:
+    """Fits a linear classifier for your classes on a frozen teacher that has none; `scalekd head`.
+
+    Args:
+        model: the teacher's timm name, or its folder.
+        data, val: as for `train`.
+        out: an empty or new folder, for head.safetensors and head.json.
+        weights, prefix, kwargs, mean, std, image_size: as in a recipe's section `teacher`.
+        channels, limit, seed: as in a recipe's section `data`.
+        crop_pct: as `augment.crop_pct`; timm's for that model by default.
+        draws: fit on this many sets of labels and keep the first one's head.
+        val_limit, cache, device, verbose: as for `probe`.
+    """
+    from scalekd.heads.fit import fit_named
+
+    _, card = fit_named(
+        {
+            "model": model,
+            "weights": weights,
+            "prefix": prefix,
+            "kwargs": kwargs and dict(kwargs),
+            "image_size": image_size,
+            "mean": mean,
+            "std": std,
+        },
+        {"train": fspath(data), "val": val and fspath(val), "limit": limit, "seed": seed, "channels": channels},
+        Path(out),
+        _console(verbose),
+        crop_pct=crop_pct,
+        draws=draws,
+        val_limit=val_limit,
+        cache=Path(cache) if cache else None,
+        device_name=device,
+    )
+    return Head(Path(out), card["validation"]["after"]["top1"], card)
+
+
+def compare(
+    ladder: AnyPath,
+    *,
+    data: AnyPath | Mapping[str, Any] | None = None,
+    val: AnyPath | None = None,
+    teacher: AnyPath | Mapping[str, Any] | None = None,
+    student: AnyPath | Mapping[str, Any] | None = None,
+    methods: Sequence[str] = (),
+    students: Sequence[str] = (),
+    seeds: int | None = None,
+    out: AnyPath | None = None,
+    known: Sequence[AnyPath] = (),
+    jobs: int | None = None,
+    share_teacher: bool = False,
+    device: str | None = None,
+    stop: StopRequest | None = None,
+    verbose: bool = False,
+    overrides: Sequence[str] = (),
+    **sections: Any,
+) -> Comparison:
+    """Runs methods x students x seeds; `scalekd compare`. The same call resumes it.
+
+    Each run is a process of its own. In a script, call this under `if __name__ == "__main__":`.
+
+    Args:
+        ladder: the name of a shipped ladder or a YAML file.
+        data, val, teacher, student, stop, verbose: as for `train`.
+        methods, students: only these rows; the baseline always runs.
+        seeds: how many; the ladder's by default.
+        out: the comparison's folder; `runs/compare-NAME` by default.
+        known: folders of other comparisons whose equal runs count.
+        jobs: runs at a time; by default one per GPU, or per CPU core.
+        share_teacher: one teacher pass for all runs of a seed.
+        device: as for `train`; all GPUs by default.
+        overrides, **sections: as for `train`, for every run.
+    """
+    with _stoppable(stop) as stop:
+        from scalekd.compare.compare import compare as run
+        from scalekd.compare.ladder import chosen, load_ladder
+        from scalekd.compare.runner import places
+
+        found = chosen(load_ladder(fspath(ladder)), students, methods, seeds)
+        if student and found.students:
+            raise UserError(f"student: this ladder has its own: {', '.join(found.students)}")
+        folder = Path(out) if out else Path("runs") / f"compare-{found.name}"
+        summary = run(
+            found,
+            fspath(ladder),
+            _overrides(data, val, None, teacher, student, overrides, sections),
+            folder,
+            places(jobs, device),
+            share=share_teacher,
+            known=[Path(k) for k in known],
+            stop=stop,
+            console=_console(verbose),
+        )
+    return Comparison(folder, folder / "report.html", summary, summary["failed"])
+
+
+def export(
+    run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False
+) -> Export:
+    """Exports a run's student for timm, and as ONNX; `scalekd export`. Needs neither its data nor its teacher.
+
+    Args:
+        run: the run's folder.
+        checkpoint: `last`, or `best` by top-1 on the validation images.
+        onnx: also write student.onnx. Needs the extra `onnx`.
+    """
+    from scalekd.runs.students import export_run
+
+    top1, differences = export_run(Path(run), checkpoint, onnx)
+    files = list(differences)
+    return Export(files[0], top1, differences, files[1] if onnx else None)
+
+
+def report(
+    folder: AnyPath,
+    *,
+    baselines: Sequence[AnyPath] = (),
+    data: AnyPath | None = None,
+    images: int | None = None,
+    analyses: Sequence[AnyPath] = (),
+    out: AnyPath | None = None,
+    device: str | None = None,
+) -> Report:
+    """Writes one HTML page about a run or a comparison, finished or not; `scalekd report`.
+
+    Args:
+        folder: of the run or the comparison.
+        baselines: folders of runs to show beside it.
+        data: images with the run's classes, in place of its validation images.
+        images: look at this many at most; 2,000 by default.
+        analyses: folders that `scalekd analyze ... --out` wrote.
+        out: the file; report.html in `folder` by default.
+        device: as for `train`.
+    """
+    from scalekd.compare.report import report_any
+
+    path, left_out = report_any(
+        Path(folder),
+        device,
+        baselines=[Path(b) for b in baselines],
+        data=fspath(data) if data else None,
+        images=images,
+        analyses=[Path(a) for a in analyses],
+        out=Path(out) if out else None,
+    )
+    return Report(path, left_out)
+
+
+def cost(
+    recipe: AnyPath,
+    *,
+    teacher: AnyPath | Mapping[str, Any] | None = None,
+    student: AnyPath | Mapping[str, Any] | None = None,
+    classes: int = 1000,
+    batch: int | None = None,
+    measure: bool = False,
+    device: str | None = None,
+    out: AnyPath | None = None,
+    overrides: Sequence[str] = (),
+    **sections: Any,
+) -> Cost:
+    """Counts what a recipe's step costs, by part and beside plain feature distillation; `scalekd cost`. Needs no data.
+
+    Args:
+        recipe, teacher, student, overrides, **sections: as for `train`.
+        classes: of the data.
+        batch: images of a step on one device; 32 counted and 4 measured by default.
+        measure: also time real steps on random pixels, on `device`.
+        out: a folder for NAME.json and NAME.md.
+    """
+    from scalekd.common.parallel import pick_device
+    from scalekd.cost.count import cost as count
+    from scalekd.cost.page import write
+    from scalekd.cost.seconds import measure as timed
+
+    config = _config(recipe, None, None, None, teacher, student, overrides, sections)
+    on = pick_device(device)
+    found = count(config, classes=classes, batch=batch)
+    if measure:
+        found["measured"] = timed(config, on, classes=classes, batch=batch or 4)
+    if out:
+        write(found, Path(out))
+    step = found["step"]
+    return Cost(step["total"]["gmacs"], step["memory_mb"], found)
+
+
+def plan(
+    recipe: AnyPath,
+    *,
+    data: AnyPath | Mapping[str, Any] | None = None,
+    val: AnyPath | None = None,
+    teacher: AnyPath | Mapping[str, Any] | None = None,
+    student: AnyPath | Mapping[str, Any] | None = None,
+    images: int | None = None,
+    classes: int | None = None,
+    gpu: str | None = None,
+    gpus: int = 1,
+    measure: bool = False,
+    batch: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    **sections: Any,
+) -> Plan:
+    """Estimates hours and memory of a recipe before it is started; `scalekd plan`.
+
+    Args:
+        recipe, data, val, teacher, student, overrides, **sections: as for `train`.
+        images, classes: of the data, where it is not at hand.
+        gpu: v100, a100, h100, l4, ...; a100 by default.
+        gpus: how many.
+        measure: time real steps and the reading of images on this machine, on `device`, with `batch` images.
+    """
+    from scalekd.common.parallel import pick_device
+    from scalekd.cost.plan import plan as planned
+
+    if measure and gpu:
+        raise UserError("gpu and measure: give one of them; measure plans for this machine")
+    if not measure and (device or batch):
+        raise UserError("device and batch go with measure; without it nothing is run, and gpu names the card")
+    found = planned(
+        _config(recipe, data, val, None, teacher, student, overrides, sections),
+        images=images,
+        gpu=gpu or "a100",
+        gpus=gpus,
+        classes=classes,
+        measure_on=pick_device(device) if measure else None,
+        batch=batch,
+    )
+    return Plan(tuple(found["hours"]), tuple(found["gpu_hours"]), found["runs"])
+
+
+def load_student(folder: AnyPath) -> tuple[nn.Module, dict[str, Any]]:
+    """The student of a run, in eval mode, and its card: classes, image_size, mean, std, interpolation, crop_pct, ...
+
+    Args:
+        folder: a run's folder or its student.safetensors.
+    """
+    from scalekd.models.export import load_student as load
+
+    return load(Path(folder))
+
+
+def recipes() -> list[dict[str, Any]]:
+    """The shipped recipes; `scalekd recipes --json`. Each has name, summary, command, expected, cost, status, ..."""
+    from scalekd.config.listing import listed
+
+    return listed()
+
+
+def methods() -> list[Method]:
+    """The distillation methods with their options; `scalekd methods`."""
+    from scalekd.config.losses import options_of
+    from scalekd.methods.names import METHODS
+
+    return [
+        Method(
+            name,
+            " ".join((method.__doc__ or "").strip().split("\n\n")[0].split()),
+            getattr(method, "needs_teacher", True),
+            getattr(method, "needs_targets", False),
+            {option: parameter.default for option, parameter in options_of(method).items()},
+        )
+        for name, method in METHODS.items()
+    ]
+
+
+# ---------------------------------------------------------------- from arguments to a recipe
+
+
+def _config(
+    recipe: AnyPath,
+    data: Any,
+    val: Any,
+    unlabelled: Any,
+    teacher: Any,
+    student: Any,
+    overrides: Sequence[str],
+    sections: Mapping[str, Any],
+) -> Config:
+    from scalekd.config.recipe import load_recipe
+
+    return load_recipe(fspath(recipe), _overrides(data, val, unlabelled, teacher, student, overrides, sections))
+
+
+def _overrides(
+    data: Any,
+    val: Any,
+    unlabelled: Any,
+    teacher: Any,
+    student: Any,
+    overrides: Sequence[str],
+    sections: Mapping[str, Any],
+) -> list[str]:
+    """Arguments of `train` as the command line's `section.key=value`."""
+    from scalekd.config.shortcuts import shortcuts
+
+    given = {"data": data, "teacher": teacher, "student": student}
+    whole = {name: value for name, value in given.items() if isinstance(value, Mapping)}
+    named = {name: fspath(value) for name, value in given.items() if value and name not in whole}
+    named |= {name: fspath(value) for name, value in (("val", val), ("unlabelled", unlabelled)) if value}
+    return [*shortcuts(**named), *_assignments(whole), *_assignments(sections), *overrides]
+
+
+def _assignments(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _assignments(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value, default=_plain)}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PathLike):
+        return fspath(value)
+    raise UserError(f"a recipe holds numbers, texts, lists and mappings, no {type(value).__name__}")
+
+
+def _console(verbose: bool) -> Console:
+    from rich.console import Console
+
+    return Console(emoji=False, quiet=not verbose)
+
+
+@contextlib.contextmanager
+def _stoppable(stop: StopRequest | None) -> Iterator[StopRequest]:
+    if stop is not None:
+        yield stop
+        return
+    with StopRequest() as stop:
+        yield stop
