@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md, drawn from the JSON files of docs/results/performance; tables.py has them drawn."""
+"""The pictures of docs/explanation/performance.md, drawn from the JSON files of docs/results/performance; tables.py has them drawn."""
 
 from __future__ import annotations
 

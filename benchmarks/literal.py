@@ -1,6 +1,6 @@
 """ScaleKD word for word as its paper describes it (Fan et al., NeurIPS 2024, arXiv:2411.06786), and no faster.
 
-The opponent of the benchmarks, and the slow reference of tests/test_literal.py. In float32 and eager mode: learned
+The opponent of the benchmarks, and the slow reference of tests/distill/test_literal.py. In float32 and eager mode: learned
 queries are copied for every sample and projected there, attention is spelled out, each view goes through the teacher's
 last stage alone, phi (eq. 2) is a two-dimensional DCT whose matrices are made at each call, and the distance is that
 of normalised copies. Parameters have the names of `scalekd.methods.scalekd.ScaleKD`, so that they can be copied.

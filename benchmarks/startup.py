@@ -24,10 +24,13 @@ from harness import about, quartiles, table, told, write
 PROBE = """
 import json, sys, time
 from pathlib import Path
-import scalekd.runs, scalekd.engine, scalekd.build, scalekd.cli
+from scalekd.cli import app
+from scalekd.distill import build
+from scalekd.runs import distillation
+from scalekd.train import engine
 imports = time.process_time()
 models = 0.0
-make = scalekd.build.build_model
+make = build.build_model
 def timed(*args, **kwargs):
     global models
     began = time.process_time()
@@ -38,8 +41,8 @@ def timed(*args, **kwargs):
 def first_step(*args, **kwargs):
     print(json.dumps({"imports": imports, "models": models, "all": time.process_time()}), flush=True)
     raise SystemExit
-scalekd.build.build_model, scalekd.engine.train_step = timed, first_step
-scalekd.cli.main(["train", "demo", "--no-preflight", "--out", sys.argv[1], "--device", "cpu"])
+build.build_model, engine.train_step = timed, first_step
+app.main(["train", "demo", "--no-preflight", "--out", sys.argv[1], "--device", "cpu"])
 """
 
 

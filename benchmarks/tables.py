@@ -1,4 +1,4 @@
-"""Puts the tables of docs/results into docs/performance.md and docs/laboratory.md, and draws the pictures of the first.
+"""Puts the tables of docs/results into docs/explanation/performance.md and docs/explanation/laboratory.md, and draws the pictures of the first.
 
     python benchmarks/tables.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import drawing
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {DOCS / "performance.md": DOCS / "results" / "performance", DOCS / "laboratory.md": DOCS / "results" / "lab"}
+PAGES = {DOCS / "explanation" / "performance.md": DOCS / "results" / "performance", DOCS / "explanation" / "laboratory.md": DOCS / "results" / "lab"}
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE = re.compile(r"^\|(?:.*\n\|)*.*\n", re.MULTILINE)
 

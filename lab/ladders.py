@@ -61,7 +61,7 @@ OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
 EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # Table 7's, and what is best known
 VARIANTS = ("KD", "DKD", "DIST")  # what vanillaKD compares over the amount of data
 
-FORMS: dict[str, Losses] = {  # cheaper projectors: docs/performance.md
+FORMS: dict[str, Losses] = {  # cheaper projectors: docs/explanation/performance.md
     "shared": {"shared": True},
     "shared, narrow": {"shared": True, "expansion": 1},
     "separable, shared": {"tokens": "separable", "shared": True},

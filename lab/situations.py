@@ -1,4 +1,4 @@
-"""The screens that docs/few-labels.md, docs/only-images.md and docs/fine-tuned-teacher.md show, as text files.
+"""The screens that docs/tutorials/few-labels.md, docs/tutorials/only-images.md and docs/how-to/fine-tuned-teacher.md show, as text files.
 
     DINOV2=dinov2.safetensors python lab/situations.py runs/situations docs/results/situations
 

@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from scalekd.common.version import __version__
+# Some functions have the name of a package. Importing the packages first keeps a later import of one of their modules
+# from putting the package in the function's place.
+for _package in ("compare", "cost", "methods", "report", "train"):
+    importlib.import_module(f"scalekd.{_package}")
+
+from scalekd.api import (  # noqa: E402
+    compare,
+    cost,
+    evaluate,
+    export,
+    fit_head,
+    load_student,
+    methods,
+    plan,
+    probe,
+    recipes,
+    report,
+    train,
+)
+from scalekd.common.errors import UserError  # noqa: E402
+from scalekd.common.results import Result  # noqa: E402
+from scalekd.common.stop import Stopped  # noqa: E402
+from scalekd.common.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from scalekd.common.errors import UserError
     from scalekd.distill.distiller import Distiller
 
-__all__ = ["Distiller", "UserError", "__version__"]
+__all__ = [
+    "Distiller",
+    "Result",
+    "Stopped",
+    "UserError",
+    "__version__",
+    "compare",
+    "cost",
+    "evaluate",
+    "export",
+    "fit_head",
+    "load_student",
+    "methods",
+    "plan",
+    "probe",
+    "recipes",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; `scalekd --help` should not
-    if name == "Distiller":
+    if name == "Distiller":  # imports torch, which takes seconds
         from scalekd.distill.distiller import Distiller
 
         return Distiller
-    if name == "UserError":
-        from scalekd.common.errors import UserError
-
-        return UserError
     raise AttributeError(f"module 'scalekd' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

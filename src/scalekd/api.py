@@ -7,15 +7,15 @@ with `verbose=True`. Heavy imports happen on the first call. docs/python.md show
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scalekd.common.errors import UserError
+from scalekd.common.results import Comparison, Cost, Evaluation, Export, Head, Method, Plan, Probe, Report, Result
 from scalekd.common.stop import StopRequest
+from scalekd.config.arguments import overrides_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,119 +24,6 @@ if TYPE_CHECKING:
     from scalekd.config.recipe import Config
 
 AnyPath = str | PathLike[str]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    folder: Path
-    top1: float
-    """Top-1 accuracy of the exported student on the validation images, in %. Without a classifier: of its features'
-    nearest neighbours."""
-    metrics: dict[str, float]
-    """All numbers of `summary`: top1, top5, best_top1, seconds, steps, ..."""
-    student: Path
-    """The exported student, a .safetensors file with its card beside it."""
-    report: Path
-    summary: dict[str, Any]
-    """What summary.json in `folder` holds."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A student's figures on labelled images: top-1 and top-5 accuracy in %, mean cross-entropy, image count."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What frozen features tell of classes, by number of labelled images per class."""
-
-    folder: Path
-    results: dict[str, Any]
-    """What results.json in `folder` holds: for each model top-1 in % by number of labels, with intervals."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier that was fitted on a frozen teacher. A recipe names `folder` as `teacher.head`."""
-
-    folder: Path
-    top1: float
-    """Of the teacher with this head on the validation images, in %."""
-    card: dict[str, Any]
-    """What head.json in `folder` holds."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison of methods, students and seeds."""
-
-    folder: Path
-    report: Path
-    summary: dict[str, Any]
-    """What summary.json in `folder` holds; `students` has top-1 and paired gains of every row."""
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    """The runs that failed, with their errors."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Exported files, each with the largest difference of its logits from the student's."""
-
-    student: Path
-    top1: float
-    """Of the exported checkpoint at its last validation, in %."""
-    differences: dict[Path, float]
-    onnx: Path | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """A written page."""
-
-    path: Path
-    left_out: list[str]
-    """What could not be shown, and why."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one training step costs."""
-
-    gmacs: float
-    """Multiply-adds of a step, in billions an image."""
-    memory_mb: float
-    """Peak memory of a step, counted."""
-    details: dict[str, Any]
-    """What `scalekd cost --json` prints: parts, projectors, plain feature distillation beside it, ratios."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a recipe takes. Intervals are (low, high)."""
-
-    hours: tuple[float, float]
-    gpu_hours: tuple[float, float]
-    runs: list[dict[str, Any]]
-    """For each run (an assistant's, then the student's) what `scalekd plan --json` prints."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A distillation method, as `losses` of a recipe names it."""
-
-    name: str
-    summary: str
-    needs_teacher: bool
-    needs_targets: bool
-    options: dict[str, Any]
-    """Option name -> default."""
 
 
 def train(
@@ -190,7 +77,7 @@ def train(
         from scalekd.common.parallel import processes
         from scalekd.runs.assistants import train_chain
 
-        config = _config(recipe, data, val, unlabelled, teacher, student, overrides, sections)
+        config = _config(recipe, overrides_of(data, val, unlabelled, teacher, student, overrides, sections))
         folder = Path(out) if out else Path("runs") / config.name
         with processes(device) as on:
             summary = train_chain(
@@ -252,7 +139,7 @@ def probe(
         cache: where features are kept; `runs/features` by default.
         device, verbose: as for `train`.
     """
-    from scalekd.analyze.probe import probe_named
+    from scalekd.analyze.probe import parse_shots, probe_named
 
     folder = Path(out)
     results = probe_named(
@@ -261,7 +148,7 @@ def probe(
         fspath(val) if val else None,
         folder,
         _console(verbose),
-        shots=shots,
+        shots=parse_shots(",".join(str(count) for count in shots)),
         draws=draws,
         image_size=image_size,
         seed=seed,
@@ -309,7 +196,7 @@ def fit_head(
     """
     from scalekd.heads.fit import fit_named
 
-    _, card = fit_named(
+    card = fit_named(
         {
             "model": model,
             "weights": weights,
@@ -372,14 +259,12 @@ def compare(
         from scalekd.compare.ladder import chosen, load_ladder
         from scalekd.compare.runner import places
 
-        found = chosen(load_ladder(fspath(ladder)), students, methods, seeds)
-        if student and found.students:
-            raise UserError(f"student: this ladder has its own: {', '.join(found.students)}")
+        found = chosen(load_ladder(fspath(ladder)), students, methods, seeds, student)
         folder = Path(out) if out else Path("runs") / f"compare-{found.name}"
         summary = run(
             found,
             fspath(ladder),
-            _overrides(data, val, None, teacher, student, overrides, sections),
+            overrides_of(data, val, None, teacher, student, overrides, sections),
             folder,
             places(jobs, device),
             share=share_teacher,
@@ -390,9 +275,7 @@ def compare(
     return Comparison(folder, folder / "report.html", summary, summary["failed"])
 
 
-def export(
-    run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False
-) -> Export:
+def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False) -> Export:
     """Exports a run's student for timm, and as ONNX; `scalekd export`. Needs neither its data nor its teacher.
 
     Args:
@@ -469,7 +352,7 @@ def cost(
     from scalekd.cost.page import write
     from scalekd.cost.seconds import measure as timed
 
-    config = _config(recipe, None, None, None, teacher, student, overrides, sections)
+    config = _config(recipe, overrides_of(None, None, None, teacher, student, overrides, sections))
     on = pick_device(device)
     found = count(config, classes=classes, batch=batch)
     if measure:
@@ -510,11 +393,11 @@ def plan(
     from scalekd.cost.plan import plan as planned
 
     if measure and gpu:
-        raise UserError("gpu and measure: give one of them; measure plans for this machine")
+        raise UserError("`gpu` and `measure`: give one of them; `measure` plans for this machine")
     if not measure and (device or batch):
-        raise UserError("device and batch go with measure; without it nothing is run, and gpu names the card")
+        raise UserError("`device` and `batch` go with `measure`; without it nothing is run, and `gpu` names the card")
     found = planned(
-        _config(recipe, data, val, None, teacher, student, overrides, sections),
+        _config(recipe, overrides_of(data, val, None, teacher, student, overrides, sections)),
         images=images,
         gpu=gpu or "a100",
         gpus=gpus,
@@ -560,55 +443,10 @@ def methods() -> list[Method]:
     ]
 
 
-# ---------------------------------------------------------------- from arguments to a recipe
-
-
-def _config(
-    recipe: AnyPath,
-    data: Any,
-    val: Any,
-    unlabelled: Any,
-    teacher: Any,
-    student: Any,
-    overrides: Sequence[str],
-    sections: Mapping[str, Any],
-) -> Config:
+def _config(recipe: AnyPath, arguments: list[str]) -> Config:
     from scalekd.config.recipe import load_recipe
 
-    return load_recipe(fspath(recipe), _overrides(data, val, unlabelled, teacher, student, overrides, sections))
-
-
-def _overrides(
-    data: Any,
-    val: Any,
-    unlabelled: Any,
-    teacher: Any,
-    student: Any,
-    overrides: Sequence[str],
-    sections: Mapping[str, Any],
-) -> list[str]:
-    """Arguments of `train` as the command line's `section.key=value`."""
-    from scalekd.config.shortcuts import shortcuts
-
-    given = {"data": data, "teacher": teacher, "student": student}
-    whole = {name: value for name, value in given.items() if isinstance(value, Mapping)}
-    named = {name: fspath(value) for name, value in given.items() if value and name not in whole}
-    named |= {name: fspath(value) for name, value in (("val", val), ("unlabelled", unlabelled)) if value}
-    return [*shortcuts(**named), *_assignments(whole), *_assignments(sections), *overrides]
-
-
-def _assignments(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _assignments(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value, default=_plain)}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PathLike):
-        return fspath(value)
-    raise UserError(f"a recipe holds numbers, texts, lists and mappings, no {type(value).__name__}")
+    return load_recipe(fspath(recipe), arguments)
 
 
 def _console(verbose: bool) -> Console:

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from scalekd.checks import preflight as preflight_module
+from scalekd.checks import step as step_module
 from scalekd.checks import teacher as teacher_checks
 from scalekd.checks.evidence import (
     Sample,
@@ -36,7 +36,7 @@ from scalekd.checks.evidence import (
 )
 from scalekd.checks.preflight import preflight
 from scalekd.cli.app import parse
-from scalekd.cli.options import shortcuts
+from scalekd.cli.options import recipe_overrides
 from scalekd.common.errors import UserError
 from scalekd.config.files import recipe_values
 from scalekd.config.recipe import check_config, load_recipe
@@ -77,7 +77,7 @@ def small(monkeypatch, request):
     monkeypatch.setattr(teacher_checks, "SAMPLE", 160)
     monkeypatch.setattr(teacher_checks, "FEW", 120)
     if "steps" not in request.node.name:
-        monkeypatch.setattr(preflight_module, "_one_step", lambda run: [])
+        monkeypatch.setattr(step_module, "one_step", lambda run: [])
 
 
 def screen(recipe: dict[str, Any]) -> str:
@@ -406,7 +406,7 @@ def test_random_on_purpose():
 
 def test_random_on_purpose_from_the_command_line():
     args = parse(["train", "demo", "--teacher", "test_vit", "--teacher-random", "teacher.kwargs={}"])
-    config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
+    config = load_recipe(args.recipe, recipe_overrides(args))
     assert config.teacher is not None and (config.teacher.model, config.teacher.weights) == ("test_vit", "random")
 
 

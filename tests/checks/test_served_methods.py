@@ -14,7 +14,7 @@ from scalekd.checks.served_methods import FAMILIES, ON_LOGITS, examine, families
 from scalekd.cli.app import main
 from scalekd.common.errors import UserError
 from scalekd.distill.distiller import Distiller
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 
 HEADLESS = {"DINOv2", "DINOv2, registers", "DINOv3", "SigLIP 2", "EVA-02", "MAE", "Hiera, MAE"}

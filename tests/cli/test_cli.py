@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from scalekd.cli.app import parse
 from scalekd.cli.doctor import bf16_instructions
-from scalekd.cli.options import shortcuts
+from scalekd.cli.options import recipe_overrides
 from scalekd.common.version import __version__
 from scalekd.config.files import recipe_names
 from scalekd.config.recipe import load_recipe
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
+from scalekd.train import engine
 from scalekd.train.log import read_log
 
 COMMANDS = [
@@ -32,7 +33,7 @@ COMMANDS = [
 def test_help_is_quick_and_lists_every_command():
     script = """
 import atexit, sys
-from scalekd.cli import main
+from scalekd.cli.app import main
 atexit.register(lambda: print({"torch", "timm", "pydantic"} & set(sys.modules)))
 main(["--help"])
 """
@@ -173,12 +174,12 @@ def test_data_shortcut_finds_the_validation_images(image_folder, name, val):
     (image_folder / "val").rename(image_folder / name)
     args = parse(["train", "demo", "--data", str(image_folder)])
     found = f'data.val="{image_folder / name}"' if val else "data.val=null"
-    assert shortcuts(args)[1] == found
+    assert recipe_overrides(args)[1] == found
 
 
 def test_a_teacher_given_by_name_is_pretrained():
     args = parse(["train", "demo", "--teacher", "test_vit"])
-    assert "teacher.weights=pretrained" in shortcuts(args)
+    assert "teacher.weights=pretrained" in recipe_overrides(args)
 
 
 def test_overrides_may_follow_options_and_win_over_shortcuts(cli, recipe_file, tmp_path):
@@ -201,6 +202,6 @@ def test_ctrl_c_says_how_to_go_on(cli, recipe_file, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scalekd.engine.train_step", interrupted)
+    monkeypatch.setattr(engine, "train_step", interrupted)
     result = cli("train", recipe_file, "--out", tmp_path / "run")
     assert result.code == 130 and "The same command goes on from the last checkpoint" in result.err

@@ -60,8 +60,8 @@ def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkey
 
 FULL = """
 import resource, sys
-import scalekd.build  # PyTorch writes files of its own when it is imported
-from scalekd.cli import main
+import scalekd.distill.build  # PyTorch writes files of its own when it is imported
+from scalekd.cli.app import main
 limits = [int(limit) for limit in sys.argv[1].split(",")]
 for i, limit in enumerate(limits):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # no file may grow beyond
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_listed(cli, recipe_file, tmp_path, monkeypatch)
 
 def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
     """Another process holds it; data workers of a run that is gone do not."""
-    hold = "import sys, pathlib; from scalekd.files import in_use\n"
+    hold = "import sys, pathlib; from scalekd.common.files import in_use\n"
     hold += "with in_use(pathlib.Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

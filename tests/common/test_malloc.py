@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import random, resource, torch
-from scalekd.memory import keep_freed_memory
+from scalekd.common.malloc import keep_freed_memory
 assert keep_freed_memory()
 random.seed(0)
 def faults():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from whole_runs import changed, final_state
 
-from scalekd.checks import preflight
+from scalekd.checks import step
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.shortages import shortages_told
@@ -53,7 +53,7 @@ def python_is_full(*args: object) -> None:
 
 @pytest.mark.parametrize("failing", [too_much, cuda_is_full, cublas_is_full, python_is_full])
 def test_in_the_preflight(cli, recipe_file, tmp_path, monkeypatch, failing):
-    monkeypatch.setattr(preflight, "_forward_backward", failing)
+    monkeypatch.setattr(step, "forward_backward", failing)
     told = cli("train", recipe_file, "--out", tmp_path / "run")
     assert told.code == 2 and len(told.err.splitlines()) == 2, told.err
     assert told.err.startswith("scalekd: out of memory on this machine with ")

@@ -142,7 +142,7 @@ def test_shipped_ladders_load(name):
 
 
 def test_the_ladder_in_the_docs_loads(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "compare.md").read_text()
     (tmp_path / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     planned = jobs(load_ladder(str(tmp_path / "mine.yaml")))
     assert {(j.student, j.method) for j in planned} >= {("small", "no teacher"), ("large", "ScaleKD")}

@@ -13,7 +13,7 @@ from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.files import merged
 from scalekd.config.losses import options_of
 from scalekd.config.recipe import check_config, load_recipe
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.train.resume import recipe_difference
 
 BASE = """

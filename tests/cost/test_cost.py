@@ -12,12 +12,12 @@ import pytest
 import timm
 import torch
 import whole_runs
+from parts import assert_the_parts_add_up
 from torch import nn
 from whole_runs import changed
 
 from scalekd.config.recipe import check_config
 from scalekd.cost.count import cost
-from scalekd.cost.flops import flop_counter
 from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.distiller import Distiller
 
@@ -70,23 +70,6 @@ def test_parameters_are_those_of_a_real_distiller(tiny):
     trained = sum(p.numel() for p in real.parameters())
     assert fixed["gradients"] == pytest.approx(4 * trained / 1e6)
     assert fixed["optimizer"] == pytest.approx(8 * trained / 1e6, rel=1e-3)  # AdamW: two moments, and step counts
-
-
-def assert_the_parts_add_up(distiller):
-    """A real step, with values: what it computes, and the gradients that it leaves, with and without the cuts."""
-    for module in distiller.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # so that the second pass sees what the first saw
-    pixels, targets = torch.rand(4, 3, 48, 48), torch.randint(10, (4,))
-    with flop_counter() as counter:
-        distiller(pixels, targets)["total"].backward()
-    whole = {name: p.grad for name, p in distiller.named_parameters()}
-    distiller.zero_grad()
-    ledger = Ledger()
-    charge_step(distiller, pixels, targets, ledger, half=False)
-    assert sum(map(sum, ledger.macs.values())) == pytest.approx(counter.get_total_flops() / 2, rel=1e-12)
-    for name, p in distiller.named_parameters():
-        torch.testing.assert_close(p.grad, whole[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("losses", [TINY["losses"], {"ce": {}, "tpp": {}, "srrl": {}, "reviewkd": {}}])
@@ -241,10 +224,12 @@ DOCUMENTED = sorted(RESULTS.glob("*.json"))
 
 @pytest.mark.parametrize("name", [path.stem for path in DOCUMENTED])
 def test_the_docs_show_what_the_results_hold(name):
-    """The row `| ... | [name](...) | ratios | memory |` of docs/cost.md, and the shape of the file."""
+    """The row `| ... | [name](...) | ratios | memory |` of docs/how-to/cost.md, and the shape of the file."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
-    row = re.search(rf"^\|.*\(results/cost/{name}\.md\).*$", (ROOT / "docs" / "cost.md").read_text(), re.MULTILINE)
-    assert row, f"docs/cost.md does not show {name}"
+    row = re.search(
+        rf"^\|.*\(../results/cost/{name}\.md\).*$", (ROOT / "docs" / "how-to" / "cost.md").read_text(), re.MULTILINE
+    )
+    assert row, f"docs/how-to/cost.md does not show {name}"
     cells = [cell.strip() for cell in row[0].strip("|").split("|")]
     ratio, step = found["ratio"], found["step"]
     wanted = [f"{step['total']['gmacs']:.1f}", f"{ratio['gmacs']:.2f}", f"{step['total']['saved_mb']:.0f}"]

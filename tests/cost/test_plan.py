@@ -30,7 +30,7 @@ from scalekd.cost.plan import (
 from scalekd.cost.plan_page import between, duration, markdown
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "plan.md").read_text()
+DOCS = (ROOT / "docs" / "how-to" / "plan.md").read_text()
 CPU = torch.device("cpu")
 # days on 8 V100, and GB of each, for 100 epochs of ImageNet-1K
 TABLE_15 = {
@@ -53,7 +53,7 @@ def test_the_papers_days_and_memory_are_within_the_assumptions(method, teacher):
     assert MEMORY_COUNTED[0] < gb * 1e3 / counted["memory_mb"] < MEMORY_COUNTED[1]
     name = {"fd": "FD", "step": "ScaleKD"}[method] + f", Swin-{teacher.upper()}"
     row = re.search(rf"^\| {name} \|(.*)\|$", DOCS, re.MULTILINE)
-    assert row, f"docs/plan.md does not show {name}"
+    assert row, f"docs/how-to/plan.md does not show {name}"
     cells = [float(cell.strip(" %")) for cell in row[1].split("|")]
     shown = [days, counted["total"]["gmacs"], rate / 1e12, 100 * rate / 15.7e12, 100 * rate / 125e12]
     assert cells == pytest.approx(shown, abs=0.051)

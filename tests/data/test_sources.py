@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import shutil
@@ -16,11 +15,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from archives import CELLS, PICTURE, PNG, add, save, shard, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from scalekd.cli.app import parse
-from scalekd.cli.options import shortcuts
+from scalekd.cli.options import recipe_overrides
 from scalekd.common.errors import UserError
 from scalekd.data.batches import train_batches, training_images
 from scalekd.data.images import BadImage
@@ -50,22 +50,6 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     yield
     assert not tried
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in header.items():
-        setattr(info, field, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members.items():
-            add(tar, name, data)
-    return path
 
 
 def files_of(folder: Path) -> list[tuple[str, bytes]]:
@@ -124,8 +108,8 @@ def make_hf_splits(folder: Path, to: Path) -> str:
 def make_hf_parquet(folder: Path, to: Path) -> str:
     rows = hf_rows(folder, fine=list(range(24)))
     (to / "data").mkdir()
-    for shard in range(2):
-        rows.shard(2, shard, contiguous=True).to_parquet(to / "data" / f"train-0000{shard}-of-00002.parquet")
+    for k in range(2):
+        rows.shard(2, k, contiguous=True).to_parquet(to / "data" / f"train-0000{k}-of-00002.parquet")
     rows.select([1, 2]).to_parquet(to / "data" / "validation-00000-of-00001.parquet")
     return f"hf:{to}:train"
 
@@ -208,11 +192,7 @@ def test_an_archive_that_became_shorter(image_folder, tmp_path):
         source[0]
 
 
-# ---------------------------------------------------------------- archives that are refused
-
-PICTURE = io.BytesIO()
 Image.new("RGB", (4, 4), (9, 9, 9)).save(PICTURE, "PNG")
-PNG = PICTURE.getvalue()
 
 
 def refused(text: str) -> str:
@@ -315,14 +295,6 @@ def test_files_that_are_no_archives(tmp_path):
     assert "write tar:" in refused(str(tmp_path / "text.tar"))
 
 
-# ---------------------------------------------------------------- shards
-
-
-def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
-    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", PNG), (f"{key}.cls", label))}
-    return f"wds:{write_tar(tmp_path / name, members)}"
-
-
 @pytest.mark.parametrize(
     "labels, told",
     [
@@ -384,18 +356,6 @@ def test_numbered_classes_of_training_and_validation(tmp_path):
         open_split(Data(train=part, val=full))
     with pytest.raises(UserError, match="labels up to 4 and no image of class 1 and 2 others"):
         open_split(Data(train=shard(tmp_path, {"a": b"0", "b": b"4"}), val=full))
-
-
-# ---------------------------------------------------------------- Hugging Face
-
-
-def save(tmp_path: Path, columns: dict[str, list], features: dict[str, object]) -> str:
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    rows.save_to_disk(tmp_path / "hf")
-    return f"hf:{tmp_path / 'hf'}"
-
-
-CELLS = [{"bytes": PNG, "path": "a.png"}, {"bytes": PNG, "path": None}]
 
 
 @pytest.mark.parametrize("label, told", [(-1, "is -1, which is none of the 3 classes"), (None, "is None"), (3, "is 3")])
@@ -481,7 +441,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def words(*options: object) -> list[str]:
-    return shortcuts(parse(["train", "demo", *map(str, options)]))
+    return recipe_overrides(parse(["train", "demo", *map(str, options)]))
 
 
 def test_one_name_for_both_splits(image_folder, tmp_path):

@@ -25,11 +25,12 @@ from scalekd.common.sections import checked_as, to_yaml
 from scalekd.config.recipe import check_config
 from scalekd.data.batches import Batch
 from scalekd.data.transforms import make_mixup
+from scalekd.distill import build as build_module
 from scalekd.distill.build import build, make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
 from scalekd.distill.run import Run
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.train.engine import train_step
 from scalekd.train.resume import recipe_difference
 from scalekd.train.run import scaler_and_average
@@ -133,7 +134,7 @@ def test_a_compiled_run_is_the_plain_one(light_recipe, tmp_path, monkeypatch):
     """Averaged, accumulated, stopped and gone on with; the eager backend computes the same bits."""
     recipe = changed(light_recipe, train={"ema": 0.9, "accumulate": 2})
     start(recipe, tmp_path / "plain")
-    monkeypatch.setattr("scalekd.build.compile_step", TRACED)
+    monkeypatch.setattr(build_module, "compile_step", TRACED)
     compiled = changed(recipe, train={"compile": True})
     with pytest.raises(Interrupted):
         start(compiled, tmp_path / "compiled", stop_at=4)
@@ -152,7 +153,7 @@ def test_what_cannot_be_compiled_is_told_before_training(light_recipe, monkeypat
     def broken(*_: Any) -> Any:
         raise RuntimeError("No working C++ compiler found")
 
-    monkeypatch.setattr("scalekd.build.compile_step", partial(compile_step, backend=broken))
+    monkeypatch.setattr(build_module, "compile_step", partial(compile_step, backend=broken))
     screen = io.StringIO()
     run = build(check_config(changed(light_recipe, train={"compile": True}), "test"), CPU)
     with pytest.raises(UserError, match=r"No working C\+\+ compiler found(.|\n)*train\.compile=false"):

@@ -22,7 +22,7 @@ from scipy.optimize import minimize
 from small_images import write_images
 
 from scalekd.cli.app import parse
-from scalekd.cli.options import shortcuts
+from scalekd.cli.options import recipe_overrides
 from scalekd.common.errors import UserError
 from scalekd.compare.ladder import jobs, load_ladder
 from scalekd.config.recipe import check_config, load_recipe
@@ -519,7 +519,7 @@ def test_what_is_told_of_its_use_can_be_copied(cli, own, recipe_file, monkeypatc
     assert "std [0.5, 0.5, 0.5]: They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in shown.out
     words = shlex.split(next(k for k in shown.out.splitlines() if k.startswith("In `scalekd train`: ")))[3:]
     args = parse(["train", str(recipe_file), *words])
-    spec = load_recipe(args.recipe, [*shortcuts(args), *args.overrides, "teacher.cuts=null"]).teacher
+    spec = load_recipe(args.recipe, [*recipe_overrides(args), "teacher.cuts=null"]).teacher
     build_with = {"channels": 3, "image_size": (48, 48), "classes": 3, "where": "teacher"}
     assert build_model(spec, **build_with)[1].head.startswith("head its head (sha256")
     with pytest.raises(UserError, match=r"was fitted for weights under `a.`, here it is `b.`.\nSet teacher.prefix"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from scalekd.methods import METHODS
 from scalekd.methods.logits import KD, BinaryCrossEntropy, CrossEntropy
+from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features, Shapes
 
 S3 = Shapes("s", (), None, 3)

@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features, Shapes
 from scalekd.models.tails import TEACHER_TAILS
 
@@ -92,7 +92,7 @@ def actual_options() -> dict[tuple[str, str], object]:
 
 
 def test_options_table_has_the_options_and_their_defaults():
-    assert documented_options((DOCS / "methods.md").read_text()) == actual_options()
+    assert documented_options((DOCS / "reference" / "methods.md").read_text()) == actual_options()
 
 
 def losses_of(document: str) -> list[str]:
@@ -103,7 +103,7 @@ def tupled(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("line", losses_of("methods.md"))
+@pytest.mark.parametrize("line", losses_of("reference/methods.md"))
 def test_recipe_lines_can_be_built(line):
     student = Shapes("s", ((4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)), (8, 2, 2), 5)
     teacher = Shapes("t", ((4, 8, 8), (4, 8, 8), (48, 4, 4), (96, 2, 2)), (96, 2, 2), 5, can_resume=True)
@@ -115,7 +115,7 @@ def test_recipe_lines_can_be_built(line):
 
 
 def test_every_ablation_row_has_its_losses():
-    table = (DOCS / "methods.md").read_text().split("## The ablations")[1]
+    table = (DOCS / "reference" / "methods.md").read_text().split("## The ablations")[1]
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     lines = [losses for row in rows for losses in re.findall(r"losses: \{.*\}", row)]
     assert len(lines) == len(rows) == len(set(lines))
@@ -133,21 +133,21 @@ def blocks_of(document: str, language: str) -> list[str]:
 
 
 def test_the_example_method_is_held_to_the_contract(monkeypatch, pair):
-    """docs/add-a-method.md, taken literally."""
-    module, _, line, test = blocks_of("add-a-method.md", "python")
+    """docs/how-to/add-a-method.md, taken literally."""
+    module, _, line, test = blocks_of("how-to/add-a-method.md", "python")
     names: dict = {"__name__": "similarity"}
     exec(module, names)  # our own document
     for name, method in eval("{" + line + "}", names).items():  # noqa: S307
         monkeypatch.setitem(METHODS, name, method)
     held_to_the_contract("sp", pair)
-    (row,) = blocks_of("add-a-method.md", "markdown")
-    example, shipped = documented_options(row), documented_options((DOCS / "methods.md").read_text())
+    (row,) = blocks_of("how-to/add-a-method.md", "markdown")
+    example, shipped = documented_options(row), documented_options((DOCS / "reference" / "methods.md").read_text())
     assert shipped | example == actual_options()
     tests: dict = {}
     exec(test, tests)
     tests["test_sp_by_hand"]()
 
-    (recipe,) = losses_of("add-a-method.md")
+    (recipe,) = losses_of("how-to/add-a-method.md")
     options = yaml.safe_load(recipe)["losses"]["sp"]
     options.pop("weight")
     batch = pair.features()
@@ -156,7 +156,7 @@ def test_the_example_method_is_held_to_the_contract(monkeypatch, pair):
 
 
 def test_the_logit_example_is_held_to_the_contract(monkeypatch, pair):
-    _, module, *_ = blocks_of("add-a-method.md", "python")
+    _, module, *_ = blocks_of("how-to/add-a-method.md", "python")
     names: dict = {"__name__": "logit_distance"}
     exec(module, names)
     monkeypatch.setitem(METHODS, "ld", names["LogitDistance"])
@@ -168,7 +168,9 @@ def test_the_logit_example_is_held_to_the_contract(monkeypatch, pair):
 
 
 def test_the_teachers_that_can_be_resumed_are_those_of_the_table():
-    rows = re.findall(r"^\| (\w+) \| (`\w+`(?:, `\w+`)*) \|$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w+) \| (`\w+`(?:, `\w+`)*) \|$", (DOCS / "reference" / "methods.md").read_text(), re.MULTILINE
+    )
     assert sorted(name for name, _ in rows) == sorted(c.__name__ for c in TEACHER_TAILS)
     for name, models in rows:
         for model in re.findall(r"\w+", models):

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from structures import with_structure
 from torch import nn
 
 from scalekd.common.errors import UserError
@@ -31,11 +32,6 @@ HEADS = {  # model: what makes it small, tensors of its classifier or classifier
     "deit_tiny_distilled_patch16_224": (SMALL, 4),
     "test_convnext": ({}, 2),
 }
-
-
-def with_structure(tensor: torch.Tensor) -> torch.Tensor:
-    """Positive, of the same shape; a matrix is a product of two vectors."""
-    return torch.rand(len(tensor), *[1] * (tensor.ndim - 1)) * torch.rand(1, *tensor.shape[1:])
 
 
 def trained_file(path: Path, name: str, classes: int, **kwargs: Any) -> dict[str, torch.Tensor]:

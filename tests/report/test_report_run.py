@@ -15,10 +15,10 @@ import scipy.fft
 import timm
 import torch
 import yaml
+from comparisons import summary
+from pages import cells, step, validation, well_formed
 from PIL import Image
 from small_images import write_images
-from test_compare_page import summary
-from test_report import cells, step, validation, well_formed
 from trained_runs import trained_runs
 
 from scalekd.common.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_cost import assert_the_parts_add_up
+from parts import assert_the_parts_add_up
 from torch import nn
 from whole_runs import TINY, changed
 

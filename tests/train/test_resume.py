@@ -12,7 +12,7 @@ from whole_runs import Interrupted, assert_same, changed, events, final_state, s
 
 from scalekd.common.errors import UserError
 from scalekd.common.stop import StopRequest
-from scalekd.train import checkpoint, engine
+from scalekd.train import checkpoint, engine, folder
 from scalekd.train.log import read_log
 
 
@@ -129,7 +129,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
 
 
 def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("scalekd.run_folder.write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(folder, "write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     stopped = command("run")
     assert stopped.code == 75 and "stopped by SIGTERM before the first step" in stopped.err
     assert command("run").code == 75  # nothing there that is in the way

@@ -14,6 +14,7 @@ from PIL import Image
 
 from scalekd.cli import transfer as transfer_cli
 from scalekd.config.files import recipe_names
+from scalekd.runs import transfer as transfer_runs
 from scalekd.transfer import deploy, evaluate
 from scalekd.transfer.config import SHELVES
 
@@ -113,7 +114,7 @@ def test_train_hands_over_what_was_typed(cli, monkeypatch, tmp_path, task):
         figures = {"mask_ap": 12.345, "box_ap": 20, "miou": 33.333, "pixel_accuracy": 70}
         return None if dry_run else {"model": str(folder / "x.safetensors")} | figures
 
-    monkeypatch.setattr("scalekd.transfer.train.train", train)
+    monkeypatch.setattr(transfer_runs, "train", train)
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"name": "mine"} | RECIPES[task]))
     data = ["--annotations", "t.json", "--images", "t", "--val-annotations", "v.json", "--val-images", "v"]

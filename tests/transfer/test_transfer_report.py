@@ -13,9 +13,9 @@ import test_transfer_runs as small
 import timm
 import torch
 import yaml
+from pages import cells, well_formed
 from PIL import Image
-from test_models import with_structure
-from test_report import cells, well_formed
+from structures import with_structure
 
 from scalekd.models.export import export_student
 from scalekd.report.folder import read_run

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.config.files import recipe_names
+from scalekd.runs import transfer as transfer_runs
 from scalekd.runs.nonfinite import load_report
 from scalekd.runs.transfer import build, train
 from scalekd.train import engine, health
@@ -147,7 +148,7 @@ def test_a_step_that_is_not_finite_can_be_looked_at_again(task, scenes, tmp_path
     module = detect if task == "detection" else segment
     real = module.build
     monkeypatch.setattr(module, "build", broken)
-    monkeypatch.setattr("scalekd.transfer.train._preflight", lambda *_: None)
+    monkeypatch.setattr(transfer_runs, "preflight", lambda *_: None)
     with pytest.raises(UserError, match=r"the loss is not finite: .* in step 1, on .*png"):
         trained(config, tmp_path / "run")
     monkeypatch.setattr(module, "build", real)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from archives import CELLS, PNG, add, save, shard, write_tar
+from bad_files import Payload, contents, write_idx
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_images import write_images
-from test_bad_input import Payload, contents, write_idx
-from test_sources import CELLS, PNG, add, save, shard, write_tar
 from whole_runs import TINY
 
 from scalekd.cli.app import main

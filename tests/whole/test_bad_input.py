@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +10,13 @@ import pytest
 import timm
 import torch
 import yaml
+from bad_files import Payload, contents
 from safetensors.torch import save_file
 
 from scalekd.train import checkpoint, engine
 from scalekd.train.health import NonFinite
 
 TINY_VIT = {"depth": 4, "img_size": 48, "num_classes": 3}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file and folder below, with a checksum."""
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -169,13 +163,6 @@ def test_an_image_that_cannot_be_read_by_a_worker(cli, recipe_file, image_folder
     assert f"cannot read {bad}: " in told and contents(image_folder) == before
 
 
-def write_idx(prefix: Path, images: int, labels: int, cut: int = 0) -> None:
-    data = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (images, 4, 4)) + bytes(16 * images)
-    Path(f"{prefix}-images-idx3-ubyte").write_bytes(data[: len(data) - cut])
-    data = bytes([0, 0, 8, 1]) + labels.to_bytes(4, "big") + bytes(i % 3 for i in range(labels))
-    Path(f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(data))
-
-
 # Weights
 
 
@@ -211,14 +198,6 @@ def test_damaged_weights(refused, tmp_path, name, how):
 def test_files_that_hold_no_weights(refused, tmp_path, value):
     torch.save(value, tmp_path / "teacher.pt")
     assert "teacher.weights: " in refused(f"teacher.weights={tmp_path / 'teacher.pt'}")
-
-
-class Payload:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])

@@ -10,22 +10,25 @@ from pathlib import Path
 import pytest
 
 from scalekd.cli import transfer as transfer_cli
-from scalekd.cli.app import _parser, parse
-from scalekd.cli.options import shortcuts
+from scalekd.cli.app import parse, parser
+from scalekd.cli.options import recipe_overrides
 from scalekd.common.sections import _fields_at
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.compare.ladder import jobs, ladder_names, load_ladder
 from scalekd.config.files import recipe_names, recipe_text
 from scalekd.config.losses import options_of
 from scalekd.config.recipe import Config, check_config, load_recipe
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.transfer import config as transfer
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml"))]
 TRANSFER_RECIPES = [name for shelf in transfer.SHELVES.values() for name in recipe_names(shelf)]
-TO_BE_WRITTEN = {"src/scalekd/methods/similarity.py", "tests/methods/test_similarity.py"}  # in docs/add-a-method.md
+TO_BE_WRITTEN = {
+    "src/scalekd/methods/similarity.py",
+    "tests/methods/test_similarity.py",
+}  # in docs/how-to/add-a-method.md
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w./-])(?:src|docs|tests|tools|examples|benchmarks)/[\w./-]*[\w/]")
@@ -66,7 +69,7 @@ def is_command(line: str) -> bool:
 
 def test_there_is_something_to_look_at():
     files = {file for file, _ in commands()}
-    assert {"README.md", "docs/own-data.md", "own-data"} <= files
+    assert {"README.md", "docs/tutorials/own-data.md", "own-data"} <= files
     assert len(each(PATH)) > 20 and len(each(KEY)) > 5
 
 
@@ -79,16 +82,16 @@ def test_a_command_line_is_understood(file, line):
             transfer.load(args.task, args.recipe, [*transfer_cli.shortcuts(args), *args.overrides])
     elif hasattr(args, "ladder"):
         if args.ladder in ladder_names():
-            assert jobs(load_ladder(args.ladder), [*shortcuts(args), *args.overrides])
+            assert jobs(load_ladder(args.ladder), recipe_overrides(args))
         else:
             assert (ROOT / args.ladder).parent.name == "lab"  # a file, of the laboratory
     elif hasattr(args, "overrides") and not args.recipe.endswith(".yaml"):
-        load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
+        load_recipe(args.recipe, recipe_overrides(args))
     if getattr(args, "show", None):
         assert args.show[0] == "show" and args.show[1] in (*recipe_names(), "NAME")
 
 
-COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+COMMANDS = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
 @pytest.mark.parametrize("file, line", each(re.compile(r"`scalekd [^`\n]+`")))
@@ -130,7 +133,7 @@ def test_a_key_exists(file, key):
 LOSSES = [
     (file, text)
     for file, text in each(re.compile(r"losses: \{.*\}"))
-    if file not in ("docs/add-a-method.md", "docs/compare.md")
+    if file not in ("docs/how-to/add-a-method.md", "docs/how-to/compare.md")
 ]
 
 

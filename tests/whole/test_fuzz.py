@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from archives import PNG, write_tar
+from bad_files import Payload, write_idx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import Payload, write_idx
-from test_sources import PNG, write_tar
 from whole_runs import TINY
 
 from scalekd.common.errors import UserError

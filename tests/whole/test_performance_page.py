@@ -1,4 +1,4 @@
-"""docs/performance.md and docs/laboratory.md show the tables of docs/results and no others."""
+"""docs/explanation/performance.md and docs/explanation/laboratory.md show the tables of docs/results and no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tables import BLOCK, PAGES, filled, pictures  # noqa: E402
 
 
 def test_the_tables_are_those_of_the_results():
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "performance.md").read_text()
     folder = ROOT / "docs" / "results" / "performance"
     assert {file.stem for file in folder.glob("*.md")} <= {block[2] for block in BLOCK.finditer(page)}
     drawn = pictures(folder)

@@ -25,7 +25,7 @@ from scalekd.train.optim import make_schedule
 from scalekd.train.run import AUTOCAST
 
 NAMES = recipe_names()
-DOC = Path(__file__).parents[2] / "docs" / "recipes.md"
+DOC = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
 load = functools.cache(load_recipe)  # what a shipped recipe says does not change in between
 
 
@@ -243,7 +243,7 @@ def test_a_recipe_of_vanillakd_is_its_command(name):
     assert augment.repeats == 3
 
 
-# GMACs of one image, as `scalekd pairs` measures them (tests/test_pairs.py), and Table 15's days on 8 V100
+# GMACs of one image, as `scalekd pairs` measures them (tests/cost/test_pairs.py), and Table 15's days on 8 V100
 TEACHER_GMACS = {"swin-s": 8.74, "swin-b": 15.43, "swin-l": 34.48, "beit-l": 81.01, "beitv2-b": 17.56, "bit": 45.81, "baseline": 0}  # fmt: skip
 STUDENT_GMACS = {
     "mobilenetv1": 0.57, "resnet50": 4.09, "convnext-tiny": 4.46, "mixer-s": 3.78, "mixer-b": 12.60, "vit-small": 4.57,

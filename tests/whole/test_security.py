@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import yaml
+from pages import well_formed
 from safetensors.torch import save_file
-from test_report import well_formed
 
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config, load_recipe

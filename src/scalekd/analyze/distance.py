@@ -1,4 +1,4 @@
-"""How far a student's alternative components are from its teacher's: `scalekd analyze distance`, docs/analyze.md.
+"""How far a student's alternative components are from its teacher's: `scalekd analyze distance`, docs/how-to/analyze.md.
 
 ScaleKD's Figures 3 and 6: "feature distance distributions of alternative components for the last stage features". The
 alternative component of a map is the map without its direct component: DCT, zero at (0, 0), inverse DCT, which is the

@@ -1,4 +1,4 @@
-"""Which frequencies a model's last maps hold: `scalekd analyze frequency`, docs/analyze.md.
+"""Which frequencies a model's last maps hold: `scalekd analyze frequency`, docs/how-to/analyze.md.
 
 ScaleKD's Figures 2 and 5: "we first collect the output feature maps of 1600 samples, then conduct DCT on each channel,
 and finally take the average value across these samples after converting all responses into absolute values". Here the

@@ -1,15 +1,13 @@
 """`scalekd probe`: how much a frozen model's features tell of your classes, from few labels and from all.
 
 Features -> a linear classifier and k nearest neighbours on sets of labelled images -> accuracy on the validation
-images. docs/transfer.md tells the protocol, ScaleKD's Table 12, and how to read the numbers.
+images. docs/how-to/transfer.md tells the protocol, ScaleKD's Table 12, and how to read the numbers.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,19 @@ from torch import Tensor
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, write_text
 from scalekd.common.intervals import half_width
-from scalekd.common.provenance import git_state, machine, versions
+from scalekd.common.parallel import pick_device
+from scalekd.common.provenance import command_line, git_state, machine, versions
+from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
+from scalekd.common.shortages import shortages_told
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.options import Data
+from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, by_class, open_split
 from scalekd.heads.features import FEATURES, Backbone, cache_folder, features, named_backbone, some
 from scalekd.heads.knn import knn_predict
 from scalekd.heads.solver import choose, fit, scores
+from scalekd.models.options import Model
 
 from .figures import figure_class, write_figure
 from .probe_page import ALL, Shots, drawing, markdown, show
@@ -49,7 +52,7 @@ def parse_shots(text: str) -> list[Shots]:
     wrong = [word for word in words if word != ALL and not (word.isdecimal() and 0 < int(word) < 2**31)]
     if wrong or not words:
         told = f"`{wrong[0]}` is neither a number from 1 on nor `all`" if wrong else "none are named"
-        raise UserError(f"--shots: {told}; write such as 1,5,10,25,all")
+        raise UserError(f"`shots`: {told}; write such as 1,5,10,25,all")
     counts: list[Shots] = sorted({int(word) for word in words if word != ALL})
     return counts + [ALL] * (ALL in words)
 
@@ -120,7 +123,7 @@ def probe(
         "models": results,
         "against_first": {text: _differences(results[models[0]], results[text]) for text in models[1:]},
         "provenance": {
-            "command": shlex.join(["scalekd", *sys.argv[1:]]),
+            "command": command_line(),
             **versions(),
             "machine": machine(device),
             "git": git_state(),
@@ -136,17 +139,52 @@ def probe(
     return found
 
 
+def probe_named(
+    models: Sequence[str],
+    data: str,
+    val: str | None,
+    out: Path,
+    console: Console,
+    *,
+    shots: Sequence[Shots],
+    draws: int,
+    image_size: Any,
+    seed: int | None,
+    val_limit: int | None,
+    cache: Path | None,
+    device_name: str | None,
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """`probe` for plain values; `data` may stand for both parts of a source. Raises `UserError`."""
+    for name, count in (("draws", draws), ("val_limit", val_limit)):
+        if count is not None and count < 1:
+            raise UserError(f"`{name}` {count}: must be 1 or more")
+    train, held = pair_of(data) or (data, None)
+    size = None if image_size is None else section_of(Model, {"model": "resnet50", "image_size": image_size}, "teacher")
+    device = pick_device(device_name)
+    with shortages_told(device, "Try device cpu, a smaller image_size, or fewer shots."):
+        return probe(
+            models,
+            section_of(Data, {"train": train, "val": val or held, "seed": seed}, "data"),
+            out,
+            device,
+            console,
+            shots=shots,
+            draws=draws,
+            image_size=None if size is None or size.image_size is None else height_and_width(size.image_size),
+            val_limit=val_limit,
+            cache=cache or FEATURES,
+            dry_run=dry_run,
+        )
+
+
 # ---------------------------------------------------------------- which images
 
 
 def _split(data: Data) -> Split:
-    """Raises `UserError` with this command's options where `open_split` names a recipe's keys."""
     if data.val == data.train:
-        raise UserError(f"--val is --data, {data.val}: models would be tested on the images that they learn from")
-    try:
-        return open_split(data)
-    except UserError as error:
-        raise UserError(str(error).replace("data.train", "--data").replace("data.val", "--val")) from None
+        raise UserError(f"data.val is data.train, {data.val}: models would be tested on the images they learn from")
+    return open_split(data)
 
 
 def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -> dict[Set, list[int]]:

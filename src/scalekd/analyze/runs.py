@@ -44,7 +44,9 @@ class Trained:
     classes: list[str]
     student: Looker
     methods: nn.ModuleDict
-    weights: dict[str, Any]  # of the student: "student", as trained, and "deployed", as exported (docs/analyze.md)
+    weights: dict[
+        str, Any
+    ]  # of the student: "student", as trained, and "deployed", as exported (docs/how-to/analyze.md)
     step: int
     of_steps: int
 

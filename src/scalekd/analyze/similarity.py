@@ -1,4 +1,4 @@
-"""Students beside their teacher: `scalekd analyze similarity`, docs/analyze.md.
+"""Students beside their teacher: `scalekd analyze similarity`, docs/how-to/analyze.md.
 
 How alike the stages are (CKA), how often they answer the same, whether their confidence can be trusted, which classes
 gained over a baseline, and where the queries of the projectors look.

@@ -12,7 +12,7 @@ from rich.table import Table
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.config.losses import reads_teacher
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import usual_size
 from scalekd.models.stages import Shapes, StageView

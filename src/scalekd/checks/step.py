@@ -36,7 +36,7 @@ def dead_parameters(model: nn.Module) -> list[str]:
 def finish(run: Training, title: str, checks: list[Check], console: Console) -> None:
     """Adds a step to the checks unless one failed already, prints all; raises `UserError` with the fixes if one fails."""
     if not any(c.status == "fail" for c in checks):
-        checks = [*checks, *_one_step(run), *_bad_images(run)]
+        checks = [*checks, *one_step(run), *_bad_images(run)]
     if parallel.rank() == 0:
         _print(title, checks, console)
     failed = [c for c in checks if c.status == "fail"]
@@ -55,7 +55,7 @@ def _print(title: str, checks: list[Check], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _one_step(run: Training) -> list[Check]:
+def one_step(run: Training) -> list[Check]:
     """Two forward and backward passes on real batches; batch-norm statistics are put back, nothing is updated."""
     d, config = run.model, run.config
     before = {name: b.clone() for name, b in d.named_buffers()}
@@ -74,7 +74,7 @@ def _one_step(run: Training) -> list[Check]:
             break
         seed_everything(config.seed, "pre-flight")
         began = time.perf_counter()
-        losses = _forward_backward(run, batch)
+        losses = forward_backward(run, batch)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         step_s = time.perf_counter() - began
@@ -96,7 +96,7 @@ def _bad_images(run: Training) -> list[Check]:
     return [Check("images", "warn", told, "They are left out, as data.on_bad_image says")]
 
 
-def _forward_backward(run: Training, batch: Any) -> dict[str, torch.Tensor]:
+def forward_backward(run: Training, batch: Any) -> dict[str, torch.Tensor]:
     precision = run.config.train.precision
     with failures_told():
         with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):

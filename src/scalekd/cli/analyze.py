@@ -10,7 +10,9 @@ from typing import Any
 
 def add_commands(commands: Any) -> None:
     """Adds it to the sub-commands of `scalekd`."""
-    sub = commands.add_parser("analyze", help="what models' features hold and how near a student is (docs/analyze.md)")
+    sub = commands.add_parser(
+        "analyze", help="what models' features hold and how near a student is (docs/how-to/analyze.md)"
+    )
     analyses = sub.add_subparsers(title="analyses", metavar="ANALYSIS", required=True)
 
     def analysis(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -45,7 +47,7 @@ def _frequency(args: argparse.Namespace) -> None:
 
     device = pick_device(args.device)
     found = analyze(args.models, args.data, args.images, device, random=args.random, batch=args.batch, out=args.out)
-    _tell(args, found, show, write)
+    _print(args, found, show, write)
 
 
 def _distance(args: argparse.Namespace) -> None:
@@ -53,7 +55,7 @@ def _distance(args: argparse.Namespace) -> None:
     from scalekd.common.parallel import pick_device
 
     found = analyze(args.runs, args.data, args.images, pick_device(args.device), batch=args.batch, out=args.out)
-    _tell(args, found, show, write)
+    _print(args, found, show, write)
 
 
 def _similarity(args: argparse.Namespace) -> None:
@@ -70,10 +72,10 @@ def _similarity(args: argparse.Namespace) -> None:
         batch=args.batch,
         out=args.out,
     )
-    _tell(args, found, show, write)
+    _print(args, found, show, write)
 
 
-def _tell(
+def _print(
     args: argparse.Namespace, found: Any, show: Callable[[Any, Any], None], write: Callable[[Any, Path], None]
 ) -> None:
     from rich.console import Console

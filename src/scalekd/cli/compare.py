@@ -4,39 +4,72 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from scalekd.common.errors import UserError
+from scalekd import api
 from scalekd.common.stop import StopRequest
 
-from .options import shortcuts
+from .options import add_bad_images, command, names, overrides, recipe_overrides
+
+
+def add_commands(commands: Any) -> None:
+    sub = command(commands, "compare", _compare, "methods x students x seeds on your data; the same command resumes")
+    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/how-to/compare.md)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as train.epochs=20")
+    sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these, beside the baseline")
+    sub.add_argument("--students", type=names, default=[], metavar="A,B", help="only these")
+    sub.add_argument("--seeds", type=int, help="how many (default: the ladder's)")
+    sub.add_argument("--data", metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    add_bad_images(sub)
+    sub.add_argument("--teacher", metavar="MODEL", help="as for train")
+    sub.add_argument("--student", metavar="MODEL", help="as for train; for a ladder without students of its own")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the comparison's folder (default: runs/compare-NAME)")
+    sub.add_argument(
+        "--known",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another comparison; its equal runs count",
+    )
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
+    sub.add_argument(
+        "--share-teacher", action="store_true", help="one teacher pass for all runs of a seed, kept on disk meanwhile"
+    )
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
+    sub.add_argument("--dry-run", action="store_true", help="check every run's recipe, list them, write nothing")
 
 
 def _compare(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
-        from rich.console import Console
-
-        from scalekd.compare.compare import compare
-        from scalekd.compare.ladder import chosen, jobs, load_ladder
-        from scalekd.compare.runner import places
-
-        ladder = chosen(load_ladder(args.ladder), args.students, args.methods, args.seeds)
-        if args.student and ladder.students:
-            raise UserError(f"--student: this ladder has its own: {', '.join(ladder.students)}")
-        overrides = [*shortcuts(args), *args.overrides]
         if args.dry_run:
-            for job in jobs(ladder, overrides):
-                print(f"{job}: {', '.join(job.config.losses)}")
+            _list(args)
             return 0
-        out = args.out or Path("runs") / f"compare-{ladder.name}"
-        at = places(args.jobs, args.device)
-        return compare(
-            ladder,
+        found = api.compare(
             args.ladder,
-            overrides,
-            out,
-            at,
-            share=args.share_teacher,
+            data=args.data,
+            val=args.val,
+            teacher=args.teacher,
+            student=args.student,
+            methods=args.methods,
+            students=args.students,
+            seeds=args.seeds,
+            out=args.out,
             known=args.known,
+            jobs=args.jobs,
+            share_teacher=args.share_teacher,
+            device=args.device,
+            overrides=overrides(args),
             stop=stop,
-            console=Console(emoji=False),
+            verbose=True,
         )
+    return 1 if found.failed else 0
+
+
+def _list(args: argparse.Namespace) -> None:
+    from scalekd.compare.ladder import chosen, jobs, load_ladder
+
+    ladder = chosen(load_ladder(args.ladder), args.students, args.methods, args.seeds, args.student)
+    for job in jobs(ladder, recipe_overrides(args)):
+        print(f"{job}: {', '.join(job.config.losses)}")

@@ -3,52 +3,94 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
-from scalekd.common.errors import UserError
+from scalekd import api
 
-from .options import _tell, shortcuts
+from .options import DEVICE, add_json_or_markdown, add_models, add_recipe, command, overrides, print_result
+
+
+def add_commands(commands: Any) -> None:
+    sub = command(
+        commands, "cost", _cost, "what a recipe's step costs, by part and beside plain feature distillation; no data"
+    )
+    add_recipe(sub)
+    add_models(sub)
+    sub.add_argument("--classes", type=int, default=1000, metavar="N", help="of the data (default: 1000)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images per device (default: 32 counted, 4 measured)")
+    sub.add_argument("--measure", action="store_true", help="also time real steps on random pixels")
+    sub.add_argument("--device", help=f"for --measure: {DEVICE}")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
+    sub.add_argument("--json", action="store_true")
+
+    _add_plan(commands)
+
+    sub = command(
+        commands, "pairs", _pairs, "the papers' teachers and students, measured: parameters, multiply-adds, stage maps"
+    )
+    sub.add_argument("names", nargs="*", metavar="NAME", help="only the pairs that have all of these in a model's name")
+    add_json_or_markdown(sub)
+
+
+def _add_plan(commands: Any) -> None:
+    sub = command(
+        commands, "plan", _plan, "before a big run: hours, GPU-hours and memory as intervals, and the bottleneck"
+    )
+    add_recipe(sub)
+    sub.add_argument("--data", metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    add_models(sub)
+    sub.add_argument("--images", type=int, metavar="N", help="training images (default: the data's, or ImageNet-1K's)")
+    sub.add_argument("--classes", type=int, metavar="N", help="of the data (default: the data's, or 1000)")
+    sub.add_argument("--gpu", metavar="KIND", help="v100, a100, h100, l4, rtx4090, ... (default: a100)")
+    sub.add_argument("--gpus", type=int, default=1, metavar="K", help="how many (default: 1)")
+    sub.add_argument("--measure", action="store_true", help="time real steps and the reading of images on this machine")
+    sub.add_argument("--batch", type=int, metavar="N", help="for --measure: images per step (default: up to 64)")
+    sub.add_argument("--device", help=f"for --measure: {DEVICE}")
+    add_json_or_markdown(sub)
+
+
+def _cost(args: argparse.Namespace) -> None:
+    from scalekd.cost.page import show
+
+    found = api.cost(
+        args.recipe,
+        teacher=args.teacher,
+        student=args.student,
+        classes=args.classes,
+        batch=args.batch,
+        measure=args.measure,
+        device=args.device,
+        out=args.out,
+        overrides=overrides(args),
+    )
+    print_result(args, found.details, show)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from scalekd.cost.plan_page import markdown, show
+
+    found = api.plan(
+        args.recipe,
+        data=args.data,
+        val=args.val,
+        teacher=args.teacher,
+        student=args.student,
+        images=args.images,
+        classes=args.classes,
+        gpu=args.gpu,
+        gpus=args.gpus,
+        measure=args.measure,
+        batch=args.batch,
+        device=args.device,
+        overrides=overrides(args),
+    )
+    plain = {"runs": found.runs, "hours": list(found.hours), "gpu_hours": list(found.gpu_hours)}
+    print_result(args, plain, show, markdown)
 
 
 def _pairs(args: argparse.Namespace) -> None:
     from scalekd.cost.pairs import markdown, pairs, show
 
-    _tell(args, pairs(args.names), show, markdown)
-
-
-def _cost(args: argparse.Namespace) -> None:
-    from scalekd.common.parallel import pick_device
-    from scalekd.config.recipe import load_recipe
-    from scalekd.cost.count import cost
-    from scalekd.cost.page import show, write
-    from scalekd.cost.seconds import measure
-
-    config = load_recipe(args.recipe, [*shortcuts(args), *args.overrides])
-    device = pick_device(args.device)
-    found = cost(config, classes=args.classes, batch=args.batch)
-    if args.measure:
-        found["measured"] = measure(config, device, classes=args.classes, batch=args.batch or 4)
-    if args.out:
-        write(found, args.out)
-    _tell(args, found, show)
-
-
-def _plan(args: argparse.Namespace) -> None:
-    from scalekd.common.parallel import pick_device
-    from scalekd.config.recipe import load_recipe
-    from scalekd.cost.plan import plan
-    from scalekd.cost.plan_page import markdown, show
-
-    if args.measure and args.gpu:
-        raise UserError("--gpu and --measure: one of them; --measure plans for the machine at hand")
-    if not args.measure and (args.device or args.batch):
-        raise UserError("--device and --batch go with --measure; without it nothing is run, and --gpu names the card")
-    found = plan(
-        load_recipe(args.recipe, [*shortcuts(args), *args.overrides]),
-        images=args.images,
-        gpu=args.gpu or "a100",
-        gpus=args.gpus,
-        classes=args.classes,
-        measure_on=pick_device(args.device) if args.measure else None,
-        batch=args.batch,
-    )
-    _tell(args, found, show, markdown)
+    print_result(args, pairs(args.names), show, markdown)

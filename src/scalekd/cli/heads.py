@@ -6,75 +6,89 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scalekd.common.errors import UserError
+from scalekd import api
+
+from .keys import as_options
+from .options import DEVICE, command
+
+
+def add_commands(commands: Any) -> None:
+    _add_head(commands)
+    _add_probe(commands)
+
+
+def _add_head(commands: Any) -> None:
+    sub = command(
+        commands, "head", _head, "fit a classifier for your classes on a frozen teacher (docs/how-to/any-teacher.md)"
+    )
+    sub.add_argument("model", metavar="MODEL", help="the teacher's timm name, or its folder")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for head.safetensors and head.json")
+    sub.add_argument("--weights", default="pretrained", metavar="FILE", help="as teacher.weights (default: timm's own)")
+    sub.add_argument("--prefix", metavar="TEXT", help="as teacher.prefix: what precedes the names in that file")
+    sub.add_argument("--kwargs", metavar="YAML", help="teacher.kwargs of a recipe: '{global_pool: avg}'")
+    sub.add_argument("--image-size", metavar="N", help="pixels, such as 98 or '[98, 126]' (default: timm's own)")
+    sub.add_argument("--channels", type=int, choices=[1, 3], help="as data.channels (default: 3)")
+    sub.add_argument("--mean", metavar="YAML", help="of the input, such as '[0.5, 0.5, 0.5]' (default: timm's own)")
+    sub.add_argument("--std", metavar="YAML", help="as --mean")
+    sub.add_argument("--crop-pct", type=float, metavar="X", help="as augment.crop_pct (default: timm's own)")
+    sub.add_argument("--limit", type=int, metavar="N", help="use only N labels, the same number per class")
+    sub.add_argument("--seed", type=int, help="as data.seed: chooses the labels and what is held out (default: 0)")
+    sub.add_argument("--draws", type=int, default=1, metavar="K", help="K sets of labels; the first one's head is kept")
+    sub.add_argument("--val-limit", type=int, metavar="N", help="use only N validation images")
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept (default: runs/features)")
+    sub.add_argument("--device", help=DEVICE)
+
+
+def _add_probe(commands: Any) -> None:
+    sub = command(
+        commands, "probe", _probe, "accuracy of frozen features by number of labels per class (docs/how-to/transfer.md)"
+    )
+    sub.add_argument(
+        "models", nargs="+", metavar="MODEL", help="an exported student, a timm name, or NAME=FILE for other weights"
+    )
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train: the labelled images")
+    sub.add_argument("--val", metavar="SOURCE", help="as for train: the images to test on")
+    sub.add_argument("--shots", default="1,5,10,25,all", metavar="N,N,..", help="per class (default: 1,5,10,25,all)")
+    sub.add_argument("--draws", type=int, default=5, metavar="K", help="sets of labelled images (default: 5)")
+    sub.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="DIR", help="(default: runs/probe)")
+    sub.add_argument("--image-size", metavar="N", help="for timm names: pixels, such as 98 or '[98, 126]'")
+    sub.add_argument("--seed", type=int, help="of the draws, and of what is held out without --val (default: 0)")
+    sub.add_argument("--val-limit", type=int, metavar="N", help="test on N images only")
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept (default: runs/features)")
+    sub.add_argument("--device", help=DEVICE)
+    sub.add_argument("--dry-run", action="store_true", help="check data and models, show the plan, write nothing")
 
 
 def _head(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import shortages_told
     from scalekd.common.yaml_file import parse_yaml
-    from scalekd.data.options import Augment, Data
-    from scalekd.data.sources.open import pair_of
-    from scalekd.heads.fit import check_folder, fit_head
-    from scalekd.heads.page import tell_use
-    from scalekd.models.options import Model
-    from scalekd.models.weights.folder import beside, written_out
 
-    from .keys import as_options, parsed
-
-    for name in ("draws", "val_limit"):
-        if (count := getattr(args, name)) is not None and count < 1:
-            raise UserError(f"--{name.replace('_', '-')} {count}: one or more")
-    values = {
-        key: None if text is None else parse_yaml(text, f"--{key.replace('_', '-')}")
-        for key, text in vars(args).items()
-        if key in ("kwargs", "image_size", "mean", "std")
-    }
-    named = {"model": args.model, "weights": args.weights, "prefix": args.prefix} | values
-    spec = parsed(Model, as_options(written_out)(named, "teacher", args.channels or 3))
-    train, val = pair_of(args.data) or (args.data, None)
-    split = {"limit": args.limit, "seed": args.seed, "channels": args.channels}
-    data = parsed(Data, {"train": train, "val": args.val or val} | split)
-    crop_pct = None if args.crop_pct is None else parsed(Augment, {"crop_pct": args.crop_pct}).crop_pct
-    if crop_pct is None and spec.model != args.model and (folder := beside(Path(str(spec.weights)))):
-        crop_pct = folder.crop_pct
-    more = {"crop_pct": crop_pct, "draws": args.draws, "val_limit": args.val_limit}
-    if args.cache:
-        more["cache"] = args.cache
-    check_folder(args.out)
-    device, console = pick_device(args.device), Console(emoji=False)
-    with shortages_told(device, "Try --device cpu, or a smaller --image-size."):
-        card = as_options(fit_head)(spec, data, args.out, device, console, **more)
-    tell_use(console, spec, card, args.out)
+    values = {key: value for key, value in vars(args).items() if key != "run"}
+    for key in ("kwargs", "image_size", "mean", "std"):
+        if values[key] is not None:
+            values[key] = parse_yaml(values[key], f"--{key.replace('_', '-')}")
+    as_options(api.fit_head)(values.pop("model"), **values, verbose=True)
 
 
 def _probe(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from scalekd.analyze.probe import parse_shots, probe
-    from scalekd.common.parallel import pick_device
-    from scalekd.common.sections import height_and_width
-    from scalekd.common.shortages import shortages_told
+    from scalekd.analyze.probe import parse_shots, probe_named
     from scalekd.common.yaml_file import parse_yaml
-    from scalekd.data.options import Data
-    from scalekd.data.sources.open import pair_of
 
-    from .keys import parsed
-
-    for name in ("draws", "val_limit"):
-        if (count := getattr(args, name)) is not None and count < 1:
-            raise UserError(f"--{name.replace('_', '-')} {count}: one or more")
-    shots = parse_shots(args.shots)
-    size = None if args.image_size is None else parse_yaml(args.image_size, "--image-size")
-    train, val = pair_of(args.data) or (args.data, None)
-    data = parsed(Data, {"train": train, "val": args.val or val, "seed": args.seed, "image_size": size})
-    more: dict[str, Any] = {"shots": shots, "draws": args.draws, "val_limit": args.val_limit, "dry_run": args.dry_run}
-    if size is not None:
-        more["image_size"] = height_and_width(data.image_size)
-    if args.cache:
-        more["cache"] = args.cache
-    device = pick_device(args.device)
-    with shortages_told(device, "Try --device cpu, a smaller --image-size, or fewer --shots."):
-        probe(args.models, data, args.out, device, Console(emoji=False), **more)
+    as_options(probe_named)(
+        args.models,
+        args.data,
+        args.val,
+        args.out,
+        Console(emoji=False),
+        shots=parse_shots(args.shots),
+        draws=args.draws,
+        image_size=None if args.image_size is None else parse_yaml(args.image_size, "--image-size"),
+        seed=args.seed,
+        val_limit=args.val_limit,
+        cache=args.cache,
+        device_name=args.device,
+        dry_run=args.dry_run,
+    )

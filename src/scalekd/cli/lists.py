@@ -6,53 +6,73 @@ import argparse
 import json
 from typing import Any
 
+from scalekd import api
 from scalekd.common.errors import UserError
 
-from .options import _tell
+from .options import add_json_or_markdown, command, print_result
+
+
+def add_commands(commands: Any) -> None:
+    sub = command(commands, "methods", _methods, "the distillation methods with their options")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(
+        commands, "teachers", _teachers, "which methods a timm model serves as a teacher; without names, the families"
+    )
+    sub.add_argument("models", nargs="*", metavar="MODEL", help="timm names")
+    add_json_or_markdown(sub)
+
+    sub = command(
+        commands, "recipes", _recipes, "the shipped recipes; `recipes show NAME` writes one out and explains it"
+    )
+    sub.add_argument("show", nargs="*", metavar="show NAME")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(commands, "doctor", _doctor, "what this machine has, and whether it works")
+    sub.add_argument("--json", action="store_true")
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from scalekd.config.losses import options_of
-    from scalekd.methods import METHODS
-
-    listed: list[dict[str, Any]] = []
-    for name, method in METHODS.items():
-        doc = (method.__doc__ or "").strip().split("\n\n")[0]
-        options = {k: p.default for k, p in options_of(method).items()}
-        needs = {
-            key: getattr(method, f"needs_{key}", default) for key, default in (("teacher", True), ("targets", False))
-        }
-        listed.append({"name": name, "summary": " ".join(doc.split()), "needs": needs, "options": options})
+    found = api.methods()
     if args.json:
-        print(json.dumps(listed, indent=2))
+        plain = [
+            {
+                "name": method.name,
+                "summary": method.summary,
+                "needs": {"teacher": method.needs_teacher, "targets": method.needs_targets},
+                "options": method.options,
+            }
+            for method in found
+        ]
+        print(json.dumps(plain, indent=2))
         return
-    for entry in listed:
-        print(f"{entry['name']:9} {entry['summary']}{' Reads labels.' * entry['needs']['targets']}")
-        if entry["options"]:
-            print(f"{'':9} {', '.join(f'{k}={v!r}' for k, v in entry['options'].items())}")
+    for method in found:
+        print(f"{method.name:9} {method.summary}{' Reads labels.' * method.needs_targets}")
+        if method.options:
+            print(f"{'':9} {', '.join(f'{key}={value!r}' for key, value in method.options.items())}")
 
 
 def _teachers(args: argparse.Namespace) -> None:
     from scalekd.checks.served_methods import examine, families, markdown, show
 
-    _tell(args, [examine(name) for name in args.models] or families(), show, markdown)
+    print_result(args, [examine(name) for name in args.models] or families(), show, markdown)
 
 
 def _recipes(args: argparse.Namespace) -> None:
     from scalekd.config.files import recipe_values
-    from scalekd.config.listing import amount, entry, explained, listed, table
+    from scalekd.config.listing import amount, entry, explained, table
     from scalekd.config.recipe import load_recipe
 
     if args.show and (len(args.show) != 2 or args.show[0] != "show"):
         raise UserError("write `scalekd recipes` or `scalekd recipes show NAME`")
     if args.show and args.json:
         name = args.show[1]
-        told = {"amount": amount(load_recipe(name)), "recipe": recipe_values(name)}
-        print(json.dumps(entry(name) | told, indent=2))
+        more = {"amount": amount(load_recipe(name)), "recipe": recipe_values(name)}
+        print(json.dumps(entry(name) | more, indent=2))
     elif args.show:
         print(explained(args.show[1]), end="")
     else:
-        print(json.dumps(listed(), indent=2) if args.json else table(listed()))
+        print(json.dumps(api.recipes(), indent=2) if args.json else table(api.recipes()))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""What several commands share: adding a sub-command, common options, printing a result."""
 
 from __future__ import annotations
 
@@ -7,35 +7,76 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+DEVICE = "cpu, cuda, cuda:1 (default: a GPU if there is one)"
 
-def shortcuts(args: argparse.Namespace) -> list[str]:
-    """The overrides that --data, --val, --on-bad-image, --teacher and --student stand for."""
-    from scalekd.data.sources.open import pair_of
 
-    overrides = []
-    if args.data:
-        train, val = pair_of(args.data) or (args.data, None)
-        overrides += [f"data.train={json.dumps(train)}", f"data.val={json.dumps(val)}"]
-    if args.val:
-        overrides.append(f"data.val={json.dumps(args.val)}")
-    if getattr(args, "unlabelled", None):
-        overrides.append(f"data.unlabelled={json.dumps(args.unlabelled)}")
-    if args.on_bad_image:
-        overrides.append(f"data.on_bad_image={args.on_bad_image}")
-    if args.teacher:
-        overrides += [f"teacher.model={json.dumps(args.teacher)}", "teacher.weights=pretrained"]
+def command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int | None], text: str
+) -> argparse.ArgumentParser:
+    """Adds the sub-command `name` that calls `function`."""
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=function)
+    return sub
+
+
+def add_recipe(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", help="a shipped recipe's name (`scalekd recipes`) or a YAML file")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3 losses.kd.temperature=2 losses.kd=off"
+    )
+
+
+def add_models(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--teacher", metavar="MODEL", help="a timm name, pre-trained unless teacher.weights says otherwise; or a folder"
+    )
+    sub.add_argument("--student", metavar="MODEL", help="a timm name, or the folder of a run")
+
+
+def add_sources(sub: argparse.ArgumentParser, *, required: bool = False) -> None:
+    sub.add_argument(
+        "--data",
+        required=required,
+        metavar="SOURCE",
+        help="a folder with train/ and val/ or one folder per class, tar:, wds:, hf:, ...",
+    )
+    sub.add_argument("--val", metavar="SOURCE", help="validation images (default: those of --data, or a part held out)")
+
+
+def add_bad_images(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--on-bad-image", choices=["error", "skip"], help="an image that cannot be read (default: error)")
+
+
+def add_json_or_markdown(sub: argparse.ArgumentParser) -> None:
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """Those of the options that stand for a key of the recipe and of no argument of the Python function, then `key=value`."""
+    texts = []
+    if getattr(args, "on_bad_image", None):
+        texts.append(f"data.on_bad_image={args.on_bad_image}")
     if getattr(args, "teacher_random", False):
-        overrides.append("teacher.weights=random")
-    if args.student:
-        overrides.append(f"student.model={json.dumps(args.student)}")
-    return overrides
+        texts.append("teacher.weights=random")
+    return [*texts, *args.overrides]
 
 
-def _labels(text: str) -> list[str]:
-    return [label.strip() for label in text.split(",") if label.strip()]
+def recipe_overrides(args: argparse.Namespace) -> list[str]:
+    """All overrides that a command line stands for."""
+    from scalekd.config.arguments import overrides_of
+
+    unlabelled = getattr(args, "unlabelled", None)
+    return overrides_of(args.data, args.val, unlabelled, args.teacher, args.student, overrides(args))
 
 
-def _tell(
+def names(text: str) -> list[str]:
+    """A list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def print_result(
     args: argparse.Namespace, found: Any, show: Callable[..., None], markdown: Callable[[Any], str] | None = None
 ) -> None:
     """In the form that was asked for: --json, --markdown where there is one, or on the screen."""

@@ -29,7 +29,9 @@ SHORTCUTS = {
 
 def add_commands(commands: Any) -> None:
     """Adds both to the sub-commands of `scalekd`."""
-    parser = commands.add_parser("detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/transfer.md)")
+    parser = commands.add_parser(
+        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+    )
     words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(words, "detection", "train a detector; started again, it goes on where it stopped")
     sub.add_argument("--annotations", metavar="FILE", help="COCO's format, such as instances_train2017.json")
@@ -45,10 +47,12 @@ def add_commands(commands: Any) -> None:
     )
     _recipes_command(words, "detection")
 
-    parser = commands.add_parser("segment", help="UPerNet on a backbone: train, evaluate, predict (docs/transfer.md)")
+    parser = commands.add_parser(
+        "segment", help="UPerNet on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+    )
     words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(words, "segmentation", "train a segmenter; started again, it goes on where it stopped")
-    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/transfer.md)")
+    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/how-to/transfer.md)")
     sub = _evaluate_command(words, "segmentation", _evaluate_segmenter, "mIoU and accuracies of a trained segmenter")
     sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="images and masks")
     sub.add_argument("--classes", type=Path, metavar="FILE", help="their names (default: DIR/classes.txt)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ def made_by(made: dict[str, Any]) -> dict[str, str]:
     named = ", ".join(f"{key} {made[key]}" for key in ("scalekd", "torch", "timm") if key in made)
     rows = {"machine": made.get("machine"), "versions": named, "command": made.get("command")}
     return {row: str(told) for row, told in rows.items() if told}
+
+
+def command_line() -> str:
+    """How this process was started: `scalekd train ...`, or `python FILE ...` from Python."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "scalekd" or program.parts[-2:] == ("scalekd", "__main__.py")
+    return shlex.join([*(["scalekd"] if ours else ["python", sys.argv[0]]), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

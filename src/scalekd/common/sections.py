@@ -86,6 +86,15 @@ def checked_as(schema: type[S], values: dict[str, Any], where: str) -> S:
     raise UserError(f"{where}: {count} problem{'s' * (count > 1)}\n" + "\n".join(listed))
 
 
+def section_of(schema: type[S], values: dict[str, Any], key: str) -> S:
+    """One section of a recipe from arguments; None values are defaults. Raises `UserError` that names `key`.FIELD."""
+    try:
+        return schema.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in described(dict(e), schema)]
+        raise UserError("\n".join(f"{key}.{line}" for line in lines)) from None
+
+
 def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
     """What pydantic found wrong with values of `schema`, for people: place, problem, nearest name."""
     path = [str(part) for part in error["loc"]]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from rich.text import Text
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, write_text
-from scalekd.common.provenance import versions
+from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import duration, printable
 from scalekd.distill.teacher_outputs import SUFFIX
@@ -45,12 +43,12 @@ def compare(
     known: Sequence[Path] = (),
     stop: StopRequest,
     console: Console,
-) -> int:
+) -> dict[str, Any]:
     """Runs what is not there yet and writes results.jsonl, summary.json and .md, report.html and its plots into `out`.
 
     source: the ladder's name or file, whose header is shown. share: one teacher pass for the runs of a seed.
     known: folders of other comparisons whose finished runs count where the recipe is the same.
-    Returns 1 if a run failed, else 0. Raises `UserError`, and `Stopped` with everything saved.
+    Returns what summary.json holds. Raises `UserError`, and `Stopped` with everything saved.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts its runs itself, one process each; start it without torchrun")
@@ -91,7 +89,7 @@ def compare(
                 planned,
                 _in_order(planned, records),
                 about=_about(source),
-                command=shlex.join(["scalekd", *sys.argv[1:]]),
+                command=command_line(),
                 versions=versions(),
                 teacher_top1=_teacher_top1(planned),
                 wall_seconds=_wall(out, time.monotonic() - began, bool(missing)),
@@ -107,8 +105,9 @@ def compare(
                 shutil.rmtree(out / "outputs", ignore_errors=True)
         finally:
             write_records(out, _in_order(planned, records))
-            _write_pages(out, told(records), console)
-    return 1 if failed else 0
+            found = told(records)
+            _write_pages(out, found, console)
+    return found
 
 
 def _open(out: Path) -> None:

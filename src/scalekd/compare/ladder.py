@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,13 +121,20 @@ def load_ladder(ladder: str) -> Ladder:
     return loaded
 
 
-def chosen(ladder: Ladder, students: list[str], methods: list[str], seeds: int | None) -> Ladder:
-    """A part of a ladder; the baseline stays. Empty lists and None: all. Raises `UserError` for an unknown label."""
+def chosen(
+    ladder: Ladder, students: Sequence[str], methods: Sequence[str], seeds: int | None, student: object = None
+) -> Ladder:
+    """A part of a ladder; the baseline stays. Empty lists and None: all. Raises `UserError` for an unknown label.
+
+    student: given for all runs; an error where the ladder has students of its own.
+    """
+    if student and ladder.students:
+        raise UserError(f"`student`: this ladder has its own: {', '.join(ladder.students)}")
     for kind, wanted, there in (("student", students, ladder.students), ("method", methods, ladder.methods)):
         if unknown := [w for w in wanted if w not in there]:
             raise UserError(f"the ladder has no {kind} `{unknown[0]}`.{nearest(unknown[0], there)}")
     if seeds is not None and seeds < 1:
-        raise UserError(f"--seeds {seeds}: one or more")
+        raise UserError(f"`seeds` {seeds}: must be 1 or more")
     more = [*ladder.seeds, *(s for s in range(seeds or 0) if s not in ladder.seeds)]
     return ladder.model_copy(
         update={

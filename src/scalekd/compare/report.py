@@ -13,6 +13,7 @@ from scalekd.common.files import make_folder, write_text
 from scalekd.report.folder import read_json
 from scalekd.report.page import folded, section
 from scalekd.report.pictures import analysis_sections
+from scalekd.report.run import report
 from scalekd.report.svg import escape
 
 from .page import html
@@ -43,6 +44,25 @@ def report_comparison(folder: Path, analyses: Sequence[Path] = (), out: Path | N
     make_folder(path.parent)
     write_comparison(folder, path, more=analysis_sections(analyses))
     return path
+
+
+def report_any(
+    folder: Path,
+    device: str | None = None,
+    *,
+    baselines: Sequence[Path] = (),
+    data: str | None = None,
+    images: int | None = None,
+    analyses: Sequence[Path] = (),
+    out: Path | None = None,
+) -> tuple[Path, list[str]]:
+    """`report` for a run's folder, `report_comparison` for a comparison's. Raises `UserError`."""
+    if not is_comparison(folder):
+        return report(folder, device, baselines=baselines, data=data, images=images, analyses=analyses, out=out)
+    given = {"baselines": baselines, "data": data, "images": images, "device": device}
+    if unused := " and ".join(f"`{name}`" for name, value in given.items() if value):
+        raise UserError(f"{folder} is a comparison, whose page is made of its results: leave out {unused}")
+    return report_comparison(folder, analyses, out), []
 
 
 def run_links(folder: Path, at: Path) -> str:

@@ -21,7 +21,7 @@ from .losses import method_problems, typed_options, written_out
 class DistillationTrain(Train):
     compile: bool = False
     """The teacher's pass, the student and the methods through torch.compile. The first step takes a minute or more for
-    it, at every start; losses and gradients are the same but for rounding (docs/performance.md)."""
+    it, at every start; losses and gradients are the same but for rounding (docs/explanation/performance.md)."""
 
 
 class Optim(BaseOptim):
@@ -52,7 +52,7 @@ class Recipe(AnyRecipe):
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
-    """Where scalars go beside the run's log.jsonl (docs/trackers.md); [] for nowhere."""
+    """Where scalars go beside the run's log.jsonl (docs/how-to/trackers.md); [] for nowhere."""
 
     @field_validator("losses", mode="before")
     @classmethod

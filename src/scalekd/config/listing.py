@@ -93,7 +93,7 @@ def _amount(config: Config) -> list[str]:
 
 def _losses(losses: dict[str, Any]) -> list[str]:
     """The section, each method with its first paragraph as a comment."""
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     lines = ["losses:"]
     for name, options in losses.items():

@@ -25,7 +25,7 @@ def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def method_problems(name: str, options: Any) -> list[str]:
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     if name not in METHODS:
         return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
@@ -58,7 +58,7 @@ def written_out(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     values = {key: p.default for key, p in options_of(METHODS[name]).items()} | options
     known = OF_ANY_LOSS | _annotations(name)
@@ -67,7 +67,7 @@ def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a method's options, those that are not as by default."""
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     defaults = _written_out(name, {}) if name in METHODS else {}
     return {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
@@ -75,7 +75,7 @@ def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _annotations(name: str) -> dict[str, Any]:
     """Of all options that a recipe can give to a method."""
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     return {key: p.annotation for key, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
 
@@ -86,14 +86,14 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def reads_teacher(loss: str) -> bool:
     """Whether a loss of a recipe, or a method, reads a teacher."""
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     return getattr(METHODS[loss], "needs_teacher", True)
 
 
 def reads_logits(loss: str) -> bool:
     """Whether a loss of a recipe reads the student's logits."""
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     method = METHODS[loss]
     return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))

@@ -82,7 +82,7 @@ def _heads(config: Recipe) -> list[str]:
 
 
 def _unlabelled(config: Recipe) -> list[str]:
-    from scalekd.methods import METHODS
+    from scalekd.methods.names import METHODS
 
     data, problems = config.data, []
     if data.train is None and data.unlabelled is None:

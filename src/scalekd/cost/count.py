@@ -1,4 +1,4 @@
-"""What a recipe's training step costs, by part and beside plain feature distillation: `scalekd cost`, docs/cost.md.
+"""What a recipe's training step costs, by part and beside plain feature distillation: `scalekd cost`, docs/how-to/cost.md.
 
 The counts come from the real models, and nothing is computed: parameters are made on PyTorch's meta device, then
 stand-ins on the CPU take their place (fake tensors: a shape, a dtype and a device, no values). So autograd, autocast

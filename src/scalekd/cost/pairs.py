@@ -1,7 +1,7 @@
 """The papers' teachers and students, measured on the real models and set beside what the papers print.
 
 No weights are read and nothing is computed: the models are built on PyTorch's meta device, where a tensor has a
-shape and no values. The upper-case tables are the data; docs/pairs.md explains the differences.
+shape and no values. The upper-case tables are the data; docs/reference/pairs.md explains the differences.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ PRINTED = {
     "EVA-02-S/14": [(22.13, 15.51, "14")],
 }
 
-# Why a printed figure is another than ours; tests/test_pairs.py checks what these say.
+# Why a printed figure is another than ours; tests/cost/test_pairs.py checks what these say.
 BY_MODULE = (
     "The paper's FLOPs count norms, at 2 per element, and ReLUs, at 1, and leave out attention's two products with the "
     "tokens: mmcv's rules, which go by module."

@@ -1,4 +1,4 @@
-"""How long a recipe's run will take, and whether it fits, before it is started: `scalekd plan`, docs/plan.md.
+"""How long a recipe's run will take, and whether it fits, before it is started: `scalekd plan`, docs/how-to/plan.md.
 
 Every answer is an interval `[low, high]`. Speeds are images/s of all GPUs together; memory is in MB of 10^6 bytes.
 """
@@ -41,7 +41,7 @@ GPUS: dict[str, tuple[str, float, float, bool, float]] = {
     "rtx3090": ("NVIDIA RTX 3090", 35.6, 71, True, 24),
     "rtx4090": ("NVIDIA RTX 4090", 82.6, 165, True, 24),
 }
-# Share of the peak that a step's counted arithmetic reaches; docs/plan.md has where each comes from
+# Share of the peak that a step's counted arithmetic reaches; docs/how-to/plan.md has where each comes from
 UTILISATION_V100: Interval = [0.29, 0.67]  # the ScaleKD paper's Table 15, taken as float32
 UTILISATION_FLOAT32: Interval = [0.20, 1.20]  # above 1: convolutions run in TF32 on tensor cores since the A100
 UTILISATION_HALF: Interval = [0.035, 0.40]
@@ -155,7 +155,7 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
         assumed.append(f"{name} has no bf16: counted as fp16, so set train.precision=fp16")
     assumed.append(
         f"a step reaches {100 * share[0]:g} to {100 * share[1]:g} % of the card's {peak:g} TFLOP/s "
-        f"in {'fp16/bf16' if in_half else 'float32'} (docs/plan.md; no such run was made to check it)"
+        f"in {'fp16/bf16' if in_half else 'float32'} (docs/how-to/plan.md; no such run was made to check it)"
     )
     assumed.append(f"memory is {MEMORY_COUNTED[0]:g} to {MEMORY_COUNTED[1]:g} times what is counted")
     assumed.append(f"a worker reads {READ_BY_WORKER[0]:g} to {READ_BY_WORKER[1]:g} images/s: a guess; --measure tells")

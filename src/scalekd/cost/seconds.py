@@ -1,4 +1,4 @@
-"""How long real steps of a recipe take, beside plain feature distillation and the models alone: `--measure`, docs/cost.md."""
+"""How long real steps of a recipe take, beside plain feature distillation and the models alone: `--measure`, docs/how-to/cost.md."""
 
 from __future__ import annotations
 

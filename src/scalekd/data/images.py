@@ -51,7 +51,7 @@ def read_file(path: str) -> bytes:
 def decode(data: bytes) -> Image.Image:
     """The first frame of an encoded image, upright, 8 bits, mode L or RGB. Raises `BadImage`.
 
-    Transparency is dropped and 16-bit grey is scaled, so that 65535 is 255. docs/data.md has the whole table.
+    Transparency is dropped and 16-bit grey is scaled, so that 65535 is 255. docs/how-to/data.md has the whole table.
     """
     if not data:
         raise BadImage("it is empty (0 bytes)")

@@ -16,12 +16,12 @@ from scalekd.common.text import printable
 
 class Data(Section):
     train: str | None = None
-    """Where the training images are: a folder with one sub-folder per class, or a named source (docs/data.md)."""
+    """Where the training images are: a folder with one sub-folder per class, or a named source (docs/how-to/data.md)."""
     val: str | None = None
     """Validation images, same forms. Without it `val_fraction` of `train` is held out."""
     unlabelled: str | None = None
     """Training images without labels: a folder or a named source, whose labels are not read if it has any; or `rest`,
-    what `limit` leaves out of `train` (docs/unlabelled.md)."""
+    what `limit` leaves out of `train` (docs/how-to/unlabelled.md)."""
     unlabelled_limit: Positive | None = None
     """Use only so many of them, chosen by `seed`."""
     unlabelled_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -37,7 +37,7 @@ class Data(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that cannot be read: stop and name it, or leave it out and list it in the run's folder."""
     max_bad: Share = 0.01
-    """`on_bad_image: skip` stops when more than this share of the images is bad (docs/data.md)."""
+    """`on_bad_image: skip` stops when more than this share of the images is bad (docs/how-to/data.md)."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 4
 
 

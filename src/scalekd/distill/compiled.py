@@ -1,4 +1,4 @@
-"""`train.compile`: the step of a distillation through torch.compile. docs/performance.md says what it gives.
+"""`train.compile`: the step of a distillation through torch.compile. docs/explanation/performance.md says what it gives.
 
 What is compiled are functions, held beside the modules: parameters, `state_dict` keys and hooks are those of the plain step,
 and what evaluates or exports the student calls it as it is.

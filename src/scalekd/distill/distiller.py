@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
-from scalekd.methods import METHODS
+from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features, Shapes, StageView
 
 if TYPE_CHECKING:

@@ -1,16 +1,14 @@
 """`scalekd head`: a linear classifier for the user's classes on a frozen teacher's pooled features.
 
 Features -> cache -> strength and temperature on held-out training images -> head.safetensors and head.json, which
-`teacher.head` of a recipe names. run_head.py does the same for a recipe's `teacher.head: fit`. docs/any-teacher.md
+`teacher.head` of a recipe names. run_head.py does the same for a recipe's `teacher.head: fit`. docs/how-to/any-teacher.md
 tells how to read the numbers.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import statistics as stats
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,23 +23,27 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder, replacing, write_text
 from scalekd.common.intervals import half_width
-from scalekd.common.provenance import git_state, machine, versions
-from scalekd.common.sections import height_and_width
+from scalekd.common.parallel import pick_device
+from scalekd.common.provenance import command_line, git_state, machine, versions
+from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
+from scalekd.common.shortages import shortages_told
 from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, eval_batches
-from scalekd.data.options import Data
+from scalekd.data.options import Augment, Data
+from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, open_split
 from scalekd.models.build import build_model
 from scalekd.models.fitted_head import put_head
 from scalekd.models.inputs import input_doubt, sensible_crop, statistics
 from scalekd.models.inputs import interpolation as usual_interpolation
 from scalekd.models.options import Model
+from scalekd.models.weights.folder import beside, written_out
 from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import Loaded, backbone_sha256, trained
 
 from .features import FEATURES, Backbone, features, some
-from .page import tell
+from .page import tell, tell_use
 from .solver import Choice, Linear, choose, fit, scores
 
 
@@ -168,7 +170,7 @@ def fit_head(
         },
         "largest_logit_difference": difference,
         "provenance": {
-            "command": shlex.join(["scalekd", *sys.argv[1:]]),
+            "command": command_line(),
             **versions(),
             "machine": machine(device),
             "git": git_state(),
@@ -177,6 +179,50 @@ def fit_head(
     }
     write_text(out / "head.json", json.dumps(card, indent=2) + "\n")  # last: a folder without it holds no head
     tell(console, card, choice, out)
+    return card
+
+
+def fit_named(
+    teacher: dict[str, Any],
+    data: dict[str, Any],
+    out: Path,
+    console: Console,
+    *,
+    crop_pct: float | None,
+    draws: int,
+    val_limit: int | None,
+    cache: Path | None,
+    device_name: str | None,
+) -> dict[str, Any]:
+    """`fit_head` for plain values of the sections `teacher` and `data` of a recipe; returns the card.
+
+    The folder of a model stands for its values, and a source with two parts for both. Raises `UserError`.
+    """
+    for name, count in (("draws", draws), ("val_limit", val_limit)):
+        if count is not None and count < 1:
+            raise UserError(f"`{name}` {count}: must be 1 or more")
+    spec = section_of(Model, written_out(teacher, "teacher", data["channels"] or 3), "teacher")
+    train, val = pair_of(data["train"]) or (data["train"], None)
+    read = section_of(Data, data | {"train": train, "val": data["val"] or val}, "data")
+    if crop_pct is not None:
+        crop_pct = section_of(Augment, {"crop_pct": crop_pct}, "augment").crop_pct
+    elif spec.model != teacher["model"] and (folder := beside(Path(str(spec.weights)))):
+        crop_pct = folder.crop_pct
+    check_folder(out)
+    device = pick_device(device_name)
+    with shortages_told(device, "Try device cpu, or a smaller image_size."):
+        card = fit_head(
+            spec,
+            read,
+            out,
+            device,
+            console,
+            crop_pct=crop_pct,
+            draws=draws,
+            val_limit=val_limit,
+            cache=cache or FEATURES,
+        )
+    tell_use(console, spec, card, out)
     return card
 
 

@@ -66,7 +66,7 @@ class ScaleKD(nn.Module):
             computed again in the backward pass, view by view. The values are the same. Default False.
 
     `tokens`, `expansion` and `shared` make it cheaper than the published form, which is this class's default and not that of
-    the function `scalekd`; docs/performance.md has the costs.
+    the function `scalekd`; docs/explanation/performance.md has the costs.
 
     Raises:
         ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
@@ -100,7 +100,7 @@ class ScaleKD(nn.Module):
             name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
             raise ValueError(
                 f"{name} runs the teacher's last stage, and {teacher.model} is of a family that cannot be resumed there "
-                f"(docs/methods.md).\nThe same without it: losses.{name}=off losses.{instead}={{}}"
+                f"(docs/reference/methods.md).\nThe same without it: losses.{name}=off losses.{instead}={{}}"
             )
         check_positions(student, (3, 4) if tpp else (4,))
         if "alt" in self.weights and teacher.final[1] * teacher.final[2] == 1:
@@ -309,7 +309,7 @@ def scalekd(
     """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms); by default one narrow projector for each path.
 
     `shared` is True unless given, where there are two different views, and `expansion` 1: it teaches as well as the
-    published form (docs/laboratory.md) for less than half of what that adds (docs/performance.md). The published form is
+    published form (docs/explanation/laboratory.md) for less than half of what that adds (docs/explanation/performance.md). The published form is
     `shared=False, expansion=4`, as in the recipes of the paper's rows. For the options see `ScaleKD`.
     """
     _refuse_single("scalekd", views)

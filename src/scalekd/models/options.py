@@ -34,7 +34,7 @@ FIT = "fit"  # of `teacher.head`, in place of a folder
 
 class Backbone(Section):
     model: str
-    """A timm model name; or a folder, a scalekd run's or one in timm's format (docs/any-teacher.md)."""
+    """A timm model name; or a folder, a scalekd run's or one in timm's format (docs/how-to/any-teacher.md)."""
     weights: str | None = None
     """`pretrained` (timm's own), the path of a .safetensors or .pt file, or `random` / nothing for the initial values."""
     prefix: str | None = None

@@ -1,4 +1,4 @@
-"""Weights that others released, as an exported student: read, recognised, renamed, checked. docs/released-weights.md."""
+"""Weights that others released, as an exported student: read, recognised, renamed, checked. docs/how-to/released-weights.md."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ that feature's map `(B, D, H, W)`, and the class or register tokens beside it `(
 gives the final map `(B, D', H', W')`, the one the model's head is given: from the model's own map, what
 the model's own forward pass gives. The gradient flows to `x`.
 
-To add a class, write its tail and one line in `TEACHER_TAILS`, and add a model to `tests/test_stages.py`.
+To add a class, write its tail and one line in `TEACHER_TAILS`, and add a model to `tests/models/test_stages.py`.
 A subclass needs a line of its own, as it may run its blocks differently.
 """
 

@@ -1,4 +1,4 @@
-"""The report of one run, finished or not: `scalekd report` and the end of every run. docs/report.md."""
+"""The report of one run, finished or not: `scalekd report` and the end of every run. docs/how-to/report.md."""
 
 from __future__ import annotations
 

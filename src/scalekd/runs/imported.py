@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from timm.data import ImageNetInfo
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder
+from scalekd.common.provenance import command_line
 from scalekd.common.text import shortened
 from scalekd.common.version import __version__
 from scalekd.data.sources.open import open_source
@@ -82,7 +81,7 @@ def import_student(
         "teacher": None,
         "losses": {},
         "provenance": {
-            "command": shlex.join(["scalekd", *sys.argv[1:]]),
+            "command": command_line(),
             "scalekd": __version__,
             "torch": torch.__version__,
             "timm": timm.__version__,

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.sections import height_and_width
 from scalekd.common.shortages import shortages_told
-from scalekd.common.text import printable
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import open_source, pair_of
@@ -44,10 +42,11 @@ def student_card(run: Run) -> dict[str, Any]:
     }
 
 
-def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
+def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, float]]:
     """Writes student.safetensors, its card and, if asked, student.onnx from a run's `best` or `last` checkpoint.
 
-    Needs neither the run's data nor its teacher. Raises `UserError`.
+    Returns the checkpoint's top-1 in % and, by file, the largest difference of its logits from the student's. Needs
+    neither the run's data nor its teacher. Raises `UserError`.
     """
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
     if not card_file.is_file() or not state_file.is_file():
@@ -63,13 +62,10 @@ def export_run(folder: Path, which: str, onnx: bool, console: Console) -> None:
         raise UserError(f"{state_file} is not a checkpoint of {card_file}'s student: {first_line(error)}") from None
     card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
     file = folder / "student.safetensors"
-    difference = export_student(student, file, card)
-    told = f"{file}  timm loads it back: largest difference of logits {difference:.1e}"
-    console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
+    differences = {file: export_student(student, file, card)}
     if onnx:
-        difference = export_onnx(student, folder / "student.onnx", card)
-        told = f"{folder / 'student.onnx'}  onnxruntime: largest difference of logits {difference:.1e}"
-        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
+        differences[folder / "student.onnx"] = export_onnx(student, folder / "student.onnx", card)
+    return top1, differences
 
 
 def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:

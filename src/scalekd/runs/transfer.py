@@ -53,14 +53,14 @@ def train(
     way_out = _way_out(config)
     with shortages_told(device, way_out):
         run = build(config, device)
-        _preflight(run, console)
+        preflight(run, console)
     if dry_run:
         return None
     outcome = Outcome(f"{run.task.trained}.json", _card, _finish)
     return run_into(folder, run, outcome, console, title=config.name, way_out=way_out, stop=stop)
 
 
-def _preflight(run: Any, console: Console) -> None:
+def preflight(run: Any, console: Console) -> None:
     if parallel.rank() == 0:
         for line in run.told():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -43,7 +43,7 @@ def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
 def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
     """Whether PyTorch has one kernel for the whole update of these parameters: SGD, Adam and AdamW on a CPU or a GPU.
 
-    It gives the same values but for rounding, and holds no copies of the parameters meanwhile (docs/performance.md).
+    It gives the same values but for rounding, and holds no copies of the parameters meanwhile (docs/explanation/performance.md).
     """
     devices = {p.device.type for group in groups for p in group["params"]}
     one_kernel = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)

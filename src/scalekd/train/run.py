@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch.optim import Optimizer
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
-from scalekd.common.provenance import git_state, machine, versions
+from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.data.samplers import Key, Mix, TrainSampler
 from scalekd.models.weights.trained import Loaded
@@ -29,7 +27,7 @@ def provenance(run: Training) -> dict[str, Any]:
     """What made this run: versions, command, machine, weights by checksum, git state."""
     data = run.config.data
     return {
-        "command": shlex.join(["scalekd", *sys.argv[1:]]),
+        "command": command_line(),
         **versions(),
         "machine": machine(run.device),
         "processes": parallel.world(),

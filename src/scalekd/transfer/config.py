@@ -47,7 +47,7 @@ class DetectionData(Reading):
 
 class SegmentationData(Reading):
     root: str
-    """A folder in ADE20K's layout, or with images and masks (docs/transfer.md)."""
+    """A folder in ADE20K's layout, or with images and masks (docs/how-to/transfer.md)."""
     classes: str | None = None
     """A file with the name of a class per line; `classes.txt` of the folder unless given."""
     reduce_zero_label: bool = False

@@ -37,7 +37,7 @@ def predict_objects(
     run: Path, source: Path, out: Path, device: torch.device, console: Console, threshold: float = 0.5
 ) -> None:
     """Writes into the new folder `out` a picture of each image with what was found in it, `predictions.json` and
-    `index.html`; docs/transfer.md has the forms. What scores below `threshold` is in neither.
+    `index.html`; docs/how-to/transfer.md has the forms. What scores below `threshold` is in neither.
 
     run: a run's folder or a detector.safetensors. source: a folder of images, or one image. An image that cannot be
     used is told, and listed in bad-images.txt. Raises `UserError`, for a source without a usable image too.
@@ -117,7 +117,7 @@ def predict_classes(
     run: Path, source: Path, out: Path, device: torch.device, console: Console, mode: str | None = None
 ) -> None:
     """Writes into the new folder `out` an overlay and a mask of each image, `classes.txt` and `index.html` with a
-    legend; docs/transfer.md has the forms.
+    legend; docs/how-to/transfer.md has the forms.
 
     run: a run's folder or a segmenter.safetensors. source: a folder of images, or one image. mode: whole or sliding,
     else as the run was validated. Bad images and errors: as for `predict_objects`.

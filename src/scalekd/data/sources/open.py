@@ -1,4 +1,4 @@
-"""Where images are: folders, archives, shards, Hugging Face data sets, torchvision's, IDX files. docs/data.md.
+"""Where images are: folders, archives, shards, Hugging Face data sets, torchvision's, IDX files. docs/how-to/data.md.
 
 Every source is map-style and is never unpacked, so any image can be read at any time, by any worker: a run
 resumes exactly with all of them.

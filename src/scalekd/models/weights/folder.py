@@ -1,7 +1,7 @@
 """A folder in place of a model's name: a scalekd run's, or one in timm's format for Hugging Face.
 
 `with_folders` writes out what the folder says when a recipe is read, so the recipe of a run needs the folder's
-weights file and nothing else of it. docs/any-teacher.md tells what wins where recipe and folder differ.
+weights file and nothing else of it. docs/how-to/any-teacher.md tells what wins where recipe and folder differ.
 """
 
 from __future__ import annotations

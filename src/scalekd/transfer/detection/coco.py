@@ -1,4 +1,4 @@
-"""COCO's instance annotations: read once, checked, and every problem told. docs/transfer.md has the table.
+"""COCO's instance annotations: read once, checked, and every problem told. docs/how-to/transfer.md has the table.
 
 What cannot be used is left out and counted in `Coco.problems`; `UserError` only where nothing sensible is left. Items
 to train and evaluate on are made of it in `detection_data.py`.

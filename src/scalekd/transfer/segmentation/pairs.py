@@ -1,4 +1,4 @@
-"""Images with masks of classes: ADE20K's format, or any folder of images and one of masks. docs/transfer.md.
+"""Images with masks of classes: ADE20K's format, or any folder of images and one of masks. docs/how-to/transfer.md.
 
 A mask says the class of every pixel; `IGNORED` is a pixel without one: neither trained on nor counted.
 """

@@ -1,0 +1,1 @@
+"""`scalekd demo`: embedded images, an embedded teacher, and the demo."""

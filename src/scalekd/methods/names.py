@@ -1,0 +1,48 @@
+"""The methods by the name that a recipe uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .at import AttentionTransfer
+from .bkd import BKD
+from .cc import CC
+from .crd import CRD
+from .diffkd import DiffKD
+from .dist import DIST
+from .dkd import DKD
+from .fd import FD
+from .logits import KD, BinaryCrossEntropy, CrossEntropy
+from .mgd import MGD
+from .ofa import OFA
+from .ofd import OFD
+from .reviewkd import ReviewKD
+from .rkd import RKD
+from .scalekd import cap, dfm, scalekd, tpp
+from .srrl import SRRL
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "ce": CrossEntropy,
+    "bce": BinaryCrossEntropy,
+    "kd": KD,
+    "bkd": BKD,
+    "dkd": DKD,
+    "dist": DIST,
+    "fd": FD,
+    "cap": cap,
+    "dfm": dfm,
+    "tpp": tpp,
+    "scalekd": scalekd,
+    "rkd": RKD,
+    "cc": CC,
+    "srrl": SRRL,
+    "at": AttentionTransfer,
+    "ofd": OFD,
+    "crd": CRD,
+    "reviewkd": ReviewKD,
+    "mgd": MGD,
+    "ofa": OFA,
+    "diffkd": DiffKD,
+}

@@ -1,0 +1,51 @@
+"""Small archives and shards for tests."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import datasets
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in header.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            add(tar, name, data)
+    return path
+
+
+# ---------------------------------------------------------------- archives that are refused
+
+PICTURE = io.BytesIO()
+PNG = PICTURE.getvalue()
+
+
+# ---------------------------------------------------------------- shards
+
+
+def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
+    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", PNG), (f"{key}.cls", label))}
+    return f"wds:{write_tar(tmp_path / name, members)}"
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def save(tmp_path: Path, columns: dict[str, list], features: dict[str, object]) -> str:
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows.save_to_disk(tmp_path / "hf")
+    return f"hf:{tmp_path / 'hf'}"
+
+
+CELLS = [{"bytes": PNG, "path": "a.png"}, {"bytes": PNG, "path": None}]
