@@ -15,7 +15,10 @@ from pathlib import Path
 import drawing
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {DOCS / "explanation" / "performance.md": DOCS / "results" / "performance", DOCS / "explanation" / "laboratory.md": DOCS / "results" / "lab"}
+PAGES = {
+    DOCS / "explanation" / "performance.md": DOCS / "results" / "performance",
+    DOCS / "explanation" / "laboratory.md": DOCS / "results" / "lab",
+}
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE = re.compile(r"^\|(?:.*\n\|)*.*\n", re.MULTILINE)
 

@@ -14,7 +14,7 @@ from whole_runs import CPU, TINY, changed
 from scalekd.common.sections import to_yaml
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.train import checkpoint
 from scalekd.train.resume import Progress, snapshot
 
@@ -28,7 +28,7 @@ LOSSES: dict[str, Any] = {
 }
 
 
-def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, Run]:
+def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, DistillationRun]:
     """Runs in `root`/NAME, by name as in `LOSSES`, on 24 images of three classes, validated on 12.
 
     Every trainable weight is moved about in place of training: fresh projectors tell positions apart by little more
@@ -58,7 +58,7 @@ def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, Run]:
 
 
 @torch.no_grad()
-def _answer_in_turn(run: Run) -> None:
+def _answer_in_turn(run: DistillationRun) -> None:
     d, head = run.distiller, run.distiller.student.get_classifier()
     if isinstance(head, nn.Linear):
         pixels = torch.stack([run.val_images[0, i].image for i in range(len(run.val_images))]) / 255

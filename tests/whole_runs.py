@@ -13,7 +13,7 @@ from rich.console import Console
 from scalekd.checks.preflight import preflight
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.train import checkpoint
 from scalekd.train.engine import train
 from scalekd.train.log import RunLog, read_log
@@ -42,7 +42,7 @@ class Interrupted(Exception):
     pass
 
 
-def start(recipe: Recipe, folder: Path, stop_at: int | None = None, check: bool = False) -> Run:
+def start(recipe: Recipe, folder: Path, stop_at: int | None = None, check: bool = False) -> DistillationRun:
     """Builds and trains in `folder`, or goes on there; with `stop_at`, that step ends in `Interrupted`."""
     folder.mkdir(exist_ok=True)
     run = build(check_config(recipe, "test"), CPU)

@@ -43,7 +43,7 @@ from scalekd.config.recipe import check_config, load_recipe
 from scalekd.data.sources.idx import FASHION_CLASSES
 from scalekd.distill.build import build
 from scalekd.models import embeddings
-from scalekd.models.class_order import natural, put_in_order, rows, teachers_order, way_out
+from scalekd.models.class_order import natural, put_in_order, remedy, rows, teachers_order
 from scalekd.models.create import resolve
 from scalekd.models.unseen_pixels import unseen
 from scalekd.models.weights.match import sha256_of
@@ -179,9 +179,9 @@ def test_its_names_put_its_logits_in_our_order(tmp_path):
 
 def test_an_order_in_a_message_is_yaml():
     theirs, ours = ["no", "1", 'a "b", c'], ["1", 'a "b", c', "no"]
-    told = way_out(theirs, ours, "teachers.x")
+    told = remedy(theirs, ours, "teachers.x")
     assert told.startswith("set teachers.x.classes='") and yaml.safe_load(told.split("'")[1]) == theirs
-    assert way_out([*"zyxwvutsrqponm"], [*"mnopqrstuvwxyz"], "teacher") == (
+    assert remedy([*"zyxwvutsrqponm"], [*"mnopqrstuvwxyz"], "teacher") == (
         "set teacher.classes to the names in that order"
     )
 
@@ -302,8 +302,8 @@ def test_another_order_of_classes_by_the_names_beside_the_weights(tmp_path, loss
     recipe = demo(weights=str(tmp_path / "student.safetensors")) | {"losses": losses}
     odd = "class 0 is Ankle boot there and T-shirt/top here"
     if status == "fail":
-        way_out = "so kd would teach the wrong ones; set teacher.classes=natural, the order of timm's train.py"
-        with pytest.raises(UserError, match=rf"(?s){odd}.*{way_out}"):
+        remedy = "so kd would teach the wrong ones; set teacher.classes=natural, the order of timm's train.py"
+        with pytest.raises(UserError, match=rf"(?s){odd}.*{remedy}"):
             screen(recipe)
         believed = recipe | {"teacher": recipe["teacher"] | {"classes": "natural"}}
         with pytest.raises(UserError, match=r"(?s)pre-flight: teacher accuracy.*Is teacher\.classes right\?"):

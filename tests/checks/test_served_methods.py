@@ -66,8 +66,8 @@ def test_a_teacher_with_an_embedding_serves_by_its_features():
     told = examine("vit_pe_core_tiny_patch16_384.fb")
     refused = {method for method, reason in told["methods"].items() if reason}
     assert (told["classes"], told["embedding"]) == (0, 512) and refused == {"kd", "bkd", "dkd", "dist", "ofa"}
-    way_out = "its 512 outputs are an embedding; `scalekd head` fits a classifier for your classes"
-    assert told["methods"]["kd"] == told["methods"]["ofa"] == way_out
+    remedy = "its 512 outputs are an embedding; `scalekd head` fits a classifier for your classes"
+    assert told["methods"]["kd"] == told["methods"]["ofa"] == remedy
 
 
 def test_a_tag_that_timm_does_not_have():

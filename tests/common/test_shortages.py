@@ -15,7 +15,7 @@ from whole_runs import changed, final_state
 from scalekd.checks import step
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import check_config
 from scalekd.data.batches import Images
 from scalekd.distill.build import _check_batch
@@ -104,7 +104,7 @@ def test_a_worker_that_is_killed(cli, recipe_file, tmp_path, monkeypatch, check)
 @pytest.mark.parametrize("text", [BUS, "unable to write to file </torch_7_1>: No space left on device (28)"])
 def test_shared_memory(text):
     with pytest.raises(UserError, match=r"out of shared memory \(/dev/shm\)\.\nTry data\.workers=0, or give more"):
-        with shortages_told(CPU, "way out"):
+        with explain_out_of_memory(CPU, "way out"):
             raise RuntimeError(text)
 
 
@@ -112,7 +112,7 @@ def test_shared_memory(text):
     "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("out of memory")]
 )
 def test_other_errors_stay_as_they_are(error):
-    with pytest.raises(type(error)) as raised, shortages_told(CPU, "way out"):
+    with pytest.raises(type(error)) as raised, explain_out_of_memory(CPU, "way out"):
         raise error
     assert raised.value is error
 
@@ -123,10 +123,10 @@ def test_the_device_is_named(monkeypatch):
     with pytest.raises(
         UserError, match=r"^out of memory on cuda:1, NVIDIA X with 80 GiB: CUDA out of memory.*\nway out$"
     ):
-        with shortages_told(torch.device("cuda:1"), "way out"):
+        with explain_out_of_memory(torch.device("cuda:1"), "way out"):
             cuda_is_full()
     with pytest.raises(UserError, match=r"^out of memory on this machine with"):  # not of the GPU
-        with shortages_told(torch.device("cuda:1"), "way out"):
+        with explain_out_of_memory(torch.device("cuda:1"), "way out"):
             too_much()
 
 

@@ -21,7 +21,7 @@ from whole_runs import CPU, Interrupted, assert_same, changed, final_state, star
 
 from scalekd.checks.preflight import preflight
 from scalekd.common.errors import UserError
-from scalekd.common.sections import checked_as, to_yaml
+from scalekd.common.sections import to_yaml, validated
 from scalekd.config.recipe import check_config
 from scalekd.data.batches import Batch
 from scalekd.data.transforms import make_mixup
@@ -29,7 +29,7 @@ from scalekd.distill import build as build_module
 from scalekd.distill.build import build, make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.methods.names import METHODS
 from scalekd.train.engine import train_step
 from scalekd.train.resume import recipe_difference
@@ -164,7 +164,7 @@ def test_what_cannot_be_compiled_is_told_before_training(light_recipe, monkeypat
 @pytest.mark.parametrize("task", SCHEMAS)
 def test_other_tasks_refuse_it(task):
     with pytest.raises(UserError, match=r"train\.compile: unknown"):
-        checked_as(SCHEMAS[task], {"train": {"compile": True}}, "test")
+        validated(SCHEMAS[task], {"train": {"compile": True}}, "test")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
@@ -178,7 +178,7 @@ def test_a_step_waits_for_nothing(tiny_recipe, precision, monkeypatch):
         distiller = untrained(config, 10, config.losses)
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train()
-        run = Run(
+        run = DistillationRun(
             config=config,
             device=CPU,
             classes=[],

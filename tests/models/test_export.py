@@ -16,7 +16,7 @@ import torch
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.models import export
 from scalekd.models.export import export_onnx, export_student, load_student
 from scalekd.models.weights.match import sha256_of
@@ -29,7 +29,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def student_run(recipe: dict[str, Any], kind: str) -> Run:
+def student_run(recipe: dict[str, Any], kind: str) -> DistillationRun:
     """A student whose norms and biases are not at their initial values."""
     recipe |= {"losses": {"ce": {}}, "teacher": None, "student": STUDENTS[kind]["student"]}
     recipe["data"] |= STUDENTS[kind].get("data", {})
@@ -43,7 +43,7 @@ def student_run(recipe: dict[str, Any], kind: str) -> Run:
 
 
 @pytest.fixture(params=STUDENTS)
-def run(request: pytest.FixtureRequest, tiny_recipe: dict[str, Any]) -> Run:
+def run(request: pytest.FixtureRequest, tiny_recipe: dict[str, Any]) -> DistillationRun:
     return student_run(tiny_recipe, request.param)
 
 

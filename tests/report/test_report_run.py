@@ -22,7 +22,7 @@ from small_images import write_images
 from trained_runs import trained_runs
 
 from scalekd.common.errors import UserError
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.models.export import export_student, load_student
 from scalekd.report import look as looking
 from scalekd.report import run as reporting
@@ -38,7 +38,7 @@ SUMMARY = {"top1": 75.0, "top5": 100.0, "seconds": 60.0, "steps": 6}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, dict[str, Run]]:
+def runs(tmp_path_factory) -> tuple[Path, dict[str, DistillationRun]]:
     """Folders `scalekd` and `plain` with a log and an exported student, and the runs as they stood at their end."""
     root = tmp_path_factory.mktemp("runs")
     built = trained_runs(root, "scalekd", "plain")
@@ -65,7 +65,7 @@ def without_costs(monkeypatch) -> None:
     monkeypatch.setattr(reporting, "cost", refuse)
 
 
-def copied(runs: tuple[Path, dict[str, Run]], name: str, to: Path) -> Path:
+def copied(runs: tuple[Path, dict[str, DistillationRun]], name: str, to: Path) -> Path:
     to.mkdir()
     for file in (runs[0] / name).iterdir():
         if file.name not in ("report.html", "report.json", "README.md"):
@@ -73,13 +73,13 @@ def copied(runs: tuple[Path, dict[str, Run]], name: str, to: Path) -> Path:
     return to
 
 
-def pixels_of(run: Run) -> tuple[torch.Tensor, np.ndarray]:
+def pixels_of(run: DistillationRun) -> tuple[torch.Tensor, np.ndarray]:
     samples = [run.val_images[0, i] for i in range(len(run.val_images))]
     return torch.stack([s.image for s in samples]) / 255, np.array([s.target for s in samples])
 
 
 @torch.no_grad()
-def answers_of(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def answers_of(run: DistillationRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Student's and teacher's answers to the validation images, in their order, and the truth."""
     d, (pixels, targets) = run.distiller, pixels_of(run)
     student = run.deployed.eval()((pixels - d.student_mean) / d.student_std).argmax(1).numpy()
@@ -143,7 +143,7 @@ def test_it_stops_when_its_time_is_up(runs, monkeypatch):
     assert look(run, run.deployed, most=6).images == 6
 
 
-def seen_of(student: list[int], teacher: list[int], sure: list[float], run: Run) -> Seen:
+def seen_of(student: list[int], teacher: list[int], sure: list[float], run: DistillationRun) -> Seen:
     """What two models answered to the run's validation images."""
     targets = pixels_of(run)[1]
     columns = {}

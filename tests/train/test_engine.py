@@ -20,7 +20,7 @@ from scalekd.config.recipe import check_config
 from scalekd.data.batches import eval_batches
 from scalekd.distill.build import build, make_optimizer
 from scalekd.distill.evaluate import evaluate
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.models.export import load_student
 from scalekd.runs.distillation import execute
 from scalekd.train import checkpoint
@@ -72,7 +72,7 @@ def test_teacher_is_unchanged_by_training(tiny_recipe, tmp_path):
     assert checksum(trained.student) != checksum(fresh.student)
 
 
-def one_batch(run: Run) -> list:
+def one_batch(run: DistillationRun) -> list:
     return [next(iter(eval_batches(run.val_images, 8, 0, False)))]
 
 

@@ -12,7 +12,7 @@ import pytest
 from scalekd.cli import transfer as transfer_cli
 from scalekd.cli.app import parse, parser
 from scalekd.cli.options import recipe_overrides
-from scalekd.common.sections import _fields_at
+from scalekd.common.sections import fields_at
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.compare.ladder import jobs, ladder_names, load_ladder
 from scalekd.config.files import recipe_names, recipe_text
@@ -127,7 +127,7 @@ def test_a_key_exists(file, key):
         assert not rest or rest[0] in {"weight", *options_of(METHODS[field])}
     else:
         schemas = (Config, *transfer.SCHEMAS.values())
-        assert any(section in s.model_fields and field in _fields_at([section], s) for s in schemas)
+        assert any(section in s.model_fields and field in fields_at([section], s) for s in schemas)
 
 
 LOSSES = [

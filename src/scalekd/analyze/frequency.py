@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder, write_text
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import shortened
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
@@ -149,7 +149,7 @@ def analyze(
         spec = Data.model_validate({"train": place, "image_size": subject.size, "channels": len(subject.stats[0])})
         augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
         chosen = Images(source, indices, eval_transform(spec, augment), None)
-        with shortages_told(device, f"Try a smaller --batch (now {batch}), or --device cpu."):
+        with explain_out_of_memory(device, f"Try a smaller --batch (now {batch}), or --device cpu."):
             workers = spec.workers if n > 10 * batch else 0  # for a few images, not worth their start
             pixels = (b.images for b in eval_batches(chosen, batch, workers, device.type == "cuda"))
             spectrum = spectrum_of(subject, pixels, device)

@@ -25,7 +25,7 @@ from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.options import Data
 from scalekd.data.sources.open import pair_of
@@ -162,7 +162,7 @@ def probe_named(
     train, held = pair_of(data) or (data, None)
     size = None if image_size is None else section_of(Model, {"model": "resnet50", "image_size": image_size}, "teacher")
     device = pick_device(device_name)
-    with shortages_told(device, "Try device cpu, a smaller image_size, or fewer shots."):
+    with explain_out_of_memory(device, "Try device cpu, a smaller image_size, or fewer shots."):
         return probe(
             models,
             section_of(Data, {"train": train, "val": val or held, "seed": seed}, "data"),
@@ -199,10 +199,10 @@ def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -
     most = max([1, *(n for n in shots if isinstance(n, int))])
     if few := [f"{name} ({n})" for name, n in zip(split.classes, counts) if n < most]:
         names = ", ".join(few[:NAMED]) + ", ..." * (len(few) > NAMED)
-        way_out = f"ask for --shots {min(counts)} at most, or all" if min(counts) else "label some"
+        remedy = f"ask for --shots {min(counts)} at most, or all" if min(counts) else "label some"
         raise UserError(
             f"--data: {len(few)} of {len(counts)} classes have fewer than {counted(most, 'image')} to learn from: "
-            f"{printable(names)}; {way_out}"
+            f"{printable(names)}; {remedy}"
         )
     orders = [by_class(targets, seed + d) for d in range(draws)]
     sets: dict[Set, list[int]] = {}

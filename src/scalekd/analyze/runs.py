@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file
 from scalekd.common.sections import height_and_width
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.version import __version__
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, eval_batches
@@ -24,11 +24,11 @@ from scalekd.data.sources.source import Source
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.build import build
-from scalekd.distill.rebuild import _config
-from scalekd.distill.run import Run
+from scalekd.distill.rebuild import as_trained
+from scalekd.distill.run import DistillationRun
 from scalekd.methods.fd import FD
 from scalekd.methods.scalekd import ScaleKD
-from scalekd.models.shown import Looker
+from scalekd.models.shown import Shown
 from scalekd.models.stages import Features
 from scalekd.train import checkpoint
 
@@ -42,7 +42,7 @@ class Trained:
     label: str
     config: Config
     classes: list[str]
-    student: Looker
+    student: Shown
     methods: nn.ModuleDict
     weights: dict[
         str, Any
@@ -66,7 +66,7 @@ class Trained:
 @dataclass
 class Runs:
     trained: list[Trained]
-    teacher: Looker
+    teacher: Shown
     images: Images
     data: str
     of_images: int
@@ -82,7 +82,7 @@ class Runs:
         if most is not None:
             images = Images(images.source, images.indices[:most], images.transform, None)
         workers = spec.workers if len(images) > 10 * self.batch else 0  # for a few images, not worth their start
-        with shortages_told(self.device, f"Try a smaller --batch (now {self.batch}), or --device cpu."):
+        with explain_out_of_memory(self.device, f"Try a smaller --batch (now {self.batch}), or --device cpu."):
             for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
                 yield b.images.to(self.device).float() / 255, b.targets.to(self.device)
 
@@ -111,7 +111,7 @@ def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch
     if double := [f for i, f in enumerate(folders) if f.resolve() in [other.resolve() for other in folders[:i]]]:
         raise UserError(f"{double[0]} is named twice; name each run once")
     trained: list[Trained] = []
-    teacher: Looker | None = None
+    teacher: Shown | None = None
     teacher_of = ""
     validation: Images | None = None
     for folder, label in zip(folders, labels(folders)):
@@ -161,7 +161,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[common:] if len(parts) > 1 else p[-1:]) for p in parts]
 
 
-def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, Run]:
+def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, DistillationRun]:
     recipe, last = folder / "recipe.yaml", folder / "last.pt"
     if not is_file(recipe):
         raise UserError(f"{folder}: no run is there (no recipe.yaml); name a folder that `scalekd train` wrote")
@@ -169,7 +169,7 @@ def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, R
         raise UserError(
             f"{folder} has no last.pt, which holds the run's projectors; was it removed, or did the run not get so far?"
         )
-    config = _config(recipe)
+    config = as_trained(recipe)
     # the checkpoint has the student's weights: those that it began with need not be there any more
     plain = config.model_copy(
         update={
@@ -193,18 +193,18 @@ def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, R
         raise UserError(f"{last} does not fit {recipe}: {first_line(error)}") from None
     distiller.eval()
     size = height_and_width(config.data.image_size)
-    student = Looker(distiller.student_view, size, distiller.student_mean, distiller.student_std)
+    student = Shown(distiller.student_view, size, distiller.student_mean, distiller.student_std)
     trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)
     return trained, run
 
 
-def _teacher(run: Run, label: str) -> Looker | None:
+def _teacher(run: DistillationRun, label: str) -> Shown | None:
     d = run.distiller
     try:
         view = d.teacher_view
     except UserError as error:  # of several
         raise UserError(f"{label}: {error}") from None
-    return None if view is None else Looker(view, d.teacher_size, d.teacher_mean, d.teacher_std)
+    return None if view is None else Shown(view, d.teacher_size, d.teacher_mean, d.teacher_std)
 
 
 def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
@@ -219,14 +219,14 @@ def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
         section, field = key.split(".")
         mine, theirs = (getattr(getattr(t.config, section), field) for t in (a, b))
         if mine != theirs:
-            way_out = ", or name --data" if field in ("train", "val", "val_fraction", "seed") else ""
+            remedy = ", or name --data" if field in ("train", "val", "val_fraction", "seed") else ""
             raise UserError(
                 f"{a.label} and {b.label} were not validated on the same pixels ({key}: {mine} and {theirs}); "
-                f"look at them apart{way_out}"
+                f"look at them apart{remedy}"
             )
 
 
-def _check_same_teacher(label: str, teacher: Looker, other_label: str, other: Looker) -> None:
+def _check_same_teacher(label: str, teacher: Shown, other_label: str, other: Shown) -> None:
     """Of one name, size, statistics and weights: those that are loaded, as a recipe's file may not be the same file."""
     a, b = (t.view.model.state_dict() for t in (teacher, other))
     same = teacher.view.name == other.view.name and teacher.size == other.size and a.keys() == b.keys()

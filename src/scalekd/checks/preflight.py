@@ -6,14 +6,14 @@ from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.sections import height_and_width
-from scalekd.distill.run import Run, Taught, gives_embeddings
+from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .model import Check, from_source, shown, unseen_pixels
 from .step import finish
 from .teacher import class_names, teacher_accuracy, teacher_input
 
 
-def preflight(run: Run, console: Console) -> None:
+def preflight(run: DistillationRun, console: Console) -> None:
     """Prints every check; raises `UserError` with the fixes when one fails. Leaves the run as it found it."""
     checks = [*_weights(run), *_classes(run), *_unlabelled(run), *_inputs(run)]
     if not any(c.status == "fail" for c in checks):
@@ -25,7 +25,7 @@ def preflight(run: Run, console: Console) -> None:
     finish(run, f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", checks, console)
 
 
-def _weights(run: Run) -> list[Check]:
+def _weights(run: DistillationRun) -> list[Check]:
     checks = []
     models = [(of.label, of.place, of.spec, of.loaded) for of in run.taught_by]
     for role, place, spec, loaded in (*models, ("student", "student", run.config.student, run.loaded["student"])):
@@ -48,7 +48,7 @@ def _weights(run: Run) -> list[Check]:
     return checks
 
 
-def _classes(run: Run) -> list[Check]:
+def _classes(run: DistillationRun) -> list[Check]:
     student, data = run.distiller.student_view.shapes.classes, len(run.classes)
     told = f"data {data}, student {student}"
     if not run.has_classifier:
@@ -58,7 +58,7 @@ def _classes(run: Run) -> list[Check]:
     return [_teachers_classes(run, of, told) for of in run.taught_by] or [Check("classes", "ok", told)]
 
 
-def _teachers_classes(run: Run, of: Taught, told: str) -> Check:
+def _teachers_classes(run: DistillationRun, of: Taught, told: str) -> Check:
     count = of.teacher.view.shapes.classes
     embedding = gives_embeddings(of.spec, count, len(run.classes))
     if embedding or count != len(run.classes):  # methods that compare logits have refused it when they were built
@@ -70,7 +70,7 @@ def _teachers_classes(run: Run, of: Taught, told: str) -> Check:
     return class_names(run, of, f"{told}, {of.label} {count}")
 
 
-def _unlabelled(run: Run) -> list[Check]:
+def _unlabelled(run: DistillationRun) -> list[Check]:
     """What a step is made of, where there are images without labels."""
     labelled, train = run.train_images.labelled, run.config.train
     rest = len(run.train_images) - labelled
@@ -84,7 +84,7 @@ def _unlabelled(run: Run) -> list[Check]:
     return [Check("images", "ok", told)]
 
 
-def _inputs(run: Run) -> list[Check]:
+def _inputs(run: DistillationRun) -> list[Check]:
     d = run.distiller
     height, width = height_and_width(run.config.data.image_size)
     checks = [Check("student input", "ok", f"{height}x{width}, {shown(d.student_mean, d.student_std)}")]

@@ -22,8 +22,8 @@ from rich.text import Text
 from scalekd.common import parallel
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import counted, duration, printable
-from scalekd.train.compile import failures_told
-from scalekd.train.run import AUTOCAST, Training
+from scalekd.train.compile import explain_compile_failure
+from scalekd.train.run import AUTOCAST, Run
 
 from .model import Check
 
@@ -33,7 +33,7 @@ def dead_parameters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def finish(run: Training, title: str, checks: list[Check], console: Console) -> None:
+def finish(run: Run, title: str, checks: list[Check], console: Console) -> None:
     """Adds a step to the checks unless one failed already, prints all; raises `UserError` with the fixes if one fails."""
     if not any(c.status == "fail" for c in checks):
         checks = [*checks, *one_step(run), *_bad_images(run)]
@@ -55,7 +55,7 @@ def _print(title: str, checks: list[Check], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def one_step(run: Training) -> list[Check]:
+def one_step(run: Run) -> list[Check]:
     """Two forward and backward passes on real batches; batch-norm statistics are put back, nothing is updated."""
     d, config = run.model, run.config
     before = {name: b.clone() for name, b in d.named_buffers()}
@@ -87,7 +87,7 @@ def one_step(run: Training) -> list[Check]:
     return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s)]
 
 
-def _bad_images(run: Training) -> list[Check]:
+def _bad_images(run: Run) -> list[Check]:
     found = {k: v for images in (run.train_images, run.val_images) if images.bad for k, v in images.bad.found.items()}
     if not found:
         return []
@@ -96,9 +96,9 @@ def _bad_images(run: Training) -> list[Check]:
     return [Check("images", "warn", told, "They are left out, as data.on_bad_image says")]
 
 
-def forward_backward(run: Training, batch: Any) -> dict[str, torch.Tensor]:
+def forward_backward(run: Run, batch: Any) -> dict[str, torch.Tensor]:
     precision = run.config.train.precision
-    with failures_told():
+    with explain_compile_failure():
         with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
             losses = run.losses(run.model, batch, 0)
         losses["total"].backward()
@@ -125,7 +125,7 @@ def _gradients(values: dict[str, float], dead: list[str]) -> Check:
     return Check("one step", "ok", f"all parameters get gradients; {told}")
 
 
-def _memory(run: Training) -> Check:
+def _memory(run: Run) -> Check:
     if run.device.type == "cuda":
         peak, total = (
             torch.cuda.max_memory_allocated(run.device) / 2**30,
@@ -140,7 +140,7 @@ def _memory(run: Training) -> Check:
     return Check("memory", "ok", f"{peak:.1f} GiB at the peak of this process")
 
 
-def _time(run: Training, data_s: float, step_s: float) -> Check:
+def _time(run: Run, data_s: float, step_s: float) -> Check:
     workers, parts = run.config.data.workers, run.config.train.accumulate
     step = parts * (max(step_s, data_s / workers) if workers else step_s + data_s)
     return Check(

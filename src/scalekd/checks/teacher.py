@@ -11,8 +11,8 @@ from scalekd.common.errors import UserError
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment
 from scalekd.data.transforms import eval_transform
-from scalekd.distill.run import Run, Taught, gives_embeddings, logit_losses
-from scalekd.models.class_order import natural, rows, teachers_order, way_out
+from scalekd.distill.run import DistillationRun, Taught, gives_embeddings, logit_losses
+from scalekd.models.class_order import natural, remedy, rows, teachers_order
 from scalekd.models.create import create, resolve
 from scalekd.models.fitted_head import HeadCard, read_head
 from scalekd.models.inputs import Statistics, default_statistics, input_doubt, interpolation
@@ -51,7 +51,7 @@ def _fitted(of: Taught) -> HeadCard | None:
     return read_head(resolve(of.spec.head), f"{of.place}.head")[0] if of.spec.head else None
 
 
-def class_names(run: Run, of: Taught, told: str) -> Check:
+def class_names(run: DistillationRun, of: Taught, told: str) -> Check:
     """Beside those that the teacher's file is told to have, where the numbers are equal."""
     card = _beside_teacher(of)
     theirs = card.classes if card and not of.spec.head else None
@@ -69,12 +69,12 @@ def class_names(run: Run, of: Taught, told: str) -> Check:
     if logits and set(theirs) == set(ours):
         fix = f"Its classes are in another order, so {', '.join(logits)} would teach the wrong ones; "
         right = theirs == list(run.classes)
-        fix += f"leave {of.place}.classes out" if right else way_out(theirs, run.classes, of.place)
+        fix += f"leave {of.place}.classes out" if right else remedy(theirs, run.classes, of.place)
         return Check("classes", "fail", told, fix)
     return Check("classes", "warn", told, "If they are others, its logits are of no use")
 
 
-def teacher_input(run: Run, of: Taught, told: str) -> Check:
+def teacher_input(run: DistillationRun, of: Taught, told: str) -> Check:
     """The teacher's input beside what it was made for, as far as that is known."""
     card, augment, name = _beside_teacher(of), run.config.augment, f"{of.label} input"
     ours = of.teacher.mean.flatten().cpu(), of.teacher.std.flatten().cpu()
@@ -120,7 +120,7 @@ def _as_stated(of: Taught) -> bool:
     return stated is not None and all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(ours, stated))
 
 
-def _has_the_classes(run: Run, of: Taught) -> bool:
+def _has_the_classes(run: DistillationRun, of: Taught) -> bool:
     """Whether the teacher's logits can be held against the labels."""
     count = of.teacher.view.shapes.classes
     return 1 < len(run.classes) == count and not gives_embeddings(of.spec, count, count)
@@ -132,14 +132,14 @@ def _cut_otherwise(done: str, crop_pct: float, interpolation: str, augment: Augm
     return f"; {done} with crop_pct {crop_pct:g}, {interpolation}, which augment sets for both models"
 
 
-def teacher_accuracy(run: Run, of: Taught) -> list[Check]:
+def teacher_accuracy(run: DistillationRun, of: Taught) -> list[Check]:
     """By its logits on a sample, with what may be wrong with it; by its features where its classes are others."""
     if len(run.classes) < 2:
         return []
     return [_by_logits(run, of)] if _has_the_classes(run, of) else _by_features(run, of)
 
 
-def _by_logits(run: Run, of: Taught) -> Check:
+def _by_logits(run: DistillationRun, of: Taught) -> Check:
     classes, statistics = len(run.classes), (of.teacher.mean, of.teacher.std)
     model = of.teacher.view.model
     sample = _sample(run, of, SAMPLE)
@@ -176,14 +176,14 @@ def _by_logits(run: Run, of: Taught) -> Check:
     return Check(f"{of.label} accuracy", "warn" if doubt or evidence else "ok", told, evidence or doubt)
 
 
-def _names_known(run: Run, of: Taught) -> bool:
+def _names_known(run: DistillationRun, of: Taught) -> bool:
     """Whether names beside the weights say that the teacher's classes are in the data's order; a head's always are."""
     card = _beside_teacher(of)
     in_order = card is not None and of.spec.classes is None and card.classes == list(run.classes)
     return of.spec.head is not None or in_order
 
 
-def _right_order(run: Run, of: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
+def _right_order(run: DistillationRun, of: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
     """What to set, where these logits were found to be in another order than the data's classes."""
     if of.spec.classes is not None:
         return f"Is {of.place}.classes right? It is the order of the teacher's classes, first to last"
@@ -193,7 +193,7 @@ def _right_order(run: Run, of: Taught, logits: torch.Tensor, targets: torch.Tens
     return f"Set {of.place}.classes to the names in the teacher's order, or start with --no-preflight if they are right"
 
 
-def _by_features(run: Run, of: Taught) -> list[Check]:
+def _by_features(run: DistillationRun, of: Taught) -> list[Check]:
     name, own, statistics = f"{of.label} features", of.loaded, (of.teacher.mean, of.teacher.std)
     sample = _sample(run, of, FEW, of_few_classes=True)
     if len(sample.targets) < 2:
@@ -220,7 +220,7 @@ def _by_features(run: Run, of: Taught) -> list[Check]:
     return [Check(name, "ok", told)]
 
 
-def _sample(run: Run, of: Taught, most: int, of_few_classes: bool = False) -> Sample:
+def _sample(run: DistillationRun, of: Taught, most: int, of_few_classes: bool = False) -> Sample:
     """Validation images as the teacher sees them, spread evenly; or 16 of each class, of as many as that gives."""
     val, size = run.val_images, of.teacher.size
     data = run.config.data.model_copy(update={"image_size": size})

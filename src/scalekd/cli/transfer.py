@@ -150,7 +150,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from scalekd.common.files import make_folder, write_text
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import shortages_told
+    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.evaluate import detector_table, segmenter_table
 
     need_extra(args.task)
@@ -159,7 +159,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.out:
         make_folder(args.out)
     device = pick_device(args.device)
-    with shortages_told(device, "Try --device cpu."):
+    with explain_out_of_memory(device, "Try --device cpu."):
         result = args.evaluate(args, device, Console(emoji=False, stderr=True))
     table = (detector_table if args.task == "detection" else segmenter_table)(result)
     if args.out:
@@ -184,12 +184,14 @@ def _predict_objects(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import shortages_told
+    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.predict import predict_objects
 
     need_extra("detection")
     device = pick_device(args.device)
-    with shortages_told(device, "Try --device cpu, smaller images, or a higher --threshold: masks take most of it."):
+    with explain_out_of_memory(
+        device, "Try --device cpu, smaller images, or a higher --threshold: masks take most of it."
+    ):
         predict_objects(args.trained, args.source, args.out, device, Console(emoji=False), args.threshold)
 
 
@@ -197,12 +199,12 @@ def _predict_classes(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import shortages_told
+    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.predict import predict_classes
 
     need_extra("segmentation")
     device = pick_device(args.device)
-    with shortages_told(device, "Try --device cpu, or smaller images."):
+    with explain_out_of_memory(device, "Try --device cpu, or smaller images."):
         predict_classes(args.trained, args.source, args.out, device, Console(emoji=False), args.inference)
 
 

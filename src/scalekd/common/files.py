@@ -85,9 +85,9 @@ def in_use(folder: Path) -> Iterator[None]:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """What was written before stays, so that a run goes on from its last checkpoint."""
-    way_out = (
+    remedy = (
         "What was saved before is untouched; free some space and start the same command again."
         if error.errno in FULL
         else "Give a folder that you may write to."
     )
-    return UserError(f"cannot write {path}: {error.strerror or error}. {way_out}")
+    return UserError(f"cannot write {path}: {error.strerror or error}. {remedy}")

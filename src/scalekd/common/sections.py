@@ -70,7 +70,7 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def checked_as(schema: type[S], values: dict[str, Any], where: str) -> S:
+def validated(schema: type[S], values: dict[str, Any], where: str) -> S:
     """Validates plain values. Raises `UserError` that lists all problems, after `where`."""
     try:
         return schema.model_validate(values)
@@ -100,7 +100,7 @@ def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return [f"{where}: unknown.{nearest(path[-1], _fields_at(path[:-1], schema))}"]
+        return [f"{where}: unknown.{nearest(path[-1], fields_at(path[:-1], schema))}"]
     if error["type"] == "missing":
         return [f"{where}: missing"]
     if error["type"] == "value_error":
@@ -113,7 +113,7 @@ def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
     return [f"{where}: {error['msg']} (given {reprlib.repr(error['input'])})"]
 
 
-def _fields_at(path: list[str], schema: type[Section]) -> list[str]:
+def fields_at(path: list[str], schema: type[Section]) -> list[str]:
     section: Any = schema
     parts = iter(path)
     for part in parts:

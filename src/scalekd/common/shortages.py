@@ -20,18 +20,18 @@ WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: |exit
 
 
 @contextlib.contextmanager
-def shortages_told(device: torch.device, way_out: str) -> Iterator[None]:
-    """Turns a shortage of memory into a `UserError`. way_out: what uses less of the device's memory."""
+def explain_out_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
+    """Turns a shortage of memory into a `UserError`. remedy: what uses less of the device's memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = _told(error, device, way_out)
+        told = _told(error, device, remedy)
         if told is None:
             raise
         raise UserError(told) from None
 
 
-def _told(error: Exception, device: torch.device, way_out: str) -> str | None:
+def _told(error: Exception, device: torch.device, remedy: str) -> str | None:
     text = str(error)
     killed = WORKER.search(text)
     if SHARED.search(text):
@@ -46,7 +46,7 @@ def _told(error: Exception, device: torch.device, way_out: str) -> str | None:
         )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(text):
         of = torch.device("cpu") if isinstance(error, MemoryError) or "CPUAllocator" in text else device
-        return f"out of memory on {_size(of)}: {first_line(error)}\n{way_out}"
+        return f"out of memory on {_size(of)}: {first_line(error)}\n{remedy}"
     return None
 
 

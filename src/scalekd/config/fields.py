@@ -72,7 +72,7 @@ class Recipe(AnyRecipe):
         """By name; a single one's is `teacher`."""
         return self.teachers if self.teacher is None else {"teacher": self.teacher}
 
-    def place_of(self, teacher: str) -> str:
+    def key_of(self, teacher: str) -> str:
         """Where the recipe describes a teacher, by its name in `all_teachers`."""
         return f"teachers.{teacher}" if teacher in self.teachers else "teacher"
 

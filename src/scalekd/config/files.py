@@ -113,10 +113,10 @@ FIELDS = ("command", "stands for", "expected", "cost", "status")
 
 def header(text: str) -> dict[str, str]:
     """What the comment at the top of a recipe says: its first line as `summary`, and each of FIELDS, "" if missing."""
-    lines = [line.removeprefix("#").strip() for line in _comment(text)]
+    lines = [line.removeprefix("#").strip() for line in header_lines(text)]
     said = dict(line.split(":", 1) for line in lines if line.split(":")[0] in FIELDS)
     return {"summary": lines[0] if lines else ""} | {f.replace(" ", "_"): said.get(f, "").strip() for f in FIELDS}
 
 
-def _comment(text: str) -> list[str]:
+def header_lines(text: str) -> list[str]:
     return list(takewhile(lambda line: line.startswith("#"), text.splitlines()))

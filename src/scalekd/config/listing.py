@@ -11,7 +11,7 @@ import yaml
 
 from scalekd.common.yaml_file import parse_yaml
 
-from .files import _comment, header, recipe_names, recipe_text, recipe_values
+from .files import header, header_lines, recipe_names, recipe_text, recipe_values
 from .recipe import Config, load_recipe
 
 IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K's training set
@@ -60,7 +60,7 @@ def _group(e: dict[str, Any]) -> str:
 def explained(recipe: str) -> str:
     """The recipe with what its base says written out, as YAML that loads, and comments on what it will do."""
     values, config = recipe_values(recipe), load_recipe(recipe)
-    told = _comment(recipe_text(recipe))
+    told = header_lines(recipe_text(recipe))
     base = parse_yaml(recipe_text(recipe), recipe).get("base")
     notes = [f"This is {config.name} with what its base, {base}, says written out."] if base else []
     notes += _amount(config)

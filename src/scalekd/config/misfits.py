@@ -32,7 +32,7 @@ def misfits(config: Recipe) -> list[str]:
     problems += _several_teachers(config, needing)
     problems += _heads(config)
     problems += [
-        f"{config.place_of(name)}.classes: its head's names are the data's; leave it out"
+        f"{config.key_of(name)}.classes: its head's names are the data's; leave it out"
         for name, spec in config.all_teachers.items()
         if spec.classes is not None and spec.head is not None
     ]
@@ -74,7 +74,7 @@ def _heads(config: Recipe) -> list[str]:
     if config.data.train is not None:
         return []
     return [
-        f"{config.place_of(name)}.head: fit needs labelled images, a data.train; name some, or the folder of a head "
+        f"{config.key_of(name)}.head: fit needs labelled images, a data.train; name some, or the folder of a head "
         "(`scalekd head`)"
         for name, spec in config.all_teachers.items()
         if spec.fits_head

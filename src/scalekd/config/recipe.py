@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from scalekd.common.errors import UserError
-from scalekd.common.sections import checked_as
+from scalekd.common.sections import validated
 
 from .fields import Recipe
 from .files import merged, override, recipe_values
@@ -55,7 +55,7 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
 def check_config(values: dict[str, Any], where: str) -> Config:
     """Validates plain values; `UserError` with all problems at once. Models named by a folder are written out."""
-    return checked_as(Config, values, where)
+    return validated(Config, values, where)
 
 
 def assistant_of(config: Config) -> Config:

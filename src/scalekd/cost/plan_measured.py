@@ -14,7 +14,7 @@ import torch
 
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import machine
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Batch, Images, load_batch, training_images, validation_images
 from scalekd.data.split import Split
@@ -22,7 +22,7 @@ from scalekd.data.transforms import make_mixup
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.train.engine import looks_at_every_step, train_step
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import scaler_and_average
@@ -50,7 +50,7 @@ def probe(
     peaks: dict[int, float] = {}
     if device.type == "cpu":
         keep_freed_memory()  # as a run has it
-    with shortages_told(device, f"Try a smaller --batch (now {large})."):
+    with explain_out_of_memory(device, f"Try a smaller --batch (now {large})."):
         run = _run(config, device, classes)
         for size in (small, large):
             if device.type == "cuda":
@@ -84,7 +84,7 @@ def an_image(of_small: list[float], of_large: list[float], small: int, large: in
     return seen if on_the_line <= 0 else [min(seen[0], on_the_line), max(seen[1], on_the_line)]
 
 
-def _run(config: Config, device: torch.device, classes: int) -> Run:
+def _run(config: Config, device: torch.device, classes: int) -> DistillationRun:
     """A run as far as a step goes: untrained, without images."""
     distiller = untrained(config, classes, config.losses).to(device).train()
     if config.train.channels_last:
@@ -92,7 +92,7 @@ def _run(config: Config, device: torch.device, classes: int) -> Run:
     optimizer = make_optimizer(config, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
-    return Run(
+    return DistillationRun(
         config=config,
         device=device,
         classes=[],
@@ -108,7 +108,7 @@ def _run(config: Config, device: torch.device, classes: int) -> Run:
     )
 
 
-def _step(run: Run, classes: int, size: int) -> Callable[[], object]:
+def _step(run: DistillationRun, classes: int, size: int) -> Callable[[], object]:
     distiller, channels = run.distiller, run.config.data.channels
     sides = map(max, distiller.image_size, distiller.teacher_size)
     pixels = torch.randint(256, (size, channels, *sides), dtype=torch.uint8)

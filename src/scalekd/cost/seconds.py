@@ -11,7 +11,7 @@ import torch
 
 from scalekd.common.errors import UserError
 from scalekd.common.provenance import machine
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
@@ -31,7 +31,7 @@ def measure(config: Config, device: torch.device, *, classes: int = 1000, batch:
     """
     if batch < 2:
         raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
-    with shortages_told(device, f"Try a smaller --batch (now {batch})."):
+    with explain_out_of_memory(device, f"Try a smaller --batch (now {batch})."):
         distillers: dict[str, Distiller | None] = {"recipe": untrained(config, classes, config.losses)}
         distillers["fd"] = plain_distillation(config, classes)[0]
         distillers["student alone"] = untrained(config, classes, {"ce": {}}, teacher=False)

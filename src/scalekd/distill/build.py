@@ -35,10 +35,10 @@ from scalekd.train.run import expect_batches, scaler_and_average
 
 from .compiled import compile_step
 from .distiller import Distiller
-from .run import Run, gives_embeddings, logit_losses
+from .run import DistillationRun, gives_embeddings, logit_losses
 
 
-def build(config: Config, device: torch.device) -> Run:
+def build(config: Config, device: torch.device) -> DistillationRun:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
     seed_everything(config.seed, "models")
     data, train = config.data, config.train
@@ -56,7 +56,7 @@ def build(config: Config, device: torch.device) -> Run:
     loaded = {"student": student_loaded}
     teachers, stats = {}, {}
     for name, spec in config.all_teachers.items():
-        where = config.place_of(name)
+        where = config.key_of(name)
         if spec.head:
             _check_head(spec.head, split.classes, where)
         own = None if spec.weights == "pretrained" else classes
@@ -99,7 +99,7 @@ def build(config: Config, device: torch.device) -> Run:
     if mix is not None:  # until both were gone through
         rest = len(images) - mix.labelled
         steps_per_epoch = max(1, mix.labelled // mix.per_batch, rest // (train.batch_size - mix.per_batch))
-    return Run(
+    return DistillationRun(
         config=config,
         device=device,
         classes=split.classes,
@@ -118,7 +118,7 @@ def build(config: Config, device: torch.device) -> Run:
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:
-    spec, where, outputs = config.all_teachers[teacher], config.place_of(teacher), getattr(model, "num_classes", 0)
+    spec, where, outputs = config.all_teachers[teacher], config.key_of(teacher), getattr(model, "num_classes", 0)
     losses = logit_losses(config, teacher)
     if losses and gives_embeddings(spec, outputs, classes):
         raise UserError(

@@ -9,7 +9,7 @@ from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config, check_config
 
 
-def _config(recipe: Path) -> Config:
+def as_trained(recipe: Path) -> Config:
     try:
         text = recipe.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -26,7 +26,7 @@ from scalekd.data.transforms import mixed
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.options import Model
 from scalekd.models.weights.trained import Loaded
-from scalekd.train.run import Training
+from scalekd.train.run import Run
 
 from .distiller import Distiller, Teacher
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
@@ -47,7 +47,7 @@ class Taught(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Run(Training):
+class DistillationRun(Run):
     """A distillation, or a training without a teacher, built."""
 
     batch = Batch
@@ -86,7 +86,7 @@ class Run(Training):
     @property
     def taught_by(self) -> list[Taught]:
         """Its teachers."""
-        places = {name: self.config.place_of(name) for name in self.config.all_teachers}
+        places = {name: self.config.key_of(name) for name in self.config.all_teachers}
         return [
             Taught(places[name], spec, self.distiller.teachers[name], self.loaded[places[name]])
             for name, spec in self.config.all_teachers.items()

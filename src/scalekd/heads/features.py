@@ -101,9 +101,9 @@ def named_backbone(text: str, image_size: tuple[int, int] | None, device: torch.
         raise
     except Exception as error:  # whatever timm or a model ends with on a size that it was not made for
         usual = "x".join(map(str, usual_size(name)))
-        way_out = "Export it anew." if student else f"Give another --image-size; timm's own for {name} is {usual}."
+        remedy = "Export it anew." if student else f"Give another --image-size; timm's own for {name} is {usual}."
         told = f"{text} does not take images of {size[0]}x{size[1]} pixels: {shortened(first_line(error))}"
-        raise UserError(f"{told}\n{way_out}") from None
+        raise UserError(f"{told}\n{remedy}") from None
     return backbone
 
 

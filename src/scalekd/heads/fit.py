@@ -27,7 +27,7 @@ from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
@@ -210,7 +210,7 @@ def fit_named(
         crop_pct = folder.crop_pct
     check_folder(out)
     device = pick_device(device_name)
-    with shortages_told(device, "Try device cpu, or a smaller image_size."):
+    with explain_out_of_memory(device, "Try device cpu, or a smaller image_size."):
         card = fit_head(
             spec,
             read,

@@ -12,7 +12,7 @@ from . import mixer  # noqa: F401 - adds a name to timm's
 from .create import build_plain
 from .fitted_head import build_with_head
 from .options import Model
-from .weights.trained import Loaded, Trained, trained
+from .weights.trained import Loaded, Verdict, trained
 
 
 def build_model(
@@ -29,10 +29,10 @@ def build_model(
     return build(spec, channels=channels, image_size=image_size, classes=classes, where=where)
 
 
-def timm_model(name: str, weights: str, size: tuple[int, int], way_out: str) -> tuple[nn.Module, Loaded, Trained]:
+def timm_model(name: str, weights: str, size: tuple[int, int], remedy: str) -> tuple[nn.Module, Loaded, Verdict]:
     """The model of three channels, where its weights are from, and whether anyone trained them.
 
-    weights: as in a recipe. size: height and width in pixels. way_out: what is told where the weights are none or not
+    weights: as in a recipe. size: height and width in pixels. remedy: what is told where the weights are none or not
     trained. Raises `UserError`, which leaves it to the caller to say for which of his models.
     """
     try:
@@ -47,8 +47,8 @@ def timm_model(name: str, weights: str, size: tuple[int, int], way_out: str) -> 
         model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
     except UserError as error:
         told = first_line(error).removeprefix("teacher").lstrip(":. ")
-        raise UserError(f"{told}\n{way_out}") from None
+        raise UserError(f"{told}\n{remedy}") from None
     found = trained(loaded)
     if found.status == "fail":
-        raise UserError(f"{found.told}\n{way_out}")
+        raise UserError(f"{found.told}\n{remedy}")
     return model, loaded, found

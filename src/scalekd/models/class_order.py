@@ -76,7 +76,7 @@ def put_in_order(model: nn.Module, chosen: str | Sequence[str], ours: Sequence[s
         tensor.copy_(tensor[order.to(tensor.device)])
 
 
-def way_out(theirs: Sequence[str], ours: Sequence[str], where: str) -> str:
+def remedy(theirs: Sequence[str], ours: Sequence[str], where: str) -> str:
     """What to set for a teacher whose classes are known to be in this order."""
     if list(theirs) == natural(ours):
         return f"set {where}.classes=natural, the order of timm's train.py"

@@ -93,9 +93,9 @@ def build_with_head(
     card, tensors = read_head(folder, f"{where}.head")
     count = len(card.classes)
 
-    def refuse_unless(same: bool, what: str, theirs: object, ours: object, way_out: str) -> None:
+    def refuse_unless(same: bool, what: str, theirs: object, ours: object, remedy: str) -> None:
         if not same:
-            raise UserError(f"{where}.head: {spec.head} was fitted for {what} {theirs}, here it is {ours}.\n{way_out}")
+            raise UserError(f"{where}.head: {spec.head} was fitted for {what} {theirs}, here it is {ours}.\n{remedy}")
 
     again = "Or fit another: scalekd head"
     same = card.model.split(".")[0] == spec.model.split(".")[0]  # the checksum tells tags apart

@@ -222,8 +222,8 @@ def check(student: nn.Module, state: State, left: list[str], what: str) -> None:
         if names
     ]
     if told:
-        way_out = "Name the model that the weights were made with; --kwargs gives arguments of it."
-        raise UserError("\n".join([f"{what}:", *told, way_out]))
+        remedy = "Name the model that the weights were made with; --kwargs gives arguments of it."
+        raise UserError("\n".join([f"{what}:", *told, remedy]))
 
 
 # ---------------------------------------------------------------- the card

@@ -11,7 +11,7 @@ from .stages import Features, StageView
 
 
 @dataclass
-class Looker:
+class Shown:
     """A model and how it sees pixels."""
 
     view: StageView

@@ -98,7 +98,7 @@ class StageView:
         self.refusal: str | None = None
         self.indices: tuple[int, ...] = ()  # the four features taken, in timm's numbering
         self._gives_prefix = _gives_prefix(model)
-        reason = _obstacle(model)
+        reason = obstacle(model)
         if reason is None:
             self.indices, reason = _choose(model, name, cuts)
         elif cuts is not None:
@@ -190,7 +190,7 @@ class StageView:
 # Choosing the features
 
 
-def _obstacle(model: Any) -> str | None:
+def obstacle(model: Any) -> str | None:
     """Why the model cannot give maps at all, or None."""
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         return "this class has no forward_intermediates in timm"

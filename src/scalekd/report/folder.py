@@ -21,9 +21,9 @@ from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config, check_config
 from scalekd.data.sources.open import pair_of
 from scalekd.distill.build import build
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
-from scalekd.models.shown import Looker
+from scalekd.models.shown import Shown
 from scalekd.models.stages import StageView
 from scalekd.models.weights.card import read_card
 from scalekd.train import checkpoint
@@ -152,7 +152,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[Run, nn.Module]:
+def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[DistillationRun, nn.Module]:
     """The run as its last checkpoint has it, and the student that is deployed; with its own data, or with `data`.
 
     Raises `UserError`: without a checkpoint, and when data or teacher are not there any more.
@@ -197,7 +197,7 @@ def _as_it_stands(config: Config, data: str | None) -> Config:
     return config.model_copy(update={"student": student, "train": train, "data": spec})
 
 
-def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Looker:
+def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
     """Another run's student, as exported or else as its last checkpoint has it. Raises `UserError`."""
     if is_file(folder.path / "student.safetensors"):
         model, card = load_student(folder.path)
@@ -216,4 +216,4 @@ def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device)
     size = (card["image_size"][0], card["image_size"][1])
     view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return Looker(view, size, mean, std)
+    return Shown(view, size, mean, std)

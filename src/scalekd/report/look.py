@@ -20,9 +20,9 @@ from scalekd.analyze.frequency import Spectrum
 from scalekd.analyze.runs import SEED, projector_calls
 from scalekd.data.batches import Images, Sample, eval_batches
 from scalekd.data.transforms import eval_transform
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.methods.shared import stage_map
-from scalekd.models.shown import Looker
+from scalekd.models.shown import Shown
 from scalekd.models.stages import Features, StageView
 
 MOST_IMAGES, MOST_SECONDS = 2000, 60.0
@@ -64,19 +64,19 @@ class Seen:
     notes: list[str] = field(default_factory=list)
 
 
-def looker_of(run: Run, deployed: nn.Module) -> Looker:
+def looker_of(run: DistillationRun, deployed: nn.Module) -> Shown:
     d = run.distiller
     view = d.student_view
     if deployed is not d.student:
         view = StageView(deployed, name=view.name, image_size=d.image_size, cuts=run.config.student.cuts)
-    return Looker(view, d.image_size, d.student_mean, d.student_std)
+    return Shown(view, d.image_size, d.student_mean, d.student_std)
 
 
 @torch.no_grad()
 def look(
-    run: Run,
+    run: DistillationRun,
     deployed: nn.Module,
-    baselines: Mapping[str, Looker] | None = None,
+    baselines: Mapping[str, Shown] | None = None,
     *,
     most: int = MOST_IMAGES,
     seconds: float = MOST_SECONDS,
@@ -89,7 +89,7 @@ def look(
     for module in (deployed, run.distiller):
         module.eval()
     students = {STUDENT: looker_of(run, deployed), **(baselines or {})}
-    teachers = [Looker(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
+    teachers = [Shown(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
     notes = _misfits(teachers, len(run.classes))
     answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
     maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
@@ -136,14 +136,14 @@ def look(
     return seen
 
 
-def _misfits(teachers: Sequence[Looker], classes: int) -> list[str]:
+def _misfits(teachers: Sequence[Shown], classes: int) -> list[str]:
     """Why the teachers' answers cannot stand beside the student's, if so."""
     odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != classes]
     told = f"A teacher answers in {odd[0]} classes and the data have {classes}" if odd else ""
     return [f"{told}: its answers are left out."] if odd else []
 
 
-def _chosen(run: Run, models: Sequence[Looker], most: int) -> Images:
+def _chosen(run: DistillationRun, models: Sequence[Shown], most: int) -> Images:
     """Spread evenly over the validation images, in a seeded order, so that a batch is a sample of all classes."""
     images, config = run.val_images, run.config
     n = min(most, len(images))
@@ -157,7 +157,7 @@ def _chosen(run: Run, models: Sequence[Looker], most: int) -> Images:
 class Maps:
     """Frequencies of the last maps; likeness of the stages (CKA); how far the projectors' outputs are from the teacher."""
 
-    def __init__(self, run: Run, student: Looker, teacher: Looker | None):
+    def __init__(self, run: DistillationRun, student: Shown, teacher: Shown | None):
         self.run, self.images, self.refused = run, 0, ""
         self.spectra = {STUDENT: Spectrum()} | ({TEACHER: Spectrum()} if teacher else {})
         self.cka, self.distances = StageCKA(), dict[str, list[Tensor]]()

@@ -16,14 +16,14 @@ from scalekd.analyze.runs import labels
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, write_text
 from scalekd.common.parallel import pick_device
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import duration, printable
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import check_config
 from scalekd.cost.count import cost
 from scalekd.cost.flops import flop_counter
-from scalekd.distill.run import Run
-from scalekd.models.shown import Looker
+from scalekd.distill.run import DistillationRun
+from scalekd.models.shown import Shown
 
 from .answer_sections import answer_sections, numbers
 from .card import load_lines, model_card, write_card
@@ -42,7 +42,7 @@ FILE, DATA = "report.html", "report.json"
 
 
 def write_run_report(
-    folder: Path, summary: Mapping[str, Any], facts: Mapping[str, str], run: Run | None = None
+    folder: Path, summary: Mapping[str, Any], facts: Mapping[str, str], run: DistillationRun | None = None
 ) -> None:
     """At the end of a run: report.html, report.json and README.md, a model card, in its folder.
 
@@ -123,12 +123,12 @@ def _look_again(
         return None, f"No images were looked at: {first_line(error)} `scalekd report --data SOURCE` takes others."
     if not run.has_classifier:
         return None, "The student has no classifier, so there are no answers to look at."
-    lookers: dict[str, Looker] = {label: baseline_looker(of, run.classes, device) for label, of in others.items()}
-    with shortages_told(device, "Try --device cpu, or close what else uses it."):
+    lookers: dict[str, Shown] = {label: baseline_looker(of, run.classes, device) for label, of in others.items()}
+    with explain_out_of_memory(device, "Try --device cpu, or close what else uses it."):
         return look(run, deployed, lookers, most=images, seconds=float("inf")), ""
 
 
-def count_parts(run: Run) -> list[dict[str, Any]]:
+def count_parts(run: DistillationRun) -> list[dict[str, Any]]:
     """Parameters of models and methods; GMACs of the models' forward pass on one image, counted while it is done."""
     d = run.distiller
     models = {"student": (run.deployed, d.image_size)}
@@ -144,7 +144,7 @@ def count_parts(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _places(run: Run) -> dict[str, str]:
+def _places(run: DistillationRun) -> dict[str, str]:
     return {taught.label: taught.place for taught in run.taught_by}
 
 

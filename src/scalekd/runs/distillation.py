@@ -14,12 +14,12 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted
 from scalekd.config.recipe import Config
 from scalekd.distill.build import build
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
 from scalekd.models.export import export_student
 from scalekd.models.options import Model
@@ -75,32 +75,32 @@ def execute(
         outcome(look),
         console,
         title=title or config.name,
-        way_out=smaller_steps(config),
+        remedy=smaller_steps(config),
         stop=stop,
         beforehand=heads_of(config),
     )
 
 
-def _finish(run: Run, folder: Path, summary: dict[str, Any], look: bool) -> None:
+def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
     summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
     write_run_report(folder, summary, facts(run), run if look else None)
 
 
-def checked(config: Config, device: torch.device, console: Console) -> Run:
+def checked(config: Config, device: torch.device, console: Console) -> DistillationRun:
     """Builds a recipe and runs its pre-flight; writes nothing. Raises `UserError`."""
     run = _built(config, device)
-    with shortages_told(device, smaller_steps(config)):
+    with explain_out_of_memory(device, smaller_steps(config)):
         preflight(run, console)
     return run
 
 
-def _built(config: Config, device: torch.device) -> Run:
+def _built(config: Config, device: torch.device) -> DistillationRun:
     check_trackers(config.track)
     if device.type == "cpu":
         keep_freed_memory()
-    with shortages_told(device, smaller_steps(config)):
+    with explain_out_of_memory(device, smaller_steps(config)):
         return build(config, device)
 
 
@@ -108,14 +108,14 @@ def outcome(look: bool) -> Outcome:
     return Outcome("student.json", student_card, partial(_finish, look=look))
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: DistillationRun) -> dict[str, str]:
     config = run.config
     told = {
         "data": _data_fact(run),
         "student": _model_fact(run.distiller.student_view, config.student, run.loaded["student"]),
     }
     for name, spec in config.all_teachers.items():
-        place = config.place_of(name)
+        place = config.key_of(name)
         told[place] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[place])
     return told | {
         "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
@@ -123,7 +123,7 @@ def facts(run: Run) -> dict[str, str]:
     }
 
 
-def _data_fact(run: Run) -> str:
+def _data_fact(run: DistillationRun) -> str:
     data, labelled = run.config.data, run.train_images.labelled
     parts = [f"{data.train}, {labelled} images of {len(run.classes)} classes"] if labelled else []
     if rest := len(run.train_images) - labelled:

@@ -17,7 +17,7 @@ from rich.console import Console
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, is_file
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import say
 from scalekd.config.recipe import Config
 from scalekd.heads.features import FEATURES
@@ -51,11 +51,11 @@ def fit_heads(config: Config, folder: Path, device: torch.device, console: Conso
     if found == config:
         return config
     if parallel.rank() == 0 and not is_file(folder / "recipe.yaml"):
-        with in_use(folder), shortages_told(device, "Try a smaller teacher.image_size, or --device cpu."):
+        with in_use(folder), explain_out_of_memory(device, "Try a smaller teacher.image_size, or --device cpu."):
             for name, spec in config.all_teachers.items():
                 if spec.fits_head:
                     out = Path(str(found.all_teachers[name].head))
-                    _fit(config, spec, config.place_of(name), out, device, console, cache)
+                    _fit(config, spec, config.key_of(name), out, device, console, cache)
     parallel.from_first(None)  # gloo waits for half an hour, NCCL's own barrier for ten minutes
     return found
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from scalekd.common.sections import checked_as
+from scalekd.common.sections import validated
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
 from scalekd.train import checkpoint
 from scalekd.train.resume import load_snapshot
-from scalekd.train.run import Training
+from scalekd.train.run import Run
 from scalekd.transfer.tasks import task_of
 
 
-def load_report(path: Path, device: torch.device) -> tuple[Training, list[Any], int]:
+def load_report(path: Path, device: torch.device) -> tuple[Run, list[Any], int]:
     """The run as it stood before the step that `report` saved, the step's batches, and its number from 1."""
     content = checkpoint.load(path)
     run = _built(parse_yaml(content["recipe"], str(path)), str(path), device)
@@ -26,7 +26,7 @@ def load_report(path: Path, device: torch.device) -> tuple[Training, list[Any], 
     return run, batches, content["step"]
 
 
-def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Training:
+def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Run:
     """The run of a recipe of any task."""
     task = task_of(recipe)
     if task is None:
@@ -35,4 +35,4 @@ def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Training
 
     from . import transfer as train
 
-    return train.build(checked_as(config.SCHEMAS[task], recipe, where), device)
+    return train.build(validated(config.SCHEMAS[task], recipe, where), device)

@@ -10,21 +10,21 @@ import torch
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.sections import height_and_width
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import open_source, pair_of
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.evaluate import evaluate
-from scalekd.distill.run import Run
+from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, export_onnx, export_student, load_student
-from scalekd.models.weights.card import as_written, read_card
+from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
 from scalekd.train.run import provenance
 
 
-def student_card(run: Run) -> dict[str, Any]:
+def student_card(run: DistillationRun) -> dict[str, Any]:
     """What someone needs to use the exported student, beside its weights."""
     config = run.config
     return {
@@ -32,8 +32,8 @@ def student_card(run: Run) -> dict[str, Any]:
         "kwargs": run.loaded["student"].kwargs,
         "classes": run.classes if run.has_classifier else [],
         "image_size": list(height_and_width(config.data.image_size)),
-        "mean": as_written(run.distiller.student_mean),
-        "std": as_written(run.distiller.student_std),
+        "mean": short_floats(run.distiller.student_mean),
+        "std": short_floats(run.distiller.student_std),
         "interpolation": config.augment.interpolation,
         "crop_pct": config.augment.crop_pct,
         "teacher": " + ".join(spec.model for spec in config.all_teachers.values()) or None,
@@ -90,7 +90,7 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
-    with shortages_told(device, "Try --device cpu."):
+    with explain_out_of_memory(device, "Try --device cpu."):
         return evaluate(
             student.to(device),
             eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),

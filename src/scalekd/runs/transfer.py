@@ -13,7 +13,7 @@ from scalekd.checks.step import finish
 from scalekd.common import parallel
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted
 from scalekd.report.run import write_run_report
@@ -50,14 +50,14 @@ def train(
     check_trackers(config.track)
     if device.type == "cpu":
         keep_freed_memory()
-    way_out = _way_out(config)
-    with shortages_told(device, way_out):
+    remedy = _way_out(config)
+    with explain_out_of_memory(device, remedy):
         run = build(config, device)
         preflight(run, console)
     if dry_run:
         return None
     outcome = Outcome(f"{run.task.trained}.json", _card, _finish)
-    return run_into(folder, run, outcome, console, title=config.name, way_out=way_out, stop=stop)
+    return run_into(folder, run, outcome, console, title=config.name, remedy=remedy, stop=stop)
 
 
 def preflight(run: Any, console: Console) -> None:

@@ -10,7 +10,7 @@ from scalekd.common.shortages import OUT_OF_MEMORY
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
+def explain_compile_failure() -> Iterator[None]:
     """Turns what torch.compile cannot do into a `UserError`."""
     try:
         yield

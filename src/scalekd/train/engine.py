@@ -1,4 +1,4 @@
-"""Training, of any task: `train` runs what was built, `train_step` is one optimiser step."""
+"""Run, of any task: `train` runs what was built, `train_step` is one optimiser step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from scalekd.common.stop import Stopped, StopRequest
 from scalekd.data.images import read_list
 
 from . import checkpoint, health, resume
-from .compile import failures_told
+from .compile import explain_compile_failure
 from .health import NonFinite
 from .log import RunLog
 from .meter import Meter
 from .resume import Progress
-from .run import AUTOCAST, Training
+from .run import AUTOCAST, Run
 
 # ---------------------------------------------------------------- one step
 
@@ -36,7 +36,7 @@ class Step(NamedTuple):
     grad_norm: Tensor  # of all gradients together, before clipping
 
 
-def train_step(model: nn.Module, batches: Sequence[Any], run: Training, step: int, checked: bool = False) -> Step:
+def train_step(model: nn.Module, batches: Sequence[Any], run: Run, step: int, checked: bool = False) -> Step:
     """One optimiser step over the micro-batches.
 
     model: `run.model`, or its DDP wrapper. step: how many came before.
@@ -51,7 +51,7 @@ def train_step(model: nn.Module, batches: Sequence[Any], run: Training, step: in
         last = i == len(batches) - 1
         # the processes' gradients are averaged once, with the last micro-batch
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with alone, failures_told():
+        with alone, explain_compile_failure():
             with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
                 of_batch = run.losses(model, batch, step * len(batches) + i)
             run.scaler.scale(of_batch["total"] / len(batches)).backward()
@@ -82,7 +82,7 @@ def train_step(model: nn.Module, batches: Sequence[Any], run: Training, step: in
 # ---------------------------------------------------------------- a whole run
 
 
-def train(run: Training, folder: Path, log: RunLog, stop: StopRequest | None = None) -> dict[str, Any]:
+def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder` if there is one. Returns the summary that it also logs.
 
     Writes last.pt every `train.save_minutes` and at every validation, best.pt when the first of `run.figures` is the best so far.
@@ -124,12 +124,12 @@ def train(run: Training, folder: Path, log: RunLog, stop: StopRequest | None = N
     return summary
 
 
-def looks_at_every_step(run: Training) -> bool:
+def looks_at_every_step(run: Run) -> bool:
     """On a CPU that costs nothing; a GPU would have to be waited for."""
     return run.device.type == "cpu" or run.config.train.skip_nonfinite > 0
 
 
-def _train_from(run: Training, at: Progress, folder: Path, log: RunLog, stop: StopRequest, checked: bool) -> None:
+def _train_from(run: Run, at: Progress, folder: Path, log: RunLog, stop: StopRequest, checked: bool) -> None:
     """Moves `at` to the end of the run."""
     config, model = run.config, run.model
     if parallel.world() > 1:
@@ -183,7 +183,7 @@ def _train_from(run: Training, at: Progress, folder: Path, log: RunLog, stop: St
 class _Saves:
     """Checkpoints of one run, each step and number of validations at most once."""
 
-    def __init__(self, run: Training, at: Progress, folder: Path, meter: Meter):
+    def __init__(self, run: Run, at: Progress, folder: Path, meter: Meter):
         self.run, self.at, self.folder, self.meter = run, at, folder, meter
         self.saved, self.when = (at.step, len(at.history)) if at.step else None, time.monotonic()
 
@@ -200,13 +200,13 @@ class _Saves:
         return time.monotonic() - self.when
 
 
-def _validation_is_due(run: Training, at: Progress) -> bool:
+def _validation_is_due(run: Run, at: Progress) -> bool:
     done = at.history[-1]["step"] if at.history else 0
     boundary = at.step % run.eval_steps == 0 or at.step == run.total_steps
     return boundary and at.step > done
 
 
-def _validate(run: Training, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
+def _validate(run: Run, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
     """Adds a validation to `at.history`, and writes best.pt if it is the best. Raises `Stopped`."""
     parallel.copy_buffers_of_first(run.deployed)
     health.expect_finite(run.deployed, at.step)

@@ -16,13 +16,13 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.files import LOCK, in_use, write_text
 from scalekd.common.sections import Section, to_yaml
-from scalekd.common.shortages import shortages_told
+from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 
 from .engine import train
 from .log import RunLog
 from .resume import recipe_difference
-from .run import Training, provenance
+from .run import Run, provenance
 from .trackers import open_trackers
 
 
@@ -36,18 +36,18 @@ class Outcome(NamedTuple):
 
 def run_into(
     folder: Path,
-    run: Training,
+    run: Run,
     outcome: Outcome,
     console: Console,
     *,
     title: str,
-    way_out: str,
+    remedy: str,
     stop: StopRequest | None,
     beforehand: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Trains to the end, or goes on with the run that is there. Returns its summary.
 
-    way_out: what needs less memory. stop: looked at between steps; `Stopped` is raised with the run saved.
+    remedy: what needs less memory. stop: looked at between steps; `Stopped` is raised with the run saved.
     beforehand: what the task wrote into the folder before the run.
     Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
     """
@@ -60,7 +60,7 @@ def run_into(
         trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
         log = RunLog(folder, console, title, trackers)
         try:
-            with shortages_told(run.device, way_out + " That is another run: add --out with a new folder."):
+            with explain_out_of_memory(run.device, remedy + " That is another run: add --out with a new folder."):
                 summary = train(run, folder, log, stop)
             for kind, values in run.notes().items():
                 log.event(kind, **values)
@@ -112,7 +112,7 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def write_folder(folder: Path, run: Training, outcome: Outcome) -> None:
+def write_folder(folder: Path, run: Run, outcome: Outcome) -> None:
     """The recipe first: it is what makes a folder a run's, wherever the rest is cut off."""
     write_text(folder / "recipe.yaml", to_yaml(run.config))
     made = provenance(run)

@@ -14,7 +14,7 @@ from scalekd.common.sections import to_yaml
 
 from . import checkpoint
 from .resume import Progress, snapshot
-from .run import Training
+from .run import Run
 
 ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
 
@@ -56,7 +56,7 @@ def expect_finite(model: nn.Module, step: int) -> None:
         )
 
 
-def report(run: Training, at: Progress, found: NonFinite, folder: Path) -> UserError:
+def report(run: Run, at: Progress, found: NonFinite, folder: Path) -> UserError:
     """Saves the step, one file per process, for `load_report`; returns the error to raise."""
     micro = [run.again(keys) for keys in run.train_sampler().keys_of(found.step - 1)]
     batches, files = [batch for batch, _ in micro], [file for _, of_one in micro for file in of_one]

@@ -13,13 +13,13 @@ from scalekd.common.stopwatch import Stopwatch
 from .health import NonFinite, non_finite
 from .log import RunLog
 from .resume import Progress
-from .run import Training
+from .run import Run
 
 
 class Meter:
     """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
 
-    def __init__(self, run: Training, log: RunLog, at: Progress):
+    def __init__(self, run: Run, log: RunLog, at: Progress):
         self.run, self.config, self.log, self.data = run, run.config.train, log, Stopwatch()
         # what was added up before the run was stopped goes on in the first process
         self.sums: dict[str, Tensor | float] = {n: v * (parallel.rank() == 0) for n, v in at.sums.items()}

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.sections import Section, checked_as, to_yaml
+from scalekd.common.sections import Section, to_yaml, validated
 from scalekd.common.yaml_file import parse_yaml
 
 from . import checkpoint
 from .log import RunLog
 from .optim import load_state
-from .run import Training
+from .run import Run
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Progress:
     counted: int = 0  # the steps in them
 
 
-def snapshot(run: Training, at: Progress) -> dict[str, Any]:
+def snapshot(run: Run, at: Progress) -> dict[str, Any]:
     """A checkpoint: separate entries for student, method parameters, optimiser and position."""
     return {
         **{name: part.state_dict() for name, part in run.parts.items()},
@@ -46,13 +46,13 @@ def snapshot(run: Training, at: Progress) -> dict[str, Any]:
     }
 
 
-def save(run: Training, at: Progress, folder: Path) -> None:
+def save(run: Run, at: Progress, folder: Path) -> None:
     """Writes `last.pt`; the one before becomes `previous.pt`. Rank 0's work."""
     if parallel.rank() == 0:
         checkpoint.save(folder / "last.pt", snapshot(run, at), previous=folder / "previous.pt")
 
 
-def restore(run: Training, folder: Path, log: RunLog) -> Progress:
+def restore(run: Run, folder: Path, log: RunLog) -> Progress:
     """Puts a run where its folder's newest whole checkpoint was; a fresh `Progress` if there is none.
 
     A damaged `last.pt` is moved to `last.pt.damaged`, and told. Raises `UserError` when all are damaged or are
@@ -90,7 +90,7 @@ def _newest_whole(folder: Path, log: RunLog) -> str | None:
     return str(previous)
 
 
-def load_snapshot(run: Training, state: dict[str, Any], name: str) -> Progress:
+def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
     """Loads a `snapshot`. Raises `UserError` for one of another recipe's run."""
     there = state.get("recipe")  # a checkpoint of an older version has none
     if there is not None and (difference := recipe_difference(str(there), run.config)):
@@ -125,7 +125,7 @@ def recipe_difference(text: str, config: Section) -> str:
     """
     try:
         before = to_yaml(
-            _what_counts(checked_as(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))
+            _what_counts(validated(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))
         ).splitlines()
     except UserError:  # of another version, perhaps
         before = text.splitlines()

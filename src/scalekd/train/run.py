@@ -23,7 +23,7 @@ from scalekd.models.weights.trained import Loaded
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def provenance(run: Training) -> dict[str, Any]:
+def provenance(run: Run) -> dict[str, Any]:
     """What made this run: versions, command, machine, weights by checksum, git state."""
     data = run.config.data
     return {
@@ -38,7 +38,7 @@ def provenance(run: Training) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class Training(ABC):
+class Run(ABC):
     """Everything that a recipe names, built. The fields are every task's, the methods are its own.
 
     config: a recipe with `name`, `seed`, `data`, `train` and `track`. model: all that is trained.
@@ -147,7 +147,7 @@ class Training(ABC):
 
 
 def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> dict[str, Any]:
-    """The fields `scaler` and `ema` of a `Training`, by a recipe's `train`."""
+    """The fields `scaler` and `ema` of a `Run`, by a recipe's `train`."""
     return {
         "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
         "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from scalekd.common.errors import UserError
-from scalekd.models.weights.card import as_written
+from scalekd.models.weights.card import short_floats
 from scalekd.train.optim import of_groups
 from scalekd.train.run import expect_batches
 
@@ -38,4 +38,4 @@ def steps_per_epoch(images: int, config: Any) -> int:
 
 def input_of(mean: torch.Tensor | list[float], std: torch.Tensor | list[float]) -> dict[str, list[float]]:
     """A card's mean and std."""
-    return {"mean": as_written(torch.as_tensor(mean)), "std": as_written(torch.as_tensor(std))}
+    return {"mean": short_floats(torch.as_tensor(mean)), "std": short_floats(torch.as_tensor(std))}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, checked_as
+from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, validated
 from scalekd.config.any_recipe import AnyRecipe
 from scalekd.config.files import Shelf, override, recipe_values
 from scalekd.config.misfits import idle_in, unread, without_effect
@@ -205,7 +205,7 @@ def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
         override(values, text)
         if text.startswith("backbone.model=") and isinstance(before, dict):
             values["backbone"] = _other_model(before)
-    return checked_as(SCHEMAS[task], values, recipe)
+    return validated(SCHEMAS[task], values, recipe)
 
 
 def _other_model(before: dict[str, Any]) -> dict[str, Any]:

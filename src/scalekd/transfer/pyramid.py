@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.models.inputs import input_channels
-from scalekd.models.stages import _obstacle
+from scalekd.models.stages import obstacle
 
 STRIDES = (4, 8, 16, 32)
 Size = tuple[int, int]  # height, width in pixels
@@ -191,7 +191,7 @@ def _nearest_power_of_two(patch: int) -> int:
 
 def _reductions(model: nn.Module) -> list[int]:
     """The stride of each of timm's features, first to last. Raises `UserError`."""
-    reason = _obstacle(model)
+    reason = obstacle(model)
     if reason is None and not hasattr(model, "prune_intermediate_layers"):
         reason = "this class has no prune_intermediate_layers in timm"
     if reason is not None:

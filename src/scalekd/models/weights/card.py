@@ -52,6 +52,6 @@ def read_card(file: Path) -> dict[str, Any]:
     return card
 
 
-def as_written(values: torch.Tensor) -> list[float]:
+def short_floats(values: torch.Tensor) -> list[float]:
     """0.485 and not 0.48500001430511475: the shortest decimals that are the same float32."""
     return [float(str(v)) for v in values.flatten().cpu().numpy()]

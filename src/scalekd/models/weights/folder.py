@@ -137,8 +137,8 @@ def read_folder(folder: Path, role: str) -> Described:
     except UserError as error:
         raise UserError(f"{role}.model: {error}") from None
     if not is_file(told.weights):
-        way_out = f"`scalekd export {folder}` makes it" if told.weights.name == "student.safetensors" else "add it"
-        raise UserError(f"{role}.model: {folder} has no {told.weights.name}; {way_out}")
+        remedy = f"`scalekd export {folder}` makes it" if told.weights.name == "student.safetensors" else "add it"
+        raise UserError(f"{role}.model: {folder} has no {told.weights.name}; {remedy}")
     return told
 
 

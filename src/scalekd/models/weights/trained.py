@@ -38,7 +38,7 @@ class Loaded:
 NOISE, ALL_NOISE = 0.4, 0.9  # shares of weight matrices without structure; up to 17 % in trained models that were tried
 
 
-class Trained(NamedTuple):
+class Verdict(NamedTuple):
     """Whether anyone trained weights that a source gave, as far as their numbers tell."""
 
     status: Literal["ok", "warn", "fail"]
@@ -50,23 +50,23 @@ class Trained(NamedTuple):
         return f"{self.figures}. {self.meaning}"
 
 
-def trained(loaded: Loaded) -> Trained:
+def trained(loaded: Loaded) -> Verdict:
     """`fail`: biases and norms at initial values, or matrices without structure that no card of a run speaks for.
 
     A short run of scalekd's own has such matrices too (a few dozen steps), so its export is not refused.
     """
     if loaded.untrained:
         figures = f"{loaded.initial:.0%} of the biases and norms are at their initial values"
-        return Trained("fail", figures, "These weights were never trained; give others")
+        return Verdict("fail", figures, "These weights were never trained; give others")
     figures = f"{loaded.initial:.0%} of the biases and norms at initial values"
     if loaded.noise is None:
-        return Trained("ok", figures)
+        return Verdict("ok", figures)
     figures += f", {loaded.noise:.0%} of the weight matrices without structure"
     if loaded.noise <= NOISE:
-        return Trained("ok", figures)
+        return Verdict("ok", figures)
     if loaded.noise < ALL_NOISE or loaded.exported:
-        return Trained("warn", figures, "So do weights look after a few steps of training; else they were never loaded")
-    return Trained(
+        return Verdict("warn", figures, "So do weights look after a few steps of training; else they were never loaded")
+    return Verdict(
         "fail",
         f"{figures}: their entries might as well be shuffled",
         "So do weights look that nobody trained, and trained ones after a few steps only: give others, or train these "
@@ -96,7 +96,7 @@ def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
 def initial_share(model: nn.Module) -> float:
     """Share of one-dimensional parameters that hold only zeros or only ones, as timm initialises biases and norms.
 
-    Trained models have next to none; freshly built ones nearly all.
+    Verdict models have next to none; freshly built ones nearly all.
     """
     flat = [p.detach() for p in model.parameters() if p.ndim == 1 and p.numel() > 1]
     constant = sum(bool((p == 0).all() or (p == 1).all()) for p in flat)

@@ -16,7 +16,7 @@ from scalekd.common.seeds import seed_everything
 from scalekd.data.batches import bad_images
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.optim import make_schedule
-from scalekd.train.run import Training, prepared, scaler_and_average
+from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_of, optimizer_of, steps_per_epoch
 from scalekd.transfer.config import Detection
@@ -30,7 +30,7 @@ from .scores import average_precision, found, merged, percent
 
 
 @dataclass(kw_only=True)
-class DetectionRun(Training):
+class DetectionRun(Run):
     task = TASKS["detection"]
     batch = DetectionBatch
     config: Detection

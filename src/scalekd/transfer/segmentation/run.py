@@ -18,7 +18,7 @@ from scalekd.common.text import counted
 from scalekd.data.batches import Batch, bad_images
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.optim import make_iteration_schedule
-from scalekd.train.run import Training, prepared, scaler_and_average
+from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_of, optimizer_of, steps_per_epoch
 from scalekd.transfer.config import Segmentation
@@ -32,7 +32,7 @@ from .scores import evaluate, inference
 
 
 @dataclass(kw_only=True)
-class SegmentationRun(Training):
+class SegmentationRun(Run):
     task = TASKS["segmentation"]
     batch = Batch
     config: Segmentation
