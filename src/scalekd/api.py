@@ -32,7 +32,7 @@ def train(
     data: AnyPath | Mapping[str, Any] | None = None,
     val: AnyPath | None = None,
     unlabelled: AnyPath | None = None,
-    teacher: AnyPath | Mapping[str, Any] | None = None,
+    teacher: AnyPath | Mapping[str, Any] | Literal[False] | None = None,
     student: AnyPath | Mapping[str, Any] | None = None,
     out: AnyPath | None = None,
     device: str | None = None,
@@ -51,8 +51,10 @@ def train(
             `hf:...`, `torchvision:...`; or a mapping of keys of the recipe's section `data`.
         val: validation images, in the same forms. By default those of `data`, or a held-out part.
         unlabelled: more training images, without labels; or `rest`.
-        teacher, student: a timm model name, or the folder of a run. A teacher named here uses its pre-trained weights.
-            A mapping sets keys of the section, such as `{"model": "resnet18", "weights": "pretrained"}`.
+        teacher: a timm model name with pre-trained weights, or the folder of a run; or a mapping of keys of the
+            section, such as `{"model": "resnet18", "weights": "pretrained"}`. `False` removes the recipe's teacher;
+            remove the losses that need it too.
+        student: a timm model name, or the folder of a run; or a mapping of keys of the section.
         out: the run's folder; `runs/NAME` by default.
         device: `cpu`, `cuda`, `cuda:1`; by default a GPU if there is one.
         preflight: check data, models and two real steps before training.
@@ -129,7 +131,8 @@ def probe(
     Args:
         models: exported students (a run's folder or file), timm names, or `NAME=FILE`. Others are compared with the
             first.
-        data, val: as for `train`.
+        data: as for `train`.
+        val: as for `train`.
         shots: labelled images per class.
         draws: sets of labelled images of each size.
         out: the folder for results.json, summary.md and the figure.
@@ -137,7 +140,8 @@ def probe(
         seed: chooses the draws, and what is held out without `val`.
         val_limit: test on this many images only.
         cache: where features are kept; `runs/features` by default.
-        device, verbose: as for `train`.
+        device: as for `train`.
+        verbose: as for `train`.
     """
     from scalekd.analyze.probe import parse_shots, probe_named
 
@@ -186,13 +190,24 @@ def fit_head(
 
     Args:
         model: the teacher's timm name, or its folder.
-        data, val: as for `train`.
+        data: as for `train`.
+        val: as for `train`.
         out: an empty or new folder, for head.safetensors and head.json.
-        weights, prefix, kwargs, mean, std, image_size: as in a recipe's section `teacher`.
-        channels, limit, seed: as in a recipe's section `data`.
+        weights: as in a recipe's section `teacher`.
+        prefix: as in a recipe's section `teacher`.
+        kwargs: as in a recipe's section `teacher`.
+        mean: as in a recipe's section `teacher`.
+        std: as in a recipe's section `teacher`.
+        image_size: as in a recipe's section `teacher`.
+        channels: as in a recipe's section `data`.
+        limit: as in a recipe's section `data`.
+        seed: as in a recipe's section `data`.
         crop_pct: as `augment.crop_pct`; timm's for that model by default.
         draws: fit on this many sets of labels and keep the first one's head.
-        val_limit, cache, device, verbose: as for `probe`.
+        val_limit: as for `probe`.
+        cache: as for `probe`.
+        device: as for `probe`.
+        verbose: as for `probe`.
     """
     from scalekd.heads.fit import fit_named
 
@@ -223,7 +238,7 @@ def compare(
     *,
     data: AnyPath | Mapping[str, Any] | None = None,
     val: AnyPath | None = None,
-    teacher: AnyPath | Mapping[str, Any] | None = None,
+    teacher: AnyPath | Mapping[str, Any] | Literal[False] | None = None,
     student: AnyPath | Mapping[str, Any] | None = None,
     methods: Sequence[str] = (),
     students: Sequence[str] = (),
@@ -244,15 +259,22 @@ def compare(
 
     Args:
         ladder: the name of a shipped ladder or a YAML file.
-        data, val, teacher, student, stop, verbose: as for `train`.
-        methods, students: only these rows; the baseline always runs.
+        data: as for `train`.
+        val: as for `train`.
+        teacher: as for `train`.
+        student: as for `train`.
+        stop: as for `train`.
+        verbose: as for `train`.
+        methods: only these rows; the baseline always runs.
+        students: only these rows; the baseline always runs.
         seeds: how many; the ladder's by default.
         out: the comparison's folder; `runs/compare-NAME` by default.
         known: folders of other comparisons whose equal runs count.
         jobs: runs at a time; by default one per GPU, or per CPU core.
         share_teacher: one teacher pass for all runs of a seed.
         device: as for `train`; all GPUs by default.
-        overrides, **sections: as for `train`, for every run.
+        overrides: as for `train`, for every run.
+        **sections: as for `train`, for every run.
     """
     with _stoppable(stop) as stop:
         from scalekd.compare.compare import compare as run
@@ -328,7 +350,7 @@ def report(
 def cost(
     recipe: AnyPath,
     *,
-    teacher: AnyPath | Mapping[str, Any] | None = None,
+    teacher: AnyPath | Mapping[str, Any] | Literal[False] | None = None,
     student: AnyPath | Mapping[str, Any] | None = None,
     classes: int = 1000,
     batch: int | None = None,
@@ -341,7 +363,11 @@ def cost(
     """Counts what a recipe's step costs, by part and beside plain feature distillation; `scalekd cost`. Needs no data.
 
     Args:
-        recipe, teacher, student, overrides, **sections: as for `train`.
+        recipe: as for `train`.
+        teacher: as for `train`.
+        student: as for `train`.
+        overrides: as for `train`.
+        **sections: as for `train`.
         classes: of the data.
         batch: images of a step on one device; 32 counted and 4 measured by default.
         measure: also time real steps on random pixels, on `device`.
@@ -368,7 +394,7 @@ def plan(
     *,
     data: AnyPath | Mapping[str, Any] | None = None,
     val: AnyPath | None = None,
-    teacher: AnyPath | Mapping[str, Any] | None = None,
+    teacher: AnyPath | Mapping[str, Any] | Literal[False] | None = None,
     student: AnyPath | Mapping[str, Any] | None = None,
     images: int | None = None,
     classes: int | None = None,
@@ -383,8 +409,15 @@ def plan(
     """Estimates hours and memory of a recipe before it is started; `scalekd plan`.
 
     Args:
-        recipe, data, val, teacher, student, overrides, **sections: as for `train`.
-        images, classes: of the data, where it is not at hand.
+        recipe: as for `train`.
+        data: as for `train`.
+        val: as for `train`.
+        teacher: as for `train`.
+        student: as for `train`.
+        overrides: as for `train`.
+        **sections: as for `train`.
+        images: of the data, where it is not at hand.
+        classes: of the data, where it is not at hand.
         gpu: v100, a100, h100, l4, ...; a100 by default.
         gpus: how many.
         measure: time real steps and the reading of images on this machine, on `device`, with `batch` images.

@@ -30,7 +30,9 @@ def overrides_of(
         whole = {"data": data} | whole
     texts += [f"data.{key}={json.dumps(fspath(v))}" for key, v in (("val", val), ("unlabelled", unlabelled)) if v]
     for name, value in named.items():
-        if name not in whole and value:
+        if value is False:
+            texts.append(f"{name}=null")
+        elif name not in whole:
             texts.append(f"{name}.model={json.dumps(fspath(value))}")
             if name == "teacher":
                 texts.append("teacher.weights=pretrained")
