@@ -370,7 +370,8 @@ def cost(
         **sections: as for `train`.
         classes: of the data.
         batch: images of a step on one device; 32 counted and 4 measured by default.
-        measure: also time real steps on random pixels, on `device`.
+        measure: also time real steps on random pixels.
+        device: where to time them; as for `train`.
         out: a folder for NAME.json and NAME.md.
     """
     from scalekd.common.parallel import pick_device
@@ -420,7 +421,9 @@ def plan(
         classes: of the data, where it is not at hand.
         gpu: v100, a100, h100, l4, ...; a100 by default.
         gpus: how many.
-        measure: time real steps and the reading of images on this machine, on `device`, with `batch` images.
+        measure: time real steps and the reading of images on this machine.
+        batch: images of a timed step; up to 64 by default.
+        device: where to time them; as for `train`.
     """
     from scalekd.common.parallel import pick_device
     from scalekd.cost.plan import plan as planned

@@ -1,0 +1,30 @@
+"""examples/notebook.ipynb runs from top to bottom, with fewer images and epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
+SIZES = "EPOCHS, IMAGES = 24, 1000"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, 4)
+    assert sum(SIZES in cell.source for cell in notebook.cells) == 1
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(SIZES, "EPOCHS, IMAGES = 1, 50")
+    client.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "no teacher" in printed and "torch.Size([1, 10])" in printed
+    assert "Did you mean `demo`?" in printed and "optim.lrr: unknown" in printed
+    assert (tmp_path / "runs/notebook/scalekd/report.html").is_file()
+
+
+def test_it_is_committed_without_outputs():
+    nbformat = pytest.importorskip("nbformat")
+    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, 4).cells)
