@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import datasets
+from PIL import Image
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:
@@ -25,10 +26,13 @@ def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- archives that are refused
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(file, "PNG")
+    return file.getvalue()
 
-PICTURE = io.BytesIO()
-PNG = PICTURE.getvalue()
+
+PNG = _png()  # a small, valid image
 
 
 # ---------------------------------------------------------------- shards

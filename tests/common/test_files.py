@@ -44,7 +44,7 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path):
     assert path.read_bytes() == b"new \xc3\xa9" and os.listdir(tmp_path) == ["card.json"]
 
 
-@pytest.mark.parametrize("number, told", [(errno.ENOSPC, "free some space"), (errno.EACCES, "you may write to")])
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, "free some space"), (errno.EACCES, "you can write to")])
 def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkeypatch, number, told):
     path = tmp_path / "card.json"
     write_text(path, "old")
@@ -199,7 +199,11 @@ def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
     assert other.stdout.readline() == b"1\n"
     train = ["train", recipe_file, "--out", tmp_path / "run", "teacher=null", "losses={ce: {}}", "--no-preflight"]
     refused = cli(*train)
-    assert refused.code == 2 and f"another process is training in {tmp_path / 'run'}; wait for it" in refused.err
+    assert (
+        refused.code == 2
+        and f"another process is training in {tmp_path / 'run'}; wait for it, stop it, or choose another folder with `--out`"
+        in refused.err
+    )
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
     other.kill()
     other.wait()

@@ -97,13 +97,13 @@ def test_a_worker_that_is_killed(cli, recipe_file, tmp_path, monkeypatch, check)
     command = ["train", recipe_file, "--out", tmp_path / "run", *check]
     told = cli(*command, "data.workers=1")
     assert told.code == 2 and len(told.err.splitlines()) == 2, told.err
-    assert "a process that reads images was ended from outside" in told.err and "data.workers=0" in told.err
+    assert "a data loader worker was killed" in told.err and "data.workers=0" in told.err
     assert cli(*command, "data.workers=0").code == 0  # as the message says, in the same folder
 
 
 @pytest.mark.parametrize("text", [BUS, "unable to write to file </torch_7_1>: No space left on device (28)"])
 def test_shared_memory(text):
-    with pytest.raises(UserError, match=r"out of shared memory \(/dev/shm\)\.\nTry data\.workers=0, or give more"):
+    with pytest.raises(UserError, match=r"out of shared memory \(/dev/shm\)\.\nTry data\.workers=0, or provide more"):
         with explain_out_of_memory(CPU, "way out"):
             raise RuntimeError(text)
 

@@ -82,7 +82,7 @@ def test_the_last_image_is_followed_by_the_first(image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_skip_the_first_is_named(damaged_folder, workers):
-    with pytest.raises(UserError, match=r"bee/[23]\.png: it is empty .*`--on-bad-image skip` trains without it"):
+    with pytest.raises(UserError, match=r"bee/[23]\.png: it is empty .*set data.on_bad_image=skip to train without it"):
         batches(train_images(data_of(damaged_folder, on_bad_image="error")), workers)
 
 
@@ -180,7 +180,7 @@ def test_the_list_is_taken_up_again(tmp_path):
     again.keep_in(tmp_path)
     assert sorted(again.found) == ["a", "b", "c", "e"]
     with pytest.raises(
-        UserError, match=rf"5 of 100 .* allows 4\. The first: .*\. All of them: {tmp_path}/bad-images.txt\."
+        UserError, match=rf"5 of 100 .* allows 4\. The first: .*\. {tmp_path}/bad-images.txt lists them\."
     ):
         again.add([Bad("d", "x")])
     lines = (tmp_path / "bad-images.txt").read_text().splitlines()
@@ -239,7 +239,7 @@ def test_a_run_that_goes_on_is_the_run_in_one_go(light_recipe, damaged_folder, t
 def test_too_many_stop_a_run_and_are_listed(cli, light_file, damaged_folder, tmp_path):
     (damaged_folder / "train" / "ant" / "5.png").write_bytes(b"")
     told = cli("train", light_file, "--on-bad-image", "skip", "--no-preflight", "--out", tmp_path / "run")
-    assert told.code == 2 and f"All of them: {tmp_path}/run/bad-images.txt." in told.err
+    assert told.code == 2 and f"{tmp_path}/run/bad-images.txt lists them." in told.err
     assert len((tmp_path / "run" / "bad-images.txt").read_text().splitlines()) == 3
     told = cli("train", light_file, "--on-bad-image", "skip", "--out", tmp_path / "run")  # from the pre-flight
     assert told.code == 2 and "3 of 24 images cannot be read" in told.err
@@ -257,7 +257,7 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(cli, recipe_file, 
     victim.write_bytes(victim.read_bytes()[:100])
     command = ["train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null", "--no-preflight"]
     stopped = cli(*command)
-    assert stopped.code == 2 and "`--on-bad-image skip` trains without it" in stopped.err
+    assert stopped.code == 2 and "set data.on_bad_image=skip to train without it" in stopped.err
     command += ["data.max_bad=0.1"]
     assert cli(*command, "--on-bad-image", "skip").code == 0
     assert str(victim) in (tmp_path / "run" / "bad-images.txt").read_text()

@@ -181,7 +181,7 @@ def test_reasons():
     damaged[len(damaged) // 2] ^= 255
     for data, reason in [
         (b"", r"it is empty \(0 bytes\)"),
-        (b"not an image", "not an image that Pillow knows"),
+        (b"not an image", "Pillow does not recognise it as an image"),
         (WHOLE["JPEG"][:2000], "truncated"),
         (bytes(damaged), "broken"),
         (png(30_000, 30_000, 8, 0, b"\0"), "900000000 pixels"),

@@ -133,7 +133,7 @@ def test_a_source_that_is_not_there_is_told(text: str, told: str) -> None:
 
 
 def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         open_unlabelled(str(tmp_path), "data.unlabelled")
 
 
@@ -157,7 +157,7 @@ def test_a_limit_chooses_unlabelled_images_by_the_seed(image_folder: Path, pool:
 
 def test_validation_images_are_never_trained_on_without_their_labels(image_folder: Path) -> None:
     data = Data(train=str(image_folder / "train"), val=str(image_folder / "val"), unlabelled=str(image_folder))
-    with pytest.raises(UserError, match=r"data.unlabelled holds 12 of the validation images, such as .*val"):
+    with pytest.raises(UserError, match=r"data.unlabelled contains 12 of the validation images, such as .*val"):
         open_split(data)
     data = Data(train=str(image_folder / "train"), unlabelled=str(image_folder / "train"))
     with pytest.raises(UserError, match=r"`data.unlabelled: rest`"):
@@ -170,7 +170,7 @@ def test_an_image_is_known_however_its_path_is_written(
     (tmp_path / "link").symlink_to(image_folder)
     monkeypatch.chdir(tmp_path)
     for unlabelled in ("images/val", "./images/../images/val", str(tmp_path / "link" / "val"), "link"):
-        with pytest.raises(UserError, match=r"data.unlabelled holds 12 of the validation images"):
+        with pytest.raises(UserError, match=r"data.unlabelled contains 12 of the validation images"):
             open_split(Data(train=str(image_folder / "train"), val=str(image_folder / "val"), unlabelled=unlabelled))
 
 

@@ -122,12 +122,14 @@ def test_weights_that_nobody_named(refused):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu(refused):
-    assert "--device cuda: this machine has no usable GPU; leave --device out" in refused("--device", "cuda")
+    assert "`--device` cuda: this machine has no usable GPU; omit `--device` to run on the CPU" in refused(
+        "--device", "cuda"
+    )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
 def test_no_such_device(refused, device):
-    assert f"--device {device}: no such kind of device; write cpu, cuda or cuda:1" in refused("--device", device)
+    assert f"`--device` {device}: unknown kind of device; choose cpu, cuda or cuda:1" in refused("--device", device)
 
 
 # Images
