@@ -157,13 +157,13 @@ def test_each_process_takes_its_own_gpu(monkeypatch, asked, expected):
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "told"),
+    ("asked", "gpus", "message"),
     [("cuda", 0, "no usable GPU"), ("cuda:2", 2, r"2 GPU\(s\), counted from 0"), ("tpux", 0, "unknown kind of device")],
 )
-def test_devices_that_are_not_there(monkeypatch, asked, gpus, told):
+def test_devices_that_are_not_there(monkeypatch, asked, gpus, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(UserError, match=f"`device` {asked}: .*{told}"):
+    with pytest.raises(UserError, match=f"`device` {asked}: .*{message}"):
         parallel.pick_device(asked)
 
 

@@ -238,11 +238,11 @@ def test_a_run_that_goes_on_is_the_run_in_one_go(light_recipe, damaged_folder, t
 
 def test_too_many_stop_a_run_and_are_listed(cli, light_file, damaged_folder, tmp_path):
     (damaged_folder / "train" / "ant" / "5.png").write_bytes(b"")
-    told = cli("train", light_file, "--on-bad-image", "skip", "--no-preflight", "--out", tmp_path / "run")
-    assert told.code == 2 and f"{tmp_path}/run/bad-images.txt lists them." in told.err
+    result = cli("train", light_file, "--on-bad-image", "skip", "--no-preflight", "--out", tmp_path / "run")
+    assert result.code == 2 and f"{tmp_path}/run/bad-images.txt lists them." in result.err
     assert len((tmp_path / "run" / "bad-images.txt").read_text().splitlines()) == 3
-    told = cli("train", light_file, "--on-bad-image", "skip", "--out", tmp_path / "run")  # from the pre-flight
-    assert told.code == 2 and "3 of 24 images cannot be read" in told.err
+    result = cli("train", light_file, "--on-bad-image", "skip", "--out", tmp_path / "run")  # from the pre-flight
+    assert result.code == 2 and "3 of 24 images cannot be read" in result.err
 
 
 def test_a_value_that_nothing_reads(cli, light_file):

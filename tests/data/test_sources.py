@@ -192,9 +192,9 @@ def test_an_archive_that_became_shorter(image_folder, tmp_path):
 
 
 def refused(text: str) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         open_source(text, "data.train")
-    message = str(told.value)
+    message = str(error.value)
     assert message.startswith("data.train: ") and len(message.splitlines()) == 1 and message.isprintable(), message
     return message
 
@@ -214,15 +214,15 @@ TRICKS: list[tuple[str, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize("kind", ["tar", "wds"])
-@pytest.mark.parametrize("name, header, told", TRICKS, ids=[repr(t[0]) for t in TRICKS])
-def test_path_tricks_are_refused_and_write_nothing(tmp_path, kind, name, header, told):
+@pytest.mark.parametrize("name, header, message", TRICKS, ids=[repr(t[0]) for t in TRICKS])
+def test_path_tricks_are_refused_and_write_nothing(tmp_path, kind, name, header, message):
     inside = tmp_path / "a" / "b"
     write_tar(inside / "t.tar", {})
     with tarfile.open(inside / "t.tar", "w") as tar:
         add(tar, "cat/0.png", PNG)
         add(tar, name, b"" if header else PNG, **header)
     before = sorted(tmp_path.rglob("*"))
-    assert told in refused(f"{kind}:{inside / 't.tar'}")
+    assert message in refused(f"{kind}:{inside / 't.tar'}")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -242,9 +242,9 @@ def test_a_truncated_tar_names_its_last_whole_member(tmp_path, cut):
     path = write_tar(tmp_path / "t.tar", {f"cat/{i}.png": PNG for i in range(3)})
     assert len(PNG) < 512 and len(open_source(f"tar:{path}", "data.train")) == 3
     path.write_bytes(path.read_bytes()[:cut])
-    told = refused(f"tar:{path}")
+    message = refused(f"tar:{path}")
     last = f"cat/{cut // 1024 - 1}.png" if cut >= 1024 else "its beginning"
-    assert f"after {last}; create or copy it again" in told
+    assert f"after {last}; create or copy it again" in message
 
 
 def test_a_damaged_header_and_joined_archives(tmp_path):
@@ -265,7 +265,7 @@ def test_compressed_archives(tmp_path, mode, name):
 
 
 @pytest.mark.parametrize(
-    "members, told",
+    "members, message",
     [
         ({}, "has no images"),
         ({"cat/notes.txt": b""}, "has no images"),
@@ -274,8 +274,8 @@ def test_compressed_archives(tmp_path, mode, name):
         ({"cat/0.png": PNG, "./cat/0.png": PNG}, "t.tar twice; create the archive again"),
     ],
 )
-def test_tars_without_clear_classes(tmp_path, members, told):
-    assert told in refused(f"tar:{write_tar(tmp_path / 't.tar', members)}")
+def test_tars_without_clear_classes(tmp_path, members, message):
+    assert message in refused(f"tar:{write_tar(tmp_path / 't.tar', members)}")
 
 
 def test_an_empty_class_folder_in_a_tar(image_folder, tmp_path):
@@ -286,13 +286,13 @@ def test_an_empty_class_folder_in_a_tar(image_folder, tmp_path):
 def test_files_that_are_no_archives(tmp_path):
     (tmp_path / "text.tar").write_text("no archive, but longer than a header is " * 20)
     assert "is damaged or cut off" in refused(f"tar:{tmp_path / 'text.tar'}")
-    told = refused(f"tar:{tmp_path / 'txt.tar'}")
-    assert "No such file" in told and "Did you mean `text.tar`?" in told
+    message = refused(f"tar:{tmp_path / 'txt.tar'}")
+    assert "No such file" in message and "Did you mean `text.tar`?" in message
     assert "write tar:" in refused(str(tmp_path / "text.tar"))
 
 
 @pytest.mark.parametrize(
-    "labels, told",
+    "labels, message",
     [
         ({"a": b"0", "b": b"-1"}, "label '-1' of b.png in"),
         ({"a": b"-1", "b": b"0"}, "label '-1' of a.png in"),
@@ -304,8 +304,8 @@ def test_files_that_are_no_archives(tmp_path):
         ({"a": b"0", "b": b"x" * 2000}, "has 2000 bytes, too many for a class"),
     ],
 )
-def test_labels_that_are_none(tmp_path, labels, told):
-    assert told in refused(shard(tmp_path, labels))
+def test_labels_that_are_none(tmp_path, labels, message):
+    assert message in refused(shard(tmp_path, labels))
 
 
 def test_classes_txt_names_the_labels_and_bounds_them(tmp_path):
@@ -355,16 +355,16 @@ def test_numbered_classes_of_training_and_validation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label, told", [(-1, "is -1, which is not one of the 3 classes"), (None, "is None"), (3, "is 3")]
+    "label, message", [(-1, "is -1, which is not one of the 3 classes"), (None, "is None"), (3, "is 3")]
 )
-def test_labels_out_of_range(tmp_path, label, told):
+def test_labels_out_of_range(tmp_path, label, message):
     rows = hf_table({"image": CELLS, "label": [0, label]})
     folder = tmp_path / "hf"
     folder.mkdir()
     rows.to_parquet(folder / "train.parquet")
     described = json.dumps({"info": {"features": hf_features(datasets.ClassLabel(names=CLASSES))}})
     write_described(folder / "train.parquet", described)
-    assert f"`label` of image 1 of hf:{folder} {told}" in refused(f"hf:{folder}")
+    assert f"`label` of image 1 of hf:{folder} {message}" in refused(f"hf:{folder}")
 
 
 def hf_table(columns: dict[str, list]) -> datasets.Dataset:
@@ -465,8 +465,8 @@ def test_a_run_on_archives(cli, recipe_file, image_folder, tmp_path):
     train, val = (make_tar(image_folder / name, tmp_path / name) for name in ("train", "val"))
     given = ["--data", train, "--val", val, "train.epochs=1", "losses={ce: {}, kd: {}}"]
     assert cli("train", recipe_file, "--out", tmp_path / "run", *given).code == 0
-    told = cli("evaluate", tmp_path / "run", "--data", val, "--json").out
-    assert json.loads(told)["images"] == 13
+    output = cli("evaluate", tmp_path / "run", "--data", val, "--json").out
+    assert json.loads(output)["images"] == 13
     shards = make_shards(image_folder / "val", tmp_path)
     result = cli("evaluate", tmp_path / "run", "--data", shards)
     assert result.code == 2 and "--data has other classes than the student knows: 0, 1, 2" in result.err

@@ -113,13 +113,13 @@ def test_archives_and_shards_need_no_labels(pool: Path, tmp_path: Path) -> None:
     assert shards.where(3).startswith("3.png in ")
 
 
-def test_labels_of_a_labelled_source_are_not_told() -> None:
+def test_labels_of_a_labelled_source_are_ignored() -> None:
     source = open_unlabelled("fashion-mnist:train", "data.unlabelled")
     assert len(source) == 10_000 and source[7][1] == UNLABELLED and set(source.targets) == {UNLABELLED}
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("nowhere", "data.unlabelled: no folder nowhere"),
         ("", "data.unlabelled: it is empty"),
@@ -127,12 +127,12 @@ def test_labels_of_a_labelled_source_are_not_told() -> None:
         ("https://example.org/a.tar", "is a stream"),
     ],
 )
-def test_a_source_that_is_not_there_is_told(text: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_missing_source_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         open_unlabelled(text, "data.unlabelled")
 
 
-def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no images"):
         open_unlabelled(str(tmp_path), "data.unlabelled")
 
@@ -253,7 +253,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data": {"train": None}}, "data.train: missing; or name images without labels, data.unlabelled"),
         ({"data": {"train": None, "unlabelled": "p", "val": "v"}}, "losses: ce need\\(s\\) labels"),
@@ -266,18 +266,18 @@ RECIPE: dict[str, Any] = {
         ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: goes with labelled images only"),
     ],
 )
-def test_what_does_not_go_together_is_told(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_conflicting_options_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_config(changed(RECIPE, **changes), "test")
 
 
-def test_a_student_with_a_layer_that_nothing_would_train_is_told(only_images: dict[str, Any]) -> None:
+def test_a_student_with_a_layer_that_nothing_would_train_is_an_error(only_images: dict[str, Any]) -> None:
     recipe = changed(only_images, student={"model": "mobilenetv3_small_050"})
     with pytest.raises(UserError, match=r"mobilenetv3_small_050 has a layer between its last map"):
         build(check_config(recipe, "test"), CPU)
 
 
-def test_a_share_that_leaves_one_kind_out_is_told(mixed_recipe: dict[str, Any]) -> None:
+def test_a_share_that_leaves_out_one_kind_is_an_error(mixed_recipe: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"data.unlabelled_share 0.01 of 8 images"):
         build(check_config(changed(mixed_recipe, data={"unlabelled_share": 0.01}), "test"), CPU)
 

@@ -1,4 +1,4 @@
-"""A corpus of bad inputs, end to end: each is told in a few lines, none ends in a trace, and none is trained on."""
+"""A corpus of bad inputs, end to end: each gives a short error without a traceback, and none starts training."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from scalekd.cli.app import main
 from scalekd.train import checkpoint
 
 
-class Place(NamedTuple):
-    """What a case may spoil: everything in it is made anew for each."""
+class Workspace(NamedTuple):
+    """Files that a case may damage; every case gets a fresh copy."""
 
     folder: Path  # empty
     images: Path  # train/ and val/
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images/, tiny.yaml and the run/ that was made of them, whose recipe names that very folder."""
+    """A folder with images/, tiny.yaml and run/, a finished run on them; the recipe names this folder."""
     folder = tmp_path_factory.mktemp("finished")
     for part, number in (("train", 8), ("val", 4)):
         write_images(folder / "images" / part, per_class=number)
@@ -50,18 +50,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(finished: Path, tmp_path: Path, monkeypatch) -> Place:
+def place(finished: Path, tmp_path: Path, monkeypatch) -> Workspace:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     shutil.copytree(finished, tmp_path / "copy")
     copy, empty = tmp_path / "copy", tmp_path / "bad"
     empty.mkdir()
     text = (copy / "tiny.yaml").read_text().replace(str(finished), str(copy))
     (copy / "tiny.yaml").write_text(text)
-    return Place(empty, copy / "images", copy / "tiny.yaml", copy / "run")
+    return Workspace(empty, copy / "images", copy / "tiny.yaml", copy / "run")
 
 
-# What a case gives is the rest of `scalekd train RECIPE --out run`, or a whole command line.
-Make = Callable[[Place], list[object]]
+# Returns the arguments after `scalekd train RECIPE --out run`, or a whole command line.
+Make = Callable[[Workspace], list[object]]
 
 
 # ---------------------------------------------------------------- images
@@ -81,8 +81,8 @@ BELOW_ZERO = encoded(Image.fromarray(np.full((8, 8), -5, np.int32)), "TIFF")
 
 
 def image(data: bytes) -> Make:
-    def make(place: Place) -> list[object]:
-        (place.images / "train" / "bee" / "2.png").write_bytes(data)
+    def make(workspace: Workspace) -> list[object]:
+        (workspace.images / "train" / "bee" / "2.png").write_bytes(data)
         return ["train.batch_size=24"]  # one batch has all images
 
     return make
@@ -112,8 +112,8 @@ def source(text: str) -> list[object]:
 def spoiled(change: Callable[[Path], object]) -> Make:
     """The folder of images after `change(images)`."""
 
-    def make(place: Place) -> list[object]:
-        change(place.images)
+    def make(workspace: Workspace) -> list[object]:
+        change(workspace.images)
         return []
 
     return make
@@ -124,14 +124,14 @@ def class_without_images(images: Path) -> None:
     (images / "train" / "dog" / "notes.txt").write_text("no image")
 
 
-def flat(place: Place) -> list[object]:
-    (place.folder / "0.png").write_bytes(PNG)
-    return source(str(place.folder))
+def flat(workspace: Workspace) -> list[object]:
+    (workspace.folder / "0.png").write_bytes(PNG)
+    return source(str(workspace.folder))
 
 
-def few(place: Place) -> list[object]:
-    write_images(place.folder / "few", per_class=1)
-    return [*source(str(place.folder / "few")), "train.batch_size=2"]
+def few(workspace: Workspace) -> list[object]:
+    write_images(workspace.folder / "few", per_class=1)
+    return [*source(str(workspace.folder / "few")), "train.batch_size=2"]
 
 
 FOLDERS = [
@@ -155,10 +155,10 @@ FOLDERS = [
 
 
 def tar(change: Callable[[bytes], bytes] = lambda raw: raw, **members: bytes) -> Make:
-    """An archive of `members`, or else of two good classes, its bytes changed."""
+    """An archive of `members`, by default of two valid classes, with its bytes changed."""
 
-    def make(place: Place) -> list[object]:
-        path = write_tar(place.folder / "t.tar", members or {f"{c}/{i}.png": PNG for c in "ab" for i in range(9)})
+    def make(workspace: Workspace) -> list[object]:
+        path = write_tar(workspace.folder / "t.tar", members or {f"{c}/{i}.png": PNG for c in "ab" for i in range(9)})
         path.write_bytes(change(path.read_bytes()))
         return source(f"tar:{path}")
 
@@ -166,21 +166,21 @@ def tar(change: Callable[[bytes], bytes] = lambda raw: raw, **members: bytes) ->
 
 
 def member(name: str, **header: object) -> Make:
-    """An archive with one member that is a trick, after a good one."""
+    """An archive with a valid member, followed by an unsafe one."""
 
-    def make(place: Place) -> list[object]:
-        with tarfile.open(place.folder / "t.tar", "w") as file:
+    def make(workspace: Workspace) -> list[object]:
+        with tarfile.open(workspace.folder / "t.tar", "w") as file:
             add(file, "a/0.png", PNG)
             add(file, name, b"", **header)
-        return source(f"tar:{place.folder / 't.tar'}")
+        return source(f"tar:{workspace.folder / 't.tar'}")
 
     return make
 
 
-def gzipped(place: Place) -> list[object]:
-    with tarfile.open(place.folder / "t.tar", "w:gz") as file:
+def gzipped(workspace: Workspace) -> list[object]:
+    with tarfile.open(workspace.folder / "t.tar", "w:gz") as file:
         add(file, "a/0.png", PNG)
-    return source(f"tar:{place.folder / 't.tar'}")
+    return source(f"tar:{workspace.folder / 't.tar'}")
 
 
 def header(kind: bytes, size: int) -> bytes:
@@ -194,23 +194,23 @@ EXABYTES = header(tarfile.GNUTYPE_LONGNAME, 2**62)
 
 
 def shards(names: str | bytes = "", **labels: bytes) -> Make:
-    """A shard with these labels, and a class map beside it."""
+    """A shard with these labels, next to a class map."""
 
-    def make(place: Place) -> list[object]:
+    def make(workspace: Workspace) -> list[object]:
         if names:
-            (place.folder / "classes.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
-        return source(shard(place.folder, labels))
+            (workspace.folder / "classes.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
+        return source(shard(workspace.folder, labels))
 
     return make
 
 
 def shard_of(**members: bytes) -> Make:
     files = {name.replace("_", "."): data for name, data in members.items()}
-    return lambda place: source(f"wds:{write_tar(place.folder / 's.tar', files)}")
+    return lambda workspace: source(f"wds:{write_tar(workspace.folder / 's.tar', files)}")
 
 
 def wds(name: str) -> Make:
-    return lambda place: source(f"wds:{place.folder}/{name}")
+    return lambda workspace: source(f"wds:{workspace.folder}/{name}")
 
 
 OUTSIDE = "is a path that leads outside the archive; nothing was read"
@@ -265,18 +265,18 @@ NUMBER, CLASS = datasets.Value("int64"), datasets.ClassLabel(names=["a", "b"])
 
 
 def hf(columns: dict[str, list], features: dict[str, Any], more: str = "") -> Make:
-    return lambda place: source(save(place.folder, columns, features) + more)
+    return lambda workspace: source(save(workspace.folder, columns, features) + more)
 
 
 GOOD = ({"image": CELLS * 15, "label": [0, 1] * 15}, {"image": datasets.Image(), "label": CLASS})
 
 
 def hf_file(name: str, change: Callable[[bytes], bytes]) -> Make:
-    """A good set in which one file's bytes are changed."""
+    """A valid data set with the bytes of one file changed."""
 
-    def make(place: Place) -> list[object]:
-        text = save(place.folder, *GOOD)
-        file = place.folder / "hf" / name
+    def make(workspace: Workspace) -> list[object]:
+        text = save(workspace.folder, *GOOD)
+        file = workspace.folder / "hf" / name
         file.write_bytes(change(file.read_bytes()))
         return source(text)
 
@@ -284,30 +284,30 @@ def hf_file(name: str, change: Callable[[bytes], bytes]) -> Make:
 
 
 def hf_splits(text: str) -> Make:
-    def make(place: Place) -> list[object]:
-        (place.folder / "dataset_dict.json").write_text(text)
-        return ["--data", f"hf:{place.folder}"]
+    def make(workspace: Workspace) -> list[object]:
+        (workspace.folder / "dataset_dict.json").write_text(text)
+        return ["--data", f"hf:{workspace.folder}"]
 
     return make
 
 
-def broken_parquet(place: Place) -> list[object]:
-    (place.folder / "train.parquet").write_bytes(b"PAR1" + bytes(100))
-    return source(f"hf:{place.folder}")
+def broken_parquet(workspace: Workspace) -> list[object]:
+    (workspace.folder / "train.parquet").write_bytes(b"PAR1" + bytes(100))
+    return source(f"hf:{workspace.folder}")
 
 
 def idx(images: int, labels: int, cut: int = 0) -> Make:
-    def make(place: Place) -> list[object]:
-        write_idx(place.folder / "x", images, labels, cut)
-        return source(f"idx:{place.folder / 'x'}")
+    def make(workspace: Workspace) -> list[object]:
+        write_idx(workspace.folder / "x", images, labels, cut)
+        return source(f"idx:{workspace.folder / 'x'}")
 
     return make
 
 
 def idx_file(change: Callable[[bytes], bytes], name: str = "x-images-idx3-ubyte") -> Make:
-    def make(place: Place) -> list[object]:
-        given = idx(30, 30)(place)
-        file = place.folder / name
+    def make(workspace: Workspace) -> list[object]:
+        given = idx(30, 30)(workspace)
+        file = workspace.folder / name
         file.write_bytes(change(file.read_bytes()))
         return given
 
@@ -319,21 +319,21 @@ def sizes(*shape: int) -> bytes:
 
 
 def mnist(images: bytes, labels: bytes = sizes(30) + bytes(i % 3 for i in range(30))) -> Make:
-    """torchvision checks that MNIST's files are there, and not what is in them."""
+    """torchvision checks that the files of MNIST exist, but not their content."""
 
-    def make(place: Place) -> list[object]:
-        folder = place.folder / "MNIST" / "raw"
+    def make(workspace: Workspace) -> list[object]:
+        folder = workspace.folder / "MNIST" / "raw"
         folder.mkdir(parents=True)
         for part in ("train", "t10k"):
             (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
             (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-        return source(f"torchvision:MNIST:train:{place.folder}")
+        return source(f"torchvision:MNIST:train:{workspace.folder}")
 
     return make
 
 
 def torchvision(text: str) -> Make:
-    return lambda place: source(f"torchvision:{text.replace('ROOT', str(place.folder))}")
+    return lambda workspace: source(f"torchvision:{text.replace('ROOT', str(workspace.folder))}")
 
 
 SETS = [
@@ -380,23 +380,23 @@ SETS = [
 
 
 def recipe(text: str | bytes) -> Make:
-    """RECIPE in it is the good recipe."""
+    """A recipe file; RECIPE in `text` stands for the valid recipe."""
 
-    def make(place: Place) -> list[object]:
-        file = place.folder / "recipe.yaml"
+    def make(workspace: Workspace) -> list[object]:
+        file = workspace.folder / "recipe.yaml"
         raw = text if isinstance(text, bytes) else text.encode()
-        file.write_bytes(raw.replace(b"RECIPE", place.recipe.read_bytes()))
-        return ["train", file, "--out", place.folder / "run"]
+        file.write_bytes(raw.replace(b"RECIPE", workspace.recipe.read_bytes()))
+        return ["train", file, "--out", workspace.folder / "run"]
 
     return make
 
 
 def given(*overrides: str) -> Make:
-    return lambda place: list(overrides)
+    return lambda workspace: list(overrides)
 
 
 def laughs(first: str, more: str) -> str:
-    """A few lines that stand for 2**40 values."""
+    """A few lines that expand to 2**40 values."""
     return "\n".join(
         ["RECIPE", first, *(more.replace("NEW", f"a{i}").replace("OLD", f"a{i - 1}") for i in range(1, 40))]
     )
@@ -457,86 +457,86 @@ RECIPES = [
 
 
 def flipped(raw: bytes) -> bytes:
-    """One bit changed, among the numbers."""
+    """One bit changed, in the middle of the tensors."""
     at = len(raw) // 2
     return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
 def resumed(*names: str, change: Callable[[bytes], bytes]) -> Make:
-    """A run that was killed before its end goes on, with the bytes of these checkpoints changed."""
+    """Resumes a killed run after the bytes of these checkpoints were changed."""
 
-    def make(place: Place) -> list[object]:
-        (place.run / "summary.json").unlink()
-        (place.run / "previous.pt").unlink(missing_ok=True)
-        shutil.copy(place.run / "last.pt", place.folder / "whole.pt")
+    def make(workspace: Workspace) -> list[object]:
+        (workspace.run / "summary.json").unlink()
+        (workspace.run / "previous.pt").unlink(missing_ok=True)
+        shutil.copy(workspace.run / "last.pt", workspace.folder / "whole.pt")
         for name in names:
-            (place.run / name).write_bytes(change((place.folder / "whole.pt").read_bytes()))
-        return ["train", place.run / "recipe.yaml", "--out", place.run, "--no-preflight"]
+            (workspace.run / name).write_bytes(change((workspace.folder / "whole.pt").read_bytes()))
+        return ["train", workspace.run / "recipe.yaml", "--out", workspace.run, "--no-preflight"]
 
     return make
 
 
 def state(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
-    """A checkpoint that is whole, with other content."""
+    """A valid checkpoint file with changed content."""
 
-    def of(raw: bytes) -> bytes:
+    def rewritten(raw: bytes) -> bytes:
         content = torch.load(io.BytesIO(raw), weights_only=True)
         content = change(content) or content
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()
 
-    return of
+    return rewritten
 
 
 def exported(which: str, change: Callable[[bytes], bytes]) -> Make:
-    def make(place: Place) -> list[object]:
-        file = place.run / f"{which}.pt"
+    def make(workspace: Workspace) -> list[object]:
+        file = workspace.run / f"{which}.pt"
         file.write_bytes(change(file.read_bytes()))
-        return ["export", place.run, "--checkpoint", which]
+        return ["export", workspace.run, "--checkpoint", which]
 
     return make
 
 
-def evaluated(place: Place) -> list[object]:
-    return ["evaluate", place.run, "--data", place.images / "val"]
+def evaluated(workspace: Workspace) -> list[object]:
+    return ["evaluate", workspace.run, "--data", workspace.images / "val"]
 
 
 def card(**changes: object) -> Make:
-    """The student with another card. None takes a line out."""
+    """The student with a changed card; None removes a key."""
 
-    def make(place: Place) -> list[object]:
-        file = place.run / "student.json"
+    def make(workspace: Workspace) -> list[object]:
+        file = workspace.run / "student.json"
         values = json.loads(file.read_text()) | changes
         file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-        return evaluated(place)
+        return evaluated(workspace)
 
     return make
 
 
 def student_file(name: str, change: Callable[[bytes], bytes]) -> Make:
-    def make(place: Place) -> list[object]:
-        file = place.run / name
+    def make(workspace: Workspace) -> list[object]:
+        file = workspace.run / name
         file.write_bytes(change(file.read_bytes()))
-        return evaluated(place)
+        return evaluated(workspace)
 
     return make
 
 
 def other_weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], card_too: bool = True) -> Make:
-    """The student with other weights, and a card that does not say which it was made with."""
+    """The student with other weights; with `card_too` the checksum is removed from its card."""
 
-    def make(place: Place) -> list[object]:
-        file = place.run / "student.safetensors"
+    def make(workspace: Workspace) -> list[object]:
+        file = workspace.run / "student.safetensors"
         save_file(change(load_file(file)), file)
-        return card(sha256=None)(place) if card_too else evaluated(place)
+        return card(sha256=None)(workspace) if card_too else evaluated(workspace)
 
     return make
 
 
-def as_pth(place: Place) -> list[object]:
-    torch.save({"x": Payload(place.folder / "trace")}, place.run / "student.pth")
-    return ["evaluate", place.run / "student.pth", "--data", place.images / "val"]
+def as_pth(workspace: Workspace) -> list[object]:
+    torch.save({"x": Payload(workspace.folder / "trace")}, workspace.run / "student.pth")
+    return ["evaluate", workspace.run / "student.pth", "--data", workspace.images / "val"]
 
 
 def mistaken(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[bytes], bytes]:
@@ -598,20 +598,20 @@ CHECKPOINTS = [
     ("folder without a student", lambda p: ["evaluate", p.folder, "--data", p.images], "no student.safetensors"),
 ]  # fmt: skip
 
-WRITTEN_AT_A_START = ("recipe.yaml", "provenance.json", "student.json", "log.jsonl")  # of a run that goes on
+WRITTEN_AT_A_START = ("recipe.yaml", "provenance.json", "student.json", "log.jsonl")  # of a resumed run
 CASES: list[tuple[str, Make, str]] = [*IMAGES, *FOLDERS, *ARCHIVES, *SETS, *RECIPES, *CHECKPOINTS]
 
 
-@pytest.mark.parametrize("make, told", [pytest.param(make, told, id=name) for name, make, told in CASES])
-def test_is_told_and_not_trained_on(cli, place, tmp_path, monkeypatch, make, told):
-    monkeypatch.chdir(place.folder)  # whatever would be written beside
-    args = make(place)
+@pytest.mark.parametrize("make, message", [pytest.param(make, message, id=name) for name, make, message in CASES])
+def test_gives_an_error_and_does_not_train(cli, workspace, tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(workspace.folder)  # relative paths would be written there
+    args = make(workspace)
     if not args or args[0] not in ("train", "export", "evaluate"):
-        args = ["train", place.recipe, "--out", tmp_path / "run", *args]
+        args = ["train", workspace.recipe, "--out", tmp_path / "run", *args]
     before = contents(tmp_path)
     result = cli(*args)
     assert result.code == 2, result
-    assert result.err.startswith("scalekd: ") and told in result.err, result.err
+    assert result.err.startswith("scalekd: ") and message in result.err, result.err
     lines = result.err.splitlines()
     assert len(lines) <= (40 if " problem" in lines[0] else 3) and "Traceback" not in result.out + result.err
     after = contents(tmp_path)
@@ -620,15 +620,17 @@ def test_is_told_and_not_trained_on(cli, place, tmp_path, monkeypatch, make, tol
     assert not any(Path(path).name in ("last.pt", "summary.json", "trace") for path in after.keys() - before.keys())
 
 
-def test_the_good_ones_are_taken(cli, place, tmp_path):
-    """What the cases spoil is otherwise in order, so it is the spoiling that is refused."""
-    assert cli("train", place.recipe, "--out", tmp_path / "run").code == 0
-    assert cli(*evaluated(place)).code == 0
-    assert cli("export", place.run).code == 0
-    for given in (tar()(place), shards("a\nb\n", **{f"{c}{i}": c.encode() for c in "ab" for i in range(9)})(place),
-                  hf(*GOOD)(place), idx(30, 30)(place), mnist(sizes(30, 28, 28) + bytes(30 * 784))(place)):  # fmt: skip
-        assert cli("train", place.recipe, "--dry-run", *given).code == 0, given
-    assert cli(*resumed("last.pt", change=state(lambda s: s["progress"].update(step=2, history=[])))(place)).code == 0
+def test_valid_inputs_are_accepted(cli, workspace, tmp_path):
+    """The inputs are valid before the cases damage them."""
+    assert cli("train", workspace.recipe, "--out", tmp_path / "run").code == 0
+    assert cli(*evaluated(workspace)).code == 0
+    assert cli("export", workspace.run).code == 0
+    for given in (tar()(workspace), shards("a\nb\n", **{f"{c}{i}": c.encode() for c in "ab" for i in range(9)})(workspace),
+                  hf(*GOOD)(workspace), idx(30, 30)(workspace), mnist(sizes(30, 28, 28) + bytes(30 * 784))(workspace)):  # fmt: skip
+        assert cli("train", workspace.recipe, "--dry-run", *given).code == 0, given
+    assert (
+        cli(*resumed("last.pt", change=state(lambda s: s["progress"].update(step=2, history=[])))(workspace)).code == 0
+    )
 
 
 def test_the_corpus_is_large_and_named_once():

@@ -55,6 +55,16 @@ class Augment(Section):
     color_jitter: Annotated[float, Field(ge=0, le=100)] = 0.0
     auto_augment: str | None = None
     """AutoAugment policy in timm's notation, such as rand-m7-mstd0.5."""
+    repeats: Positive = 1
+    """Repeated augmentation (arXiv:1901.09335): each image occurs this many times in a batch, and an epoch visits
+    1 / `repeats` of the images."""
+    erase: Share = 0.0
+    """Probability of random erasing, which fills with normal noise in the student's normalised space."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    interpolation: Interpolation = "bicubic"
+    crop_pct: CropShare = 0.875
+    """For validation: the image is resized to image_size / crop_pct and its centre is cropped."""
 
     @field_validator("auto_augment")
     @classmethod
@@ -74,14 +84,3 @@ class Augment(Section):
                 "write for example rand-m7-mstd0.5"
             ) from None
         return policy
-
-    repeats: Positive = 1
-    """Repeated augmentation (arXiv:1901.09335): each image occurs this many times in a batch, and an epoch visits
-    1 / `repeats` of the images."""
-    erase: Share = 0.0
-    """Probability of random erasing, which fills with normal noise in the student's normalised space."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    interpolation: Interpolation = "bicubic"
-    crop_pct: CropShare = 0.875
-    """For validation: the image is resized to image_size / crop_pct and its centre is cropped."""

@@ -16,23 +16,12 @@ from scalekd.common.text import shortened
 from .folders import Folder
 from .hf import HuggingFace
 from .hf import pair as hf_pair
-from .idx import FASHION_CLASSES, Idx, fashion_mnist
+from .idx import Idx, fashion_mnist
 from .shards import Shards
 from .source import Source
 from .tars import Tar
 from .torchvision import TorchVision
-from .unlabelled import UNLABELLED, Joined, WithoutLabels, loose_files, loose_members
-
-__all__ = [
-    "FASHION_CLASSES",
-    "UNLABELLED",
-    "Joined",
-    "Source",
-    "WithoutLabels",
-    "open_source",
-    "open_unlabelled",
-    "pair_of",
-]
+from .unlabelled import WithoutLabels, loose_files, loose_members
 
 
 def open_source(text: str, key: str) -> Source:
