@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import socket
-import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from archives import CELLS, PNG, add, save, shard, write_tar
+from archives import PNG, add, shard, write_tar
+from source_makers import (
+    CLASSES,
+    MAKERS,
+    make_hf_parquet,
+    make_hf_splits,
+    make_shards,
+    make_tar,
+    refused,
+)
 from torch.utils.data import DataLoader
 
 from scalekd.cli.app import parse
@@ -28,98 +33,7 @@ from scalekd.data.samplers import TrainSampler
 from scalekd.data.sources.open import open_source
 from scalekd.data.split import open_split
 
-CLASSES = ["ant", "bee", "cat"]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    """Nothing may be tried, also where the tests' HF_HUB_OFFLINE is not set."""
-    connect, tried = socket.socket.connect, []
-
-    def refuse(*args: object, **options: object) -> None:
-        tried.append(args)
-        raise OSError("a source went to the network")
-
-    def only_local(self: socket.socket, address: object) -> None:  # data loader workers have Unix sockets
-        connect(self, address) if self.family == socket.AF_UNIX else refuse()
-
-    monkeypatch.setattr(socket.socket, "connect", only_local)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    yield
-    assert not tried
-
-
-def files_of(folder: Path) -> list[tuple[str, bytes]]:
-    """(class, content) in the order of the folder source."""
-    return [(p.parent.name, p.read_bytes()) for name in CLASSES for p in sorted((folder / name).iterdir())]
-
-
-def labelled(folder: Path, label: Callable[[str], object], first: int = 0) -> dict[str, bytes]:
-    members = {}
-    for i, (name, data) in enumerate(files_of(folder), first):
-        members |= {f"s/{i:04}.png": data, f"s/{i:04}.cls": str(label(name)).encode(), f"s/{i:04}.json": b"{}"}
-    return members
-
-
-def make_tar(folder: Path, to: Path) -> str:
-    """As `tar` makes it, with folders; one name longer than a header has room for; with macOS's hidden files."""
-    with tarfile.open(to / "photos.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        tar.add(folder, "./photos")
-        add(tar, f"photos/bee/{'long' * 60}.png", (folder / "bee" / "0.png").read_bytes())
-        add(tar, "photos/bee/._0.png", b"of macOS")
-        add(tar, "photos/notes.txt", b"text")
-    shutil.copy(folder / "bee" / "0.png", folder / "bee" / f"{'long' * 60}.png")
-    return f"tar:{to / 'photos.tar'}"
-
-
-def make_shards(folder: Path, to: Path, label: Callable[[str], object] = CLASSES.index) -> str:
-    members = list(labelled(folder, label).items())
-    for number, first in enumerate(range(0, len(members), 15)):
-        write_tar(to / f"s-{number:02}.tar", dict(members[first : first + 15]), format=tarfile.PAX_FORMAT)
-    return f"wds:{to}/s-{{00..{number:02}}}.tar"
-
-
-def make_named_shards(folder: Path, to: Path) -> str:
-    return make_shards(folder, to, str).replace("{00..04}", "*")
-
-
-def hf_rows(folder: Path, **more: list) -> datasets.Dataset:
-    files = files_of(folder)
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
-    rows = {"image": [{"bytes": data, "path": None} for _, data in files], "label": [name for name, _ in files]}
-    features |= {name: datasets.Value("int64") for name in more}
-    return datasets.Dataset.from_dict(rows | more, features=datasets.Features(features))
-
-
-def make_hf_saved(folder: Path, to: Path) -> str:
-    hf_rows(folder).save_to_disk(to / "saved")
-    return f"hf:{to}/saved"
-
-
-def make_hf_splits(folder: Path, to: Path) -> str:
-    rows = hf_rows(folder)
-    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(to / "splits")
-    return f"hf:{to}/splits:train"
-
-
-def make_hf_parquet(folder: Path, to: Path) -> str:
-    rows = hf_rows(folder, fine=list(range(24)))
-    (to / "data").mkdir()
-    for k in range(2):
-        rows.shard(2, k, contiguous=True).to_parquet(to / "data" / f"train-0000{k}-of-00002.parquet")
-    rows.select([1, 2]).to_parquet(to / "data" / "validation-00000-of-00001.parquet")
-    return f"hf:{to}:train"
-
-
-def make_hf_imagefolder(folder: Path, to: Path) -> str:
-    shutil.copytree(folder, to / "train")
-    return f"hf:{to}"
-
-
-MAKERS = [make_tar, make_shards, make_named_shards,
-          make_hf_saved, make_hf_splits, make_hf_parquet, make_hf_imagefolder]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__.removeprefix("make_"))
@@ -189,14 +103,6 @@ def test_an_archive_that_became_shorter(image_folder, tmp_path):
     (tmp_path / "photos.tar").unlink()
     with pytest.raises(BadImage, match="No such file"):
         source[0]
-
-
-def refused(text: str) -> str:
-    with pytest.raises(UserError) as error:
-        open_source(text, "data.train")
-    message = str(error.value)
-    assert message.startswith("data.train: ") and len(message.splitlines()) == 1 and message.isprintable(), message
-    return message
 
 
 TRICKS: list[tuple[str, dict[str, object], str]] = [
@@ -352,87 +258,6 @@ def test_numbered_classes_of_training_and_validation(tmp_path):
         open_split(Data(train=part, val=full))
     with pytest.raises(UserError, match="labels up to 4, but no image of class 1 and 2 others"):
         open_split(Data(train=shard(tmp_path, {"a": b"0", "b": b"4"}), val=full))
-
-
-@pytest.mark.parametrize(
-    "label, message", [(-1, "is -1, which is not one of the 3 classes"), (None, "is None"), (3, "is 3")]
-)
-def test_labels_out_of_range(tmp_path, label, message):
-    rows = hf_table({"image": CELLS, "label": [0, label]})
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    rows.to_parquet(folder / "train.parquet")
-    described = json.dumps({"info": {"features": hf_features(datasets.ClassLabel(names=CLASSES))}})
-    write_described(folder / "train.parquet", described)
-    assert f"`label` of image 1 of hf:{folder} {message}" in refused(f"hf:{folder}")
-
-
-def hf_table(columns: dict[str, list]) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def hf_features(label: datasets.ClassLabel) -> dict:
-    return datasets.Features({"image": datasets.Image(), "label": label}).to_dict()
-
-
-def write_described(path: Path, described: str) -> None:
-    """Says in the file that its integers are classes, which `datasets` itself would not write for such values."""
-    import pyarrow.parquet as parquet
-
-    table = parquet.read_table(path)
-    parquet.write_table(table.replace_schema_metadata({"huggingface": described}), path)
-
-
-def test_which_columns(tmp_path):
-    number = datasets.Value("int64")
-    two = {"image": datasets.Image(), "mask": datasets.Image(), "fine": number, "labels": number}
-    text = save(tmp_path, {"image": CELLS, "mask": CELLS, "fine": [1, 0], "labels": [0, 0]}, two)
-    assert "image (Image), mask (Image), fine (Value), labels (Value)" in refused(text)
-    assert list(open_source(f"{text}::image,labels", "data.train").targets) == [0, 0]
-    source = open_source(f"{text}::mask,fine", "data.train")
-    assert (source.targets, source.classes, source.where(0)) == (
-        [1, 0],
-        ["0", "1"],
-        f"a.png (image 0 of {text}::mask,fine)",
-    )
-    assert "Write" in refused(f"{text}::image,nothing")
-
-
-def test_splits_of_a_hugging_face_folder(image_folder, tmp_path):
-    text = make_hf_splits(image_folder / "train", tmp_path)
-    assert "has the splits train, test; choose one, for example hf:" in refused(text.removesuffix(":train"))
-    assert "has no split `tset`. Did you mean `test`?" in refused(text.replace(":train", ":tset"))
-    saved = make_hf_saved(image_folder / "train", tmp_path)
-    assert "It has no splits; omit the split." in refused(f"{saved}:train")
-    assert "no folder" in refused(f"hf:{tmp_path}/nowhere")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.parquet").write_text("no parquet")
-    assert "datasets cannot read" in refused(f"hf:{tmp_path / 'text'}")
-
-
-def test_an_image_of_a_hugging_face_folder_that_cannot_be_read(tmp_path):
-    for name, data in (("ant", PNG[:40]), ("bee", b""), ("cat", PNG)):
-        (tmp_path / "hf" / "train" / name).mkdir(parents=True)
-        (tmp_path / "hf" / "train" / name / "0.png").write_bytes(data)
-    source = open_source(f"hf:{tmp_path / 'hf'}", "data.train")
-    (tmp_path / "hf" / "train" / "cat" / "0.png").unlink()
-    for i, (name, reason) in enumerate([("ant", "Pillow|truncated|broken"), ("bee", "empty"), ("cat", "No such file")]):
-        with pytest.raises(BadImage, match=reason):
-            source[i]
-        assert source.where(i).startswith(f"{tmp_path}/hf/train/{name}/0.png (image {i} of hf:")
-    rows = {"image": [None, {"bytes": PNG[:40], "path": None}], "label": [0, 1]}
-    source = open_source(save(tmp_path / "rows", rows, hf_table(rows).features), "data.train")
-    with pytest.raises(BadImage, match="empty"):
-        source[0]
-    with pytest.raises(BadImage):
-        source[1]
-    assert source.where(0).startswith("image 0 of hf:")
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "needs the package datasets. pip install 'scalekd[hf]'" in refused(f"hf:{tmp_path}")
 
 
 # ---------------------------------------------------------------- --data and --val
