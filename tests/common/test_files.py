@@ -1,4 +1,4 @@
-"""A run's files on a disk that is full, that cannot be written, and when the run is killed between any two of them."""
+"""The files of a run on a full or read-only disk, and after the run is killed between any two writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = [
 
 @pytest.fixture
 def recipe_file(recipe_file: Path, tiny_recipe: dict) -> Path:
-    """One epoch of labels alone: what is tested here are its files."""
+    """One epoch without a teacher: these tests only look at files."""
     recipe = changed(tiny_recipe, losses={"ce": {}}, teacher=None, train={"epochs": 1, "batch_size": 12}, track=[])
     recipe_file.write_text(json.dumps(recipe))
     return recipe_file
@@ -74,7 +74,7 @@ for i, limit in enumerate(limits):
 
 @pytest.mark.slow
 def test_files_that_may_not_grow(recipe_file, cli, tmp_path):
-    """The system refuses more than so many bytes of each file; with room again, the same command ends the run."""
+    """The system limits the size of each file; without the limit, the same command finishes the run."""
     recipe = json.loads(recipe_file.read_text())
     recipe["train"] |= {"epochs": 8, "eval_every": 8}
     recipe_file.write_text(json.dumps(recipe | {"track": ["tensorboard"]}))
@@ -168,7 +168,7 @@ def test_a_recipe_without_newer_fields_is_the_same_run(cli, recipe_file, tmp_pat
 
 
 def test_a_folder_without_permission_is_rejected_before_the_preflight(cli, recipe_file, tmp_path, monkeypatch):
-    """The tests may run as root, who may write anywhere."""
+    """`os.access` is patched because tests may run as root, who can write anywhere."""
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: path != tmp_path)
     for folder in (tmp_path / "run", tmp_path / "new" / "run"):
         result = cli("train", recipe_file, "--out", folder)
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_listed(cli, recipe_file, tmp_path, monkeypatch)
 
 
 def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
-    """Another process holds it; data workers of a run that is gone do not."""
+    """Another process holds the lock; data workers of an ended run do not."""
     hold = "import sys, pathlib; from scalekd.common.files import in_use\n"
     hold += "with in_use(pathlib.Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""Images that cannot be read: named and refused, or left out, listed and counted, with batches that stay exact."""
+"""Images that cannot be read stop the run, or are skipped, listed and counted, with reproducible batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN_BAD = ["bee/2.png", "bee/3.png"]  # one after the other, so the first one'
 
 @pytest.fixture
 def damaged_folder(image_folder: Path) -> Path:
-    """Two bad ones among 24 for training, one among 12 for validation: what is allowed for so few."""
+    """Two bad images of 24 for training and one of 12 for validation: the most that are allowed."""
     for name in TRAIN_BAD:
         (image_folder / "train" / name).write_bytes(b"")
     (image_folder / "val" / "cat" / "1.png").write_bytes((image_folder / "val" / "cat" / "1.png").read_bytes()[:900])
@@ -252,7 +252,7 @@ def test_a_value_that_nothing_reads(cli, light_file):
 
 
 def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(cli, recipe_file, image_folder, tmp_path):
-    """As the message says, with the same folder."""
+    """The fix in the message works with the same folder."""
     victim = image_folder / "train" / "ant" / "0.png"
     victim.write_bytes(victim.read_bytes()[:100])
     command = ["train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null", "--no-preflight"]

@@ -40,7 +40,7 @@ def hf_features(label: datasets.ClassLabel) -> dict:
 
 
 def write_described(path: Path, described: str) -> None:
-    """Says in the file that its integers are classes, which `datasets` itself would not write for such values."""
+    """Declares the integers in the file as classes, which `datasets` would reject for such values."""
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)

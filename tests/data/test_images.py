@@ -1,4 +1,4 @@
-"""Odd image files: what each becomes, pixel by pixel, or the reason why it is bad."""
+"""Unusual image files: the decoded pixels, or the reason why the image is bad."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """Written by the format's description; Pillow cannot write 16-bit colour."""
+    """A PNG written by hand, because Pillow cannot write 16-bit colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,4 +1,4 @@
-"""Each kind of source gives the images and classes of the folder that it was made from, and refuses what is not whole."""
+"""Every kind of source has the images of the folder it was made from; incomplete or unsafe archives are errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_network")
 
 @pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__.removeprefix("make_"))
 def made(request, image_folder: Path, tmp_path: Path) -> tuple[str, Path]:
-    """A source, and the folder that it was made from."""
+    """A source and the folder it was made from."""
     (tmp_path / "made").mkdir()
     folder = image_folder / "train"
     return request.param(folder, tmp_path / "made"), folder

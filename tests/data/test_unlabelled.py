@@ -1,4 +1,4 @@
-"""Images without labels: what a batch is made of, which loss sees what, and validation without a classifier."""
+"""Images without labels: their share of a batch, which losses use them, and validation without a classifier."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Path:
-    """20 images in two levels of folders, none of which is a class."""
+    """20 images in two levels of folders that are not classes."""
     write_images(tmp_path / "pool" / "deep", per_class=6, seed=2)
     for i in range(2):
         shutil.copy(tmp_path / "pool" / "deep" / "ant" / f"{i}.png", tmp_path / "pool" / f"top{i}.png")

@@ -27,16 +27,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # rejected below
-            if key in seen:
+            if key in keys:
                 raise _rejected(f"`{key}` is given twice", node)
             if not str(key).isprintable():
                 raise _rejected(f"the key {printable(repr(key))} has characters that cannot be shown", key_node)
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

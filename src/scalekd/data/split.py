@@ -110,9 +110,9 @@ def _reject_validation_images(split: Split) -> None:
         )
 
 
-def same_classes(known: Sequence[str], found: Sequence[str]) -> bool:
-    """Whether two lists of classes are equal. Numbered classes come from labels, so `found` may lack the highest ones."""
-    return list(found) == list(known[: len(found)] if _numbered(known) else known)
+def same_classes(known: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists of classes are equal. Numbered classes come from labels, so `other` may lack the highest ones."""
+    return list(other) == list(known[: len(other)] if _numbered(known) else known)
 
 
 def _numbered(classes: Sequence[str]) -> bool:

@@ -138,15 +138,15 @@ def _opened(archive: Path, key: str) -> BinaryIO:
 
 def _members(file: BinaryIO, archive: Path, key: str) -> Iterator[tarfile.TarInfo]:
     """All members of an archive. Raises `UserError` if the end mark is missing, which tarfile does not check."""
-    whole = last = "its beginning"
+    complete = last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             # next() fails if the previous member is incomplete and, in Python 3.10, if there is no member at all
             while tar.offset and (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would keep them all in memory
-                whole, last = last, member.name
+                complete, last = last, member.name
                 yield member
-            whole, end = last, tar.offset
+            complete, end = last, tar.offset
         file.seek(end)
         mark = file.read(2 * BLOCK)
         damage = "has a damaged header" if any(mark) else "is cut off" if len(mark) < BLOCK else ""
@@ -156,7 +156,7 @@ def _members(file: BinaryIO, archive: Path, key: str) -> Iterator[tarfile.TarInf
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         damage = f"is damaged or cut off ({printable(first_line(error))})"
     if damage:
-        raise UserError(f"{key}: {archive} {damage} after {printable(whole)}; create or copy it again")
+        raise UserError(f"{key}: {archive} {damage} after {printable(complete)}; create or copy it again")
 
 
 def _safe_name(member: tarfile.TarInfo, archive: Path, key: str) -> str:
