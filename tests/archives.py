@@ -7,9 +7,11 @@ import tarfile
 from pathlib import Path
 
 import datasets
+from PIL import Image
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:
+    """Adds a member; `header` sets attributes of its TarInfo."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in header.items():
@@ -25,16 +27,20 @@ def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- archives that are refused
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(file, "PNG")
+    return file.getvalue()
 
-PICTURE = io.BytesIO()
-PNG = PICTURE.getvalue()
+
+PNG = _png()  # a small, valid image
 
 
 # ---------------------------------------------------------------- shards
 
 
 def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
+    """A shard with an image for each label; returns the name of the source."""
     members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", PNG), (f"{key}.cls", label))}
     return f"wds:{write_tar(tmp_path / name, members)}"
 
@@ -43,6 +49,7 @@ def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
 
 
 def save(tmp_path: Path, columns: dict[str, list], features: dict[str, object]) -> str:
+    """A Hugging Face data set on disk; returns the name of the source."""
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     rows.save_to_disk(tmp_path / "hf")
     return f"hf:{tmp_path / 'hf'}"

@@ -1,4 +1,4 @@
-"""A comparison made up for tests."""
+"""The summary of an invented comparison."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 
 def cell(seeds: list[int], top1: list[float], **more: Any) -> dict[str, Any]:
+    """The results of one method on one student."""
     mean = sum(top1) / len(top1) if top1 else None
     curve = [[1000 * i, mean - 30 / i] for i in range(1, 9)] if top1 else []
     some = {"ci95": None, "seconds": 40.25, "steps": 900, "reach": 0.8, "curve": curve}
@@ -16,6 +17,7 @@ def cell(seeds: list[int], top1: list[float], **more: Any) -> dict[str, Any]:
 def against(
     gain: float | None, half: float | None, p: float | None, p_holm: float | None, pairs: int
 ) -> dict[str, Any]:
+    """The paired gain of a method over the baseline."""
     return {"gain": gain, "gain_ci95": half, "p": p, "p_holm": p_holm, "pairs": pairs}
 
 

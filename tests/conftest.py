@@ -1,4 +1,4 @@
-"""What the tests share: a small folder of images, a small recipe on it, and the command line as a function."""
+"""Shared fixtures: a small folder of images, small recipes for it, and the command line as a function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_recipe(image_folder: Path) -> dict[str, Any]:
-    """A recipe for `image_folder` as plain values, to be changed at will: 2 epochs of 3 steps."""
+    """A recipe for `image_folder` as plain values, which a test may change: 2 epochs of 3 steps."""
     recipe = copy.deepcopy(TINY)
     recipe["data"] |= {"train": str(image_folder / "train"), "val": str(image_folder / "val")}
     return recipe
@@ -45,7 +45,7 @@ def recipe_file(tmp_path: Path, tiny_recipe: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def random_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
-    """The tiny recipe with randomness in every place, and weights averaged."""
+    """The tiny recipe with every source of randomness, and with averaged weights."""
     return changed(
         tiny_recipe,
         data={"workers": 2},  # so that the samples' seeds do not reach this process
@@ -58,16 +58,16 @@ def random_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def light_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Logits alone, for what does not depend on the methods."""
+    """The tiny recipe with logit losses only, for tests that do not depend on the methods."""
     return changed(tiny_recipe, losses={"ce": {}, "kd": {}})
 
 
 @pytest.fixture
 def plain_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
-    """A student and methods without batch norm, and SGD, whose steps are as exact as its gradients."""
+    """A student and methods without batch norm, and SGD, whose steps are as precise as its gradients."""
     return changed(
         tiny_recipe,
-        data={"image_size": 64},  # at 48 its last map is 1x1
+        data={"image_size": 64},  # at 48 the student's last map would be 1x1
         student={"model": "test_convnext"},
         losses=PLAIN_LOSSES,
         optim={"name": "momentum", "lr": 0.01},
@@ -88,7 +88,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         capsys.readouterr()
         try:
             code = main([str(a) for a in args])
-        except SystemExit as stop:  # argparse's own way out
+        except SystemExit as stop:  # raised by argparse
             code = int(stop.code or 0)
         return Result(code, *capsys.readouterr())
 

@@ -1,4 +1,4 @@
-"""Helpers of tests that read reports."""
+"""Helpers for tests of reports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ NO_END_TAG = {"meta", "br", "link", "img", "hr"}
 
 
 def step(at: int, speed: float = 1000.0, data: float = 0.25, teacher: float = 0.5, **losses: float) -> dict[str, Any]:
+    """A step of a run's log."""
     return {
         "event": "step",
         "step": at,
@@ -22,10 +23,13 @@ def step(at: int, speed: float = 1000.0, data: float = 0.25, teacher: float = 0.
 
 
 def validation(epoch: int, top1: float) -> dict[str, Any]:
+    """A validation in a run's log."""
     return {"event": "validation", "step": epoch * 10, "epoch": epoch, "epochs": 4, "top1": top1, "top5": 99.0}
 
 
 class Balance(HTMLParser):
+    """Checks that every tag is closed."""
+
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
@@ -35,14 +39,14 @@ class Balance(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        """Closes itself."""
+        """A tag that closes itself."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
 def well_formed(page: str) -> list[ElementTree.Element]:
-    """Checks the tags and the numbers of the drawings; returns the figures."""
+    """Checks the tags of a page and the numbers in its figures; returns the figures."""
     parser = Balance()
     parser.feed(page)
     parser.close()
@@ -58,5 +62,6 @@ def well_formed(page: str) -> list[ElementTree.Element]:
 
 
 def cells(page: str) -> list[list[str]]:
+    """The rows of all tables."""
     rows = re.findall(r"<tr>(.*?)</tr>", page)
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]

@@ -1,4 +1,4 @@
-"""Helpers of tests of counted costs."""
+"""A check of counted costs against a real step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scalekd.cost.ledger import Ledger, charge_step
 
 
 def assert_the_parts_add_up(distiller):
-    """A real step, with values: what it computes, and the gradients that it leaves, with and without the cuts."""
+    """The counted parts of a step add up to a real step, and the gradients are the same."""
     for module in distiller.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # so that the second pass sees what the first saw
+            module.momentum = 0.0  # so that both passes use the same statistics
     pixels, targets = torch.rand(4, 3, 48, 48), torch.randint(10, (4,))
     with flop_counter() as counter:
         distiller(pixels, targets)["total"].backward()

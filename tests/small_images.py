@@ -1,4 +1,4 @@
-"""Images that the tests make."""
+"""Small images for tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = {"ant": (200, 60, 60), "bee": (60, 200, 60), "cat": (60, 60, 200)}  # class: its colour, under noise
+COLOURS = {
+    "ant": (200, 60, 60),
+    "bee": (60, 200, 60),
+    "cat": (60, 60, 200),
+}  # class: its colour, to which noise is added
 
 
 def write_images(folder: Path, per_class: int, size: int = 40, seed: int = 0) -> None:
-    """`folder/CLASS/0.png` and so on: three classes that a network can tell apart by colour."""
+    """Writes `folder/CLASS/0.png` and so on: three classes that differ in colour."""
     random = np.random.default_rng(seed)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)

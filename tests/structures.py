@@ -1,4 +1,4 @@
-"""Models as plain structures."""
+"""Weights with structure."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def with_structure(tensor: torch.Tensor) -> torch.Tensor:
-    """Positive, of the same shape; a matrix is a product of two vectors."""
+    """A random positive tensor of the same shape and rank one."""
     return torch.rand(len(tensor), *[1] * (tensor.ndim - 1)) * torch.rand(1, *tensor.shape[1:])

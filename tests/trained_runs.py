@@ -1,4 +1,4 @@
-"""A few small runs, as on disk after training, that the tests of analyses look at."""
+"""Small finished runs on disk, for tests of analyses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSSES: dict[str, Any] = {
     "kd": {"ce": {}, "kd": {}},
     "fd": {"ce": {}, "fd": {"stages": [3, 4]}},
     "cap": {"ce": {}, "cap": {}},
-    "scalekd": {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}},  # as published
+    "scalekd": {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}},  # as in the paper
     "shared": {"ce": {}, "kd": {}, "scalekd": {}},
 }
 
@@ -31,8 +31,9 @@ LOSSES: dict[str, Any] = {
 def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, DistillationRun]:
     """Runs in `root`/NAME, by name as in `LOSSES`, on 24 images of three classes, validated on 12.
 
-    Every trainable weight is moved about in place of training: fresh projectors tell positions apart by little more
-    than rounding, and fresh students are all alike. The last bias is such that the answers differ from image to image.
+    Instead of training, noise is added to every trainable weight: with initial weights the projectors differ between
+    positions by little more than rounding, and all students are alike. The last bias makes the predicted class differ
+    from image to image.
     """
     if not (root / "images").exists():
         write_images(root / "images" / "train", per_class=8)
@@ -50,7 +51,7 @@ def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, Distilla
             for parameter in run.distiller.parameters():
                 parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
         run.distiller.eval()
-        _answer_in_turn(run)
+        _vary_predictions(run)
         (root / name).mkdir()
         (root / name / "recipe.yaml").write_text(to_yaml(run.config))
         checkpoint.save(root / name / "last.pt", snapshot(run, Progress(step=run.total_steps)))
@@ -58,7 +59,7 @@ def trained_runs(root: Path, *names: str, **sections: Any) -> dict[str, Distilla
 
 
 @torch.no_grad()
-def _answer_in_turn(run: DistillationRun) -> None:
+def _vary_predictions(run: DistillationRun) -> None:
     d, head = run.distiller, run.distiller.student.get_classifier()
     if isinstance(head, nn.Linear):
         pixels = torch.stack([run.val_images[0, i].image for i in range(len(run.val_images))]) / 255

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: starting one in this process, and comparing what it left."""
+"""Helpers for tests of whole runs: start one in this process, and compare its results."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TINY: dict[str, Any] = {  # test_resnet <- test_vit, a second or two on one core
 }
 
 
-# ScaleKD's parts apart: together, with random weights, the second view's first vectors are so short that
-# normalising them makes rounding count
+# The parts of ScaleKD as separate losses. Combined, with random weights, the first vectors of the second view are so
+# short that normalising them amplifies rounding errors.
 PLAIN_LOSSES: dict[str, Any] = {"ce": {}, "kd": {}, "dfm": {"norm": "layer"}, "tpp": {"norm": "layer"}}
 
 Recipe = dict[str, Any]
@@ -39,11 +39,11 @@ CPU = torch.device("cpu")
 
 
 class Interrupted(Exception):
-    pass
+    """Stops a run at a chosen step."""
 
 
 def start(recipe: Recipe, folder: Path, stop_at: int | None = None, check: bool = False) -> DistillationRun:
-    """Builds and trains in `folder`, or goes on there; with `stop_at`, that step ends in `Interrupted`."""
+    """Trains or resumes a run in `folder`; raises `Interrupted` at step `stop_at`."""
     folder.mkdir(exist_ok=True)
     run = build(check_config(recipe, "test"), CPU)
     set_rate = run.schedule.step_update
@@ -75,7 +75,7 @@ def changed(recipe: Recipe, **sections: Any) -> Recipe:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Bit for bit, through nested dicts and lists."""
+    """Asserts that two structures of dicts, lists and tensors are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -91,10 +91,12 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
+    """The last checkpoint, without its elapsed time."""
     state = checkpoint.load(folder / "last.pt")
     del state["progress"]["elapsed"]
     return state
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run's log."""
     return [e for e in read_log(folder) if e["event"] == kind]

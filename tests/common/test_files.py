@@ -1,4 +1,4 @@
-"""A run's files on a disk that is full, that cannot be written, and when the run is killed between any two of them."""
+"""The files of a run on a full or read-only disk, and after the run is killed between any two writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = [
 
 @pytest.fixture
 def recipe_file(recipe_file: Path, tiny_recipe: dict) -> Path:
-    """One epoch of labels alone: what is tested here are its files."""
+    """One epoch without a teacher: these tests only look at files."""
     recipe = changed(tiny_recipe, losses={"ce": {}}, teacher=None, train={"epochs": 1, "batch_size": 12}, track=[])
     recipe_file.write_text(json.dumps(recipe))
     return recipe_file
@@ -44,8 +44,8 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path):
     assert path.read_bytes() == b"new \xc3\xa9" and os.listdir(tmp_path) == ["card.json"]
 
 
-@pytest.mark.parametrize("number, told", [(errno.ENOSPC, "free some space"), (errno.EACCES, "you may write to")])
-def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkeypatch, number, told):
+@pytest.mark.parametrize("number, message", [(errno.ENOSPC, "free some space"), (errno.EACCES, "you can write to")])
+def test_a_failed_write_gives_an_error_and_leaves_the_old_file(tmp_path, monkeypatch, number, message):
     path = tmp_path / "card.json"
     write_text(path, "old")
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_written_is_told_and_leaves_the_old_file(tmp_path, monkey
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(UserError, match=rf"cannot write .*card\.json: {os.strerror(number)}.*{told}"):
+    with pytest.raises(UserError, match=rf"cannot write .*card\.json: {os.strerror(number)}.*{message}"):
         write_text(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["card.json"]
 
@@ -74,7 +74,7 @@ for i, limit in enumerate(limits):
 
 @pytest.mark.slow
 def test_files_that_may_not_grow(recipe_file, cli, tmp_path):
-    """The system refuses more than so many bytes of each file; with room again, the same command ends the run."""
+    """The system limits the size of each file; without the limit, the same command finishes the run."""
     recipe = json.loads(recipe_file.read_text())
     recipe["train"] |= {"epochs": 8, "eval_every": 8}
     recipe_file.write_text(json.dumps(recipe | {"track": ["tensorboard"]}))
@@ -87,9 +87,9 @@ def test_files_that_may_not_grow(recipe_file, cli, tmp_path):
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    told = [line for line in done.stderr.splitlines() if line]
-    assert [line for line in told if line.isdigit()] == ["2", "0"] * len(refused), told
-    messages = [line for line in told if line.startswith("scalekd: ")]
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert [line for line in lines if line.isdigit()] == ["2", "0"] * len(refused), lines
+    messages = [line for line in lines if line.startswith("scalekd: ")]
     for i, (message, name) in enumerate(zip(messages, refused.values(), strict=True)):
         folder = tmp_path / str(i)
         assert f"cannot write {folder / name}: " in message and "free some space" in message
@@ -150,8 +150,8 @@ def test_a_run_that_goes_on_keeps_what_made_its_first_part(cli, recipe_file, tmp
 @pytest.mark.parametrize("changes", ["data.workers=1", "track=[]", "train.save_minutes=3", "train.skip_nonfinite=2"])
 def test_what_does_not_change_a_run_may_differ(cli, recipe_file, tmp_path, changes):
     cli("train", recipe_file, "--out", tmp_path / "run", "track=[tensorboard]")
-    told = cli("train", recipe_file, "--out", tmp_path / "run", changes)
-    assert "holds this run, finished" in told.err
+    result = cli("train", recipe_file, "--out", tmp_path / "run", changes)
+    assert "holds this run, finished" in result.err
     assert "a run of another recipe" in cli("train", recipe_file, "--out", tmp_path / "run", changes, "seed=1").err
 
 
@@ -167,13 +167,15 @@ def test_a_recipe_without_newer_fields_is_the_same_run(cli, recipe_file, tmp_pat
     )
 
 
-def test_a_folder_without_permission_is_told_before_the_preflight(cli, recipe_file, tmp_path, monkeypatch):
-    """The tests may run as root, who may write anywhere."""
+def test_a_folder_without_permission_is_rejected_before_the_preflight(cli, recipe_file, tmp_path, monkeypatch):
+    """`os.access` is patched because tests may run as root, who can write anywhere."""
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: path != tmp_path)
     for folder in (tmp_path / "run", tmp_path / "new" / "run"):
-        told = cli("train", recipe_file, "--out", folder)
+        result = cli("train", recipe_file, "--out", folder)
         assert (
-            told.code == 2 and told.out == "" and f"cannot write to {folder}: no permission in {tmp_path}" in told.err
+            result.code == 2
+            and result.out == ""
+            and f"cannot write to {folder}: no permission in {tmp_path}" in result.err
         )
 
 
@@ -186,12 +188,12 @@ def test_a_folder_that_cannot_be_listed(cli, recipe_file, tmp_path, monkeypatch)
         return whole(self)
 
     monkeypatch.setattr(Path, "iterdir", refused)
-    told = cli("train", recipe_file, "--out", tmp_path)
-    assert told.code == 2 and f"cannot use {tmp_path}: " in told.err and "Permission denied" in told.err
+    result = cli("train", recipe_file, "--out", tmp_path)
+    assert result.code == 2 and f"cannot use {tmp_path}: " in result.err and "Permission denied" in result.err
 
 
 def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
-    """Another process holds it; data workers of a run that is gone do not."""
+    """Another process holds the lock; data workers of an ended run do not."""
     hold = "import sys, pathlib; from scalekd.common.files import in_use\n"
     hold += "with in_use(pathlib.Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
@@ -199,7 +201,11 @@ def test_one_process_at_a_time_in_a_folder(cli, recipe_file, tmp_path):
     assert other.stdout.readline() == b"1\n"
     train = ["train", recipe_file, "--out", tmp_path / "run", "teacher=null", "losses={ce: {}}", "--no-preflight"]
     refused = cli(*train)
-    assert refused.code == 2 and f"another process is training in {tmp_path / 'run'}; wait for it" in refused.err
+    assert (
+        refused.code == 2
+        and f"another process is training in {tmp_path / 'run'}; wait for it, stop it, or choose another folder with `--out`"
+        in refused.err
+    )
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
     other.kill()
     other.wait()

@@ -1,4 +1,4 @@
-"""Large tensors, freed and allocated again, cost next to no page faults."""
+"""Freeing and reallocating large tensors causes almost no page faults."""
 
 from __future__ import annotations
 

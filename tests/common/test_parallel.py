@@ -1,4 +1,4 @@
-"""Two real processes through torchrun on the CPU, against one; and which device a process takes."""
+"""Two processes under torchrun on the CPU give the results of one; the choice of a device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def torchrun(recipe: dict[str, Any], folder: Path, *options: str) -> Path:
 
 @pytest.fixture
 def recipe(tiny_recipe: dict[str, Any], image_folder: Path) -> dict[str, Any]:
-    """SGD, whose steps are as exact as its gradients, and many validation images."""
+    """SGD, whose steps are as precise as its gradients, and many validation images."""
     for folder in (image_folder / "val").iterdir():
         for i in range(4, VAL_IMAGES // 3):
             shutil.copy(folder / f"{i % 4}.png", folder / f"{i}.png")
@@ -100,7 +100,7 @@ def wait_for_step(folder: Path, step: int, running: subprocess.Popen) -> None:
 
 
 def workers_of(launcher: int) -> list[int]:
-    """The processes that train, by rank; not their data loaders'."""
+    """The training processes by rank, without data loader workers."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -114,7 +114,7 @@ def workers_of(launcher: int) -> list[int]:
 
 @pytest.fixture
 def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Two processes with everything random and averaged, twelve steps, and a checkpoint after each."""
+    """A recipe with every source of randomness, averaged weights, twelve steps, and a checkpoint after each."""
     random_recipe["train"] |= {"epochs": 4, "save_minutes": 0, "accumulate": 1}
     return random_recipe
 
@@ -123,7 +123,7 @@ def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes through /proc")
 def test_a_killed_process_is_brought_back_and_ends_as_one_left_alone(long_recipe, tmp_path):
-    """kill -9 of one of them: torchrun --max-restarts brings both back from the last checkpoint."""
+    """After kill -9 of one process, torchrun --max-restarts resumes both from the last checkpoint."""
     whole = torchrun(long_recipe, tmp_path)
     parts = tmp_path / "parts"
     command = [*torchrun_command(long_recipe, tmp_path, "parts", "--max-restarts", "2"), "--no-preflight"]
@@ -157,13 +157,13 @@ def test_each_process_takes_its_own_gpu(monkeypatch, asked, expected):
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "told"),
-    [("cuda", 0, "no usable GPU"), ("cuda:2", 2, r"2 GPU\(s\), counted from 0"), ("tpux", 0, "no such kind of device")],
+    ("asked", "gpus", "message"),
+    [("cuda", 0, "no usable GPU"), ("cuda:2", 2, r"2 GPU\(s\), counted from 0"), ("tpux", 0, "unknown kind of device")],
 )
-def test_devices_that_are_not_there(monkeypatch, asked, gpus, told):
+def test_devices_that_are_not_there(monkeypatch, asked, gpus, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(UserError, match=f"--device {asked}: .*{told}"):
+    with pytest.raises(UserError, match=f"`device` {asked}: .*{message}"):
         parallel.pick_device(asked)
 
 

@@ -1,4 +1,4 @@
-"""Memory that runs out, on the device, in the system and in /dev/shm, ends in a message with the setting to try."""
+"""Running out of memory, on the device, in the system or in /dev/shm, gives an error with a setting to try."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import check_config
 from scalekd.data.batches import Images
-from scalekd.distill.build import _check_batch
+from scalekd.distill.build import build
 from scalekd.runs.memory import smaller_steps
 from scalekd.train import engine
 
@@ -54,10 +54,10 @@ def python_is_full(*args: object) -> None:
 @pytest.mark.parametrize("failing", [too_much, cuda_is_full, cublas_is_full, python_is_full])
 def test_in_the_preflight(cli, recipe_file, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(step, "forward_backward", failing)
-    told = cli("train", recipe_file, "--out", tmp_path / "run")
-    assert told.code == 2 and len(told.err.splitlines()) == 2, told.err
-    assert told.err.startswith("scalekd: out of memory on this machine with ")
-    assert told.err.endswith(
+    result = cli("train", recipe_file, "--out", tmp_path / "run")
+    assert result.code == 2 and len(result.err.splitlines()) == 2, result.err
+    assert result.err.startswith("scalekd: out of memory on this machine with ")
+    assert result.err.endswith(
         "Now train.batch_size=8 train.accumulate=1; try train.accumulate=2 (the same batch in more parts), then train.batch_size=4.\n"
     )
     assert not (tmp_path / "run").exists()
@@ -74,8 +74,8 @@ def test_in_training_nothing_is_lost(cli, recipe_file, tmp_path, monkeypatch, fa
 
     monkeypatch.setattr(engine, "train_step", step)
     command = ["train", recipe_file, "--out", tmp_path / "run"]
-    told = cli(*command)
-    assert told.code == 2 and "out of memory" in told.err and "another run: add --out" in told.err
+    result = cli(*command)
+    assert result.code == 2 and "out of memory" in result.err and "another run: add --out" in result.err
     assert final_state(tmp_path / "run")["progress"]["step"] == 3
     assert "a run of another recipe" in cli(*command, "train.accumulate=2").err
     assert "goes on from step 3" not in cli(*command, "train.accumulate=2", "--out", tmp_path / "new").out
@@ -95,15 +95,15 @@ def test_a_worker_that_is_killed(cli, recipe_file, tmp_path, monkeypatch, check)
 
     monkeypatch.setattr(Images, "__getitem__", killed)
     command = ["train", recipe_file, "--out", tmp_path / "run", *check]
-    told = cli(*command, "data.workers=1")
-    assert told.code == 2 and len(told.err.splitlines()) == 2, told.err
-    assert "a process that reads images was ended from outside" in told.err and "data.workers=0" in told.err
+    result = cli(*command, "data.workers=1")
+    assert result.code == 2 and len(result.err.splitlines()) == 2, result.err
+    assert "a data loader worker was killed" in result.err and "data.workers=0" in result.err
     assert cli(*command, "data.workers=0").code == 0  # as the message says, in the same folder
 
 
 @pytest.mark.parametrize("text", [BUS, "unable to write to file </torch_7_1>: No space left on device (28)"])
 def test_shared_memory(text):
-    with pytest.raises(UserError, match=r"out of shared memory \(/dev/shm\)\.\nTry data\.workers=0, or give more"):
+    with pytest.raises(UserError, match=r"out of shared memory \(/dev/shm\)\.\nTry data\.workers=0, or provide more"):
         with explain_out_of_memory(CPU, "way out"):
             raise RuntimeError(text)
 
@@ -146,14 +146,15 @@ def test_the_device_is_named(monkeypatch):
 def test_what_to_try_can_be_run(tiny_recipe, monkeypatch, batch_size, accumulate, mixup, world, expected):
     monkeypatch.setattr(parallel, "world", lambda: world)
     train = {"batch_size": batch_size, "accumulate": accumulate}
-    recipe = changed(tiny_recipe, train=train, augment={"mixup": mixup})
-    told = smaller_steps(check_config(recipe, "test")).split("; try ")[1]
-    tries = re.findall(r"train\.\w+=\d+", told)
+    data = {"train": "fashion-mnist:train", "val": "fashion-mnist:test", "limit": 1000}
+    recipe = changed(tiny_recipe, data=data, train=train, augment={"mixup": mixup}, losses={"ce": {}}, teacher=None)
+    message = smaller_steps(check_config(recipe, "test")).split("; try ")[1]
+    tries = re.findall(r"train\.\w+=\d+", message)
     assert tries == expected
-    assert tries or told == "a smaller data.image_size or a smaller model."
+    assert tries or message == "a smaller data.image_size or a smaller model."
     for override in tries:
         key, value = override.removeprefix("train.").split("=")
-        _check_batch(check_config(changed(recipe, train={key: int(value)}), "test"), images=1000, mix=None)
+        build(check_config(changed(recipe, train={key: int(value)}), "test"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_overrides(load):
         ("--lr=3", "--lr: unknown"),
         ("name.x=1", "`name.x=1`: name is a value, it has no `x`"),
         ("optim.lr={", "`optim.lr={` is not valid YAML"),
-        ("optim=3", "optim: keys and values are needed"),
+        ("optim=3", "optim: must have keys and values"),
         ("optim..lr=3", "optim.: unknown"),
         ("losses={}", "losses: none at all"),
         ("losses.ce=3", "losses.ce: options are a mapping, not 3"),

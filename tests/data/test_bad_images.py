@@ -1,4 +1,4 @@
-"""Images that cannot be read: named and refused, or left out, listed and counted, with batches that stay exact."""
+"""Images that cannot be read stop the run, or are skipped, listed and counted, with reproducible batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN_BAD = ["bee/2.png", "bee/3.png"]  # one after the other, so the first one'
 
 @pytest.fixture
 def damaged_folder(image_folder: Path) -> Path:
-    """Two bad ones among 24 for training, one among 12 for validation: what is allowed for so few."""
+    """Two bad images of 24 for training and one of 12 for validation: the most that are allowed."""
     for name in TRAIN_BAD:
         (image_folder / "train" / name).write_bytes(b"")
     (image_folder / "val" / "cat" / "1.png").write_bytes((image_folder / "val" / "cat" / "1.png").read_bytes()[:900])
@@ -82,7 +82,7 @@ def test_the_last_image_is_followed_by_the_first(image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_skip_the_first_is_named(damaged_folder, workers):
-    with pytest.raises(UserError, match=r"bee/[23]\.png: it is empty .*`--on-bad-image skip` trains without it"):
+    with pytest.raises(UserError, match=r"bee/[23]\.png: it is empty .*set data.on_bad_image=skip to train without it"):
         batches(train_images(data_of(damaged_folder, on_bad_image="error")), workers)
 
 
@@ -180,7 +180,7 @@ def test_the_list_is_taken_up_again(tmp_path):
     again.keep_in(tmp_path)
     assert sorted(again.found) == ["a", "b", "c", "e"]
     with pytest.raises(
-        UserError, match=rf"5 of 100 .* allows 4\. The first: .*\. All of them: {tmp_path}/bad-images.txt\."
+        UserError, match=rf"5 of 100 .* allows 4\. The first: .*\. {tmp_path}/bad-images.txt lists them\."
     ):
         again.add([Bad("d", "x")])
     lines = (tmp_path / "bad-images.txt").read_text().splitlines()
@@ -238,11 +238,11 @@ def test_a_run_that_goes_on_is_the_run_in_one_go(light_recipe, damaged_folder, t
 
 def test_too_many_stop_a_run_and_are_listed(cli, light_file, damaged_folder, tmp_path):
     (damaged_folder / "train" / "ant" / "5.png").write_bytes(b"")
-    told = cli("train", light_file, "--on-bad-image", "skip", "--no-preflight", "--out", tmp_path / "run")
-    assert told.code == 2 and f"All of them: {tmp_path}/run/bad-images.txt." in told.err
+    result = cli("train", light_file, "--on-bad-image", "skip", "--no-preflight", "--out", tmp_path / "run")
+    assert result.code == 2 and f"{tmp_path}/run/bad-images.txt lists them." in result.err
     assert len((tmp_path / "run" / "bad-images.txt").read_text().splitlines()) == 3
-    told = cli("train", light_file, "--on-bad-image", "skip", "--out", tmp_path / "run")  # from the pre-flight
-    assert told.code == 2 and "3 of 24 images cannot be read" in told.err
+    result = cli("train", light_file, "--on-bad-image", "skip", "--out", tmp_path / "run")  # from the pre-flight
+    assert result.code == 2 and "3 of 24 images cannot be read" in result.err
 
 
 def test_a_value_that_nothing_reads(cli, light_file):
@@ -252,12 +252,12 @@ def test_a_value_that_nothing_reads(cli, light_file):
 
 
 def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(cli, recipe_file, image_folder, tmp_path):
-    """As the message says, with the same folder."""
+    """The fix in the message works with the same folder."""
     victim = image_folder / "train" / "ant" / "0.png"
     victim.write_bytes(victim.read_bytes()[:100])
     command = ["train", recipe_file, "--out", tmp_path / "run", "losses={ce: {}}", "teacher=null", "--no-preflight"]
     stopped = cli(*command)
-    assert stopped.code == 2 and "`--on-bad-image skip` trains without it" in stopped.err
+    assert stopped.code == 2 and "set data.on_bad_image=skip to train without it" in stopped.err
     command += ["data.max_bad=0.1"]
     assert cli(*command, "--on-bad-image", "skip").code == 0
     assert str(victim) in (tmp_path / "run" / "bad-images.txt").read_text()

@@ -1,4 +1,4 @@
-"""Batches: the same pixels whatever the workers, the processes and the step that a run starts from."""
+"""Batches have the same pixels for any number of workers and processes and any first step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def split(image_folder: Path) -> Split:
 
 @pytest.fixture
 def images(split: Split) -> Images:
-    """24 training images, augmented in every random way that there is."""
+    """24 training images with every random augmentation."""
     data = Data(train="", image_size=32)
     augment = Augment(auto_augment="rand-m7-mstd0.5", erase=0.5)
     return training_images(split, data, augment, MEAN, STD, seed=3)
@@ -83,7 +83,7 @@ def test_global_batches_do_not_depend_on_processes_and_accumulation(world, accum
 
 
 def test_repeated_augmentation():
-    """Ten images, three times each: an epoch's 8 samples are of three images, every version augmented anew."""
+    """Ten images, three times each: an epoch's 8 samples are of three images, each version augmented differently."""
     assert keys(repeats=3)[3:] == keys(repeats=3, start_step=3)
     assert keys(repeats=3, accumulate=2) == [part for batch in keys(repeats=3) for part in (batch[:2], batch[2:])]
     epochs = [[key for batch in keys(repeats=3)[i : i + 2] for key in batch] for i in (0, 2, 4)]
@@ -180,7 +180,7 @@ def test_embedded_fashion_mnist():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_torchvision_mnist(tmp_path, split):
-    """torchvision looks only whether MNIST's files are there, so small ones pass."""
+    """torchvision only checks that the files of MNIST exist, so small ones pass."""
     write_idx(tmp_path / "MNIST" / "raw", "train")
     write_idx(tmp_path / "MNIST" / "raw", "t10k")
     source = open_source(f"torchvision:MNIST:{split}:{tmp_path}", "data.train")
@@ -189,7 +189,7 @@ def test_torchvision_mnist(tmp_path, split):
 
 
 def test_torchvision_cifar10(tmp_path, monkeypatch):
-    """CIFAR-10's own format with 2 images per batch file; only torchvision's MD5 check is taken out."""
+    """CIFAR-10's own format with 2 images per batch file; torchvision's MD5 check is disabled."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
     names = ["airplane", "automobile", "bird"]
     data = random.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Odd image files: what each becomes, pixel by pixel, or the reason why it is bad."""
+"""Unusual image files: the decoded pixels, or the reason why the image is bad."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """Written by the format's description; Pillow cannot write 16-bit colour."""
+    """A PNG written by hand, because Pillow cannot write 16-bit colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -181,7 +181,7 @@ def test_reasons():
     damaged[len(damaged) // 2] ^= 255
     for data, reason in [
         (b"", r"it is empty \(0 bytes\)"),
-        (b"not an image", "not an image that Pillow knows"),
+        (b"not an image", "Pillow does not recognise it as an image"),
         (WHOLE["JPEG"][:2000], "truncated"),
         (bytes(damaged), "broken"),
         (png(30_000, 30_000, 8, 0, b"\0"), "900000000 pixels"),

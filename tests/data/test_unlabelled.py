@@ -1,4 +1,4 @@
-"""Images without labels: what a batch is made of, which loss sees what, and validation without a classifier."""
+"""Images without labels: their share of a batch, which losses use them, and validation without a classifier."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Path:
-    """20 images in two levels of folders, none of which is a class."""
+    """20 images in two levels of folders that are not classes."""
     write_images(tmp_path / "pool" / "deep", per_class=6, seed=2)
     for i in range(2):
         shutil.copy(tmp_path / "pool" / "deep" / "ant" / f"{i}.png", tmp_path / "pool" / f"top{i}.png")
@@ -113,13 +113,13 @@ def test_archives_and_shards_need_no_labels(pool: Path, tmp_path: Path) -> None:
     assert shards.where(3).startswith("3.png in ")
 
 
-def test_labels_of_a_labelled_source_are_not_told() -> None:
+def test_labels_of_a_labelled_source_are_ignored() -> None:
     source = open_unlabelled("fashion-mnist:train", "data.unlabelled")
     assert len(source) == 10_000 and source[7][1] == UNLABELLED and set(source.targets) == {UNLABELLED}
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("nowhere", "data.unlabelled: no folder nowhere"),
         ("", "data.unlabelled: it is empty"),
@@ -127,13 +127,13 @@ def test_labels_of_a_labelled_source_are_not_told() -> None:
         ("https://example.org/a.tar", "is a stream"),
     ],
 )
-def test_a_source_that_is_not_there_is_told(text: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_missing_source_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         open_unlabelled(text, "data.unlabelled")
 
 
-def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no images"):
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no images"):
         open_unlabelled(str(tmp_path), "data.unlabelled")
 
 
@@ -157,7 +157,7 @@ def test_a_limit_chooses_unlabelled_images_by_the_seed(image_folder: Path, pool:
 
 def test_validation_images_are_never_trained_on_without_their_labels(image_folder: Path) -> None:
     data = Data(train=str(image_folder / "train"), val=str(image_folder / "val"), unlabelled=str(image_folder))
-    with pytest.raises(UserError, match=r"data.unlabelled holds 12 of the validation images, such as .*val"):
+    with pytest.raises(UserError, match=r"data.unlabelled contains 12 of the validation images, such as .*val"):
         open_split(data)
     data = Data(train=str(image_folder / "train"), unlabelled=str(image_folder / "train"))
     with pytest.raises(UserError, match=r"`data.unlabelled: rest`"):
@@ -170,7 +170,7 @@ def test_an_image_is_known_however_its_path_is_written(
     (tmp_path / "link").symlink_to(image_folder)
     monkeypatch.chdir(tmp_path)
     for unlabelled in ("images/val", "./images/../images/val", str(tmp_path / "link" / "val"), "link"):
-        with pytest.raises(UserError, match=r"data.unlabelled holds 12 of the validation images"):
+        with pytest.raises(UserError, match=r"data.unlabelled contains 12 of the validation images"):
             open_split(Data(train=str(image_folder / "train"), val=str(image_folder / "val"), unlabelled=unlabelled))
 
 
@@ -253,7 +253,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data": {"train": None}}, "data.train: missing; or name images without labels, data.unlabelled"),
         ({"data": {"train": None, "unlabelled": "p", "val": "v"}}, "losses: ce need\\(s\\) labels"),
@@ -266,18 +266,18 @@ RECIPE: dict[str, Any] = {
         ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: goes with labelled images only"),
     ],
 )
-def test_what_does_not_go_together_is_told(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_conflicting_options_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_config(changed(RECIPE, **changes), "test")
 
 
-def test_a_student_with_a_layer_that_nothing_would_train_is_told(only_images: dict[str, Any]) -> None:
+def test_a_student_with_a_layer_that_nothing_would_train_is_an_error(only_images: dict[str, Any]) -> None:
     recipe = changed(only_images, student={"model": "mobilenetv3_small_050"})
     with pytest.raises(UserError, match=r"mobilenetv3_small_050 has a layer between its last map"):
         build(check_config(recipe, "test"), CPU)
 
 
-def test_a_share_that_leaves_one_kind_out_is_told(mixed_recipe: dict[str, Any]) -> None:
+def test_a_share_that_leaves_out_one_kind_is_an_error(mixed_recipe: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"data.unlabelled_share 0.01 of 8 images"):
         build(check_config(changed(mixed_recipe, data={"unlabelled_share": 0.01}), "test"), CPU)
 

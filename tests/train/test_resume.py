@@ -118,7 +118,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
     kill_before(monkeypatch, function, call, number)
     stopped = command("parts")
     assert stopped.code == code
-    assert f"stopped by {number.name} after step {step}, saved; the same command goes on" in stopped.err
+    assert f"stopped by {number.name} after step {step} (saved); run the same command again" in stopped.err
     assert final_state(tmp_path / "parts")["progress"]["step"] == step
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Mistakes end with exit code 2 and up to three lines that name the way out, and leave every file as it was."""
+"""Errors end with exit code 2 and up to three lines that say how to fix them, and change no file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TINY_VIT = {"depth": 4, "img_size": 48, "num_classes": 3}
 
 @pytest.fixture
 def refused(cli, recipe_file, tmp_path) -> Callable[..., str]:
-    """`refused("key=value", ...)` -> the message of a `train` that starts nothing and changes no file."""
+    """`refused("key=value", ...)` -> the error of a `scalekd train` that fails before training and changes no file."""
 
     def refused(*args: object, recipe: object = recipe_file, out: Path = tmp_path / "run") -> str:
         before = contents(tmp_path)
-        told = message_of(cli("train", recipe, "--out", out, *args))
+        message = message_of(cli("train", recipe, "--out", out, *args))
         assert contents(tmp_path) == before
-        return told
+        return message
 
     return refused
 
@@ -42,7 +42,7 @@ def message_of(result) -> str:
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("student.model=test_resnt", "Did you mean `test_resnet`"),
         ("losses.scalkd={}", "losses.scalkd: unknown method. Did you mean `scalekd`?"),
@@ -63,20 +63,20 @@ def message_of(result) -> str:
         ("student.weights=pretrained", "student.weights=/path/to/model.safetensors"),
     ],
 )
-def test_recipe(refused, override, told):
-    assert told in refused(override)
+def test_recipe(refused, override, message):
+    assert message in refused(override)
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("data.image_size=7", "test_vit cannot be used at 7x7"),
         ("teacher.cuts=[0, 1, 2, 4]", "give four block indices from 0, increasing, the last 3"),
         ("student.cuts=[0, 1, 2, 3]", "test_resnet has stages of its own, only a plain model is cut"),
     ],
 )
-def test_a_model_that_cannot_be_seen_as_asked(refused, override, told):
-    assert told in refused(override)
+def test_a_model_that_cannot_be_seen_as_asked(refused, override, message):
+    assert message in refused(override)
 
 
 def test_a_teacher_that_cannot_be_resumed(refused, cli, recipe_file):
@@ -96,19 +96,21 @@ def test_a_teacher_that_cannot_be_resumed(refused, cli, recipe_file):
 )
 def test_a_student_s_map_of_one_position(refused, losses, stage):
     size = {4: 32, 3: 16}[stage]
-    told = refused(f"losses={losses}", f"data.image_size={size}")
-    assert f"test_resnet's map of stage {stage} is 1x1" in told and "Use a larger data.image_size, or fd" in told
+    message = refused(f"losses={losses}", f"data.image_size={size}")
+    assert f"test_resnet's map of stage {stage} is 1x1" in message and "Use a larger data.image_size, or fd" in message
 
 
 def test_an_image_size_that_leaves_nothing(refused):
     model = ["student.model=inception_v4", "teacher=null", "losses={ce: {}}", "data.image_size=64"]
-    told = refused(*model)
-    assert told.endswith("Kernel size can't be greater than actual input size. Use a larger data.image_size.\n")
+    message = refused(*model)
+    assert message.endswith("Kernel size can't be greater than actual input size. Use a larger data.image_size.\n")
 
 
 def test_a_teacher_without_maps(refused):
-    told = refused("teacher.model=shvit_s1", "teacher.kwargs={}", "data.image_size=128")
-    assert "shvit_s1" in told and "gives no stage maps" in told and "Logit methods (ce, kd) work with it" in told
+    message = refused("teacher.model=shvit_s1", "teacher.kwargs={}", "data.image_size=128")
+    assert (
+        "shvit_s1" in message and "gives no stage maps" in message and "Logit methods (ce, kd) work with it" in message
+    )
 
 
 def test_mixup_needs_pairs(refused):
@@ -116,26 +118,28 @@ def test_mixup_needs_pairs(refused):
 
 
 def test_weights_that_nobody_named(refused):
-    told = refused("teacher.weights=null")
-    assert "teacher weights: none are named. Set teacher.weights=pretrained, or to a file" in told
+    message = refused("teacher.weights=null")
+    assert "teacher weights: none are named. Set teacher.weights=pretrained, or to a file" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu(refused):
-    assert "--device cuda: this machine has no usable GPU; leave --device out" in refused("--device", "cuda")
+    assert "`--device` cuda: this machine has no usable GPU; omit `--device` to run on the CPU" in refused(
+        "--device", "cuda"
+    )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
 def test_no_such_device(refused, device):
-    assert f"--device {device}: no such kind of device; write cpu, cuda or cuda:1" in refused("--device", device)
+    assert f"`--device` {device}: unknown kind of device; choose cpu, cuda or cuda:1" in refused("--device", device)
 
 
 # Images
 
 
 def test_a_missing_folder_and_its_nearest_neighbour(refused, image_folder):
-    told = refused(f"data.train={image_folder / 'trian'}")
-    assert "data.train: no folder" in told and "Did you mean `train`?" in told
+    message = refused(f"data.train={image_folder / 'trian'}")
+    assert "data.train: no folder" in message and "Did you mean `train`?" in message
     assert "data.val: no folder" in refused(f"data.val={image_folder / 'nowhere' / 'val'}")
     assert "no folder" in refused("--data", image_folder / "train" / "ant" / "0.png")
 
@@ -150,8 +154,8 @@ def damage(file: Path, how: str) -> None:
 def test_an_image_that_cannot_be_read(refused, image_folder, split, how):
     bad = image_folder / split / "bee" / "2.png"
     damage(bad, how)
-    told = refused("train.batch_size=24")  # one batch has all images
-    assert f"cannot read {bad}: " in told and "Remove or replace that file" in told
+    message = refused("train.batch_size=24")  # one batch has all images
+    assert f"cannot read {bad}: " in message and "Remove or replace that file" in message
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -159,8 +163,8 @@ def test_an_image_that_cannot_be_read_by_a_worker(cli, recipe_file, image_folder
     bad = image_folder / split / "bee" / "2.png"
     damage(bad, "truncated")
     before = contents(image_folder)
-    told = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "--no-preflight", "data.workers=2"))
-    assert f"cannot read {bad}: " in told and contents(image_folder) == before
+    message = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "--no-preflight", "data.workers=2"))
+    assert f"cannot read {bad}: " in message and contents(image_folder) == before
 
 
 # Weights
@@ -168,20 +172,20 @@ def test_an_image_that_cannot_be_read_by_a_worker(cli, recipe_file, image_folder
 
 def test_a_missing_file(refused, tmp_path):
     (tmp_path / "teacher.safetensors").write_bytes(b"")
-    told = refused(f"teacher.weights={tmp_path / 'techer.safetensors'}")
-    assert "teacher.weights: no file" in told and "Did you mean `teacher.safetensors`?" in told
+    message = refused(f"teacher.weights={tmp_path / 'techer.safetensors'}")
+    assert "teacher.weights: no file" in message and "Did you mean `teacher.safetensors`?" in message
     assert "teacher.weights: no file pretraned. Did you mean `pretrained`?" in refused("teacher.weights=pretraned")
 
 
 def test_weights_of_another_model(refused, tmp_path):
     path = tmp_path / "resnet.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
-    told = refused(f"teacher.weights={path}")
-    assert "does not fit teacher.model and its kwargs" in told and "missing" in told and "left over" in told
+    message = refused(f"teacher.weights={path}")
+    assert "does not fit teacher.model and its kwargs" in message and "missing" in message and "left over" in message
     path = tmp_path / "vit.pt"
     torch.save(timm.create_model("test_vit", **TINY_VIT | {"num_classes": 4}).state_dict(), path)
-    told = refused(f"teacher.weights={path}")
-    assert "kd: test_resnet has 3 classes and test_vit 4. Use a teacher of the same classes" in told
+    message = refused(f"teacher.weights={path}")
+    assert "kd: test_resnet has 3 classes and test_vit 4. Use a teacher of the same classes" in message
 
 
 @pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.pt", "teacher.pth"])
@@ -190,8 +194,8 @@ def test_damaged_weights(refused, tmp_path, name, how):
     path, state = tmp_path / name, timm.create_model("test_vit", **TINY_VIT).state_dict()
     save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
     damage(path, how)
-    told = refused(f"teacher.weights={path}")
-    assert f"teacher.weights: {path} " in told
+    message = refused(f"teacher.weights={path}")
+    assert f"teacher.weights: {path} " in message
 
 
 @pytest.mark.parametrize("value", [[1, 2], "text", {"head": 3}, {1: 2}, None, torch.ones(2)], ids=repr)
@@ -213,9 +217,9 @@ def test_code_in_a_weights_file_is_not_run(refused, tmp_path, write):
 def test_weights_that_were_never_trained(refused, tmp_path):
     path = tmp_path / "fresh.safetensors"
     save_file(timm.create_model("test_vit", **TINY_VIT).state_dict(), path)
-    told = refused(f"teacher.weights={path}")
-    assert "biases and norms are at their initial values" in told
-    assert "never trained; give others, or teacher.weights=random if you mean it" in told
+    message = refused(f"teacher.weights={path}")
+    assert "biases and norms are at their initial values" in message
+    assert "never trained; give others, or teacher.weights=random if you mean it" in message
 
 
 # The run's folder
@@ -235,8 +239,8 @@ def test_folders_that_hold_something_else(refused, tmp_path):
 
 def test_folders_that_hold_another_or_a_finished_run(cli, refused, recipe_file, tmp_path):
     assert cli("train", recipe_file, "--out", tmp_path / "run").code == 0
-    told = refused("optim.lr=2e-3")
-    assert "a run of another recipe (first difference: `lr: 0.001` there, `lr: 0.002` now)" in told
+    message = refused("optim.lr=2e-3")
+    assert "a run of another recipe (first difference: `lr: 0.001` there, `lr: 0.002` now)" in message
     assert "holds this run, finished. Give --out another folder" in refused()
 
 
@@ -249,8 +253,8 @@ def test_no_whole_checkpoint_left(cli, recipe_file, tmp_path, how):
     for file in files:
         damage(file, how)
     left = [file.read_bytes() for file in files]
-    told = message_of(cli(*command))
-    assert "previous.pt" in told and "Remove it to start this run anew, or put back a copy" in told
+    message = message_of(cli(*command))
+    assert "previous.pt" in message and "Remove it to start this run anew, or put back a copy" in message
     assert [file.read_bytes() for file in files] == left
 
 
@@ -258,8 +262,8 @@ def test_no_whole_checkpoint_left(cli, recipe_file, tmp_path, how):
 
 
 def test_a_learning_rate_that_explodes(cli, recipe_file, tmp_path):
-    told = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "optim.lr=1e30"))
-    assert "the loss is not finite: " in told and "Lower optim.lr" in told
+    message = message_of(cli("train", recipe_file, "--out", tmp_path / "run", "optim.lr=1e30"))
+    assert "the loss is not finite: " in message and "Lower optim.lr" in message
 
 
 def test_the_last_checkpoint_is_from_before(cli, recipe_file, tmp_path, monkeypatch):

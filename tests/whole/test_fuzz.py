@@ -1,4 +1,4 @@
-"""Readers of files from elsewhere under random damage: what was written, or a `UserError`, and nothing else."""
+"""Readers of untrusted files return what was written or raise `UserError`, also after random damage."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from scalekd.train import checkpoint
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
-    """The same examples each time, so that a failure is not a matter of luck."""
+    """Settings with the same examples in every run, so that failures are reproducible."""
     return settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),  # a fixture is made once for all examples, which is meant
+        suppress_health_check=list(HealthCheck),  # fixtures are shared by all examples on purpose
     )
 
 
@@ -69,8 +69,8 @@ VALUES = st.recursive(
 RECIPES = [TINY, *(yaml.safe_load(recipe_text(name)) for name in recipe_names())]
 
 
-def config_or_told(text: str, overrides: tuple[str, ...] = ()) -> bool:
-    """True for a `Config`, which must read back equal; False for a `UserError` that can be shown."""
+def is_accepted(text: str, overrides: tuple[str, ...] = ()) -> bool:
+    """True if the recipe is valid, and then equal after a round trip; False for a `UserError` that is fit to print."""
     try:
         config = check(text, overrides)
     except UserError as error:
@@ -95,15 +95,15 @@ def check(recipe: str, overrides: tuple[str, ...]) -> Any:
 @fuzz(150)
 @given(st.text(max_size=200))
 def test_any_text(text):
-    config_or_told(text)
+    is_accepted(text)
 
 
 @fuzz(200)
 @given(st.lists(st.sampled_from([*"{}[]:,-?&*!|>%@`'\"#\n\t ", "a", "1", "1e3", "<<", "&a", "*a", "!!set", "!!int", "---",
                                  "!!binary", "!!omap", "!!timestamp", "null", "~", "0x", "1:1", "\\x", "=", "."]), max_size=30))  # fmt: skip
 def test_text_that_is_nearly_yaml(parts):
-    config_or_told("".join(parts))
-    config_or_told(yaml.safe_dump(TINY) + "x: " + "".join(parts))
+    is_accepted("".join(parts))
+    is_accepted(yaml.safe_dump(TINY) + "x: " + "".join(parts))
 
 
 def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -116,7 +116,7 @@ def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
 
 @st.composite
 def spoiled(draw: st.DrawFn) -> dict[str, Any]:
-    """A real recipe with some keys or values taken out, replaced, renamed or put elsewhere."""
+    """A real recipe with some keys or values deleted, replaced, renamed, nested or copied."""
     recipe = copy.deepcopy(draw(st.sampled_from(RECIPES)))
     for _ in range(draw(st.integers(0, 3))):
         all_places = list(places(recipe))
@@ -140,20 +140,20 @@ def spoiled(draw: st.DrawFn) -> dict[str, Any]:
     return recipe
 
 
-def told_or_taken(taken: list[bool], text: str, overrides: tuple[str, ...] = ()) -> None:
-    taken.append(config_or_told(text, overrides))
+def record(accepted: list[bool], text: str, overrides: tuple[str, ...] = ()) -> None:
+    accepted.append(is_accepted(text, overrides))
 
 
 def test_values_of_any_shape():
-    taken: list[bool] = []
+    accepted: list[bool] = []
 
     @fuzz(200)
     @given(spoiled())
     def each(recipe):
-        told_or_taken(taken, yaml.dump(recipe, sort_keys=False))
+        record(accepted, yaml.dump(recipe, sort_keys=False))
 
     each()
-    assert {True, False} == set(taken)  # it met both ends
+    assert {True, False} == set(accepted)  # both outcomes occurred
 
 
 @fuzz(150)
@@ -167,11 +167,11 @@ def test_damaged_text_of_a_recipe(recipe, random):
             ["", line + "\n" + line, " " + line, line[: len(line) // 2], line.replace(": ", ": !!str "), line.replace(": ", ": !x "),
              line.replace(": ", ": &a ", 1), line + " *a", line.replace(":", ""), line.replace(" ", "\t"), line[::-1]]
         )  # fmt: skip
-    config_or_told("\n".join(lines))
+    is_accepted("\n".join(lines))
 
 
 def test_overrides():
-    taken: list[bool] = []
+    accepted: list[bool] = []
     keys = st.lists(st.one_of(WORDS, st.text(max_size=3)), max_size=3).map(".".join)
     known = st.sampled_from([".".join(map(str, path)) for path in places(TINY)])
     values = st.one_of(VALUES.map(lambda v: yaml.dump(v, default_flow_style=True)), st.text(max_size=10))
@@ -179,10 +179,10 @@ def test_overrides():
     @fuzz(200)
     @given(st.lists(st.tuples(st.one_of(keys, known), values), max_size=3))
     def each(overrides):
-        told_or_taken(taken, yaml.safe_dump(TINY), tuple(f"{key}={value}" for key, value in overrides))
+        record(accepted, yaml.safe_dump(TINY), tuple(f"{key}={value}" for key, value in overrides))
 
     each()
-    assert {True, False} == set(taken)
+    assert {True, False} == set(accepted)
 
 
 @fuzz(100)
@@ -198,7 +198,7 @@ def test_any_bytes_as_a_recipe(tmp_path, raw):
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """One to three times: some bytes changed, cut out, put in, written twice, or the end left off."""
+    """Damaged one to three times: bytes changed, deleted, inserted or repeated, or the end cut off."""
     raw = whole
     for _ in range(draw(st.integers(1, 3))):
         at, length = draw(st.integers(0, len(raw))), draw(st.sampled_from([1, 1, 2, 8, 100, 512]))
@@ -240,27 +240,27 @@ def equal(a: Any, b: Any) -> bool:
 def test_a_damaged_checkpoint_is_refused_or_the_same(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path, STATE)
-    whole, expected, told = path.read_bytes(), checkpoint.load(path), 0
+    whole, expected, rejected = path.read_bytes(), checkpoint.load(path), 0
 
     @fuzz(400)
     @given(damaged(whole))
     def each(raw):
-        nonlocal told
+        nonlocal rejected
         path.write_bytes(raw)
         try:
-            found = checkpoint.load(path)
+            loaded = checkpoint.load(path)
         except UserError as error:
             assert str(error).startswith(f"{path} is ") and len(str(error)) < 1000
-            told += 1
+            rejected += 1
         else:
-            assert equal(found, expected)
+            assert equal(loaded, expected)
 
     each()
-    assert told > 200
+    assert rejected > 200
 
 
 def test_every_single_bit_of_a_checkpoint(tmp_path):
-    """All of the headers' and the tables' bytes, and some of the rest."""
+    """One bit in every non-zero byte, and in some of the others."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"w": torch.arange(3.0)})
     whole, expected = path.read_bytes(), checkpoint.load(path)
@@ -286,7 +286,7 @@ def test_code_is_not_run_from_a_damaged_checkpoint(tmp_path):
 
 
 def with_checksum(raw: bytes) -> bytes:
-    """The first header's sum put right, so that what is damaged in it is believed."""
+    """Corrects the checksum of the first header, so that damage in it is not detected."""
     if len(raw) < tarfile.BLOCKSIZE:
         return raw
     total = sum(raw[:148]) + 8 * 32 + sum(raw[156:512])
@@ -294,23 +294,23 @@ def with_checksum(raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
-@pytest.mark.parametrize("believed", [False, True])
-def test_a_damaged_archive_is_refused_or_has_the_same_places(tmp_path, form, believed):
-    """Names and images are not summed in a tar: they may have changed, but each is read from the archive's own bytes."""
+@pytest.mark.parametrize("fix_checksum", [False, True])
+def test_a_damaged_archive_is_refused_or_has_the_same_places(tmp_path, form, fix_checksum):
+    """A tar has no checksums of names and images: these may have changed, but are read from within the archive."""
     long = f"cat/{'long' * 40}.png"
     path = write_tar(tmp_path / "t.tar", {long: PNG, "cat/1.png": PNG, "dog/2.png": PNG}, format=form)
-    told = 0
+    rejected = 0
 
     @fuzz(150)
     @given(damaged(path.read_bytes()))
     def each(raw):
-        nonlocal told
-        path.write_bytes(with_checksum(raw) if believed else raw)
+        nonlocal rejected
+        path.write_bytes(with_checksum(raw) if fix_checksum else raw)
         try:
             source = open_source(f"tar:{path}", "data.train")
         except UserError as error:
             assert str(error).startswith("data.train: ") and str(error).isprintable()
-            told += 1
+            rejected += 1
             return
         for place in source.places:
             assert place.offset >= 0 and place.offset + place.size <= len(path.read_bytes())
@@ -318,37 +318,37 @@ def test_a_damaged_archive_is_refused_or_has_the_same_places(tmp_path, form, bel
         assert all(".." not in name.split("/") and not name.startswith("/") for name in source.names)
 
     each()
-    assert told > 30
+    assert rejected > 30
 
 
 @pytest.mark.parametrize("part", ["images-idx3-ubyte", "labels-idx1-ubyte.gz"])
 def test_damaged_idx_files_are_refused_or_have_the_same_shape(tmp_path, part):
-    """IDX has no checksums, only gzip has: what is taken has a label for each image, and gzipped labels are the same."""
+    """IDX has no checksums, only gzip has: accepted files have a label per image, and gzipped labels are unchanged."""
     write_idx(tmp_path / "x", 30, 30)
     path = tmp_path / f"x-{part}"
-    labels, told = [i % 3 for i in range(30)], 0
+    labels, rejected = [i % 3 for i in range(30)], 0
     assert gzip.decompress((tmp_path / "x-labels-idx1-ubyte.gz").read_bytes())[8:] == bytes(labels)
 
     @fuzz(200)
     @given(damaged(path.read_bytes()))
     def each(raw):
-        nonlocal told
+        nonlocal rejected
         path.write_bytes(raw)
         try:
             source = open_source(f"idx:{tmp_path / 'x'}", "data.train")
         except UserError as error:
             assert str(error).startswith("data.train: ") and str(error).isprintable()
-            told += 1
+            rejected += 1
             return
         assert source.targets == labels and source.images.size == 30 * 16 and len(source.images) == 30
         source[29]
 
     each()
-    assert told > 30
+    assert rejected > 30
 
 
 def test_the_damage_is_real():
-    """Most of what `damaged` draws differs from the whole."""
+    """Most results of `damaged` differ from the input."""
     whole, same = Path(__file__).read_bytes(), []
 
     @fuzz(100)

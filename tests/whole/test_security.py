@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and no other test shows: nothing from a stranger runs code, names steer nothing."""
+"""The promises of SECURITY.md that no other test covers: untrusted files run no code, names control no output."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from bad_files import Payload
 from pages import well_formed
 from safetensors.torch import save_file
 
@@ -27,19 +28,9 @@ PLAIN = ["losses={ce: {}}", "teacher=null", "train.epochs=1"]
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800-\udfff]")  # but for tabs and line ends
 
 
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
 @pytest.fixture
 def trace(tmp_path: Path):
-    """The file that code from a stranger would make."""
+    """The file that code in an untrusted file would create."""
     yield tmp_path / "trace"
     assert not (tmp_path / "trace").exists()
 
@@ -102,10 +93,10 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
     for name in ("stranger.pth", "stranger.safetensors"):
         torch.save({"fc.weight": Payload(trace)}, student / name)
         (student / name).with_suffix(".json").write_text(card.read_text())
-        told = cli("evaluate", student / name, "--data", image_folder / "val")
+        result = cli("evaluate", student / name, "--data", image_folder / "val")
         # timm 1.0.20 would run the code of a .pth
         why = "no student.safetensors" if name.endswith("pth") else "does not fit its card"
-        assert told.code == 2 and why in told.err
+        assert result.code == 2 and why in result.err
     for content in (pickle.dumps(Payload(trace)), pickle.dumps(Payload(trace), 0)):
         (student / "last.pt").write_bytes(content)
         assert "not a whole checkpoint" in cli("export", student).err
@@ -114,7 +105,7 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         ({"model": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no model"),
         ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
@@ -122,15 +113,15 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
         ({"kwargs": ["x"]}, "valid dictionary"),
     ],
 )
-def test_a_students_card_names_a_model_and_nothing_else(student, changes, told):
+def test_a_students_card_names_a_model_and_nothing_else(student, changes, message):
     card = student / "student.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | changes))
-    with pytest.raises(UserError, match=rf"student\.json is not a student's card: .*{told}"):
+    with pytest.raises(UserError, match=rf"student\.json is not a student's card: .*{message}"):
         load_student(student)
 
 
 def test_names_from_outside_steer_neither_terminal_nor_page(cli, recipe_file, image_folder, tmp_path):
-    """A whole run on classes and files of hostile names: screen, log, report, card."""
+    """A whole run on classes and files with hostile names: screen, log, report, card."""
     classes = sorted(os.listdir(image_folder / "train"))
     names = dict(zip(classes, [BAD[0], BAD[3], BAD[5]]))
     for split in ("train", "val"):
@@ -140,13 +131,13 @@ def test_names_from_outside_steer_neither_terminal_nor_page(cli, recipe_file, im
         (image_folder / "train" / BAD[0] / f"{number}.png").rename(image_folder / "train" / BAD[0] / f"{new}.png")
     image_folder = image_folder.rename(tmp_path / '<img src=x>&"')
     out = tmp_path / "[red]run\\"
-    told = cli("train", recipe_file, "--out", out, "--data", image_folder, *PLAIN)
-    assert told.code == 0, told.err
-    assert str(out) in told.out
+    result = cli("train", recipe_file, "--out", out, "--data", image_folder, *PLAIN)
+    assert result.code == 0, result.err
+    assert str(out) in result.out
     assert json.loads((out / "student.json").read_text())["classes"] == sorted(names.values())
     report = (out / "report.html").read_text()
     well_formed(report)
-    screens = [told, cli("export", out)]
+    screens = [result, cli("export", out)]
     bad = image_folder / "val" / BAD[3] / f"{BAD[4]}.png"
     bad.write_text("no image")
     screens.append(cli("evaluate", out, "--data", image_folder / "val"))
@@ -166,10 +157,10 @@ def test_the_preflight_shows_names_as_they_are(cli, recipe_file, tmp_path, monke
     monkeypatch.setenv("COLUMNS", "500")
     weights = tmp_path / f"{BAD[1]}[bold] {BAD[3]}.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
-    told = cli("train", recipe_file, "--out", tmp_path / "run", *PLAIN, f"student.weights={json.dumps(str(weights))}")
-    assert told.code == 2 and "never trained" in told.err and "Pre-flight" in told.out
-    assert r"[red]\[bold] a\x1b[2J\x1b]0;t\x07b.safetensors (sha256" in told.out
-    assert not STEERING.search(told.out + told.err)
+    result = cli("train", recipe_file, "--out", tmp_path / "run", *PLAIN, f"student.weights={json.dumps(str(weights))}")
+    assert result.code == 2 and "never trained" in result.err and "Pre-flight" in result.out
+    assert r"[red]\[bold] a\x1b[2J\x1b]0;t\x07b.safetensors (sha256" in result.out
+    assert not STEERING.search(result.out + result.err)
 
 
 def test_every_test_that_is_named_is_there():

@@ -20,7 +20,7 @@ KEYS = re.compile(
     r"(?<![\w./-])(?:teacher\.(weights|prefix|kwargs|mean|std|image_size)|data\.(channels|limit|seed|train|val)"
     r"|augment\.(crop_pct))\b"
 )
-PARAMETER = re.compile(r"`([a-z_]+)`")
+PARAMETER = re.compile(r"(?<!mean )(?<! or )`([a-z_]+)`")  # not the suggestions of a message
 CALLED = {"analyses": "analysis", "baselines": "baseline"}  # repeatable options are singular
 
 

@@ -1,4 +1,4 @@
-"""A run's small files, written whole or not at all; and what is told when they cannot be written."""
+"""Atomic writes of small files, a lock on a run's folder, and the errors if a file cannot be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_file(path: Path) -> bool:
-    """False also for what cannot be a path: Python 3.11 raises for a name that is too long."""
+    """Like `path.is_file()`, but False for an invalid path: Python 3.11 raises for a name that is too long."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -24,16 +24,17 @@ def is_file(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8. Raises `UserError` when the disk is full or the folder cannot be written."""
+    """Writes `text` as UTF-8, atomically. Raises `UserError` if the disk is full or the folder is not writable."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into that takes the place of `path` at the end: a reader sees the old one or the new one.
+    """Yields a binary file that replaces `path` when the block ends: a reader sees the old file or the new one.
 
-    It is `path` with `.part` until then; a run that is killed may leave that behind, and nothing else.
+    Until then its name is `path` with `.part` appended; a killed process may leave that file behind, and no other.
+    Raises `UserError` if the file cannot be written.
     """
     scratch = path.with_name(path.name + ".part")
     try:
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def make_folder(folder: Path) -> None:
-    """With what is above it; it may be there already. Raises `UserError`."""
+    """Creates `folder` and its parents, if needed. Raises `UserError` if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,21 +63,21 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it until this process ends, in whatever way. Raises `UserError` if another one does.
+    """Creates `folder` and locks it until the block or this process ends. Raises `UserError` if it is locked.
 
-    A launcher that is killed may leave its workers running; a second run beside them would spoil the first.
+    A killed launcher may leave its workers running; a second run in the same folder would corrupt the first.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "ab")  # noqa: SIM115 - until the end
+        file = open(folder / LOCK, "ab")  # noqa: SIM115 - open until the block ends
     except OSError as error:
         raise cannot_write(folder, error) from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit that
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit the lock
         except (BlockingIOError, PermissionError):
             raise UserError(
-                f"another process is training in {folder}; wait for it, stop it, or give --out another folder"
+                f"another process is training in {folder}; wait for it, stop it, or choose another folder with `out`"
             ) from None
         except OSError:  # a file system without locks
             pass
@@ -84,10 +85,10 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What was written before stays, so that a run goes on from its last checkpoint."""
+    """The error for a failed write. Earlier files are intact, so that a run resumes from its last checkpoint."""
     remedy = (
-        "What was saved before is untouched; free some space and start the same command again."
+        "Files saved before are intact; free some space and run the same command again."
         if error.errno in FULL
-        else "Give a folder that you may write to."
+        else "Choose a folder that you can write to."
     )
     return UserError(f"cannot write {path}: {error.strerror or error}. {remedy}")

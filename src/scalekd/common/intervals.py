@@ -1,4 +1,4 @@
-"""95 % confidence intervals of means and shares."""
+"""95 % confidence intervals of means and proportions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % interval of the mean by Student's t; None for fewer than two values."""
+    """Half the width of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -17,7 +17,10 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def share_interval(share: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share in %, of `count` independent images, in %: Wilson's, which holds near 0 and 100 too."""
+    """The 95 % Wilson score interval of a proportion, also valid near 0 and 100.
+
+    `share` is in %, measured on `count` independent images. Returns (low, high) in %.
+    """
     z, p = 1.959964, share / 100
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)

@@ -1,4 +1,4 @@
-"""Markdown that shows names from outside as they are."""
+"""Markdown tables that are safe for any class, file or model name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from .text import printable
 
 
 def escaped(text: str) -> str:
-    """On one line, and no end of a table's cell."""
+    """`text` on one line, with `|` escaped, so that it stays inside a table cell."""
     return printable(text).replace("|", "\\|")
 
 
 def table_row(cells: Iterable[str]) -> str:
+    """One row of a table; the cells are escaped."""
     return f"| {' | '.join(map(escaped, cells))} |"

@@ -1,4 +1,7 @@
-"""One process or many: torchrun's environment, and the few collective calls that a run makes."""
+"""Distributed training: joins torchrun's process group and wraps the collective calls that a run makes.
+
+Without a process group every function acts as in a group of one.
+"""
 
 from __future__ import annotations
 
@@ -19,38 +22,46 @@ PEER_GONE = re.compile(r"gloo.*(closed|reset|refused|timed out|timeout)|NCCL.*re
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def processes(device: str | None = None) -> Iterator[torch.device]:
-    """Joins torchrun's process group when WORLD_SIZE > 1; yields this process's device, leaves the group at the end."""
+    """Joins torchrun's process group if WORLD_SIZE > 1, yields this process's device, and leaves the group at the end.
+
+    Raises `UserError` if the device does not exist, or if another process of the group ended.
+    """
     chosen = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        # gloo beside nccl: what the processes agree on between steps must not wait for the GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **_meeting_place())
+        # gloo as well as nccl: what the processes exchange between steps must not wait for the GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **_init_options())
     try:
         yield chosen
     except RuntimeError as error:
         if world() > 1 and PEER_GONE.search(str(error)):
-            raise UserError("another process of this run ended, so this one does; its own message says why") from None
+            raise UserError(
+                "another process of this run ended, so this one stops too; see the message of that process"
+            ) from None
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _meeting_place() -> dict[str, Any]:
-    """A store of this attempt's own where torchrun starts workers again.
+def _init_options() -> dict[str, Any]:
+    """Arguments of `init_process_group` that give each torchrun restart its own key-value store.
 
-    torchrun keeps its store over restarts, with the addresses of workers that are gone in it (pytorch issue 167288).
-    Its count of restarts names the attempt on one node; on several, nodes may count differently, and torch is left to it.
+    torchrun reuses its store after a restart, with the addresses of dead workers in it (pytorch issue 167288).
+    On one node the restart count identifies the attempt. Nodes may count differently, so on several torch's default
+    is kept.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if attempt is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -60,7 +71,7 @@ def _meeting_place() -> dict[str, Any]:
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """The named device, else this process's GPU, else the CPU. `UserError` if the named one is not there."""
+    """The named device, else this process's GPU, else the CPU. Raises `UserError` if the named one does not exist."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -68,24 +79,25 @@ def pick_device(device: str | None = None) -> torch.device:
     except RuntimeError:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: no such kind of device; write cpu, cuda or cuda:1")
+        raise UserError(f"`device` {device}: unknown kind of device; choose cpu, cuda or cuda:1")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no usable GPU; leave --device out to run on the CPU")
+        raise UserError(f"`device` {device}: this machine has no usable GPU; omit `device` to run on the CPU")
     if chosen == torch.device("cuda"):
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+        raise UserError(f"`device` {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
     return chosen
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
+    """Sums `values` over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def highest(*values: int) -> list[int]:
-    """Of each value, the highest over the processes; on the CPU."""
+    """The maximum of each value over the processes. Communicates on the CPU."""
     together = torch.tensor(values)
     if dist.is_initialized():
         dist.all_reduce(together, dist.ReduceOp.MAX)
@@ -93,7 +105,7 @@ def highest(*values: int) -> list[int]:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, by rank."""
+    """The values of all processes, ordered by rank. They must be picklable."""
     values: list[Any] = [value] * world()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -101,7 +113,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """The first process's value, in all."""
+    """The value of rank 0, on every process. It must be picklable."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
@@ -109,12 +121,13 @@ def from_first(value: T) -> T:
 
 
 def copy_buffers_of_first(module: nn.Module) -> None:
-    """Gives every process the first one's buffers, such as the running statistics of batch norms."""
+    """Broadcasts the buffers of rank 0, such as the running statistics of batch norms."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def wait_for_all() -> None:
+    """A barrier."""
     if dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What made a result: versions, command, machine, weights by checksum, git state."""
+"""Provenance of a result: command, library versions, machine and git commit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from .version import __version__
 
 
 def made_by(made: dict[str, Any]) -> dict[str, str]:
-    """For people: the rows of a report that tell what made a run, of its provenance."""
-    named = ", ".join(f"{key} {made[key]}" for key in ("scalekd", "torch", "timm") if key in made)
-    rows = {"machine": made.get("machine"), "versions": named, "command": made.get("command")}
-    return {row: str(told) for row, told in rows.items() if told}
+    """The machine, versions and command in a run's provenance, as rows of a report."""
+    names = ", ".join(f"{key} {made[key]}" for key in ("scalekd", "torch", "timm") if key in made)
+    rows = {"machine": made.get("machine"), "versions": names, "command": made.get("command")}
+    return {row: str(value) for row, value in rows.items() if value}
 
 
 def command_line() -> str:
-    """How this process was started: `scalekd train ...`, or `python FILE ...` from Python."""
+    """The command that started this process: `scalekd train ...`, or `python FILE ...`."""
     program = Path(sys.argv[0])
     ours = program.stem == "scalekd" or program.parts[-2:] == ("scalekd", "__main__.py")
     return shlex.join([*(["scalekd"] if ours else ["python", sys.argv[0]]), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
+    """Versions of scalekd, PyTorch, timm, torchvision and Python."""
     import timm
     import torchvision
 
@@ -42,6 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -55,7 +57,7 @@ def machine(device: torch.device) -> str:
 
 
 def git_state() -> str | None:
-    """The commit of the code that runs, with '+' if it has local changes; None outside a checkout."""
+    """The commit of the running code, with '+' if it has local changes; None outside a checkout."""
     here = Path(__file__).parents[1]
     try:
         commit = subprocess.run(

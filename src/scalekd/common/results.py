@@ -1,4 +1,4 @@
-"""What the functions of the Python interface return."""
+"""Return types of the Python interface (`scalekd.api`)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Result:
 
     folder: Path
     top1: float
-    """Top-1 accuracy of the exported student on the validation images, in %. Without a classifier: of its features'
-    nearest neighbours."""
+    """Top-1 accuracy of the exported student on the validation images, in %. For a student without a classifier,
+    the accuracy of nearest neighbours in its features."""
     metrics: dict[str, float]
-    """All numbers of `summary`: top1, top5, best_top1, seconds, steps, ..."""
+    """All numbers in `summary`: top1, top5, best_top1, seconds, steps, ..."""
     student: Path
-    """The exported student, a .safetensors file with its card beside it."""
+    """The exported student, a .safetensors file; its card, a .json file, is next to it."""
     report: Path
     summary: dict[str, Any]
-    """What summary.json in `folder` holds."""
+    """The content of summary.json in `folder`."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A student's figures on labelled images: top-1 and top-5 accuracy in %, mean cross-entropy, image count."""
+    """Evaluation of a student: top-1 and top-5 accuracy in %, mean cross-entropy, number of images."""
 
     top1: float
     top5: float
@@ -36,22 +36,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Probe:
-    """What frozen features tell of classes, by number of labelled images per class."""
+    """Accuracy of classifiers (linear, k nearest neighbours) on frozen features, by number of labelled images per class."""
 
     folder: Path
     results: dict[str, Any]
-    """What results.json in `folder` holds: for each model top-1 in % by number of labels, with intervals."""
+    """The content of results.json in `folder`: top-1 in % of each model by number of labels, with intervals."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier that was fitted on a frozen teacher. A recipe names `folder` as `teacher.head`."""
+    """A linear classifier fitted on a frozen teacher. Set `teacher.head` in a recipe to `folder` to use it."""
 
     folder: Path
     top1: float
-    """Of the teacher with this head on the validation images, in %."""
+    """Top-1 accuracy of the teacher with this head on the validation images, in %."""
     card: dict[str, Any]
-    """What head.json in `folder` holds."""
+    """The content of head.json in `folder`."""
 
 
 @dataclass(frozen=True)
@@ -61,56 +61,57 @@ class Comparison:
     folder: Path
     report: Path
     summary: dict[str, Any]
-    """What summary.json in `folder` holds; `students` has top-1 and paired gains of every row."""
+    """The content of summary.json in `folder`; `students` has the top-1 and the paired gain of every row."""
     failed: list[dict[str, Any]] = field(default_factory=list)
     """The runs that failed, with their errors."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Exported files, each with the largest difference of its logits from the student's."""
+    """Exported files."""
 
     student: Path
     top1: float
-    """Of the exported checkpoint at its last validation, in %."""
+    """Top-1 accuracy of the exported checkpoint at its last validation, in %."""
     differences: dict[Path, float]
+    """For each file, the largest absolute difference between its logits and the student's."""
     onnx: Path | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """A written page."""
+    """A report on disk."""
 
     path: Path
     left_out: list[str]
-    """What could not be shown, and why."""
+    """The parts that are missing from the report, and why."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step costs."""
+    """The cost of one training step."""
 
     gmacs: float
-    """Multiply-adds of a step, in billions an image."""
+    """Multiply-adds of a step, in billions per image."""
     memory_mb: float
-    """Peak memory of a step, counted."""
+    """Peak memory of a step in MB, counted rather than measured."""
     details: dict[str, Any]
-    """What `scalekd cost --json` prints: parts, projectors, plain feature distillation beside it, ratios."""
+    """The output of `scalekd cost --json`: parts, projectors, plain feature distillation for comparison, ratios."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a recipe takes. Intervals are (low, high)."""
+    """Estimated time of a recipe, as intervals (low, high)."""
 
     hours: tuple[float, float]
     gpu_hours: tuple[float, float]
     runs: list[dict[str, Any]]
-    """For each run (an assistant's, then the student's) what `scalekd plan --json` prints."""
+    """The output of `scalekd plan --json` for each run: the assistants', then the student's."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A distillation method, as `losses` of a recipe names it."""
+    """A distillation method that `losses` in a recipe can name."""
 
     name: str
     summary: str

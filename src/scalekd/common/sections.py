@@ -1,4 +1,4 @@
-"""Sections of a recipe: field types, validation with all errors at once, and YAML output."""
+"""Base class and field types of recipe sections, validation that reports all errors together, and YAML output."""
 
 from __future__ import annotations
 
@@ -35,21 +35,24 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
     try:
         return handler(value)
-    except ValidationError:  # one for each form; people want one
+    except ValidationError:  # pydantic reports one error per form; one message is enough
         raise ValueError(
             f"pixels, such as 224 or [192, 256] for height and width (given {reprlib.repr(value)})"
         ) from None
 
 
 ImageSize = Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_one_message)]
-MOST_PROBLEMS = 30  # told at once
+MOST_PROBLEMS = 30  # listed in one message
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of an `image_size`, which may be one number for a square."""
     return (size, size) if isinstance(size, int) else size
 
 
 class Section(BaseModel):
+    """A section of a recipe: immutable, without unknown keys, NaN or infinity."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
@@ -57,13 +60,13 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true for 1, so `epochs: yes` would be a run of one epoch
+        # pydantic converts true to 1, so `epochs: yes` would train for one epoch
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise PydanticCustomError("bool", "true and false are no value for it")
+            raise PydanticCustomError("bool", "true and false are not allowed here")
         return value
 
     def complete(self) -> dict[str, Any]:
-        """Plain values with nothing left to defaults."""
+        """The section as plain values, including defaults."""
         return self.model_dump(mode="json")
 
 
@@ -71,10 +74,10 @@ S = TypeVar("S", bound=Section)
 
 
 def validated(schema: type[S], values: dict[str, Any], where: str) -> S:
-    """Validates plain values. Raises `UserError` that lists all problems, after `where`."""
+    """Builds a `schema` from plain values. Raises `UserError` that lists all problems; `where` names the recipe."""
     try:
         return schema.model_validate(values)
-    except UserError as error:  # from a validator: pydantic lets it through
+    except UserError as error:  # raised in a validator; pydantic does not catch it
         raise UserError(f"{where}: {error}") from None
     except ValidationError as error:
         errors = error.errors()
@@ -87,7 +90,7 @@ def validated(schema: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def section_of(schema: type[S], values: dict[str, Any], key: str) -> S:
-    """One section of a recipe from arguments; None values are defaults. Raises `UserError` that names `key`.FIELD."""
+    """Builds a section from arguments; None stands for the default. Raises `UserError` that names `key`.FIELD."""
     try:
         return schema.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
@@ -96,7 +99,7 @@ def section_of(schema: type[S], values: dict[str, Any], key: str) -> S:
 
 
 def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
-    """What pydantic found wrong with values of `schema`, for people: place, problem, nearest name."""
+    """A pydantic error in values of `schema` as lines of the form `key: problem`, with the nearest valid key."""
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
@@ -104,22 +107,23 @@ def described(error: dict[str, Any], schema: type[Section]) -> list[str]:
     if error["type"] == "missing":
         return [f"{where}: missing"]
     if error["type"] == "value_error":
-        whole = where in ("", "losses")  # those name the place themselves
+        whole = where in ("", "losses")  # their messages name the key already
         return [line if whole else f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
     if error["type"] == "model_type":
         return [
-            f"{where}: keys and values are needed, such as {where}: {{key: value}} (given {reprlib.repr(error['input'])})"
+            f"{where}: must have keys and values, such as {where}: {{key: value}} (given {reprlib.repr(error['input'])})"
         ]
     return [f"{where}: {error['msg']} (given {reprlib.repr(error['input'])})"]
 
 
 def fields_at(path: list[str], schema: type[Section]) -> list[str]:
+    """The valid keys of the section at `path` below `schema`."""
     section: Any = schema
     parts = iter(path)
     for part in parts:
         annotation = section.model_fields[part].annotation
         if typing.get_origin(annotation) is dict:
-            next(parts, None)  # the name that a person gave one of them
+            next(parts, None)  # a key of this dict, chosen by the user
         section = next(
             (a for a in (annotation, *typing.get_args(annotation)) if inspect.isclass(a) and issubclass(a, Section)),
             schema,
@@ -128,5 +132,5 @@ def fields_at(path: list[str], schema: type[Section]) -> list[str]:
 
 
 def to_yaml(config: Section) -> str:
-    """A recipe with nothing left to defaults, the methods' included: it says the same after a default has changed."""
+    """The recipe as YAML, with all defaults (also of methods) written out: it stays valid if a default changes later."""
     return yaml.safe_dump(config.complete(), sort_keys=False)

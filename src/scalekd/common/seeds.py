@@ -1,4 +1,4 @@
-"""Random seeds derived from any values, and the generators of Python, NumPy and torch."""
+"""Derives random seeds from values and seeds the generators of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seeds Python's, NumPy's and torch's global generators, which timm and torchvision draw from."""
+    """Seeds the global generators of Python, NumPy and PyTorch, which timm and torchvision use."""
     seed = seed_from(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: for every sample, that costs a millisecond
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would cost a millisecond per sample
     if torch.cuda.is_initialized():  # never in a worker process
         torch.cuda.manual_seed(seed)
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
+    """A 63-bit seed that depends on all `parts` and on nothing else."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""Out of memory, of the device or of the processes that read images: told with the setting to try, not as a trace."""
+"""Turns out-of-memory errors, of the device or of data loader workers, into messages with a setting to try."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from .errors import UserError, first_line
 
-# PyTorch, CUDA, cuBLAS and cuDNN each say it in their own words
+# PyTorch, CUDA, cuBLAS and cuDNN each have their own wording
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can.t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE
 )
@@ -21,32 +21,32 @@ WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: |exit
 
 @contextlib.contextmanager
 def explain_out_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
-    """Turns a shortage of memory into a `UserError`. remedy: what uses less of the device's memory."""
+    """Raises `UserError` in place of an out-of-memory error. remedy: how to use less memory of the device."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = _told(error, device, remedy)
-        if told is None:
+        message = _message(error, device, remedy)
+        if message is None:
             raise
-        raise UserError(told) from None
+        raise UserError(message) from None
 
 
-def _told(error: Exception, device: torch.device, remedy: str) -> str | None:
+def _message(error: Exception, device: torch.device, remedy: str) -> str | None:
     text = str(error)
     killed = WORKER.search(text)
     if SHARED.search(text):
         return (
-            "the processes that read images are out of shared memory (/dev/shm).\n"
-            "Try data.workers=0, or give more: docker run --shm-size=8g, or --ipc=host."
+            "the data loader workers are out of shared memory (/dev/shm).\n"
+            "Try data.workers=0, or provide more: docker run --shm-size=8g, or --ipc=host."
         )
     if killed:
         return (
-            f"a process that reads images was ended from outside ({killed[1].strip() or 'no reason given'}), "
-            "mostly by the system when memory is short.\nTry fewer, or none: data.workers=0."
+            f"a data loader worker was killed ({killed[1].strip() or 'no reason given'}), "
+            "usually by the system because memory is short.\nTry fewer workers, or none: data.workers=0."
         )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(text):
-        of = torch.device("cpu") if isinstance(error, MemoryError) or "CPUAllocator" in text else device
-        return f"out of memory on {_size(of)}: {first_line(error)}\n{remedy}"
+        full = torch.device("cpu") if isinstance(error, MemoryError) or "CPUAllocator" in text else device
+        return f"out of memory on {_size(full)}: {first_line(error)}\n{remedy}"
     return None
 
 

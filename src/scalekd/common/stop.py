@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and SIGUSR1 (a scheduler's) and Ctrl-C end a run after the step at hand, saved."""
+"""Handles SIGTERM, SIGUSR1 (from a scheduler) and Ctrl-C: the run finishes its step, saves and stops."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-REQUEUE = 75  # EX_TEMPFAIL: start the same command again
+REQUEUE = 75  # EX_TEMPFAIL: run the same command again
 EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: 130}
 
 
 class Stopped(Exception):
-    """A run ended because it was asked to; the same command goes on from its checkpoint."""
+    """A signal stopped the run; the same command resumes it from its checkpoint. `exit_code` is for the command line."""
 
     def __init__(self, number: int, step: int | None):
         name = signal.Signals(number).name
-        where = "before the first step" if not step else f"after step {step}, saved"
-        super().__init__(f"stopped by {name} {where}; the same command goes on from there")
+        where = "before the first step" if not step else f"after step {step} (saved)"
+        super().__init__(f"stopped by {name} {where}; run the same command again to resume")
         self.exit_code = EXIT_CODES[signal.Signals(number)]
 
 
 class StopRequest:
-    """While entered, the signals above raise `Stopped` at once, or, once `wait_for_step` is set, only set `number`.
+    """A context in which the signals of `EXIT_CODES` raise `Stopped`, or only set `number` if `wait_for_step` is set.
 
-    Whoever trains then looks at `number` between steps. A second Ctrl-C does not wait.
-    Outside the main thread no signal can be caught; nothing is changed there.
+    The training loop checks `number` between steps. A second Ctrl-C raises KeyboardInterrupt at once.
+    Outside the main thread Python cannot handle signals, so the context does nothing there.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class StopRequest:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For data loader workers: a signal to the whole process group must not take them away in the middle of a step.
+    """Makes a data loader worker ignore the signals: one sent to the process group must not kill it during a step.
 
-    Their parent ends them. Should it not come to that, SIGTERM still does, five minutes later.
+    The parent stops its workers. If it does not, SIGTERM still ends the worker after five minutes.
     """
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)

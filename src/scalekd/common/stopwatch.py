@@ -1,4 +1,4 @@
-"""Where the time goes, without waiting for the device."""
+"""Measures time on the CPU or GPU without synchronising at every block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds spent in `with stopwatch.timing(device):` blocks; on a GPU through events read only by `seconds()`."""
+    """Adds up the seconds spent in `with stopwatch.timing(device):` blocks.
+
+    On a GPU it records CUDA events, which only `seconds()` reads, so that timing does not block.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -18,6 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, device: torch.device) -> Iterator[None]:
+        """Times the block on `device`."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -30,7 +34,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - began
 
     def seconds(self) -> float:
-        """The total since the last call; waits for the device."""
+        """Seconds since the last call. Waits for the device."""
         if self._events:
             self._events[-1][1].synchronize()
             self._seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1000

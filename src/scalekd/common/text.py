@@ -1,4 +1,4 @@
-"""Text for people: one line, counts, durations, printing."""
+"""Formats text for messages and screens: escapes, counts, durations, tick labels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
-    """On one line, whatever a file or class is called: control characters and the like as \\x1b or \\n."""
+    """`text` on one line, with unprintable characters escaped, as in \\x1b or \\n.
+
+    Apply it to names of files and classes, which may contain anything.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shortened(text: str, most: int = 400) -> str:
-    """On one line and not longer than that, for what came from a file."""
+    """`text` on one line, cut to `most` characters (before escapes); for text that came from a file."""
     return printable(text if len(text) <= most else f"{text[:most]} ...")
 
 
 def counted(number: float, what: str) -> str:
-    """1 epoch, 2 epochs."""
+    """`1 epoch`, `2 epochs`."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
 def say(console: Console, text: str) -> None:
+    """Prints `text` as it is, without rich's markup, highlighting or line breaks."""
     console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """41 -> '41 s', 3700 -> '1 h 02 min'."""
+    """`41 s` for 41, `1 h 01 min` for 3700."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -37,6 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def tick_text(value: float) -> str:
+    """A short label of an axis tick: `2.5k` for 2500."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if size <= abs(value) < size * 1e4:
             return f"{value / size:g}{unit}"

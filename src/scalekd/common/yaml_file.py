@@ -1,4 +1,4 @@
-"""Safe YAML: what a person may have written in a recipe, and what is refused."""
+"""Reads YAML from untrusted files: no Python objects, no duplicate keys, no oversized documents."""
 
 from __future__ import annotations
 
@@ -15,47 +15,50 @@ MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number and a key given twice is an error.
+    """PyYAML's safe loader, with 1e-3 as a number and an error for a duplicate key.
 
-    Aliases are read as copies, of which there may be so many: a few lines of them can stand for billions of values.
+    It also limits the number of values, aliases expanded: a few lines of nested aliases can expand to billions.
     """
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None and _values_in(node, {}) > MOST_VALUES:
-            raise _refused(f"it has more than {MOST_VALUES:,} values", node)
+            raise _rejected(f"it has more than {MOST_VALUES:,} values", node)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # refused below
-            if key in seen:
-                raise _refused(f"`{key}` is given twice", node)
+                continue  # rejected below
+            if key in keys:
+                raise _rejected(f"`{key}` is given twice", node)
             if not str(key).isprintable():
-                raise _refused(f"the key {printable(repr(key))} has characters that cannot be shown", key_node)
-            seen.add(key)
+                raise _rejected(f"the key {printable(repr(key))} has characters that cannot be shown", key_node)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         value = super().construct_yaml_int(node)
         if abs(value) >= 2**63:
-            raise _refused("a number has more than 64 bits", node)
+            raise _rejected("a number has more than 64 bits", node)
         return value
 
 
-def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+def _rejected(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many there are with every alias written out. `known`: of the nodes that were met before, 0 while inside."""
+    """The number of values below `node` with all aliases expanded.
+
+    known: counts of the nodes visited so far, by id; 0 for a node that is still being counted.
+    """
     if isinstance(node, yaml.ScalarNode):
         return 1
     if known.get(id(node)) == 0:
-        raise _refused("an alias stands for what it is in", node)
+        raise _rejected("an alias contains itself", node)
     if id(node) not in known:
         known[id(node)] = 0
         inside = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
@@ -71,13 +74,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
+    """The values in a YAML text. Raises `UserError` that starts with `where`, the name of the file."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
-        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise UserError(f"{where} is not valid YAML: {shortened(str(error.problem))}{place}") from None
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(f"{where} is not valid YAML: {shortened(str(error.problem))}{line}") from None
     except RecursionError:
         raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
-    # PyYAML's own, for a false !!bool and such
+    # raised inside PyYAML, for example by an invalid !!bool
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is not valid YAML: {shortened(' '.join(str(error).split()))}") from None

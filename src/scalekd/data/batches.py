@@ -1,9 +1,7 @@
-"""From a data source to batches: `Batch(images, targets)`, reproducible sample by sample.
+"""Turns a data source into reproducible batches of uint8 images and targets.
 
-Images without labels come after those with labels in every batch; there are as many targets as labels.
-
-Every random choice is derived from (seed, epoch, index), never from the order in which workers run,
-so a run can stop and go on at any step and see the same pixels.
+Every random choice depends on (seed, epoch, index) only, never on the order in which workers run. So a run can
+stop and resume at any step and see the same pixels.
 """
 
 from __future__ import annotations
@@ -31,25 +29,33 @@ from .transforms import Statistic, Transform, eval_transform, train_transform
 
 
 class Batch(NamedTuple):
+    """Images and targets; images without labels come last."""
+
     images: Tensor  # (B, C, H, W) uint8
     targets: Tensor  # (L,) int64, of the first L images; the others have no label
-    skipped: Sequence[Bad] = ()  # images that could not be read on the way
+    skipped: Sequence[Bad] = ()  # images that could not be read while making this batch
 
 
 class Sample(NamedTuple):
-    image: Tensor | None  # (C, H, W) uint8; None if it cannot be read and nothing takes its place
+    """One transformed image and its class."""
+
+    image: Tensor | None  # (C, H, W) uint8; None if it cannot be read and no other image replaces it
     target: int
     skipped: Sequence[Bad] = ()
 
 
 class Images(Dataset):
-    """A source's images, transformed; asked for by (epoch, index). Random, and for training, only with a seed.
+    """The transformed images of a source; `images[epoch, index]` is a `Sample`.
 
-    labelled: how many of `indices` are of labelled images, which come first; all unless given.
+    For an image that cannot be read it returns a `UserError` in place of the sample, because an exception in a worker
+    process would show as a traceback. With `bad`, it skips the image and records it instead: in training the next
+    readable image replaces it, so batches stay full and depend on the keys only.
 
-    An image that cannot be read comes back as a `UserError` in place of the sample: an exception
-    raised in a worker process would reach the person as a trace. With `bad`, which notes them, it is left out
-    instead: in training the next image takes its place, so batches stay full and depend on the keys alone.
+    Args:
+        indices: which images of `source`; those with labels come first.
+        seed: seeds the random transforms of each sample. None for validation, which has none.
+        bad: records unreadable images instead of returning an error.
+        labelled: how many of `indices` have labels; all by default.
     """
 
     def __init__(
@@ -72,78 +78,82 @@ class Images(Dataset):
         if self.seed is not None:
             seed_everything(self.seed, epoch, index)
         skipped: list[Bad] = []
-        # more bad ones in a row than are allowed: enough to know that the run must stop
+        # after more bad images in a row than the run allows, it must stop anyway
         spare = self.bad.allowed if self.bad and self.seed is not None else 0
         first, size = (0, self.labelled) if index < self.labelled else (self.labelled, len(self) - self.labelled)
-        for i in range(index, index + spare + 1):  # the one that takes its place has a label if it had one
-            place = self.indices[first + (i - first) % size]
+        for i in range(index, index + spare + 1):  # labelled images are replaced by labelled ones only
+            number = self.indices[first + (i - first) % size]
             try:
-                image, target = self.source[place]
+                image, target = self.source[number]
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot read {self.source.where(place)}: {printable(str(error))}. Remove or replace that file; "
-                        "`--on-bad-image skip` trains without it."
+                        f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file, "
+                        "or set data.on_bad_image=skip to train without it."
                     )
-                skipped.append(Bad(self.source.where(place), str(error)))
+                skipped.append(Bad(self.source.where(number), str(error)))
             else:
                 return Sample(self.transform(image), target, skipped)
         return Sample(None, -1, skipped)
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
-    whole: list[tuple[Tensor, int]] = []
+    readable: list[tuple[Tensor, int]] = []
     skipped: list[Bad] = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
         skipped += sample.skipped
         if sample.image is not None:
-            whole.append((sample.image, sample.target))
-    if not whole:
+            readable.append((sample.image, sample.target))
+    if not readable:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
-    images, targets = zip(*whole)
+    images, targets = zip(*readable)
     known = [target for target in targets if target != UNLABELLED]
     return Batch(torch.stack(images), torch.tensor(known, dtype=torch.int64), skipped)
 
 
 def training_images(split: Split, data: Data, augment: Augment, mean: Statistic, std: Statistic, seed: int) -> Images:
+    """The augmented training images. `mean` and `std` are the student's, per channel, for pixels in [0, 1]."""
     bad = bad_images("train", data, len(split.train_indices))
     transform = train_transform(data, augment, mean, std)
     return Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
+    """The validation images, resized and cropped."""
     bad = bad_images("val", data, len(split.val_indices))
     return Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
 
 
 def bad_images(part: str, data: Any, images: int) -> BadImages | None:
+    """A record of unreadable images, or None if `data.on_bad_image` is not `skip`."""
     return BadImages(part, images, data.max_bad) if data.on_bad_image == "skip" else None
 
 
 def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
-    """The micro-batches of a whole run. Raises `UserError` for an image that cannot be read."""
+    """The micro-batches of a run, from the sampler's first step to its last. Raises `UserError` for an unreadable image."""
     return checked(loader(images, sampler, workers, pin, _collate), images.bad)
 
 
 def eval_batches(
     images: Images, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[Batch, None, None]:
+    """This rank's batches of all images, in order. Raises `UserError` for an unreadable image."""
     sampler = EvalSampler(len(images), batch_size, rank, world)
     return checked(loader(images, sampler, workers, pin, _collate), images.bad)
 
 
 def load_batch(images: Images, keys: list[Key]) -> Batch:
-    """One batch in this process, the same as a loader's. Raises `UserError` for an image that cannot be read."""
+    """One batch, read in this process and equal to a loader's. Raises `UserError` for an unreadable image."""
     return next(checked([_collate([images[key] for key in keys])], images.bad))
 
 
 def loader(
     images: Dataset, sampler: Sampler, workers: int, pin: bool, collate: Callable[[list[Any]], Any]
 ) -> DataLoader:
-    """Batches of samples whose keys `sampler` gives, in `workers` processes that leave signals to this one."""
-    workers = min(workers, os.cpu_count() or 1)  # more only get in each other's way; the images do not depend on it
+    """A DataLoader over the keys from `sampler`, with at most one worker per CPU core. Workers ignore stop signals."""
+    workers = min(workers, os.cpu_count() or 1)  # the images do not depend on the number
     return DataLoader(
         images,
         batch_sampler=sampler,
@@ -155,7 +165,7 @@ def loader(
 
 
 class Checkable(Protocol):
-    """A batch: the images in it, and those that could not be read on the way."""
+    """A batch of any task: its images, and those that could not be read while making it."""
 
     @property
     def images(self) -> Sized: ...
@@ -167,7 +177,7 @@ B = TypeVar("B", bound=Checkable)
 
 
 def checked(batches: Iterable[B | UserError], bad: BadImages | None) -> Generator[B, None, None]:
-    """The batches that hold an image. Raises `UserError` where one stands in place of a batch, and for too many bad."""
+    """The batches that have an image. Raises a `UserError` found in place of a batch, or if too many images are bad."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels, for every source that has files; and the list of those that fail."""
+"""Decodes image files to 8-bit pixels, and keeps the list of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ UPRIGHT = {
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the text is the reason."""
+    """An image that cannot be used; the message is the reason."""
 
 
 def is_image(name: str) -> bool:
-    """By its extension; hidden files, such as the `._1.jpg` that macOS leaves in archives, are none."""
+    """Whether a file name has an image extension and is not hidden, like the `._1.jpg` that macOS puts in archives."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(EXTENSIONS) and not base.startswith(".")
 
 
 def read_file(path: str) -> bytes:
-    """Raises `BadImage`."""
+    """The content of a file. Raises `BadImage`."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -49,9 +49,9 @@ def read_file(path: str) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame of an encoded image, upright, 8 bits, mode L or RGB. Raises `BadImage`.
+    """The first frame of an encoded image, turned upright, as 8-bit mode L or RGB. Raises `BadImage`.
 
-    Transparency is dropped and 16-bit grey is scaled, so that 65535 is 255. docs/how-to/data.md has the whole table.
+    Transparency is dropped, and 16-bit grey is scaled so that 65535 becomes 255. docs/how-to/data.md has the full table.
     """
     if not data:
         raise BadImage("it is empty (0 bytes)")
@@ -62,16 +62,16 @@ def decode(data: bytes) -> Image.Image:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise BadImage("it is not an image that Pillow knows") from None
-    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+        raise BadImage("Pillow does not recognise it as an image") from None
+    except Exception as error:  # for a damaged file Pillow may raise nearly anything
         raise BadImage(first_line(error)) from None
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """A loaded image, upright, 8 bits, mode L or RGB. Raises `BadImage` for pixels without a known range."""
+    """A loaded image, turned upright, as 8-bit mode L or RGB. Raises `BadImage` if the range of its pixels is unknown."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF does not make the pixels bad
+    except Exception:  # the pixels may be fine although the EXIF data is damaged
         turn = None
     if turn is not None:
         image = image.transpose(turn)
@@ -82,28 +82,36 @@ def plain(image: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("its pixels are not within 0 to 65535; convert it to 8 or 16 bits")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    image.info.pop("transparency", None)  # of a palette; Pillow would warn that it is dropped
+    image.info.pop("transparency", None)  # of a palette; Pillow would warn that `convert` drops it
     return of_channels(1 if image.mode in ("1", "L", "LA") else 3, image)
 
 
 def of_channels(channels: int, image: Image.Image) -> Image.Image:
-    """In grey for 1, else in colours. As it is if it is so: `convert` would copy it, a tenth of a millisecond a photo."""
+    """The image in grey for 1 channel, else in RGB. `convert` would copy it even if its mode is right (0.1 ms a photo)."""
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
 
-# ---------------------------------------------------------------- those that fail
+# ---------------------------------------------------------------- unreadable images
 
 
 class Bad(NamedTuple):
+    """The name of an unreadable image and the reason."""
+
     name: str
     reason: str
 
 
 class BadImages:
-    """The images of one set that a run left out, each once. `part` is `train` or `val`, `images` the size of the set.
+    """The unreadable images that a run skipped, each listed once; stops the run if there are too many.
 
-    Several processes count what each has met, and at a start what all have listed.
+    With several processes each counts the images that it met itself, plus all listed ones when the run starts or
+    resumes.
+
+    Args:
+        part: `train` or `val`.
+        images: the number of images in this part.
+        share: the share of bad images that is allowed, `data.max_bad`.
     """
 
     def __init__(self, part: str, images: int, share: float):
@@ -112,17 +120,17 @@ class BadImages:
         self.file: Path | None = None
 
     def keep_in(self, folder: Path) -> None:
-        """Lists them in `folder/bad-images.txt` from here on, and counts those that are listed there already."""
+        """Lists bad images in `folder/bad-images.txt` from now on, and counts those already listed there."""
         listed = {name: reason for part, name, reason in read_list(folder) if part == self.part}
         rank = parallel.rank()
         self.file = folder / (f"bad-images-{rank}.txt" if rank else "bad-images.txt")
         if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
-            self._write("\n")  # a run that was killed left half a line
+            self._write("\n")  # a killed run left an incomplete line
         before, self.found = self.found, listed
         self.add(Bad(name, reason) for name, reason in before.items())
 
     def add(self, bad: Iterable[Bad]) -> None:
-        """Raises `UserError` when there are more than allowed."""
+        """Records bad images. Raises `UserError` if there are now more than allowed."""
         for name, reason in bad:
             name, reason = printable(name), printable(reason)
             if name not in self.found:
@@ -130,10 +138,10 @@ class BadImages:
                 self._write(f"{self.part}\t{name}\t{reason}\n")
         if len(self.found) > self.allowed:
             name, reason = next(iter(self.found.items()))
-            listed = f" All of them: {self.file}." if self.file else ""
+            listed = f" {self.file} lists them." if self.file else ""
             raise UserError(
                 f"{len(self.found)} of {self.images} images cannot be read, and data.max_bad allows {self.allowed}. "
-                f"The first: {name}: {reason}.{listed}\nMend or remove them, or raise data.max_bad."
+                f"The first: {name}: {reason}.{listed}\nRepair or remove them, or raise data.max_bad."
             )
 
     def _write(self, text: str) -> None:
@@ -147,14 +155,14 @@ class BadImages:
 
 
 def _allowed(images: int, share: float) -> int:
-    """A share of the images, but three of 30 or more, and a tenth of fewer: one bad file must not stop a small set."""
+    """A share of the images, but at least 3 (a tenth of fewer than 30): one bad file must not stop a small data set."""
     if share == 0:
         return 0
     return max(math.floor(images * share + 1e-9), min(3, images // 10))
 
 
 def read_list(folder: Path) -> list[tuple[str, str, str]]:
-    """(part, name, reason) of every bad image that the processes of a run have listed in its folder, once each."""
+    """(part, name, reason) of every bad image listed in a run's folder by any of its processes, without repeats."""
     entries: dict[tuple[str, str], str] = {}
     for file in sorted(folder.glob("bad-images*.txt")):
         for line in file.read_text(encoding="utf-8").split("\n"):

@@ -1,4 +1,4 @@
-"""Augmentation of images to uint8 pixels, validation preprocessing, and mixup."""
+"""Transforms for training and validation, which return uint8 pixels, and mixup."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ Statistic = tuple[float, ...]  # one value per channel, for pixels in [0, 1]
 
 
 class Transform(Protocol):
+    """Maps a PIL image to uint8 pixels."""
+
     def __call__(self, image: Image.Image) -> Any: ...
 
 
-# ---------------------------------------------------------------- transforms
-
-
 def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statistic) -> Transform:
-    """PIL image -> uint8 (C, H, W). `mean` and `std` are the student's, for what erasing and shears fill in."""
+    """The augmentation of training images: PIL image -> uint8 (C, H, W).
+
+    `mean` and `std` are the student's, per channel; erasing and geometric augmentations fill with them.
+    """
     size = height_and_width(data.image_size)
     first, middle, last = create_transform(
         (data.channels, *size),
@@ -52,7 +54,7 @@ def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statisti
 
 
 def eval_transform(data: Data, augment: Augment) -> Transform:
-    """PIL image -> uint8 (C, H, W): resize, centre crop."""
+    """The transform of validation images, resize and centre crop: PIL image -> uint8 (C, H, W)."""
     last = create_transform(
         (data.channels, *height_and_width(data.image_size)),
         is_training=False,
@@ -68,7 +70,7 @@ def _convert(channels: int) -> Transform:
 
 
 class _Erase:
-    """timm's random erasing with normal noise in normalised space, taken back to uint8 pixels."""
+    """timm's random erasing with normal noise in normalised space, converted back to uint8 pixels."""
 
     def __init__(self, probability: float, mean: Statistic, std: Statistic):
         self.erase = RandomErasing(probability, mode="pixel", device="cpu")
@@ -80,19 +82,26 @@ class _Erase:
 
 
 def make_mixup(augment: Augment, classes: int) -> Mixup | None:
-    """timm's Mixup, or None. Label smoothing stays with the task loss."""
+    """timm's Mixup, or None if the recipe uses neither mixup nor CutMix. The task loss applies label smoothing."""
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes)
 
 
 def mixed(images: Tensor, targets: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
-    """Mixup among the labelled images, which come first, and among the others; targets (L, classes) of the former."""
+    """Mixes the labelled images, which come first, and the others separately.
+
+    Args:
+        images: (B, C, H, W).
+        targets: (L,), classes of the first L images.
+
+    Returns the mixed images and soft targets (L, classes).
+    """
     labelled = len(targets)
     if labelled == len(images):
         return mixup(images, targets)
-    nothing = targets.new_zeros(len(images) - labelled)
-    others, _ = mixup(images[labelled:], nothing)
+    unused = targets.new_zeros(len(images) - labelled)
+    others, _ = mixup(images[labelled:], unused)
     if not labelled:
         return others, targets
     first, soft = mixup(images[:labelled], targets)

@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk: what `save_to_disk` wrote, parquet files, an imagefolder."""
+"""Hugging Face data sets on disk: written by `save_to_disk`, parquet files or an imagefolder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ LABELS = ("label", "labels", "class", "target", "fine_label")
 
 
 class HuggingFace:
-    """Rows stay in memory-mapped Arrow files. `datasets` is not allowed to use the network, nor to decode images."""
+    """`FOLDER[:SPLIT[:IMAGE,LABEL]]`. Rows stay in memory-mapped Arrow files.
+
+    `datasets` may neither use the network nor decode images.
+    """
 
     def __init__(self, text: str, key: str):
         folder, _, rest = text.partition(":")
         split, _, columns = rest.partition(":")
         self.text = f"hf:{text}"
-        self.place = real(folder), split
+        self.origin = real(folder), split
         rows = _open(folder, split, key)
         self.image, label = _columns(rows, columns, self.text, key)
         self.classes, self.targets = _labels(rows, label, self.text, key)
@@ -47,7 +50,7 @@ class HuggingFace:
             return self.rows[i][self.image] or {}
         except (MemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:  # a damaged Arrow file makes pyarrow raise nearly anything
+        except Exception as error:  # for a damaged Arrow file pyarrow may raise nearly anything
             raise BadImage(f"datasets cannot read it: {first_line(error)}") from None
 
     def where(self, i: int) -> str:
@@ -58,14 +61,17 @@ class HuggingFace:
         return printable(f"{path} (image {i} of {self.text})" if path else f"image {i} of {self.text}")
 
     def identity(self, i: int) -> tuple[str, str, int]:
-        return *self.place, i
+        return *self.origin, i
 
 
 def pair(text: str) -> tuple[str, str] | None:
-    """The sources of `train` and of `validation`, `val` or `test` in a folder that is named without a split."""
+    """The training and validation sources in a folder named without a split.
+
+    They are the splits `train` and `validation`, `val` or `test`; None if one is missing.
+    """
     if ":" in text or not Path(text).expanduser().is_dir():
         return None
-    splits = _splits(Path(text).expanduser(), "--data")
+    splits = _splits(Path(text).expanduser(), "data.train")
     val = next((name for name in ("validation", "val", "test") if name in splits), None)
     return (f"hf:{text}:train", f"hf:{text}:{val}") if "train" in splits and val else None
 
@@ -74,13 +80,13 @@ def _datasets(key: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{key}: hf: needs the package datasets. pip install 'scalekd[hf]'") from None
-    datasets.config.HF_HUB_OFFLINE = True  # this package's own switch; timm may still fetch weights
+        raise UserError(f"{key}: hf: needs the package datasets; run pip install 'scalekd[hf]'") from None
+    datasets.config.HF_HUB_OFFLINE = True  # affects `datasets` only; timm may still download weights
     return datasets
 
 
 def _splits(root: Path, key: str) -> list[str]:
-    """The names of the splits in a folder; none for a single one that `save_to_disk` wrote."""
+    """The names of the splits in a folder; empty if `save_to_disk` wrote a single set."""
     datasets = _datasets(key)
     if (root / "state.json").is_file():
         return []
@@ -91,21 +97,24 @@ def _splits(root: Path, key: str) -> list[str]:
                 raise ValueError("its splits are not a list of names")
             return splits
         return datasets.get_dataset_split_names(str(root.resolve()))
-    except Exception as error:  # of many kinds, from pyarrow, fsspec and datasets
+    except Exception as error:  # of many types, from pyarrow, fsspec and datasets
         raise _unreadable(root, error, key) from None
 
 
 def _open(folder: str, split: str, key: str) -> Any:
+    """The rows of a split, or of the only one."""
     datasets = _datasets(key)
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"{key}: no folder {folder}; hf: reads data sets that are on disk already")
+        raise UserError(f"{key}: no folder {folder}; hf: only reads data sets that are already on disk")
     splits = _splits(root, key)
     if split and split not in splits:
-        there = nearest(split, splits) if splits else " It holds one set without splits; leave the split out."
-        raise UserError(f"{key}: {folder} has no split `{split}`.{there}")
+        hint = nearest(split, splits) if splits else " It has no splits; omit the split."
+        raise UserError(f"{key}: {folder} has no split `{split}`.{hint}")
     if not split and len(splits) > 1:
-        raise UserError(f"{key}: {folder} has the splits {', '.join(splits)}; write hf:{folder}:{splits[0]}")
+        raise UserError(
+            f"{key}: {folder} has the splits {', '.join(splits)}; choose one, for example hf:{folder}:{splits[0]}"
+        )
     split = split or (splits[0] if splits else "")
     try:
         if (root / "state.json").is_file():
@@ -121,7 +130,8 @@ def _unreadable(root: Path | str, error: Exception, key: str) -> UserError:
     return UserError(f"{key}: datasets cannot read {root}: {printable(first_line(error))}")
 
 
-def _columns(rows: Any, asked: str, text: str, key: str) -> tuple[str, str]:
+def _columns(rows: Any, names: str, text: str, key: str) -> tuple[str, str]:
+    """The image column and the label column: those in `names` (IMAGE,LABEL), else the only ones of their types."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
@@ -129,19 +139,20 @@ def _columns(rows: Any, asked: str, text: str, key: str) -> tuple[str, str]:
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = labels or [name for name in LABELS if "int" in getattr(features.get(name), "dtype", "")]
-    if asked:
-        image, _, label = asked.partition(",")
+    if names:
+        image, _, label = names.partition(",")
         images, labels = [n for n in images if n == image], [n for n in features if n == label]
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
     raise UserError(
-        f"{key}: which columns of {text} are image and label? It has {printable(listed)}. "
+        f"{key}: the image and label columns of {text} are unclear. It has {printable(listed)}. "
         f"Write {':'.join(text.split(':')[:2])}:SPLIT:IMAGE,LABEL"
     )
 
 
 def _labels(rows: Any, column: str, text: str, key: str) -> tuple[list[str], list[int]]:
+    """The class names and the class of every row."""
     names = getattr(rows.features[column], "names", None)
     try:
         targets = list(rows.select_columns([column])[:][column])
@@ -150,10 +161,10 @@ def _labels(rows: Any, column: str, text: str, key: str) -> tuple[list[str], lis
     limit = len(names) if names else 1_000_000
     wrong = next((i for i, t in enumerate(targets) if not isinstance(t, int) or not 0 <= t < limit), None)
     if wrong is not None:
-        named = f"the {len(names)} classes" if names else "the numbers from 0"
+        valid = f"one of the {len(names)} classes" if names else "a class number from 0"
         raise UserError(
-            f"{key}: `{column}` of image {wrong} of {text} is {printable(repr(targets[wrong]))}, which is none of {named}"
+            f"{key}: `{column}` of image {wrong} of {text} is {printable(repr(targets[wrong]))}, which is not {valid}"
         )
     if not targets:
-        raise UserError(f"{key}: {text} holds no images")
+        raise UserError(f"{key}: {text} has no images")
     return list(names or (str(i) for i in range(max(targets) + 1))), targets

@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST, and the embedded part of Fashion-MNIST."""
+"""IDX files, the format of MNIST, and the part of Fashion-MNIST that ships with scalekd."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FASHION_CLASSES = [
 
 
 class Idx:
-    """Images held in memory, read from a pair of IDX files."""
+    """Images from a pair of IDX files, held in memory."""
 
     def __init__(self, prefix: str, classes: list[str] | None, key: str):
         self.prefix = prefix
@@ -38,7 +38,7 @@ class Idx:
         if len(self.images) != len(self.targets):
             raise UserError(f"{key}: {prefix} has {len(self.images)} images and {len(self.targets)} labels")
         if not self.images.size:
-            raise UserError(f"{key}: {prefix} holds no images, or images without pixels")
+            raise UserError(f"{key}: {prefix} has no images, or images without pixels")
         self.classes = classes or [str(c) for c in range(max(self.targets) + 1)]
 
     def __len__(self) -> int:
@@ -55,21 +55,23 @@ class Idx:
 
 
 def fashion_mnist(split: str, key: str) -> Idx:
+    """The shipped part of Fashion-MNIST: 10,000 images for `train` and for `test`."""
     if split not in ("train", "test"):
-        raise UserError(f"{key}: `fashion-mnist:{split}` is not there; write fashion-mnist:train or fashion-mnist:test")
+        raise UserError(f"{key}: there is no `fashion-mnist:{split}`; choose fashion-mnist:train or fashion-mnist:test")
     with resources.as_file(resources.files("scalekd") / "demo" / "data") as folder:
         return Idx(str(folder / split), FASHION_CLASSES, key)
 
 
 def _read_idx(path: str, dims: int, key: str) -> np.ndarray:
+    """The bytes in `path` or `path`.gz, as an array of `dims` dimensions."""
     file = next((p for p in (Path(path), Path(path + ".gz")) if p.is_file()), None)
     if file is None:
-        raise UserError(f"{key}: neither {path} nor {path}.gz is there")
+        raise UserError(f"{key}: neither {path} nor {path}.gz exists")
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         shape = np.frombuffer(raw, ">u4", count=dims, offset=4)
         if raw[:4] != bytes([0, 0, 8, dims]):
-            raise ValueError(f"its first bytes are {raw[:4].hex()}, not those of {dims}-dimensional bytes")
+            raise ValueError(f"it starts with the bytes {raw[:4].hex()}, which do not mean {dims}-dimensional bytes")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{key}: {file} is not a whole IDX file: {error}") from None
+        raise UserError(f"{key}: {file} is not a complete IDX file: {error}") from None

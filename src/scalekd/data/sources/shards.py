@@ -22,9 +22,9 @@ NUMBER = re.compile(r"-?[0-9]{1,12}")
 
 
 class Shards:
-    """The images of all shards, in the shards' order. Labels are numbers from 0, or class names.
+    """The images of all shards, in the order of the shards. Labels are numbers from 0, or class names.
 
-    `classes.txt` beside the shards, one name per line, names the numbers and fixes their count.
+    An optional `classes.txt` next to the shards, with one name per line, gives the names and number of classes.
     """
 
     def __init__(self, text: str, key: str):
@@ -38,13 +38,13 @@ class Shards:
                 self.places.append(place)
                 labels.append(label)
         if not labels:
-            raise UserError(f"{key}: {text} holds no images")
+            raise UserError(f"{key}: {text} has no images")
         self.classes, number = _classes(paths[0].parent / "classes.txt", labels, key)
         wrong = next((i for i, label in enumerate(labels) if label not in number), None)
         if wrong is not None:
             raise UserError(
-                f"{key}: label {printable(repr(labels[wrong]))} of {self.where(wrong)} is none of the "
-                f"{len(self.classes)} classes; labels are numbers from 0, or names, in all shards alike"
+                f"{key}: label {printable(repr(labels[wrong]))} of {self.where(wrong)} is not one of the "
+                f"{len(self.classes)} classes; use numbers from 0 in all shards, or names in all shards"
             )
         self.targets = [number[label] for label in labels]
 
@@ -62,41 +62,42 @@ class Shards:
 
 
 def is_sample_image(name: str) -> bool:
-    """Whether a file of a shard is a sample's image: not `0.mask.png`."""
+    """Whether a file in a shard is the image of a sample. `0.mask.png`, for example, is not."""
     extension = name.rpartition("/")[2].partition(".")[2]
     return is_image(name) and f".{extension.lower()}" in EXTENSIONS
 
 
 def shard_paths(text: str, key: str) -> list[Path]:
+    """The shards that a pattern with ranges and wildcards names. Raises `UserError` if any is missing."""
     pattern = str(Path(text).expanduser())
     paths = [path for p in _ranges(pattern, key) for path in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
     if not paths:
         raise UserError(f"{key}: no file matches {text}")
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
-        raise UserError(f"{key}: {len(missing)} of {len(paths)} shards of {text} are not there, such as {missing[0]}")
+        raise UserError(f"{key}: {len(missing)} of {len(paths)} shards of {text} do not exist, such as {missing[0]}")
     return [Path(path) for path in paths]
 
 
 def _ranges(pattern: str, key: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; every range in it is written out."""
+    """Expands every range in a pattern: `a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar."""
     paths = [pattern]
-    while found := re.search(r"\{([^{}]*)\}", paths[0]):
-        ends = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", found[1])
+    while match := re.search(r"\{([^{}]*)\}", paths[0]):
+        ends = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", match[1])
         if not ends or int(ends[1]) > int(ends[2]):
             raise UserError(
-                f"{key}: {shortened(found[0])} in {shortened(pattern)} is no range; write it such as {{000..012}}"
+                f"{key}: {shortened(match[0])} in {shortened(pattern)} is not a range; write for example {{000..012}}"
             )
         numbers = range(int(ends[1]), int(ends[2]) + 1)
         if len(numbers) * len(paths) > MAX_SHARDS:
             raise UserError(f"{key}: {pattern} stands for more than {MAX_SHARDS:,} shards")
         width = len(ends[1])
-        paths = [path.replace(found[0], str(n).zfill(width), 1) for path in paths for n in numbers]
+        paths = [path.replace(match[0], str(n).zfill(width), 1) for path in paths for n in numbers]
     return paths
 
 
 def _samples(path: Path, key: str) -> list[tuple[str, Place, str]]:
-    """(image's name, its place, its label) of every sample in a shard."""
+    """(name of the image, its position in the archive, its label) for every sample in a shard."""
     images: dict[str, str] = {}
     labels: dict[str, Place] = {}
     places, _ = index(path, key)
@@ -108,20 +109,25 @@ def _samples(path: Path, key: str) -> list[tuple[str, Place, str]]:
             labels[sample] = place
         elif is_sample_image(name):
             if sample in images:
-                raise UserError(f"{key}: {printable(images[sample])} and {printable(name)} in {path} are one sample")
+                raise UserError(
+                    f"{key}: {printable(images[sample])} and {printable(name)} in {path} belong to one sample; keep one of them"
+                )
             images[sample] = name
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
-        lacks = "no label (.cls)" if odd[0] in images else "a label and no image"
+        problem = "no label (.cls)" if odd[0] in images else "a label and no image"
         raise UserError(
-            f"{key}: sample {printable(odd[0])} in {path} has {lacks}; {len(odd)} in this shard are not whole"
+            f"{key}: sample {printable(odd[0])} in {path} has {problem}; {len(odd)} samples in this shard are incomplete"
         )
     return [(name, places[name], _label(labels[sample], sample, path, key)) for sample, name in images.items()]
 
 
 def _label(place: Place, sample: str, path: Path, key: str) -> str:
+    """The label of a sample: a class name, or a number without leading zeros."""
     if place.size > MAX_LABEL:
-        raise UserError(f"{key}: the label of {printable(sample)} in {path} has {place.size} bytes, which is no class")
+        raise UserError(
+            f"{key}: the label of {printable(sample)} in {path} has {place.size} bytes, too many for a class"
+        )
     try:
         text = place.read().decode().strip()
     except UnicodeDecodeError:
@@ -130,15 +136,20 @@ def _label(place: Place, sample: str, path: Path, key: str) -> str:
 
 
 def _classes(names: Path, labels: list[str], key: str) -> tuple[list[str], dict[str, int]]:
-    """The class names, and the class index of each label that is allowed."""
+    """The class names, and the class index of each valid label.
+
+    names: the path of `classes.txt`, which need not exist.
+    """
     if names.is_file():
         try:
             lines = names.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"{key}: {names} is not UTF-8 text; write one class per line") from None
+            raise UserError(f"{key}: {names} is not UTF-8 text; it must have one class per line") from None
         classes = [line.strip() for line in lines if line.strip()]
         if not classes or len(set(classes)) < len(classes):
-            raise UserError(f"{key}: {names} has {'a name twice' if classes else 'no name'}; write one class per line")
+            raise UserError(
+                f"{key}: {names} has {'a name twice' if classes else 'no names'}; it must have one class per line"
+            )
         return classes, _numbered(classes) | _numbered(map(str, range(len(classes))))
     numbers = {int(label) for label in labels if NUMBER.fullmatch(label)}
     if NUMBER.fullmatch(labels[0]):

@@ -9,21 +9,27 @@ from PIL import Image
 
 
 class Source(Protocol):
-    """Picklable, and safe to read from several processes. `source[i]` is a loaded image, mode L or RGB, and its class."""
+    """A map-style data set of images. Sources can be pickled and read by several processes at the same time."""
 
     @property
-    def classes(self) -> Sequence[str]: ...
+    def classes(self) -> Sequence[str]:
+        """Class names; empty without labels."""
+        ...
+
     @property
-    def targets(self) -> Sequence[int]: ...
+    def targets(self) -> Sequence[int]:
+        """The class of every image, or `UNLABELLED`."""
+        ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        """Raises `BadImage`."""
+        """Image i, loaded, mode L or RGB, and its class. Raises `BadImage`."""
         ...
 
     def where(self, i: int) -> str:
-        """Names image i for a person: the file, or the archive and the file in it."""
+        """The name of image i for messages: its file, or its archive and the file in it."""
         ...
 
     def identity(self, i: int) -> Hashable:
-        """Equal for one image in two sources, however their paths are written. Reads no image."""
+        """A key that is equal for the same image in two sources, even if their paths differ. Reads no image."""
         ...

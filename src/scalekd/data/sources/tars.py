@@ -1,6 +1,6 @@
-"""Uncompressed tar archives: an index of where each file's bytes are, made once from the headers.
+"""Uncompressed tar archives, indexed from their headers and read in place.
 
-An image is then read from its place in the archive, in any order, by any process. Nothing is ever unpacked.
+Any process can read the images in any order. Nothing is ever unpacked.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, is_image
 
-from .folders import real, refuse_empty
+from .folders import real, reject_empty
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512
 
 
 class Place(NamedTuple):
+    """The position of a file in an archive."""
+
     archive: str
     offset: int  # bytes
     size: int
 
     def read(self) -> bytes:
-        """Opens the archive anew, as a folder's files are: there is nothing for processes to share, or to run out of."""
+        """The bytes of the file. Raises `BadImage`.
+
+        Opens the archive each time, so that processes share no file handle and cannot run out of them.
+        """
         try:
             with open(self.archive, "rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -37,33 +42,34 @@ class Place(NamedTuple):
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
         if len(data) < self.size:
-            raise BadImage("the archive has become shorter since it was opened")
+            raise BadImage("the archive is shorter than when it was opened")
         return data
 
     def identity(self) -> tuple[str, int]:
+        """As `Source.identity`."""
         return real(self.archive), self.offset
 
 
 class Tar:
-    """Class folders in one archive: the class of an image is the folder that it is in."""
+    """Class folders in one archive. The class of an image is the folder directly above it."""
 
     def __init__(self, text: str, key: str):
         self.archive = Path(text).expanduser()
         places, folders = index(self.archive, key)
         self.names = sorted((name for name in places if is_image(name)), key=lambda name: (_class(_parent(name)), name))
         if not self.names:
-            raise UserError(f"{key}: {text} holds no images")
+            raise UserError(f"{key}: {text} has no images")
         if not _parent(self.names[0]):
-            raise UserError(f"{key}: {printable(self.names[0])} in {text} is in no class folder")
+            raise UserError(f"{key}: {printable(self.names[0])} in {text} is not in a class folder")
         parents = list(dict.fromkeys(_parent(name) for name in self.names))
         for a, b in pairwise(parents):
             if _class(a) == _class(b):
                 raise UserError(
                     f"{key}: {text} has the class {printable(_class(a))} in two folders, {printable(a)} and "
-                    f"{printable(b)}. Put training and validation images into an archive each."
+                    f"{printable(b)}. Use separate archives for training and validation images."
                 )
         above = {"/".join(parts[:i]) for parts in (p.split("/") for p in parents) for i in range(1, len(parts) + 1)}
-        refuse_empty(sorted(folders - above), text, key)
+        reject_empty(sorted(folders - above), text, key)
         self.classes = [_class(parent) for parent in parents]
         number = {parent: i for i, parent in enumerate(parents)}
         self.places = [places[name] for name in self.names]
@@ -91,7 +97,10 @@ def _class(parent: str) -> str:
 
 
 def index(archive: Path, key: str) -> tuple[dict[str, Place], set[str]]:
-    """The files of an archive by name, and its folders. Raises `UserError` for one that is damaged or not plain."""
+    """The position of each file in an archive, by name, and the set of its folders.
+
+    Raises `UserError` if the archive is damaged, compressed, or has anything but plain files and folders.
+    """
     places: dict[str, Place] = {}
     folders: set[str] = set()
     with _opened(archive, key) as file:
@@ -101,64 +110,66 @@ def index(archive: Path, key: str) -> tuple[dict[str, Place], set[str]]:
                 folders |= {name} - {""}
                 continue
             if name in places:
-                raise UserError(f"{key}: {printable(name)} is twice in {archive}; make the archive anew from the files")
+                raise UserError(
+                    f"{key}: {printable(name)} is in {archive} twice; create the archive again from the files"
+                )
             places[name] = Place(str(archive), member.offset_data, member.size)
     return places, folders
 
 
 def _opened(archive: Path, key: str) -> BinaryIO:
     try:
-        file = open(archive, "rb", buffering=2 * BLOCK)  # noqa: SIM115 - the caller closes it; little more than headers is read
+        file = open(archive, "rb", buffering=2 * BLOCK)  # noqa: SIM115 - the caller closes it; a small buffer, since only headers are read
     except OSError as error:
-        beside = [p.name for p in archive.parent.glob("*.tar")] if archive.parent.is_dir() else []
-        hint = nearest(archive.name, beside) if beside else ""
+        siblings = [p.name for p in archive.parent.glob("*.tar")] if archive.parent.is_dir() else []
+        hint = nearest(archive.name, siblings) if siblings else ""
         raise UserError(f"{key}: cannot open {archive}: {error.strerror}.{printable(hint)}") from None
     start = file.read(8)
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
             file.close()
             raise UserError(
-                f"{key}: {archive} is compressed ({name}), so single images cannot be reached; decompress it, "
-                "which costs little: images are compressed themselves"
+                f"{key}: {archive} is compressed ({name}), so single images cannot be read; decompress it. "
+                "That takes little space, because images are compressed themselves."
             )
     file.seek(0)
     return file
 
 
 def _members(file: BinaryIO, archive: Path, key: str) -> Iterator[tarfile.TarInfo]:
-    """All members, and a `UserError` unless the archive goes on to its end mark: tarfile takes any end for the end."""
-    whole = last = "its beginning"
+    """All members of an archive. Raises `UserError` if the end mark is missing, which tarfile does not check."""
+    complete = last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            # next() fails where the bytes of the one before are not all there, and in Python 3.10 where there is no member
+            # next() fails if the previous member is incomplete and, in Python 3.10, if there is no member at all
             while tar.offset and (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                whole, last = last, member.name
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would keep them all in memory
+                complete, last = last, member.name
                 yield member
-            whole, end = last, tar.offset
+            complete, end = last, tar.offset
         file.seek(end)
         mark = file.read(2 * BLOCK)
         damage = "has a damaged header" if any(mark) else "is cut off" if len(mark) < BLOCK else ""
         while not damage and (rest := file.read(2**20)):
-            damage = "goes on after its end mark, as joined archives do," if any(rest) else ""
-    # headers that announce a name of exabytes, or that follow one another without end
+            damage = "has data after its end mark, as joined archives have," if any(rest) else ""
+    # the last three for headers that announce a name of exabytes, or long chains of headers
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         damage = f"is damaged or cut off ({printable(first_line(error))})"
     if damage:
-        raise UserError(f"{key}: {archive} {damage} after {printable(whole)}; make or copy it again")
+        raise UserError(f"{key}: {archive} {damage} after {printable(complete)}; create or copy it again")
 
 
 def _safe_name(member: tarfile.TarInfo, archive: Path, key: str) -> str:
-    """The member's name without `.` parts. Raises `UserError` for one that is no plain file or folder inside."""
+    """The name of a member without `.` parts. Raises `UserError` unless it is a plain file or folder inside the archive."""
     parts = member.name.split("/")
     problem = ""
     if member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name:
-        problem = "a path that leads outside"
+        problem = "a path that leads outside the archive"
     elif not (member.isreg() or member.isdir()) or member.issparse() or member.size < 0:
         problem = "a link or a device" if not member.isreg() else "a sparse file"
     if problem:
         raise UserError(
             f"{key}: {printable(member.name)} in {archive} is {problem}; nothing was read. "
-            "Make the archive anew from plain files and folders."
+            "Create the archive again from plain files and folders."
         )
     return "/".join(part for part in parts if part not in ("", "."))

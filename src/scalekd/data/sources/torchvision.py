@@ -1,4 +1,4 @@
-"""torchvision's data sets, already on disk. torchvision reads the files; nothing is downloaded."""
+"""torchvision's data sets that are already on disk; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .folders import real
 
 
 class TorchVision:
+    """`NAME:SPLIT:ROOT`, read by torchvision's class of that name."""
+
     def __init__(self, text: str, key: str):
         from torchvision import datasets
 
@@ -27,15 +29,15 @@ class TorchVision:
         maker: Any = getattr(datasets, name)
         if "train" in inspect.signature(maker).parameters:
             if split == "val":
-                raise UserError(f"{key}: torchvision's {name} has train and test, and no val")
-            choice: dict[str, Any] = {"train": split == "train"}
+                raise UserError(f"{key}: torchvision's {name} has train and test, but no val")
+            options: dict[str, Any] = {"train": split == "train"}
         else:
-            choice = {"split": split}
+            options = {"split": split}
         try:
-            self.images = maker(root, **choice)
+            self.images = maker(root, **options)
         except MemoryError:
             raise
-        except Exception as error:  # its readers of damaged files raise nearly anything
+        except Exception as error:  # for damaged files it may raise nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {reason}") from None
         self.name, self.root = f"{name} {split}", real(root)
@@ -44,7 +46,7 @@ class TorchVision:
         )
         try:
             self.targets = [int(label) for label in labels]
-        except (TypeError, ValueError):  # none at all, or not one class per image
+        except (TypeError, ValueError):  # no labels, or several per image
             raise UserError(
                 f"{key}: torchvision's {name} does not list one class per image; export it to class folders"
             ) from None
@@ -52,7 +54,7 @@ class TorchVision:
         wrong = next((i for i, t in enumerate(self.targets) if not 0 <= t < len(self.classes)), None)
         if wrong is not None:
             raise UserError(
-                f"{key}: {self.where(wrong)} has label {self.targets[wrong]}, and there are {len(self.classes)} classes"
+                f"{key}: {self.where(wrong)} has label {self.targets[wrong]}, but there are {len(self.classes)} classes"
             )
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class TorchVision:
             return plain(image), self.targets[i]
         except (BadImage, MemoryError):
             raise
-        except Exception as error:  # what torchvision and Pillow raise for a damaged file
+        except Exception as error:  # for a damaged file torchvision and Pillow may raise nearly anything
             raise BadImage(first_line(error)) from None
 
     def where(self, i: int) -> str:

@@ -1,4 +1,4 @@
-"""Images without labels: whatever a source holds, each with the target `UNLABELLED`."""
+"""Sources of images without labels, whose target is `UNLABELLED`, and their union with a labelled source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.text import printable
 from scalekd.data.images import decode, is_image, read_file
 
-from .folders import OPTIONS, images_below, real
+from .folders import HINTS, images_below, real
 from .shards import is_sample_image, shard_paths
 from .tars import Place, index
 
@@ -23,7 +23,7 @@ UNLABELLED = -1
 
 
 class Loose:
-    """Image files, on the disk or in archives, at any depth; folders mean nothing."""
+    """Image files on disk or in archives, at any depth. Folder names are ignored."""
 
     def __init__(self, places: Sequence[str | Place], names: Sequence[str]):
         self.places, self.names = places, names
@@ -46,7 +46,7 @@ class Loose:
 
 
 class WithoutLabels:
-    """A labelled source whose labels are not told."""
+    """A labelled source without its labels."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -67,7 +67,7 @@ class WithoutLabels:
 
 
 class Joined:
-    """The images of a labelled source, and after them those of one without labels."""
+    """The images of a labelled source, followed by those of an unlabelled one."""
 
     def __init__(self, labelled: Source, unlabelled: Source):
         self.labelled, self.unlabelled = labelled, unlabelled
@@ -77,43 +77,43 @@ class Joined:
     def __len__(self) -> int:
         return len(self.labelled) + len(self.unlabelled)
 
-    def _of(self, i: int) -> tuple[Source, int]:
+    def _part(self, i: int) -> tuple[Source, int]:
         return (self.labelled, i) if i < len(self.labelled) else (self.unlabelled, i - len(self.labelled))
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        source, place = self._of(i)
-        return source[place]
+        source, number = self._part(i)
+        return source[number]
 
     def where(self, i: int) -> str:
-        source, place = self._of(i)
-        return source.where(place)
+        source, number = self._part(i)
+        return source.where(number)
 
     def identity(self, i: int) -> Hashable:
-        source, place = self._of(i)
-        return source.identity(place)
+        source, number = self._part(i)
+        return source.identity(number)
 
 
 def loose_files(text: str, key: str) -> Loose:
-    """All images below a folder. Raises `UserError`."""
+    """All images in a folder, at any depth. Raises `UserError` if there are none."""
     root = Path(text).expanduser()
     if not root.is_dir():
-        raise UserError(f"{key}: no folder {text}.{OPTIONS.get(key, '')}")
+        raise UserError(f"{key}: no folder {text}.{HINTS.get(key, '')}")
     files = images_below(root)
     if not files:
-        raise UserError(f"{key}: {text} holds no images")
+        raise UserError(f"{key}: {text} has no images")
     return Loose(files, files)
 
 
 def loose_members(text: str, key: str, shards: bool) -> Loose:
-    """All images in one archive, or in all `shards` that the text names. Raises `UserError`."""
-    counts = is_sample_image if shards else is_image
+    """All images in one archive, or with `shards` in all shards that `text` names. Raises `UserError` if there are none."""
+    is_wanted = is_sample_image if shards else is_image
     archives = shard_paths(text, key) if shards else [Path(text).expanduser()]
-    found = [
+    images = [
         (place, f"{name} in {place.archive}")
         for archive in archives
         for name, place in index(archive, key)[0].items()
-        if counts(name)
+        if is_wanted(name)
     ]
-    if not found:
-        raise UserError(f"{key}: {text} holds no images")
-    return Loose([place for place, _ in found], [name for _, name in found])
+    if not images:
+        raise UserError(f"{key}: {text} has no images")
+    return Loose([place for place, _ in images], [name for _, name in images])
