@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from scalekd.config.fields import Optim
-from scalekd.train.optim import can_be_fused, load_state, of_groups
+from scalekd.train.optim import can_be_fused, create_optimizer, load_state
 
 FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum", "nesterov"], ["lamb", "lion", "adafactor", "adagrad"]
 
@@ -36,7 +36,7 @@ def take_steps(of: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed
 
 
 def ours(name: str, of: nn.Module) -> torch.optim.Optimizer:
-    return of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(of))
+    return create_optimizer(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(of))
 
 
 def plain(name: str, of: nn.Module) -> torch.optim.Optimizer:
@@ -60,7 +60,7 @@ def test_the_same_steps_as_the_plain_one(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_others_are_built_as_they_are(name):
     of = model()
-    optimizer = of_groups(Optim(name=name, lr=0.01), groups(of))
+    optimizer = create_optimizer(Optim(name=name, lr=0.01), groups(of))
     assert not optimizer.param_groups[0].get("fused")
     take_steps(of, optimizer, 2)
 
@@ -69,7 +69,10 @@ def test_where_there_is_no_such_kernel():
     with torch.device("meta"):
         of = nn.Linear(2, 2)
     assert not can_be_fused("adamw", [{"params": list(of.parameters())}])
-    assert of_groups(Optim(name="adamw", lr=0.01), [{"params": list(of.parameters())}]).param_groups[0]["fused"] is None
+    assert (
+        create_optimizer(Optim(name="adamw", lr=0.01), [{"params": list(of.parameters())}]).param_groups[0]["fused"]
+        is None
+    )
 
 
 def scaled_steps(
@@ -125,7 +128,7 @@ def test_a_step_left_out_under_fp16_scaling(name, bad, monkeypatch):
 
 def test_a_parameter_whose_gradient_comes_later():
     of = model()
-    optimizer = of_groups(Optim(name="sgd", lr=0.01, momentum=0.9), groups(of))
+    optimizer = create_optimizer(Optim(name="sgd", lr=0.01, momentum=0.9), groups(of))
     first, *rest = of.parameters()
     for p in rest:
         p.grad = torch.ones_like(p)

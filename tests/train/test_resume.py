@@ -111,7 +111,7 @@ def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
 )
 @pytest.mark.parametrize(
     ("function", "call", "step"),
-    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("_validate", 1, 3)],
+    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("validate", 1, 3)],
 )
 def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, function, call, step):
     assert command("whole").code == 0
@@ -123,7 +123,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()
     again = command("parts")
-    assert again.code == 0 and f"goes on from step {step} of 6" in again.out
+    assert again.code == 0 and f"resumes from step {step} of 6" in again.out
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -197,8 +197,8 @@ def test_the_same_step_is_not_logged_twice(light_recipe, tmp_path):
 
 def test_checkpoint_of_another_run_is_refused(light_recipe, plain_recipe, tmp_path):
     start(changed(light_recipe, train={"epochs": 1}), tmp_path / "run")
-    with pytest.raises(UserError, match=r"last\.pt is of another recipe's run"):
+    with pytest.raises(UserError, match=r"last\.pt belongs to a run of another recipe"):
         start(plain_recipe, tmp_path / "run")
     (tmp_path / "run" / "best.pt").replace(tmp_path / "run" / "last.pt")
-    with pytest.raises(UserError, match=r"last\.pt is not of this recipe's run"):
+    with pytest.raises(UserError, match=r"last\.pt does not fit this recipe"):
         start(light_recipe, tmp_path / "run")

@@ -93,7 +93,7 @@ def test_no_tracker(recipe, tmp_path):
 
 def test_another_choice_of_trackers_goes_on_with_the_run(recipe, tmp_path, monkeypatch):
     run_killed_at(5, recipe, tmp_path / "run", monkeypatch, track=[])
-    assert "goes on from step 3" in run(recipe, tmp_path / "run", track=["tensorboard"])
+    assert "resumes from step 3" in run(recipe, tmp_path / "run", track=["tensorboard"])
     assert [s for s, _ in tensorboard(tmp_path / "run")["lr"]] == [4, 5, 6]
 
 
@@ -256,7 +256,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(
-        UserError, match=r"a folder of that name lies here.\nInstall it: pip install 'scalekd\[wandb\]'"
+        UserError, match=r"Python found only a folder of that name.\nInstall it with pip install 'scalekd\[wandb\]'"
     ):
         check_trackers(["wandb"])
     sys.modules.pop("wandb", None)
@@ -276,8 +276,8 @@ def test_a_failure_is_told_once_and_the_run_goes_on(recipe, tmp_path, monkeypatc
     else:
         monkeypatch.setattr(FakeRun, where, failing)
     told = run(recipe, tmp_path / "run", track=["tensorboard", name])
-    assert told.count(f"{name} is left out from here: no network. The run goes on") == 1
-    assert "left out" not in told.replace(f"{name} is left out", "")
+    assert told.count(f"{name} failed and is switched off: no network. The run continues") == 1
+    assert "switched off" not in told.replace(f"{name} failed and is switched off", "")
     assert (tmp_path / "run" / "summary.json").is_file()
     assert [s for s, _ in tensorboard(tmp_path / "run")["loss/ce"]] == [1, 2, 3, 4, 5, 6]
 
@@ -287,14 +287,14 @@ def test_one_that_never_ends_is_left(monkeypatch):
     told, end = [], threading.Event()
     Tracker("wandb", Opened(lambda step, values: None, lambda: end.wait() and None), told.append).close()
     end.set()
-    assert len(told) == 1 and "wandb has not sent everything" in told[0]
+    assert len(told) == 1 and "wandb did not send everything" in told[0]
 
 
 def test_tensorboard_on_a_path_that_it_cannot_use(recipe, tmp_path, monkeypatch):
     run_killed_at(5, recipe, tmp_path / "run", monkeypatch, track=[])
     (tmp_path / "run" / "tensorboard").write_text("a file in its way")
     told = run(recipe, tmp_path / "run")
-    assert told.count("tensorboard is left out from here") == 1
+    assert told.count("tensorboard failed and is switched off") == 1
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
