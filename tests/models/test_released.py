@@ -696,7 +696,7 @@ def test_what_timm_cannot_compute_is_refused(tmp_path, classes):
 
 
 def test_classes_must_be_as_many_as_the_head_has(tmp_path):
-    assert "the head has 3 rows and ImageNet-1K has 1000 classes" in refusal(
+    assert "the head has 3 rows, but ImageNet-1K has 1000 classes" in refusal(
         "convnext", theirs("convnext").state_dict(), tmp_path, None
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, and never more than data."""
+"""Checkpoints: complete or rejected, and never code."""
 
 from __future__ import annotations
 

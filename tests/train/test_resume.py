@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again is the run that never stopped, bit for bit."""
+"""A run that is stopped anywhere and resumed equals the run that never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
 
 
 def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
-    """crd keeps a queue, mgd draws what it hides, diffkd draws noise."""
+    """crd keeps a queue, mgd draws masks, diffkd draws noise."""
     recipe = changed(
         tiny_recipe,
         losses={"ce": {}, "crd": {"negatives": 20}, "mgd": {}, "diffkd": {}},
@@ -73,7 +73,7 @@ def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
 
 def test_without_checkpoints_between_validations(light_recipe, tmp_path):
     start(light_recipe, tmp_path / "whole")
-    for stop in (1, 5):  # before the first checkpoint: begins anew; then from the end of epoch 1
+    for stop in (1, 5):  # before the first checkpoint: restarts; then resumes from the end of epoch 1
         with pytest.raises(Interrupted):
             start(light_recipe, tmp_path / "parts", stop)
     start(light_recipe, tmp_path / "parts")
@@ -82,7 +82,7 @@ def test_without_checkpoints_between_validations(light_recipe, tmp_path):
     assert [e["step"] for e in events(tmp_path / "parts", "validation")] == [3, 6]
 
 
-# ---------------------------------------------------------------- asked to stop
+# ---------------------------------------------------------------- signals
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     stopped = command("run")
     assert stopped.code == 75 and "stopped by SIGTERM before the first step" in stopped.err
-    assert command("run").code == 75  # nothing there that is in the way
+    assert command("run").code == 75  # the folder can be used again
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -145,16 +145,16 @@ def test_a_second_interrupt_does_not_wait():
 
 
 def test_another_thread_catches_nothing():
-    found = []
+    handlers = []
 
     def enter():
         with StopRequest() as stop:
-            found.append(stop.before)
+            handlers.append(stop.before)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [{}]
+    assert handlers == [{}]
 
 
 # ---------------------------------------------------------------- checkpoints
