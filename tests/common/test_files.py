@@ -97,7 +97,7 @@ def test_files_that_may_not_grow(recipe_file, cli, tmp_path):
         assert set(os.listdir(tmp_path / "whole")) <= set(os.listdir(folder))
         assert not [left for left in os.listdir(folder) if left.endswith(".part")]
         assert [e["step"] for e in events(folder, "step")] == list(range(1, 17))
-    assert done.stdout.count("tensorboard is left out from here") == 1  # its file has 3,000 to 20,000 bytes
+    assert done.stdout.count("tensorboard failed and is switched off") == 1  # its file has 3,000 to 20,000 bytes
 
 
 class Killed(BaseException):
@@ -151,7 +151,7 @@ def test_a_run_that_goes_on_keeps_what_made_its_first_part(cli, recipe_file, tmp
 def test_what_does_not_change_a_run_may_differ(cli, recipe_file, tmp_path, changes):
     cli("train", recipe_file, "--out", tmp_path / "run", "track=[tensorboard]")
     result = cli("train", recipe_file, "--out", tmp_path / "run", changes)
-    assert "holds this run, finished" in result.err
+    assert "holds this run, and it is finished" in result.err
     assert "a run of another recipe" in cli("train", recipe_file, "--out", tmp_path / "run", changes, "seed=1").err
 
 
@@ -159,7 +159,7 @@ def test_a_recipe_without_newer_fields_is_the_same_run(cli, recipe_file, tmp_pat
     cli("train", recipe_file, "--out", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "track" not in line))
-    assert "holds this run, finished" in cli("train", recipe_file, "--out", tmp_path / "run").err
+    assert "holds this run, and it is finished" in cli("train", recipe_file, "--out", tmp_path / "run").err
     recipe.write_text("no recipe")
     assert (
         "a run of another recipe (first difference: `no recipe`"

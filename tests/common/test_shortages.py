@@ -58,7 +58,7 @@ def test_in_the_preflight(cli, recipe_file, tmp_path, monkeypatch, failing):
     assert result.code == 2 and len(result.err.splitlines()) == 2, result.err
     assert result.err.startswith("scalekd: out of memory on this machine with ")
     assert result.err.endswith(
-        "Now train.batch_size=8 train.accumulate=1; try train.accumulate=2 (the same batch in more parts), then train.batch_size=4.\n"
+        "Now train.batch_size=8 train.accumulate=1; try train.accumulate=2 (the same batch in more micro-batches), then train.batch_size=4.\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -75,12 +75,16 @@ def test_in_training_nothing_is_lost(cli, recipe_file, tmp_path, monkeypatch, fa
     monkeypatch.setattr(engine, "train_step", step)
     command = ["train", recipe_file, "--out", tmp_path / "run"]
     result = cli(*command)
-    assert result.code == 2 and "out of memory" in result.err and "another run: add --out" in result.err
+    assert (
+        result.code == 2
+        and "out of memory" in result.err
+        and "another run: choose a new folder with `--out`" in result.err
+    )
     assert final_state(tmp_path / "run")["progress"]["step"] == 3
     assert "a run of another recipe" in cli(*command, "train.accumulate=2").err
-    assert "goes on from step 3" not in cli(*command, "train.accumulate=2", "--out", tmp_path / "new").out
+    assert "resumes from step 3" not in cli(*command, "train.accumulate=2", "--out", tmp_path / "new").out
     monkeypatch.undo()
-    assert "goes on from step 3" in cli(*command).out
+    assert "resumes from step 3" in cli(*command).out
 
 
 @pytest.mark.parametrize("check", [(), ("--no-preflight",)])

@@ -146,7 +146,7 @@ def test_a_compiled_run_is_the_plain_one(light_recipe, tmp_path, monkeypatch):
         del state["recipe"]
     assert_same(*states)
     difference = recipe_difference(to_yaml(check_config(compiled, "test")), check_config(recipe, "test"))
-    assert difference == "`compile: true` there, `compile: false` now"  # as for train.channels_last
+    assert difference == "`compile: true` before, `compile: false` now"  # as for train.channels_last
 
 
 def test_what_cannot_be_compiled_is_told_before_training(light_recipe, monkeypatch):

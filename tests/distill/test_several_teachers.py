@@ -174,7 +174,7 @@ def test_a_run_with_two_teachers(recipe: dict[str, Any], tmp_path: Path, cli: Ca
     report = (tmp_path / "run" / "report.html").read_text()
     assert "teachers.small" in report and "fd@large.s4" in report
     refused = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "b", "--teacher-outputs", tmp_path / "o")
-    assert refused.code == 2 and "goes with one teacher" in refused.err
+    assert refused.code == 2 and "`--teacher-outputs` supports one teacher only" in refused.err
 
 
 def test_a_run_with_two_teachers_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -429,8 +429,8 @@ def test_the_outputs_are_those_of_the_released_model(case, tmp_path, classes):
     student, told = imported(case, {"state_dict": model.state_dict()}, tmp_path, classes)
     assert difference(model, student, CASES[case][4]) < 1e-5
     tensors = len(student.state_dict())
-    assert f"recognised as {CASES[case][5]}, from state_dict; 0 tensors beside the student" in told
-    assert any(line.startswith(f"{tensors} of {tensors} tensors of {CASES[case][2]} filled") for line in told)
+    assert f"recognised as {CASES[case][5]}, from state_dict; 0 tensors do not belong to the student" in told
+    assert any(line.startswith(f"{tensors} of {tensors} tensors of {CASES[case][2]} loaded") for line in told)
 
 
 def test_a_merging_in_the_wrong_order_would_show(tmp_path, classes, monkeypatch):
@@ -486,7 +486,7 @@ def test_the_result_is_evaluated_and_starts_a_run(cli, tmp_path, recipe_file, cl
     run = cli("train", recipe_file, "--dry-run", f"student={json.dumps(student)}", "losses={ce: {}}", "teacher=null")
     assert "tensors from" in run.out and "missing" not in run.err, run.err
     again = cli("import", tmp_path / "r.pth", *options)
-    assert again.code == 2 and "holds a student already" in again.err
+    assert again.code == 2 and "already holds a student" in again.err
 
 
 # ------------------------------------------------ wrappers and prefixes
@@ -499,7 +499,7 @@ def test_a_distillers_checkpoint_has_the_student_and_more(tmp_path, classes):
     state |= {"distill_losses.loss_fmd_s3.projector_0.query.weight": torch.ones(4, 4), "linear.bias": torch.ones(3)}
     student, told = imported("resnet", {"state_dict": state, "meta": {"epoch": 300}}, tmp_path, classes)
     assert difference(model, student, 64) < 1e-5
-    assert any("tensors beside the student" in line and "; 0 " not in line for line in told)
+    assert any("tensors do not belong to the student" in line and "; 0 " not in line for line in told)
 
 
 def average_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -563,7 +563,7 @@ def test_vanillakds_convnext_v2(tmp_path, classes):
         {"epoch": 299, "arch": "convnextv2_tiny", "state_dict": state, "args": Namespace(lr=1)}, tmp_path / "v.pth"
     )
     told = import_student(tmp_path / "v.pth", "convnextv2_tiny", CONVNEXT, tmp_path / "out", classes)
-    assert "recognised as timm, from state_dict; 0 tensors beside the student" in told
+    assert "recognised as timm, from state_dict; 0 tensors do not belong to the student" in told
     assert difference(model, load_student(tmp_path / "out")[0], 64) < 1e-5
 
 
@@ -690,13 +690,13 @@ def test_what_timm_cannot_compute_is_refused(tmp_path, classes):
         "backbone.ln2.weight": torch.ones(384),
         "head.fc.weight": torch.ones(1000, 384),
     }
-    assert "recognised as mmpretrain EVA-02 and not imported" in refusal(
+    assert "recognised as mmpretrain EVA-02 and cannot be imported" in refusal(
         "vit", {"state_dict": eva}, tmp_path, classes, model="eva02_small_patch14_336"
     )
 
 
 def test_classes_must_be_as_many_as_the_head_has(tmp_path):
-    assert "the head has 3 rows and ImageNet-1K has 1000 classes" in refusal(
+    assert "the head has 3 rows, but ImageNet-1K has 1000 classes" in refusal(
         "convnext", theirs("convnext").state_dict(), tmp_path, None
     )
 

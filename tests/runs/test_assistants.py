@@ -17,7 +17,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.sections import to_yaml
 from scalekd.config.recipe import assistant_of, check_config, load_recipe
 from scalekd.models.weights.match import sha256_of
-from scalekd.runs.assistants import _finished, rehearse
+from scalekd.runs.assistants import assistant_finished, rehearse
 from scalekd.runs.distillation import execute
 from scalekd.runs.heads import with_heads
 
@@ -54,18 +54,18 @@ def test_the_assistant_is_trained_first_and_teaches(file: Path, tmp_path: Path, 
     assert weights["sha256"] == sha256_of(tmp_path / "run-assistant" / "student.safetensors")
 
 
-def test_what_is_finished_is_not_run_again(file: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_finished_runs_are_not_repeated(file: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     assert cli("train", file, "--out", tmp_path / "run", "--no-preflight").code == 0
     before = (tmp_path / "run-assistant" / "log.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "run")
     result = cli("train", file, "--out", tmp_path / "run", "--no-preflight")
-    assert result.code == 0 and "run-assistant is finished: it teaches tiny" in " ".join(result.out.split())
+    assert result.code == 0 and "run-assistant is finished and teaches tiny" in " ".join(result.out.split())
     assert (tmp_path / "run-assistant" / "log.jsonl").read_bytes() == before
     again = cli("train", file, "--out", tmp_path / "run", "--no-preflight")
-    assert again.code == 2 and "holds this run, finished" in again.err
+    assert again.code == 2 and "holds this run, and it is finished" in again.err
     shutil.rmtree(tmp_path / "run")
     other = cli("train", file, "--out", tmp_path / "run", "assistant.train.epochs=2")
-    assert other.code == 2 and "holds another assistant's run" in other.err
+    assert other.code == 2 and "holds the run of another assistant" in other.err
 
 
 def test_an_assistant_may_have_one_itself(recipe: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -127,7 +127,7 @@ def test_a_dry_run_writes_nothing(file: Path, tmp_path: Path, cli: Callable[...,
 def test_one_run_alone_refuses_a_chain(recipe: dict[str, Any], tmp_path: Path) -> None:
     from rich.console import Console
 
-    with pytest.raises(UserError, match="is two runs"):
+    with pytest.raises(UserError, match="needs two runs"):
         execute(check_config(recipe, "test"), tmp_path / "run", torch.device("cpu"), Console())
 
 
@@ -138,4 +138,4 @@ def test_an_assistant_whose_teacher_s_head_was_fitted_is_known_again(recipe: dic
     assert f"head: {tmp_path / 'head'}" in recipe_there
     (tmp_path / "recipe.yaml").write_text(recipe_there)
     (tmp_path / "summary.json").write_text("{}")
-    assert _finished(config, tmp_path)
+    assert assistant_finished(config, tmp_path)

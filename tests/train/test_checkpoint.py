@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, and never more than data."""
+"""Checkpoints: complete or rejected, and never code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_load_gives_what_was_saved(path):
 def test_full_disk_leaves_the_old_file(path):
     before = path.read_bytes()
     path.with_name("last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"cannot write .*last\.pt.*untouched"):
+    with pytest.raises(UserError, match=r"cannot write .*last\.pt.*intact"):
         checkpoint.save(path, STATE)
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
     assert path.read_bytes() == before
@@ -70,14 +70,14 @@ def flip_a_weight(raw: bytes) -> bytes:
 )
 def test_damaged_file_is_refused_by_name(path, damage):
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"last\.pt is not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged or not a checkpoint"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize("content", [{"student": {}}, {"format": 0}, [1, 2], torch.zeros(2)])
 def test_other_format_is_refused_by_name(path, content):
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"last\.pt is no checkpoint of this version"):
+    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of this version"):
         checkpoint.load(path)
 
 
@@ -93,6 +93,6 @@ class Touch:
 
 def test_no_code_is_run(path, tmp_path):
     torch.save({"format": checkpoint.FORMAT, "student": Touch(tmp_path / "touched")}, path)
-    with pytest.raises(UserError, match=r"last\.pt is not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged or not a checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "touched").exists()

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny recipe: averaging, schedules, precision, and what is logged."""
+"""Whole runs of a tiny recipe: steps, averaging, schedules, precision, logging."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_accumulation_gives_the_same_run(plain_recipe, tmp_path):
     fresh = build(check_config(plain_recipe, "test"), CPU).distiller.state_dict()
     for name, value in whole.distiller.state_dict().items():
         torch.testing.assert_close(parts.distiller.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    assert max((v - fresh[n]).abs().max() for n, v in whole.distiller.state_dict().items()) > 1e-2  # it did train
+    assert (
+        max((v - fresh[n]).abs().max() for n, v in whole.distiller.state_dict().items()) > 1e-2
+    )  # training changed the weights
     for a, b in zip(events(tmp_path / "1", "step"), events(tmp_path / "2", "step"), strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
 
@@ -146,24 +148,24 @@ def test_nan_stops_before_a_checkpoint(light_recipe, tmp_path):
 
 def test_nan_in_validation_stops_before_a_checkpoint(light_recipe, tmp_path):
     recipe = changed(light_recipe, optim={"name": "sgd", "lr": 1e30}, train={"batch_size": 24})
-    with pytest.raises(UserError, match="the loss is not finite: validation after step 1"):
+    with pytest.raises(UserError, match="the validation loss is not finite after step 1"):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
 @pytest.mark.parametrize(
-    ("train_values", "told"),
+    ("train_values", "message"),
     [
         ({"batch_size": 25}, "more than the 24 training images"),
         ({"batch_size": 8, "accumulate": 8}, "one image per process and step"),
     ],
 )
-def test_batches_that_cannot_be(tiny_recipe, train_values, told):
-    with pytest.raises(UserError, match=told):
+def test_impossible_batch_sizes(tiny_recipe, train_values, message):
+    with pytest.raises(UserError, match=message):
         build(check_config(changed(tiny_recipe, train=train_values), "test"), CPU)
 
 
-# ---------------------------------------------------------------- what is logged
+# ---------------------------------------------------------------- logging
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 3, 5, 6]), (50, [3, 6])])
@@ -269,19 +271,19 @@ def groups(recipe: Recipe, **optim: Any) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("student", ["test_resnet", "test_vit"])
 def test_parameter_groups(tiny_recipe, student):
     recipe = changed(tiny_recipe, student={"model": student})
-    found = groups(recipe, lr=0.01, weight_decay=0.3, projector_lr=10.0)
-    assert {lr for name, (lr, _) in found.items() if name.startswith("student.")} == {0.01}
-    assert {lr for name, (lr, _) in found.items() if name.startswith("methods.")} == {0.1}
+    parameter_groups = groups(recipe, lr=0.01, weight_decay=0.3, projector_lr=10.0)
+    assert {lr for name, (lr, _) in parameter_groups.items() if name.startswith("student.")} == {0.01}
+    assert {lr for name, (lr, _) in parameter_groups.items() if name.startswith("methods.")} == {0.1}
     shapes = {n: p.ndim for n, p in build(check_config(recipe, "test"), CPU).distiller.named_parameters()}
     tables = ("student.pos_embed", "student.cls_token")
     exempt = {name for name, ndim in shapes.items() if ndim <= 1 or name.endswith(".bias") or name in tables}
-    assert {name for name, (_, decay) in found.items() if decay == 0} == exempt
-    assert {decay for _, decay in found.values()} == {0, 0.3}
+    assert {name for name, (_, decay) in parameter_groups.items() if decay == 0} == exempt
+    assert {decay for _, decay in parameter_groups.values()} == {0, 0.3}
 
 
 def test_decay_norm_and_bias(tiny_recipe):
-    found = groups(tiny_recipe, weight_decay=0.3, decay_norm_and_bias=True)
-    assert {decay for _, decay in found.values()} == {0.3}
+    parameter_groups = groups(tiny_recipe, weight_decay=0.3, decay_norm_and_bias=True)
+    assert {decay for _, decay in parameter_groups.values()} == {0.3}
 
 
 def test_frozen_parameters_are_left_out(tiny_recipe):

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: named with its step and files, kept for a second look, or left out."""
+"""Losses and gradients that are not finite: reported with step and files, saved to reproduce them, or skipped."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from scalekd.train.resume import Progress, snapshot
 
 @pytest.fixture
 def recipe(light_recipe, image_folder):
-    """One white image, which is not moved by augmentation."""
+    """One image is white, and augmentation does not change it."""
     Image.new("RGB", (40, 40), "white").save(image_folder / "train" / "ant" / "0.png")
     return light_recipe | {"augment": {"crop": "none", "flip": 0.0}}
 
 
-def of_loss(losses):
+def spoil_loss(losses):
     losses["kd"] = losses["kd"] * math.nan
     losses["total"] = losses["total"] * math.nan
 
 
-def of_gradient(losses):
+def spoil_gradient(losses):
     losses["total"] = losses["total"] + (losses["kd"] * 0).sqrt()
 
 
-@pytest.fixture(params=[of_loss, of_gradient], ids=["loss", "gradient"])
+@pytest.fixture(params=[spoil_loss, spoil_gradient], ids=["loss", "gradient"])
 def spoiled(request, monkeypatch):
-    """A distiller that a white image makes not finite; the name of what is."""
+    """Makes the loss or gradient of a batch with the white image not finite. Yields the name in the error."""
     real = Distiller.forward
 
     def forward(self, images, targets):
@@ -46,11 +46,11 @@ def spoiled(request, monkeypatch):
         return losses
 
     monkeypatch.setattr(Distiller, "forward", forward)
-    return {of_loss: "kd", of_gradient: "gradient"}[request.param]
+    return {spoil_loss: "kd", spoil_gradient: "gradient"}[request.param]
 
 
 def white_steps(recipe) -> list[int]:
-    """The steps, from 1, whose batch has the white image."""
+    """The steps, counted from 1, whose batch contains the white image."""
     run = build(check_config(recipe, "test"), CPU)
     sampler = run.train_sampler()
     return [step + 1 for step in range(6) if any(i == 0 for keys in sampler.keys_of(step) for _, i in keys)]
@@ -59,11 +59,11 @@ def white_steps(recipe) -> list[int]:
 def test_a_run_stops_with_term_step_files_and_state(recipe, spoiled, image_folder, tmp_path):
     recipe = changed(recipe, train={"accumulate": 2})
     step = white_steps(recipe)[0]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         start(recipe, tmp_path / "run")
     report = tmp_path / "run" / f"nonfinite-step-{step}.pt"
-    assert f"not finite: {spoiled} in step {step}, on {image_folder}" in str(told.value)
-    assert str(report) in str(told.value) and "train.skip_nonfinite=10" in str(told.value)
+    assert f"not finite: {spoiled} in step {step}, on {image_folder}" in str(caught.value)
+    assert str(report) in str(caught.value) and "train.skip_nonfinite=10" in str(caught.value)
     content = checkpoint.load(report)
     assert str(image_folder / "train" / "ant" / "0.png") in content["files"] and len(content["files"]) == 8
     assert (content["terms"], content["step"]) == ([spoiled], step)
@@ -74,7 +74,7 @@ def test_a_run_stops_with_term_step_files_and_state(recipe, spoiled, image_folde
 
 
 def test_the_state_in_the_report_is_the_one_before_the_step(recipe, spoiled, tmp_path, monkeypatch):
-    """Bit for bit that of a run which stops there, running statistics of batch norm too."""
+    """Bit for bit, including the running statistics of batch norms."""
     recipe = changed(recipe, train={"save_minutes": 0})
     step = white_steps(recipe)[0]
     with pytest.raises(UserError, match="not finite"):
@@ -91,7 +91,7 @@ def test_the_state_in_the_report_is_the_one_before_the_step(recipe, spoiled, tmp
 
 
 def test_a_gpu_goes_back_and_finds_the_step(recipe, spoiled, tmp_path, monkeypatch):
-    """Where losses are read only every 50 steps, the weights are spoiled when it is noticed."""
+    """Losses are read every 50 steps, so the weights are no longer finite when the error is noticed."""
     monkeypatch.setattr(engine, "looks_at_every_step", lambda run: False)
     step = white_steps(recipe)[0]
     with pytest.raises(UserError, match=f"not finite: {spoiled} in step {step}, on "):
@@ -100,7 +100,7 @@ def test_a_gpu_goes_back_and_finds_the_step(recipe, spoiled, tmp_path, monkeypat
     assert checkpoint.load(tmp_path / "run" / f"nonfinite-step-{step}.pt")["step"] == step
 
 
-def test_steps_are_left_out_when_asked(recipe, spoiled, tmp_path):
+def test_steps_are_skipped_when_asked(recipe, spoiled, tmp_path):
     recipe = changed(recipe, train={"skip_nonfinite": 2})
     run = start(recipe, tmp_path / "run")
     assert [(e["step"], e["terms"]) for e in events(tmp_path / "run", "skipped")] == [
@@ -112,14 +112,14 @@ def test_steps_are_left_out_when_asked(recipe, spoiled, tmp_path):
     assert all(math.isfinite(v) for e in events(tmp_path / "run", "step") for v in e["losses"].values())
 
 
-def test_no_more_steps_are_left_out_than_asked(recipe, spoiled, tmp_path):
+def test_no_more_steps_are_skipped_than_asked(recipe, spoiled, tmp_path):
     step = white_steps(recipe)[1]
     with pytest.raises(UserError, match=f"not finite: {spoiled} in step {step}"):
         start(changed(recipe, train={"skip_nonfinite": 1}), tmp_path / "run")
-    assert final_state(tmp_path / "run")["progress"]["skipped"] == 1  # a stop does not begin the count anew
+    assert final_state(tmp_path / "run")["progress"]["skipped"] == 1  # resuming does not reset the count
 
 
-def test_finite_steps_do_not_depend_on_the_look(light_recipe, tmp_path, monkeypatch):
+def test_finite_steps_do_not_depend_on_the_check(light_recipe, tmp_path, monkeypatch):
     start(light_recipe, tmp_path / "checked")
     monkeypatch.setattr(engine, "looks_at_every_step", lambda run: False)
     start(light_recipe, tmp_path / "unchecked")

@@ -1,4 +1,4 @@
-"""`log.jsonl`: what a reader sees of a run that was killed and went on, full disks, names that would steer a terminal."""
+"""`log.jsonl`: logs of killed and resumed runs, full disks, and names with terminal escape codes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_validation_that_was_repeated_at_its_checkpoint_is_seen_once(tmp_path)
     assert [e["top1"] for e in read_log(tmp_path) if e["event"] == "validation"] == [2.0]
 
 
-def test_lines_that_are_no_events_are_left_out(tmp_path):
+def test_lines_that_are_not_events_are_skipped(tmp_path):
     write(tmp_path, step(1), "", "17", '{"step": 2}', '{"event": "st', "\x00\ufffd", step(3))
     assert kinds(tmp_path) == [("step", 1), ("step", 3)]
 
@@ -80,7 +80,7 @@ def test_the_file_only_grows(tmp_path):
 
 
 class FullDisk(io.RawIOBase):
-    """Takes `room` bytes, then what a full disk says."""
+    """Accepts `room` bytes, then raises the error of a full disk."""
 
     def __init__(self, room: int):
         self.room, self.held = room, b""
@@ -96,7 +96,7 @@ class FullDisk(io.RawIOBase):
         return len(taken)
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     log = RunLog(tmp_path, Console(file=io.StringIO()))
     log.file = disk = FullDisk(100)
     with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device\. What was saved before"):
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told(tmp_path):
     assert len(disk.held) == 100
 
 
-def test_a_log_that_cannot_be_opened_is_told(tmp_path):
+def test_a_log_that_cannot_be_opened_is_reported(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: Is a directory\. Give a folder"):
         RunLog(tmp_path)

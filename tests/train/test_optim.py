@@ -1,4 +1,4 @@
-"""The optimisers that PyTorch has one kernel for take the same steps as its plain ones."""
+"""Fused optimisers take the same steps as the plain ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from scalekd.config.fields import Optim
-from scalekd.train.optim import can_be_fused, load_state, of_groups
+from scalekd.train.optim import can_be_fused, create_optimizer, load_state
 
 FUSED, PLAIN = ["adam", "adamw", "sgd", "momentum", "nesterov"], ["lamb", "lion", "adafactor", "adagrad"]
 
@@ -21,27 +21,27 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
 
 
-def groups(of: nn.Module) -> list[dict]:
-    norm = [p for p in of.parameters() if p.ndim == 1]
-    rest = [p for p in of.parameters() if p.ndim > 1]
+def groups(net: nn.Module) -> list[dict]:
+    norm = [p for p in net.parameters() if p.ndim == 1]
+    rest = [p for p in net.parameters() if p.ndim > 1]
     return [{"params": rest, "weight_decay": 0.1}, {"params": norm, "weight_decay": 0.0, "lr": 0.02}]
 
 
-def take_steps(of: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> None:
+def take_steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> None:
     g = torch.Generator().manual_seed(seed)
     for _ in range(count):
         optimizer.zero_grad()
-        of(torch.randn(4, 3, 8, 8, generator=g)).square().mean().backward()
+        net(torch.randn(4, 3, 8, 8, generator=g)).square().mean().backward()
         optimizer.step()
 
 
-def ours(name: str, of: nn.Module) -> torch.optim.Optimizer:
-    return of_groups(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(of))
+def ours(name: str, net: nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer(Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.9), groups(net))
 
 
-def plain(name: str, of: nn.Module) -> torch.optim.Optimizer:
+def plain(name: str, net: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(
-        groups(of), opt=name, lr=0.01, weight_decay=0.1, momentum=0.9, filter_bias_and_bn=False, foreach=False
+        groups(net), opt=name, lr=0.01, weight_decay=0.1, momentum=0.9, filter_bias_and_bn=False, foreach=False
     )
 
 
@@ -58,31 +58,34 @@ def test_the_same_steps_as_the_plain_one(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_others_are_built_as_they_are(name):
-    of = model()
-    optimizer = of_groups(Optim(name=name, lr=0.01), groups(of))
+def test_optimisers_without_a_fused_kernel_are_plain(name):
+    net = model()
+    optimizer = create_optimizer(Optim(name=name, lr=0.01), groups(net))
     assert not optimizer.param_groups[0].get("fused")
-    take_steps(of, optimizer, 2)
+    take_steps(net, optimizer, 2)
 
 
-def test_where_there_is_no_such_kernel():
+def test_no_fused_kernel_on_other_devices():
     with torch.device("meta"):
-        of = nn.Linear(2, 2)
-    assert not can_be_fused("adamw", [{"params": list(of.parameters())}])
-    assert of_groups(Optim(name="adamw", lr=0.01), [{"params": list(of.parameters())}]).param_groups[0]["fused"] is None
+        net = nn.Linear(2, 2)
+    assert not can_be_fused("adamw", [{"params": list(net.parameters())}])
+    assert (
+        create_optimizer(Optim(name="adamw", lr=0.01), [{"params": list(net.parameters())}]).param_groups[0]["fused"]
+        is None
+    )
 
 
 def scaled_steps(
-    of: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool], seed: int = 1
+    net: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool], seed: int = 1
 ) -> torch.amp.GradScaler:
-    """Steps as the engine takes them in fp16; a gradient is not finite where `bad`."""
+    """Takes fp16 steps as the engine does; the gradient overflows in the steps that are `bad`."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     g = torch.Generator().manual_seed(seed)
     for overflow in bad:
         optimizer.zero_grad()
-        scaler.scale(of(torch.randn(4, 3, 8, 8, generator=g)).square().mean()).backward()
+        scaler.scale(net(torch.randn(4, 3, 8, 8, generator=g)).square().mean()).backward()
         if overflow:
-            next(of.parameters()).grad[0] = torch.inf
+            next(net.parameters()).grad[0] = torch.inf
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
@@ -93,8 +96,8 @@ def scaled_steps(
     "take", [partial(take_steps, count=3), partial(scaled_steps, bad=[False, True, False])], ids=["float32", "fp16"]
 )
 @pytest.mark.parametrize("name", FUSED)
-def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name, take):
-    """A checkpoint's groups say which it was; so runs of an earlier version go on bit for bit."""
+def test_a_run_that_began_unfused_resumes_unfused(name, take):
+    """The checkpoint's groups record whether it was fused, so runs of an earlier version resume bit for bit."""
     one = model()
     optimizer = plain(name, one)
     take(one, optimizer)
@@ -107,13 +110,13 @@ def test_a_run_that_began_with_the_plain_one_goes_on_with_it(name, take):
 
 
 def with_garbage(like: torch.Tensor, **_: object) -> torch.Tensor:
-    return torch.full(like.shape, 1e30)  # what memory without values may hold
+    return torch.full(like.shape, 1e30)  # uninitialised memory may hold anything
 
 
 @pytest.mark.parametrize("bad", [[True, False, False], [False, True, False]], ids=["first", "second"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_step_left_out_under_fp16_scaling(name, bad, monkeypatch):
-    """The scaler hands a fused optimiser what it found; the update that overflows leaves weights and state alone."""
+    """The scaler passes its result to a fused optimiser; an overflow changes neither weights nor state."""
     one, other = model(), model()
     monkeypatch.setattr(torch, "empty_like", with_garbage)
     scaler = scaled_steps(one, ours(name, one), bad)
@@ -124,9 +127,9 @@ def test_a_step_left_out_under_fp16_scaling(name, bad, monkeypatch):
 
 
 def test_a_parameter_whose_gradient_comes_later():
-    of = model()
-    optimizer = of_groups(Optim(name="sgd", lr=0.01, momentum=0.9), groups(of))
-    first, *rest = of.parameters()
+    net = model()
+    optimizer = create_optimizer(Optim(name="sgd", lr=0.01, momentum=0.9), groups(net))
+    first, *rest = net.parameters()
     for p in rest:
         p.grad = torch.ones_like(p)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again is the run that never stopped, bit for bit."""
+"""A run that is stopped anywhere and resumed equals the run that never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
 
 
 def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
-    """crd keeps a queue, mgd draws what it hides, diffkd draws noise."""
+    """crd keeps a queue, mgd draws masks, diffkd draws noise."""
     recipe = changed(
         tiny_recipe,
         losses={"ce": {}, "crd": {"negatives": 20}, "mgd": {}, "diffkd": {}},
@@ -73,7 +73,7 @@ def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
 
 def test_without_checkpoints_between_validations(light_recipe, tmp_path):
     start(light_recipe, tmp_path / "whole")
-    for stop in (1, 5):  # before the first checkpoint: begins anew; then from the end of epoch 1
+    for stop in (1, 5):  # before the first checkpoint: restarts; then resumes from the end of epoch 1
         with pytest.raises(Interrupted):
             start(light_recipe, tmp_path / "parts", stop)
     start(light_recipe, tmp_path / "parts")
@@ -82,7 +82,7 @@ def test_without_checkpoints_between_validations(light_recipe, tmp_path):
     assert [e["step"] for e in events(tmp_path / "parts", "validation")] == [3, 6]
 
 
-# ---------------------------------------------------------------- asked to stop
+# ---------------------------------------------------------------- signals
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
 )
 @pytest.mark.parametrize(
     ("function", "call", "step"),
-    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("_validate", 1, 3)],
+    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("validate", 1, 3)],
 )
 def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, function, call, step):
     assert command("whole").code == 0
@@ -123,7 +123,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()
     again = command("parts")
-    assert again.code == 0 and f"goes on from step {step} of 6" in again.out
+    assert again.code == 0 and f"resumes from step {step} of 6" in again.out
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -132,7 +132,7 @@ def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "write_folder", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     stopped = command("run")
     assert stopped.code == 75 and "stopped by SIGTERM before the first step" in stopped.err
-    assert command("run").code == 75  # nothing there that is in the way
+    assert command("run").code == 75  # the folder can be used again
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -145,16 +145,16 @@ def test_a_second_interrupt_does_not_wait():
 
 
 def test_another_thread_catches_nothing():
-    found = []
+    handlers = []
 
     def enter():
         with StopRequest() as stop:
-            found.append(stop.before)
+            handlers.append(stop.before)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [{}]
+    assert handlers == [{}]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -197,8 +197,8 @@ def test_the_same_step_is_not_logged_twice(light_recipe, tmp_path):
 
 def test_checkpoint_of_another_run_is_refused(light_recipe, plain_recipe, tmp_path):
     start(changed(light_recipe, train={"epochs": 1}), tmp_path / "run")
-    with pytest.raises(UserError, match=r"last\.pt is of another recipe's run"):
+    with pytest.raises(UserError, match=r"last\.pt belongs to a run of another recipe"):
         start(plain_recipe, tmp_path / "run")
     (tmp_path / "run" / "best.pt").replace(tmp_path / "run" / "last.pt")
-    with pytest.raises(UserError, match=r"last\.pt is not of this recipe's run"):
+    with pytest.raises(UserError, match=r"last\.pt does not fit this recipe"):
         start(light_recipe, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Trackers: the real TensorBoard read back; W&B, MLflow and trackio through modules that note what they are told."""
+"""Trackers: the real TensorBoard read back; W&B, MLflow and trackio through fake modules that record calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe(light_recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(recipe: dict[str, Any], folder: Path, **changes: Any) -> str:
-    """What a run told on the screen."""
+    """The screen output of a run."""
     out = io.StringIO()
     config = check_config(recipe | changes, "test")
     execute(config, folder, torch.device("cpu"), Console(file=out, width=500), check=False)
@@ -93,7 +93,7 @@ def test_no_tracker(recipe, tmp_path):
 
 def test_another_choice_of_trackers_goes_on_with_the_run(recipe, tmp_path, monkeypatch):
     run_killed_at(5, recipe, tmp_path / "run", monkeypatch, track=[])
-    assert "goes on from step 3" in run(recipe, tmp_path / "run", track=["tensorboard"])
+    assert "resumes from step 3" in run(recipe, tmp_path / "run", track=["tensorboard"])
     assert [s for s, _ in tensorboard(tmp_path / "run")["lr"]] == [4, 5, 6]
 
 
@@ -109,7 +109,7 @@ def test_the_first_process_alone_opens_them(tmp_path, monkeypatch):
     assert [step for step, _ in opened] == [0]
 
 
-# ---------------------------------------------------------------- the others, by modules that note their calls
+# ---------------------------------------------------------------- the others, with fake modules that record calls
 
 
 def module(name: str, **content: Any) -> types.ModuleType:
@@ -192,7 +192,7 @@ def of_kind(calls: list, kind: str) -> list:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_run_that_goes_on_is_one_run_there(recipe, tmp_path, monkeypatch, calls, name):
+def test_a_resumed_run_is_one_run_in_the_tracker(recipe, tmp_path, monkeypatch, calls, name):
     folder = tmp_path / "run"
     run_killed_at(5, recipe, folder, monkeypatch, track=[name])
     run(recipe, folder, track=[name])
@@ -207,7 +207,7 @@ def test_a_run_that_goes_on_is_one_run_there(recipe, tmp_path, monkeypatch, call
         assert first["mode"] == "offline" and first["dir"] == str(folder) and first["resume"] == "allow"
         assert first["config"]["optim"]["lr"] == 1e-3 and first["name"] == "tiny"
         assert first["id"] == second["id"] and len(first["id"]) == 16
-        assert ("*", "step") in of_kind(calls[name], "axis")  # else W&B refuses the steps that are taken again
+        assert ("*", "step") in of_kind(calls[name], "axis")  # otherwise W&B rejects repeated steps
     if name == "trackio":
         assert first["name"] == second["name"] != "tiny" and first["resume"] == "allow"
     if name == "mlflow":
@@ -237,11 +237,11 @@ def test_what_the_environment_asks_for(tmp_path, calls, monkeypatch):
     assert not (tmp_path / "mlflow").exists()
 
 
-# ---------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_not_installed_is_told_before_anything_is_written(recipe, tmp_path, monkeypatch, name):
+def test_a_missing_tracker_is_reported_before_anything_is_written(recipe, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # as if it could not be found
     with pytest.raises(UserError, match=rf"track: {name} cannot be imported .*\n.*pip install 'scalekd\[{name}\]'"):
         run(recipe, tmp_path / "run", track=[name])
@@ -256,7 +256,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(
-        UserError, match=r"a folder of that name lies here.\nInstall it: pip install 'scalekd\[wandb\]'"
+        UserError, match=r"Python found only a folder of that name.\nInstall it with pip install 'scalekd\[wandb\]'"
     ):
         check_trackers(["wandb"])
     sys.modules.pop("wandb", None)
@@ -264,7 +264,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_failure_is_told_once_and_the_run_goes_on(recipe, tmp_path, monkeypatch, calls, name, where):
+def test_a_failure_is_reported_once_and_the_run_continues(recipe, tmp_path, monkeypatch, calls, name, where):
     def failing(*args, **options):
         raise RuntimeError("no network.\nmore")
 
@@ -275,29 +275,29 @@ def test_a_failure_is_told_once_and_the_run_goes_on(recipe, tmp_path, monkeypatc
         monkeypatch.setattr(sys.modules[name], "init", failing)
     else:
         monkeypatch.setattr(FakeRun, where, failing)
-    told = run(recipe, tmp_path / "run", track=["tensorboard", name])
-    assert told.count(f"{name} is left out from here: no network. The run goes on") == 1
-    assert "left out" not in told.replace(f"{name} is left out", "")
+    output = run(recipe, tmp_path / "run", track=["tensorboard", name])
+    assert output.count(f"{name} failed and is switched off: no network. The run continues") == 1
+    assert "switched off" not in output.replace(f"{name} failed and is switched off", "")
     assert (tmp_path / "run" / "summary.json").is_file()
     assert [s for s, _ in tensorboard(tmp_path / "run")["loss/ce"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_that_never_ends_is_left(monkeypatch):
+def test_a_tracker_that_does_not_close_is_abandoned(monkeypatch):
     monkeypatch.setattr(trackers, "CLOSING", 0.05)
-    told, end = [], threading.Event()
-    Tracker("wandb", Opened(lambda step, values: None, lambda: end.wait() and None), told.append).close()
+    lines, end = [], threading.Event()
+    Tracker("wandb", Opened(lambda step, values: None, lambda: end.wait() and None), lines.append).close()
     end.set()
-    assert len(told) == 1 and "wandb has not sent everything" in told[0]
+    assert len(lines) == 1 and "wandb did not send everything" in lines[0]
 
 
 def test_tensorboard_on_a_path_that_it_cannot_use(recipe, tmp_path, monkeypatch):
     run_killed_at(5, recipe, tmp_path / "run", monkeypatch, track=[])
     (tmp_path / "run" / "tensorboard").write_text("a file in its way")
-    told = run(recipe, tmp_path / "run")
-    assert told.count("tensorboard is left out from here") == 1
+    output = run(recipe, tmp_path / "run")
+    assert output.count("tensorboard failed and is switched off") == 1
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_names_that_are_none(recipe):
+def test_unknown_names(recipe):
     with pytest.raises(UserError, match=r"track\.1: .*'tensorboard', 'wandb', 'mlflow' or 'trackio'"):
         check_config(recipe | {"track": ["wandb", "tensorbord"]}, "test")

@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path,
     card = json.loads((tmp_path / "whole" / CARDS[task]).read_text())
     assert card["figures"] == {key: whole[key] for key in figures} and len(card["classes"]) == 10
     assert card["provenance"]["weights"]["backbone"]["source"] == "random"
-    with pytest.raises(UserError, match="holds this run, finished"):
+    with pytest.raises(UserError, match="holds this run, and it is finished"):
         trained(config, tmp_path / "whole")
 
 

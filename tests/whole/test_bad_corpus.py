@@ -216,9 +216,9 @@ def mistaken(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[b
     return state(lambda s: change(s["deployed"]) and None)
 
 
-NOT_WHOLE = "last.pt is not a whole checkpoint: "
-OTHER_RUN = "last.pt is of another recipe's run (first difference: "
-NOT_OF_RUN = "last.pt is not of this recipe's run: "
+NOT_WHOLE = "last.pt is damaged or not a checkpoint: "
+OTHER_RUN = "last.pt belongs to a run of another recipe (first difference: "
+NOT_OF_RUN = "last.pt does not fit this recipe: "
 CARD = "student.json is not a student's card: "
 UNFIT = "student.safetensors does not fit its card"
 CHECKPOINTS = [
@@ -228,11 +228,11 @@ CHECKPOINTS = [
     ("checkpoint of text", resumed("last.pt", change=lambda raw: b"text"), NOT_WHOLE),
     ("checkpoint of a pickle with code", resumed("last.pt", change=lambda raw: pickle.dumps(Payload(Path("trace")))), NOT_WHOLE),
     ("checkpoint with code", resumed("last.pt", change=state(lambda s: s | {"x": Payload(Path("trace"))})), NOT_WHOLE),
-    ("checkpoints both damaged", resumed("last.pt", "previous.pt", change=flipped), "previous.pt is not a whole checkpoint"),
-    ("checkpoint of another format", resumed("last.pt", change=state(lambda s: s | {"format": 0})), "last.pt is no checkpoint of this"),
-    ("checkpoint that is a list", resumed("last.pt", change=state(lambda s: [1])), "last.pt is no checkpoint of this version"),
+    ("checkpoints both damaged", resumed("last.pt", "previous.pt", change=flipped), "previous.pt is damaged or not a checkpoint"),
+    ("checkpoint of another format", resumed("last.pt", change=state(lambda s: s | {"format": 0})), "last.pt is not a checkpoint of this"),
+    ("checkpoint that is a list", resumed("last.pt", change=state(lambda s: [1])), "last.pt is not a checkpoint of this version"),
     ("checkpoint of another recipe", resumed("last.pt", change=state(lambda s: s | {"recipe": s["recipe"].replace("lr: 0.001", "lr: 0.5")})),
-     OTHER_RUN + "`lr: 0.5` there, `lr: 0.001` now)"),
+     OTHER_RUN + "`lr: 0.5` before, `lr: 0.001` now)"),
     ("checkpoint whose recipe is none", resumed("last.pt", change=state(lambda s: s | {"recipe": 3})), OTHER_RUN),
     ("checkpoint without weights", resumed("last.pt", change=state(lambda s: s.pop("student") and None)), NOT_OF_RUN),
     ("checkpoint beyond the end", resumed("last.pt", change=state(lambda s: s["progress"].update(step=999))), NOT_OF_RUN + "step 999 of 3"),
@@ -249,8 +249,8 @@ CHECKPOINTS = [
     ("card that is a list", student_file("student.json", lambda raw: b"[]"), CARD),
     ("card nested without end", student_file("student.json", lambda raw: b"[" * 100_000), CARD),
     ("card without classes", card(classes=None), CARD + "classes: Field required"),
-    ("card of other classes", card(classes=["ant", "bee", "cow"]), "--data has other classes than the student knows"),
-    ("card of classes in another order", card(classes=["bee", "ant", "cat"]), "--data has other classes than the student knows"),
+    ("card of other classes", card(classes=["ant", "bee", "cow"]), "`--data` has other classes than the student"),
+    ("card of classes in another order", card(classes=["bee", "ant", "cat"]), "`--data` has other classes than the student"),
     ("card of classes that are numbers", card(classes=[1, 2, 3]), CARD + "classes.0: Input should be a valid string"),
     ("card without deviations", card(std=None), CARD + "std: Field required"),
     ("card with a deviation of 0", card(std=[0, 0, 0]), CARD + "std.0: Input should be greater than 0"),

@@ -228,20 +228,20 @@ def test_weights_that_were_never_trained(refused, tmp_path):
 def test_folders_that_hold_something_else(refused, tmp_path):
     folder = tmp_path / "run"
     folder.write_text("a file")
-    assert f"{folder} is a file; give --out a folder" in refused()
+    assert f"{folder} is a file; choose a folder with `--out`" in refused()
     assert "cannot write" in refused(out=folder / "inside")
     assert "cannot write" in refused(out=Path("/proc/scalekd/run"))
     folder.unlink()
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    assert f"{folder} is not empty and holds no run; give --out another folder" in refused()
+    assert f"{folder} is not empty and holds no run; choose another folder with `--out`" in refused()
 
 
 def test_folders_that_hold_another_or_a_finished_run(cli, refused, recipe_file, tmp_path):
     assert cli("train", recipe_file, "--out", tmp_path / "run").code == 0
     message = refused("optim.lr=2e-3")
-    assert "a run of another recipe (first difference: `lr: 0.001` there, `lr: 0.002` now)" in message
-    assert "holds this run, finished. Give --out another folder" in refused()
+    assert "a run of another recipe (first difference: `lr: 0.001` before, `lr: 0.002` now)" in message
+    assert "holds this run, and it is finished.\nChoose another folder with `--out`" in refused()
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])
@@ -254,7 +254,7 @@ def test_no_whole_checkpoint_left(cli, recipe_file, tmp_path, how):
         damage(file, how)
     left = [file.read_bytes() for file in files]
     message = message_of(cli(*command))
-    assert "previous.pt" in message and "Remove it to start this run anew, or put back a copy" in message
+    assert "previous.pt" in message and "Delete it to start this run from the beginning, or restore a copy" in message
     assert [file.read_bytes() for file in files] == left
 
 
@@ -281,7 +281,7 @@ def test_the_last_checkpoint_is_from_before(cli, recipe_file, tmp_path, monkeypa
     assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] == 3
     monkeypatch.undo()
     again = cli(*command)
-    assert again.code == 0 and "goes on from step 3 of 6" in again.out
+    assert again.code == 0 and "resumes from step 3 of 6" in again.out
 
 
 def test_a_loss_that_is_not_finite_from_the_start(refused):
@@ -297,9 +297,9 @@ def test_students_that_cannot_be_evaluated(cli, recipe_file, image_folder, tmp_p
     cli("train", recipe_file, "--out", tmp_path / "run")
     evaluate = ["evaluate", tmp_path / "run", "--data", image_folder / "val"]
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
-    assert "--data has other classes than the student knows" in message_of(cli(*evaluate))
+    assert "`--data` has other classes than the student" in message_of(cli(*evaluate))
     whole = message_of(cli("evaluate", tmp_path / "run", "--data", image_folder))
-    assert f"write --data {image_folder / 'val'}" in whole
+    assert f"has a training and a validation part; give {image_folder / 'val'}" in whole
     (image_folder / "val" / "cow").rename(image_folder / "val" / "cat")
     damage(image_folder / "val" / "cat" / "0.png", "text")
     assert "cannot read" in message_of(cli(*evaluate))

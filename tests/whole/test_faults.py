@@ -1,4 +1,4 @@
-"""The short form of benchmarks/faults.py: one real run, killed at three points."""
+"""A short version of benchmarks/faults.py: one real run, killed at three points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launch files, run for real: under torchrun, and under stand-ins for SLURM's commands."""
+"""Runs the launch files: with torchrun, and with substitutes for SLURM's commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
-# Starts the command twice with the variables that SLURM sets; passes signals on; ends with the highest exit code.
+# Starts the command twice with SLURM's variables and exits with the highest exit code.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for i in 0 1; do
@@ -44,7 +44,7 @@ def test_launch_files_are_valid_shell(name):
 
 
 def with_run(name: str, folder: Path, *words: object) -> Path:
-    """The launch file with its RUN line replaced, as a person would edit it."""
+    """A copy of the launch file with its RUN line replaced, as a user would edit it."""
     lines = (LAUNCH / name).read_text().splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("RUN=(")]
     lines[at] = f"RUN=({' '.join(map(str, words))})"
@@ -61,7 +61,7 @@ def recipe_path(light_recipe, tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_one_node_and_two_processes_are_one_with_two_accumulated_micro_batches(random_recipe, tmp_path):
-    """Batch norm sees the same parts of the batch, mixup and drop path the same random numbers: equal to rounding."""
+    """Equal up to rounding: batch norm sees the same micro-batches, mixup and drop path draw the same random numbers."""
     recipe = changed(random_recipe, optim={"name": "momentum", "lr": 0.01}, train={"accumulate": 1})
     recipe["train"].pop("ema")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

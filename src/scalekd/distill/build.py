@@ -30,8 +30,8 @@ from scalekd.models.create import create, resolve
 from scalekd.models.fitted_head import read_head
 from scalekd.models.inputs import statistics
 from scalekd.models.inputs import statistics as input_statistics
-from scalekd.train.optim import make_schedule, of_groups
-from scalekd.train.run import expect_batches, scaler_and_average
+from scalekd.train.optim import create_optimizer, make_schedule
+from scalekd.train.run import check_batch_size, scaler_and_average
 
 from .compiled import compile_step
 from .distiller import Distiller
@@ -164,7 +164,7 @@ def _check_head(folder: str, classes: list[str], where: str) -> None:
 
 def _check_batch(config: Config, images: int, mix: Mix | None) -> None:
     train, parts = config.train, config.train.accumulate * parallel.world()
-    expect_batches(train, images if mix is None else None)
+    check_batch_size(train, images if mix is None else None)
     if train.batch_size == parts:
         raise UserError("one image per process and step: batch normalisation needs two or more; raise train.batch_size")
     labelled = mix.per_batch if mix else 0
@@ -219,7 +219,7 @@ def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:
     groups = _groups(distiller.student, config, optim.lr) + _groups(
         distiller.methods, config, optim.lr * optim.projector_lr
     )
-    return of_groups(optim, groups)
+    return create_optimizer(optim, groups)
 
 
 def _groups(module: nn.Module, config: Config, lr: float) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Runs from a recipe to a finished folder."""
+"""Takes a recipe to a finished folder: check, train, export, report."""

@@ -1,4 +1,4 @@
-"""A run from its recipe to its folder: check, train, export, report."""
+"""Runs a distillation recipe: check, train, export, report."""
 
 from __future__ import annotations
 
@@ -47,25 +47,29 @@ def execute(
     teacher_outputs: Path | None = None,
     look: bool = True,
 ) -> dict[str, Any]:
-    """Runs a recipe into `folder`, or goes on with the run that is there. Returns its summary.
+    """Runs a recipe into `folder`, or resumes the run in it. Returns its summary.
 
-    check: pre-flight before training. stop: looked at between steps; `Stopped` is raised with the run saved.
-    look: at the student's answers to validation images, for the report; a minute at most.
-    teacher_outputs: a folder where runs that show their teacher the same pixels share what it gives.
-    Raises `UserError`, also when the folder holds another or a finished run, or when another process trains in it.
+    Args:
+        check: run the pre-flight before training.
+        title: the name on the progress line; by default the recipe's.
+        stop: checked between steps.
+        teacher_outputs: a folder in which runs that show their teacher the same pixels share its outputs.
+        look: evaluate the student's predictions on validation images for the report; takes a minute at most.
+
+    Raises:
+        Stopped: if `stop` was requested; the checkpoint is written.
+        UserError: for an error in the recipe or the run; if the folder holds another or a finished run; if another
+            process uses it.
     """
     if config.assistant is not None:
-        raise UserError("a recipe with an assistant is two runs: `scalekd train` makes both")
+        raise UserError("a recipe with an assistant needs two runs; `scalekd train` and `scalekd.train` start both")
+    check_teacher_outputs(config, teacher_outputs)
     named = with_heads(config, folder)
     open_folder(folder, named, heads_of(named))
-    parallel.wait_for_all()  # rank 0 writes into the folder below
+    parallel.wait_for_all()  # rank 0 writes into the folder below, which the others must find unchanged
     config = fit_heads(config, folder, device, console)
     run = checked(config, device, console) if check else _built(config, device)
-    if teacher_outputs and config.teachers:
-        raise UserError("--teacher-outputs goes with one teacher; leave it out")
     if teacher_outputs and config.teacher:
-        if parallel.world() > 1:
-            raise UserError("--teacher-outputs goes with one process; leave it out")
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
@@ -81,6 +85,14 @@ def execute(
     )
 
 
+def check_teacher_outputs(config: Config, folder: Path | None) -> None:
+    """Raises `UserError` if the run cannot share its teacher's outputs in `folder`; before anything is built."""
+    if folder and config.teachers:
+        raise UserError("`teacher_outputs` supports one teacher only; leave it out")
+    if folder and config.teacher and parallel.world() > 1:
+        raise UserError("`teacher_outputs` supports one process only; leave it out")
+
+
 def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
@@ -89,7 +101,7 @@ def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: b
 
 
 def checked(config: Config, device: torch.device, console: Console) -> DistillationRun:
-    """Builds a recipe and runs its pre-flight; writes nothing. Raises `UserError`."""
+    """Builds a recipe and runs its pre-flight. Writes nothing. Raises `UserError`."""
     run = _built(config, device)
     with explain_out_of_memory(device, smaller_steps(config)):
         preflight(run, console)
@@ -105,19 +117,21 @@ def _built(config: Config, device: torch.device) -> DistillationRun:
 
 
 def outcome(look: bool) -> Outcome:
+    """What a distillation adds to its folder. look: as for `execute`."""
     return Outcome("student.json", student_card, partial(_finish, look=look))
 
 
 def facts(run: DistillationRun) -> dict[str, str]:
+    """The facts at the top of a report and a model card: data, models, budget, software and machine."""
     config = run.config
-    told = {
+    models = {
         "data": _data_fact(run),
         "student": _model_fact(run.distiller.student_view, config.student, run.loaded["student"]),
     }
     for name, spec in config.all_teachers.items():
-        place = config.key_of(name)
-        told[place] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[place])
-    return told | {
+        key = config.key_of(name)
+        models[key] = _model_fact(run.distiller.teachers[name].view, spec, run.loaded[key])
+    return models | {
         "budget": f"{counted(config.train.epochs, 'epoch')}, batch {config.train.batch_size}, {config.optim.name}, lr {config.optim.lr:g}, seed {config.seed}",
         **made_by(provenance(run)),
     }

@@ -1,7 +1,7 @@
-"""`teacher.head: fit` of a recipe: `scalekd head` on the run's own labelled images, before the run is built.
+"""Fits the classifier of a teacher whose recipe says `teacher.head: fit`, before the run is built.
 
-The head goes into the run's folder, and the recipe that the run keeps names it there: what comes later (resuming,
-reports, analyses) sees a head like any other. Only runs call this; nothing else knows of `fit`.
+It does the same as `scalekd head`, on the run's labelled images. The head is saved in the run's folder and the run's
+recipe.yaml names it, so that resuming, reports and analyses treat it like any other head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scalekd.models.options import FIT, Model
 
 
 def with_heads(config: Config, folder: Path) -> Config:
-    """The recipe that names, in place of `fit`, where the run in `folder` has its heads: head, or head-NAME."""
+    """The recipe with the heads' folders in place of `fit`: `folder`/head, or `folder`/head-NAME for several teachers."""
 
     def named(spec: Model, head: str) -> Model:
         return spec.model_copy(update={"head": str(folder / head)}) if spec.fits_head else spec
@@ -37,33 +37,34 @@ def with_heads(config: Config, folder: Path) -> Config:
 
 
 def heads_of(config: Config) -> list[Path]:
-    """The folders of its teachers' heads."""
+    """The folders of the teachers' heads."""
     return [Path(spec.head) for spec in config.all_teachers.values() if spec.head]
 
 
 def fit_heads(config: Config, folder: Path, device: torch.device, console: Console, cache: Path = FEATURES) -> Config:
-    """Fits what the recipe asks for into `folder`, but not for a run that has begun there. Returns `with_heads`.
+    """Fits the heads that the recipe asks for into `folder`, unless its run has begun. Returns `with_heads`.
 
-    The first process fits, the others wait. Heads that a start left which came to nothing are fitted anew: the recipe
-    may be another now. cache: where features are kept. Raises what `fit_head` raises.
+    The first process fits, the others wait. Heads of a start that failed before its run are fitted again, because the
+    recipe may have changed. cache: a folder for features. Raises what `fit_head` raises.
     """
-    found = with_heads(config, folder)
-    if found == config:
+    fitted = with_heads(config, folder)
+    if fitted == config:
         return config
     if parallel.rank() == 0 and not is_file(folder / "recipe.yaml"):
-        with in_use(folder), explain_out_of_memory(device, "Try a smaller teacher.image_size, or --device cpu."):
+        with in_use(folder), explain_out_of_memory(device, "Try a smaller teacher.image_size, or set `device` to cpu."):
             for name, spec in config.all_teachers.items():
                 if spec.fits_head:
-                    out = Path(str(found.all_teachers[name].head))
+                    out = Path(str(fitted.all_teachers[name].head))
                     _fit(config, spec, config.key_of(name), out, device, console, cache)
-    parallel.from_first(None)  # gloo waits for half an hour, NCCL's own barrier for ten minutes
-    return found
+    # wait for the first process; over gloo, whose timeout of half an hour is longer than NCCL's ten minutes
+    parallel.from_first(None)
+    return fitted
 
 
 def _fit(
     config: Config, spec: Model, where: str, out: Path, device: torch.device, console: Console, cache: Path
 ) -> None:
-    say(console, f"{where}.head: {FIT}, into {out}")
+    say(console, f"{where}.head: {FIT}: fitting a classifier into {out}")
     as_in_the_run = {"head": None, "image_size": spec.image_size or config.data.image_size}
     labelled = {"unlabelled": None, "unlabelled_limit": None}
     try:
@@ -81,17 +82,18 @@ def _fit(
     except UserError as error:
         if config.data.on_bad_image == "error" or not str(error).startswith("cannot read "):
             raise
-        told = str(error).partition(". Remove")[0]
-        raise UserError(f"{told}. A head is fitted on all labelled images: remove or replace that file") from None
+        # data.on_bad_image=skip, which the message recommends, does not apply here
+        message = str(error).partition(". Remove")[0]
+        raise UserError(f"{message}. A head needs all labelled images; remove or replace that file") from None
 
 
 @contextmanager
 def heads_aside(config: Config, device: torch.device, console: Console) -> Iterator[Config]:
-    """`fit_heads` into a folder that is gone afterwards, features too: for a dry run."""
+    """For a dry run: `fit_heads` into a temporary folder, which also holds the features."""
     if with_heads(config, Path()) == config:
         yield config
         return
-    with tempfile.TemporaryDirectory(prefix="scalekd-") as own:
-        folder = Path(parallel.from_first(own))
+    with tempfile.TemporaryDirectory(prefix="scalekd-") as temporary:
+        folder = Path(parallel.from_first(temporary))
         yield fit_heads(config, folder, device, console, cache=folder / "features")
-        parallel.wait_for_all()  # before the first process removes it
+        parallel.wait_for_all()  # before the first process deletes the folder

@@ -1,4 +1,4 @@
-"""Imports released weights as an exported student."""
+"""Imports released weights (`scalekd import`) as an exported student."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scalekd.common.provenance import command_line
 from scalekd.common.text import shortened
 from scalekd.common.version import __version__
 from scalekd.data.sources.open import open_source
-from scalekd.models import mixer  # noqa: F401 - adds a name to timm's
+from scalekd.models import mixer  # noqa: F401 - registers a model with timm
 from scalekd.models.build import build_model
 from scalekd.models.export import export_student
 from scalekd.models.options import Model
@@ -40,25 +40,30 @@ from scalekd.models.weights.match import sha256_of
 def import_student(
     file: Path, model_name: str, kwargs: dict[str, Any], out: Path, classes: str | None = None, ema: bool = True
 ) -> list[str]:
-    """Writes `out`/student.safetensors and its card; returns what to tell.
+    """Writes `out`/student.safetensors and its card. Returns the lines to print.
 
-    kwargs: as `student.kwargs` of a recipe; they replace what is worked out from the tensors.
-    classes: a source whose classes the head's rows are, in order; None: those of ImageNet-1K, which are 1,000.
-    ema: take the averaged weights where a file has both.
-    Raises `UserError` for a file that is no checkpoint, is of another model, or does not fill the model exactly.
+    Args:
+        file: the released checkpoint.
+        model_name: timm's name of its model.
+        kwargs: as `student.kwargs` in a recipe; they override values derived from the tensors.
+        classes: a data source whose classes are the rows of the head, in order; by default the 1,000 of ImageNet-1K.
+        ema: use the averaged weights if the file also has them.
+
+    Raises:
+        UserError: if the file is not a checkpoint, belongs to another model, or does not match the model exactly.
     """
     try:
         spec = Model(model=model_name, kwargs=kwargs)
     except ValidationError as error:
-        raise UserError(f"--model, --kwargs: {shortened(error.errors()[0]['msg'])}") from None
+        raise UserError(f"the model or its `kwargs`: {shortened(error.errors()[0]['msg'])}") from None
     if (out / "student.safetensors").exists():
-        raise UserError(f"{out} holds a student already; name another folder with --out")
-    found = find_student(read_file(file), file, ema)
-    naming = recognise(found.state)
+        raise UserError(f"{out} already holds a student; choose another folder with `out`")
+    released = find_student(read_file(file), file, ema)
+    naming = recognise(released.state)
     if naming in REFUSED:
-        raise UserError(f"{file} is recognised as {naming} and not imported: {REFUSED[naming]}")
-    state, left, worked_out = renamed(found, naming, spec, file)
-    given = worked_out | mixer_sizes(spec.model, state) | spec.kwargs
+        raise UserError(f"{file} is recognised as {naming} and cannot be imported: {REFUSED[naming]}")
+    state, unused, derived = renamed(released, naming, spec, file)
+    given = derived | mixer_sizes(spec.model, state) | spec.kwargs
     size = image_size(state, spec.model, given)
     student, loaded = build_model(
         Model(model=spec.model, kwargs=given),
@@ -69,7 +74,7 @@ def import_student(
     )
     if naming == TIMM:
         state = adapted(state, student)
-    check(student, state, left, f"{file}, recognised as {naming}, does not fit {spec.model} with {loaded.kwargs}")
+    check(student, state, unused, f"{file}, recognised as {naming}, does not fit {spec.model} with {loaded.kwargs}")
     student.load_state_dict(state)
 
     card = {
@@ -80,35 +85,39 @@ def import_student(
         **preprocessing(student, naming),
         "teacher": None,
         "losses": {},
-        "provenance": {
-            "command": command_line(),
-            "scalekd": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-            "released": {"file": file.name, "sha256": sha256_of(file), "naming": naming, "entry": found.entry},
-        },
+        "provenance": _provenance(file, naming, released.entry),
     }
     make_folder(out)
     difference = export_student(student.eval(), out / "student.safetensors", card)
     parameters = sum(p.numel() for p in student.parameters())
     return [
         f"{file}  sha256 {card['provenance']['released']['sha256']}",
-        f"recognised as {naming}, from {found.entry}; {found.beside} tensors beside the student",
-        *found.notes,
-        f"{len(state)} of {len(student.state_dict())} tensors of {spec.model} filled, {parameters:,} parameters, "
+        f"recognised as {naming}, from {released.entry}; {released.beside} tensors do not belong to the student",
+        *released.notes,
+        f"{len(state)} of {len(student.state_dict())} tensors of {spec.model} loaded, {parameters:,} parameters, "
         f"none missing, none left over; kwargs {loaded.kwargs}",
         f"{out / 'student.safetensors'}  timm loads it back: largest difference of logits {difference:.1e}",
     ]
 
 
+def _provenance(file: Path, naming: str, entry: str) -> dict[str, Any]:
+    return {
+        "command": command_line(),
+        "scalekd": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "released": {"file": file.name, "sha256": sha256_of(file), "naming": naming, "entry": entry},
+    }
+
+
 def class_names(count: int, source: str | None) -> list[str]:
-    """Raises `UserError` if they are not as many as the head has rows."""
-    names = list(open_source(source, "--classes").classes if source else ImageNetInfo("imagenet-1k").label_names())
+    """The classes of a data source, by default of ImageNet-1K. Raises `UserError` if there are not `count`."""
+    names = list(open_source(source, "`classes`").classes if source else ImageNetInfo("imagenet-1k").label_names())
     if len(names) != count:
-        whose = f"--classes {source} has" if source else "ImageNet-1K has"
+        owner = source or "ImageNet-1K"
         raise UserError(
-            f"the head has {count} rows and {whose} {len(names)} classes; name the classes' source with --classes, "
-            "such as a class folder"
+            f"the head has {count} rows, but {owner} has {len(names)} classes; "
+            "give a source with the head's classes, such as a class folder, with `classes`"
         )
     return names

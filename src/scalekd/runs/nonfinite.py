@@ -1,4 +1,4 @@
-"""Loads the state of a step whose loss was not finite."""
+"""Loads a nonfinite-step-N.pt, to reproduce the step whose loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from scalekd.transfer.tasks import task_of
 
 
 def load_report(path: Path, device: torch.device) -> tuple[Run, list[Any], int]:
-    """The run as it stood before the step that `report` saved, the step's batches, and its number from 1."""
+    """Reads a file that `scalekd.train.health.report` wrote.
+
+    Returns the run in its state before the step, the step's micro-batches, and the step's number, counted from 1.
+    """
     content = checkpoint.load(path)
     run = _built(parse_yaml(content["recipe"], str(path)), str(path), device)
     load_snapshot(run, content["state"], str(path))
@@ -27,12 +30,12 @@ def load_report(path: Path, device: torch.device) -> tuple[Run, list[Any], int]:
 
 
 def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Run:
-    """The run of a recipe of any task."""
+    """Builds a recipe of any task."""
     task = task_of(recipe)
     if task is None:
         return build(check_config(recipe, where), device)
-    from scalekd.transfer import config
+    from scalekd.transfer.config import SCHEMAS
 
-    from . import transfer as train
+    from .transfer import build as build_transfer
 
-    return train.build(validated(config.SCHEMAS[task], recipe, where), device)
+    return build_transfer(validated(SCHEMAS[task], recipe, where), device)

@@ -1,4 +1,4 @@
-"""Exports the student of a run, and evaluates exported students."""
+"""Exports the student of a run (`scalekd export`) and evaluates exported students (`scalekd evaluate`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scalekd.train.run import provenance
 
 
 def student_card(run: DistillationRun) -> dict[str, Any]:
-    """What someone needs to use the exported student, beside its weights."""
+    """The metadata that is needed to use the exported student: how to build it, its classes, and its preprocessing."""
     config = run.config
     return {
         "model": config.student.model,
@@ -43,15 +43,15 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
 
 
 def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, float]]:
-    """Writes student.safetensors, its card and, if asked, student.onnx from a run's `best` or `last` checkpoint.
+    """Writes student.safetensors, its card and optionally student.onnx from a run's `best` or `last` checkpoint.
 
-    Returns the checkpoint's top-1 in % and, by file, the largest difference of its logits from the student's. Needs
-    neither the run's data nor its teacher. Raises `UserError`.
+    Returns the checkpoint's top-1 in % and, for each file, the largest absolute difference of its logits from the
+    student's. Needs neither the run's data nor its teacher. Raises `UserError`.
     """
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
     if not card_file.is_file() or not state_file.is_file():
         raise UserError(
-            f"{folder} has no {which} checkpoint to export; is it a run's folder that reached its first validation?"
+            f"{folder} has no {which} checkpoint to export; choose the folder of a run that has reached a validation"
         )
     state, card = checkpoint.load(state_file), read_card(card_file)
     student = create_student(card, card_file)
@@ -59,7 +59,9 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
         top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
         student.load_state_dict(state["deployed" if which == "last" else "student"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{state_file} is not a checkpoint of {card_file}'s student: {first_line(error)}") from None
+        raise UserError(
+            f"{state_file} is not a checkpoint of the student in {card_file}: {first_line(error)}"
+        ) from None
     card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
     file = folder / "student.safetensors"
     differences = {file: export_student(student, file, card)}
@@ -69,28 +71,30 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
 
 
 def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
-    """Top-1, top-5 and loss of an exported student on any data source. Raises `UserError` if classes differ."""
+    """Top-1 and top-5 (%), loss and number of images of an exported student on a data source.
+
+    Raises `UserError` if the classes differ.
+    """
     student, card = load_student(path)
     if not card["classes"]:
         raise UserError(
-            f"{path} has no classifier: its losses read no logits. `scalekd probe` tells how good its features are"
+            f"{path} has no classifier, because no loss of its run used logits. "
+            "Measure its features with `scalekd probe` instead"
         )
     device = parallel.pick_device(device_name)
-    source = open_source(source_text, "--data")
+    source = open_source(source_text, "`data`")
     if not same_classes(card["classes"], source.classes):
         if pair := pair_of(source_text):
-            raise UserError(
-                f"--data: {source_text} has a part to train on and one to validate on; write --data {pair[1]}"
-            )
+            raise UserError(f"`data`: {source_text} has a training and a validation part; give {pair[1]}")
         raise UserError(
-            f"--data has other classes than the student knows: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
-            f"against {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
+            f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
+            f"instead of {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
         )
     data = Data.model_validate({"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])})
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
-    with explain_out_of_memory(device, "Try --device cpu."):
+    with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
         return evaluate(
             student.to(device),
             eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),

@@ -1,1 +1,1 @@
-"""The training loop of any task, its checkpoints and its run folder."""
+"""Trains a run of any task: the loop, its checkpoints, its log and its folder."""

@@ -1,4 +1,4 @@
-"""What a run needs to go on, in one file, written so that a crash leaves an old one whole."""
+"""Writes and reads checkpoint files; a crash while writing leaves the previous file intact."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMAT = 2
 
 
 def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes beside `path`, flushes to the disk, then renames: a reader sees the old file or the new one.
+    """Writes a temporary file, flushes it to disk and renames it: a reader sees the old file or the new one.
 
-    previous: where the old file goes. A run that is killed between the two renames finds it there.
-    Raises `UserError` when the disk is full or the folder cannot be written.
+    previous: keep the old file under this name. A run that is killed between the two renames resumes from it.
+    Raises `UserError` if the disk is full or the folder is not writable.
     """
     scratch = path.with_name(path.name + ".part")
     try:
@@ -31,10 +31,10 @@ def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> Non
         os.replace(scratch, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch's writer tells a full disk only as a RuntimeError
+        # torch.save reports a full disk as a RuntimeError
         reason = f"is the disk full? {first_line(error)}" if isinstance(error, RuntimeError) else first_line(error)
         raise UserError(
-            f"cannot write {path}: {reason}. What was saved before is untouched; "
+            f"cannot write {path}: {reason}. The previous checkpoint is intact; "
             "free some space and start the same command again."
         ) from None
     finally:
@@ -42,7 +42,7 @@ def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> Non
 
 
 def _flush_folder(folder: Path) -> None:
-    """Renames reach the disk with their folder."""
+    """Flushes renames in `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,17 +51,21 @@ def _flush_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads tensors and plain values only: no code from the file is run. Raises `UserError` for a damaged file."""
+    """Reads tensors and plain values only, so no code in the file is run. Raises `UserError` for a damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
+            damaged = archive.testzip()  # torch.load does not verify the checksums
         if damaged:
-            raise ValueError(f"{damaged} in it has changed since it was written")
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip or pickle can raise nearly anything
         raise UserError(
-            f"{path} is not a whole checkpoint: {first_line(error)}\nRemove it to start this run anew, or put back a copy."
+            f"{path} is damaged or not a checkpoint: {first_line(error)}\n"
+            "Delete it to start this run from the beginning, or restore a copy."
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of this version (format {FORMAT})")
+        raise UserError(
+            f"{path} is not a checkpoint of this version of scalekd (format {FORMAT}).\n"
+            "Resume with the version that wrote it, or delete it to start this run from the beginning."
+        )
     return state

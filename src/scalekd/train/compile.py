@@ -11,16 +11,17 @@ from scalekd.common.shortages import OUT_OF_MEMORY
 
 @contextmanager
 def explain_compile_failure() -> Iterator[None]:
-    """Turns what torch.compile cannot do into a `UserError`."""
+    """Turns a failure of torch.compile into a `UserError`; passes on all other errors."""
     try:
         yield
     except RuntimeError as error:
-        from torch._dynamo.exc import TorchDynamoException  # seconds, and here already if it was raised
+        # importing it takes seconds; if this error is torch.compile's, it is imported already
+        from torch._dynamo.exc import TorchDynamoException
 
         if not isinstance(error, TorchDynamoException) or OUT_OF_MEMORY.search(str(error)):
             raise
-        reason = getattr(error, "inner_exception", error)  # what the compiler's back end said
+        reason = getattr(error, "inner_exception", error)  # the error of the compiler's back end
         raise UserError(
-            f"train.compile: torch.compile cannot do this step here: {first_line(reason)}\n"
-            "Set train.compile=false. On a CPU it needs a C++ compiler (g++), on a GPU Triton and a GPU that Triton serves."
+            f"train.compile: torch.compile failed on this step: {first_line(reason)}\n"
+            "Set train.compile=false. On a CPU, torch.compile needs a C++ compiler (g++); on a GPU, a Triton that supports it."
         ) from None

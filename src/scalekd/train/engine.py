@@ -1,4 +1,7 @@
-"""Run, of any task: `train` runs what was built, `train_step` is one optimiser step."""
+"""The training loop of every task: `train` is a whole run, `train_step` is one optimiser step.
+
+What differs between tasks (losses, batches, validation) is behind the methods of `run.Run`.
+"""
 
 from __future__ import annotations
 
@@ -32,34 +35,29 @@ from .run import AUTOCAST, Run
 
 
 class Step(NamedTuple):
-    losses: dict[str, Tensor]  # mean of each term over the micro-batches, on the device
-    grad_norm: Tensor  # of all gradients together, before clipping
+    losses: dict[str, Tensor]  # scalar per term: the mean over this process's micro-batches, on the device
+    grad_norm: Tensor  # scalar: L2 norm of all gradients together, before clipping
 
 
 def train_step(model: nn.Module, batches: Sequence[Any], run: Run, step: int, checked: bool = False) -> Step:
-    """One optimiser step over the micro-batches.
+    """One optimiser step: forward and backward over the micro-batches, clip, update, average.
 
-    model: `run.model`, or its DDP wrapper. step: how many came before.
-    checked: wait for the losses and the gradient before the update; raises `NonFinite`, with everything as it was.
+    Args:
+        model: `run.model`, or its DDP wrapper.
+        batches: this process's micro-batches.
+        step: the number of steps before this one.
+        checked: check losses and gradients before the update, which waits for the device.
+
+    Raises:
+        NonFinite: if `checked` finds one; weights, optimiser and buffers are then as before the step.
     """
     train = run.config.train
+    # the forward pass changes the running statistics of batch norms; keep them in case the step is rejected
     buffers = [b.clone() for b in run.model.buffers()] if checked else []
-    losses: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        # randomness of mixup and drop path follows from the place in the global batch, as the samples' does
-        seed_everything(run.config.seed, step, i * parallel.world() + parallel.rank())
-        last = i == len(batches) - 1
-        # the processes' gradients are averaged once, with the last micro-batch
-        alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with alone, explain_compile_failure():
-            with torch.autocast(run.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
-                of_batch = run.losses(model, batch, step * len(batches) + i)
-            run.scaler.scale(of_batch["total"] / len(batches)).backward()
-        for name, value in of_batch.items():
-            losses[name] = losses.get(name, 0) + value.detach() / len(batches)
+    losses = _forward_backward(model, batches, run, step)
+    # fp16 gradients are scaled; their norm and the clipping need the true values
     run.scaler.unscale_(run.optimizer)
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    grad_norm = get_total_norm(gradients)
+    grad_norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     if checked:
         try:
             health.check_step(step + 1, losses, grad_norm, run.scaler.is_enabled())
@@ -79,14 +77,38 @@ def train_step(model: nn.Module, batches: Sequence[Any], run: Run, step: int, ch
     return Step(losses, grad_norm)
 
 
+def _forward_backward(model: nn.Module, batches: Sequence[Any], run: Run, step: int) -> dict[str, Tensor]:
+    """Adds up the gradients of all micro-batches; returns the mean of each loss term."""
+    precision = run.config.train.precision
+    losses: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        # mixup and drop path draw from the global generators: seeding by position makes a resumed step the same
+        seed_everything(run.config.seed, step, i * parallel.world() + parallel.rank())
+        # DDP averages the gradients of the processes in backward; once per step is enough
+        last = i == len(batches) - 1
+        sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with sync, explain_compile_failure():
+            with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
+                terms = run.losses(model, batch, step * len(batches) + i)
+            # divided, so that the sum of the gradients is their mean over the micro-batches
+            run.scaler.scale(terms["total"] / len(batches)).backward()
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0) + value.detach() / len(batches)
+    return losses
+
+
 # ---------------------------------------------------------------- a whole run
 
 
 def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Trains to the end, from the newest checkpoint in `folder` if there is one. Returns the summary that it also logs.
+    """Trains to the end, from the newest checkpoint in `folder` if there is one. Returns and logs the summary.
 
-    Writes last.pt every `train.save_minutes` and at every validation, best.pt when the first of `run.figures` is the best so far.
-    Raises `Stopped`, saved, when `stop` asks for it, and `UserError` when a loss or gradient is not finite.
+    Writes last.pt every `train.save_minutes` and at every validation, and best.pt when the first of `run.figures`
+    improves.
+
+    Raises:
+        Stopped: if `stop` was requested; the checkpoint is written.
+        UserError: if a loss or gradient is not finite.
     """
     stop = stop or StopRequest()
     checked = looks_at_every_step(run)
@@ -95,153 +117,163 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
         if images.bad is not None:
             images.bad.keep_in(folder)
     while True:
-        at = resume.restore(run, folder, log)
+        progress = resume.restore(run, folder, log)
         try:
-            _train_from(run, at, folder, log, stop, checked)
+            _train_from(run, progress, folder, log, stop, checked)
             break
-        except NonFinite as found:
-            if found.before_update:
-                raise health.report(run, at, found, folder) from None
+        except NonFinite as error:
+            if error.before_update:
+                raise health.report(run, progress, error, folder) from None
+            # noticed at a log line, after the update: repeat from the last checkpoint to find the first bad step
             checked = True
-            log.say(f"{found}; back to the last checkpoint, to look at every step from there")
-    last, first = at.history[-1], next(iter(run.figures))
-    summary = {
-        **{key: last[key] for key in run.figures},
-        f"best_{first}": at.best,
-        "epochs": last["epoch"],
-        "seconds": round(at.elapsed, 1),
-        "seed": run.config.seed,
-        "steps": at.step,
-        "bad_images": len(read_list(folder)),
-    }
-    if "neighbours" in last:
-        summary["neighbours"] = last["neighbours"]  # what the top-1 is of
+            log.say(f"{error}; returning to the last checkpoint, and checking every step from there")
+    summary = _summary(run, progress, folder)
     if summary["bad_images"]:
-        log.say(
-            f"{summary['bad_images']} image(s) could not be read and were left out; {folder}/bad-images.txt lists them"
-        )
+        log.say(f"{summary['bad_images']} image(s) could not be read and were skipped; see {folder}/bad-images.txt")
     log.event("finished", **summary)
     return summary
 
 
+def _summary(run: Run, progress: Progress, folder: Path) -> dict[str, Any]:
+    last, first = progress.history[-1], next(iter(run.figures))
+    summary = {
+        **{key: last[key] for key in run.figures},
+        f"best_{first}": progress.best,
+        "epochs": last["epoch"],
+        "seconds": round(progress.elapsed, 1),
+        "seed": run.config.seed,
+        "steps": progress.step,
+        "bad_images": len(read_list(folder)),
+    }
+    if "neighbours" in last:  # the top-1 is of nearest neighbours, not of a classifier
+        summary["neighbours"] = last["neighbours"]
+    return summary
+
+
 def looks_at_every_step(run: Run) -> bool:
-    """On a CPU that costs nothing; a GPU would have to be waited for."""
+    """Whether each step is checked before its update. On a CPU this is free; a GPU has to be waited for."""
     return run.device.type == "cpu" or run.config.train.skip_nonfinite > 0
 
 
-def _train_from(run: Run, at: Progress, folder: Path, log: RunLog, stop: StopRequest, checked: bool) -> None:
-    """Moves `at` to the end of the run."""
+def _train_from(run: Run, progress: Progress, folder: Path, log: RunLog, stop: StopRequest, checked: bool) -> None:
+    """Trains from `progress` to the end of the run; updates `progress`."""
     config, model = run.config, run.model
     if parallel.world() > 1:
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
-    log.start(at.step, run.total_steps)
-    meter = Meter(run, log, at)
-    saves = _Saves(run, at, folder, meter)
-    if not checked and not at.step:
-        saves.save()  # where to go back to from a step that was not looked at
+    log.start(progress.step, run.total_steps)
+    meter = Meter(run, log, progress)
+    saver = _Saver(run, progress, folder, meter)
+    if not checked and not progress.step:
+        saver.save()  # the checkpoint to return to if a step turns out not to be finite
     model.train()
-    sampler = run.train_sampler(at.step)
-    # closed at once when a run stops: its processes do not hear the signals that this one does
+    sampler = run.train_sampler(progress.step)
+    # close the data workers as soon as the run stops: they ignore the signals that stop this process
     with contextlib.closing(run.train_batches(sampler, config.data.workers)) as batches:
         while True:
-            if _validation_is_due(run, at):
-                meter.flush(at.step)
+            if _validation_is_due(run, progress):
+                meter.flush(progress.step)
                 try:
-                    _validate(run, at, stop, folder, log, meter)
+                    validate(run, progress, stop, folder, log, meter)
                 except Stopped:
-                    saves.save()
+                    saver.save()
                     raise
-                saves.save()
+                saver.save()
                 parallel.wait_for_all()
                 meter.resume()
-            if at.step == run.total_steps:
+            if progress.step == run.total_steps:
                 break
-            # the processes stop and save together
-            number, due = parallel.highest(stop.number, saves.age() >= 60 * config.train.save_minutes)
-            if number or due:
-                saves.save()
-            if number:
-                raise Stopped(number, at.step)
+            # agreed between the processes, so that all of them stop and save after the same step
+            signal, due = parallel.highest(stop.number, saver.age() >= 60 * config.train.save_minutes)
+            if signal or due:
+                saver.save()
+            if signal:
+                raise Stopped(signal, progress.step)
             with meter.data.timing(torch.device("cpu")):
-                micro = [next(batches) for _ in range(config.train.accumulate)]
-            run.schedule.step_update(at.step)
+                micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+            run.schedule.step_update(progress.step)
             try:
-                done = train_step(model, micro, run, at.step, checked)
-            except NonFinite as found:
-                if at.skipped == config.train.skip_nonfinite:
+                done = train_step(model, micro_batches, run, progress.step, checked)
+            except NonFinite as error:
+                if progress.skipped == config.train.skip_nonfinite:
                     raise
-                at.skipped += 1
-                at.step += 1
-                log.event("skipped", step=at.step, terms=found.terms)
-                log.say(f"{log.label} {found}: left out, {at.skipped} of {config.train.skip_nonfinite}")
+                progress.skipped += 1
+                progress.step += 1
+                log.event("skipped", step=progress.step, terms=error.terms)
+                log.say(f"{log.label} {error}: skipped, {progress.skipped} of at most {config.train.skip_nonfinite}")
             else:
-                at.step += 1
-                meter.add(at.step, done.losses, done.grad_norm)
-    meter.write_to(at)
+                progress.step += 1
+                meter.add(progress.step, done.losses, done.grad_norm)
+    meter.write_to(progress)
 
 
-class _Saves:
-    """Checkpoints of one run, each step and number of validations at most once."""
+class _Saver:
+    """Writes the checkpoints of a run, and never the same state twice."""
 
-    def __init__(self, run: Run, at: Progress, folder: Path, meter: Meter):
-        self.run, self.at, self.folder, self.meter = run, at, folder, meter
-        self.saved, self.when = (at.step, len(at.history)) if at.step else None, time.monotonic()
+    def __init__(self, run: Run, progress: Progress, folder: Path, meter: Meter):
+        self.run, self.progress, self.folder, self.meter = run, progress, folder, meter
+        self.saved = (progress.step, len(progress.history)) if progress.step else None
+        self.when = time.monotonic()
 
     def save(self) -> None:
-        now = (self.at.step, len(self.at.history))
-        if now != self.saved:
-            self.meter.write_to(self.at)
-            resume.save(self.run, self.at, self.folder)
-            self.saved = now
+        state = (self.progress.step, len(self.progress.history))
+        if state != self.saved:
+            self.meter.write_to(self.progress)
+            resume.save(self.run, self.progress, self.folder)
+            self.saved = state
         self.when = time.monotonic()
 
     def age(self) -> float:
-        """Seconds since the last one, or since the start."""
+        """Seconds since the last save, or since the start."""
         return time.monotonic() - self.when
 
 
-def _validation_is_due(run: Run, at: Progress) -> bool:
-    done = at.history[-1]["step"] if at.history else 0
-    boundary = at.step % run.eval_steps == 0 or at.step == run.total_steps
-    return boundary and at.step > done
+# ---------------------------------------------------------------- validation
 
 
-def _validate(run: Run, at: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
-    """Adds a validation to `at.history`, and writes best.pt if it is the best. Raises `Stopped`."""
+def _validation_is_due(run: Run, progress: Progress) -> bool:
+    validated = progress.history[-1]["step"] if progress.history else 0
+    boundary = progress.step % run.eval_steps == 0 or progress.step == run.total_steps
+    return boundary and progress.step > validated
+
+
+def validate(run: Run, progress: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
+    """Appends a validation to `progress.history`, and writes best.pt if it is the best so far. Raises `Stopped`."""
     parallel.copy_buffers_of_first(run.deployed)
-    health.expect_finite(run.deployed, at.step)
+    health.expect_finite(run.deployed, progress.step)
     size, images = run.eval_batch_size, len(run.val_images)
     rounds = math.ceil(math.ceil(images / size) / parallel.world())
     with contextlib.closing(run.eval_batches(size, run.config.data.workers)) as batches:
-        result = run.validate(_until_stopped(batches, rounds, stop, at.step))
+        result = run.validate(_until_stopped(batches, rounds, stop, progress.step))
     if not math.isfinite(result.get("loss", 0.0)):
         raise UserError(
-            f"the loss is not finite: validation after step {at.step}. The last checkpoint is from before.\n{health.ADVICE}"
+            f"the validation loss is not finite after step {progress.step}. "
+            f"The last checkpoint was saved before that.\n{health.ADVICE}"
         )
-    at.history.append({"epoch": run.epochs(at.step), "step": at.step} | result)
+    progress.history.append({"epoch": run.epochs(progress.step), "step": progress.step} | result)
     first = next(iter(run.figures))
-    improved, at.best = result[first] > at.best, max(at.best, result[first])
+    improved, progress.best = result[first] > progress.best, max(progress.best, result[first])
     log.validation(
         run.figures,
         epochs=run.epochs(run.total_steps),
         steps=run.total_steps,
-        best=at.best,
+        best=progress.best,
         elapsed_s=meter.elapsed(),
-        skipped=at.skipped,
-        **at.history[-1],
+        skipped=progress.skipped,
+        **progress.history[-1],
     )
-    if improved and parallel.rank() == 0:  # before last.pt: a run stopped between the two repeats the steps to both
-        best = {"student": run.deployed.state_dict(), "step": at.step, first: at.best}
+    # before last.pt: a run that is killed between the two resumes from an earlier step and writes both again
+    if improved and parallel.rank() == 0:
+        best = {"student": run.deployed.state_dict(), "step": progress.step, first: progress.best}
         checkpoint.save(folder / "best.pt", best)
 
 
 def _until_stopped(batches: Iterator[Any], rounds: int, stop: StopRequest, step: int) -> Iterator[Any]:
-    """The batches; every process asks the others in each of the rounds, also when it has no batch left."""
+    """Yields the batches. In every round all processes agree on whether to stop, also those without a batch left."""
     for _ in range(rounds):
-        (number,) = parallel.highest(stop.number)
-        if number:
-            raise Stopped(number, step)
+        (signal,) = parallel.highest(stop.number)
+        if signal:
+            raise Stopped(signal, step)
         batch = next(batches, None)
         if batch is not None:
             yield batch
-    yield from batches  # where one call of the sampler's made several
+    yield from batches  # a task may split what the sampler asks for into several batches

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: which term, which step, which files, and a file that does it again."""
+"""Detects losses, gradients and weights that are not finite, and saves the step that made them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from . import checkpoint
 from .resume import Progress, snapshot
 from .run import Run
 
-ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 in place of fp16."
+ADVICE = "Lower optim.lr, set train.clip_grad=1.0, or use train.precision=bf16 instead of fp16."
 
 
 class NonFinite(Exception):
-    """Found in `step`, counted from 1. `before_update`: the run stands where the step began."""
+    """A loss or gradient of `step` (counted from 1) is not finite.
+
+    before_update: the weights and buffers are those from before the step.
+    """
 
     def __init__(self, step: int, terms: list[str], before_update: bool):
         self.step, self.terms, self.before_update = step, terms, before_update
@@ -28,53 +31,60 @@ class NonFinite(Exception):
 
 
 def non_finite(values: dict[str, float]) -> list[str]:
-    """The names of the values that are not finite; the sum of terms and the gradient only if no term is."""
+    """The names of the values that are not finite.
+
+    `total` and `gradient` follow from the terms, so they are named only if every term is finite.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     return [name for name in bad if name not in ("total", "gradient")] or bad
 
 
 def check_step(step: int, losses: dict[str, Tensor], grad_norm: Tensor, scaled: bool) -> None:
-    """Raises `NonFinite` on all processes if one of them has it. Waits for the device.
+    """Raises `NonFinite` in all processes if a value is not finite in one of them. Synchronises with the device.
 
-    scaled: the gradient is fp16's, whose overflows the gradient scaler takes care of.
+    scaled: the gradients are scaled (fp16). An overflow is then normal, and the gradient scaler handles it.
     """
     names = [*losses, *(() if scaled else ("gradient",))]
     values = torch.stack([v.float() for v in (*losses.values(), grad_norm)]).tolist()
     terms = non_finite(dict(zip(names, values)))
     if parallel.highest(bool(terms))[0]:
-        found = sorted({t for of_one in parallel.gather(terms) for t in of_one})
-        raise NonFinite(step, found, before_update=True)
+        all_terms = sorted({term for of_process in parallel.gather(terms) for term in of_process})
+        raise NonFinite(step, all_terms, before_update=True)
 
 
 def expect_finite(model: nn.Module, step: int) -> None:
-    """Raises `UserError` for weights or statistics that are not: such a model may still give figures, of nothing."""
+    """Raises `UserError` if a weight or buffer is not finite: such a model may still give finite but useless metrics."""
     values = [t for t in model.state_dict().values() if t.is_floating_point()]
     if values and not torch.stack([t.isfinite().all() for t in values]).all():
         raise UserError(
-            f"the model that would be deployed has weights or statistics that are not finite after step {step}. The last "
-            f"checkpoint is from before.\n{ADVICE}"
+            f"the model's weights or running statistics are not finite after step {step}. "
+            f"The last checkpoint was saved before that.\n{ADVICE}"
         )
 
 
-def report(run: Run, at: Progress, found: NonFinite, folder: Path) -> UserError:
-    """Saves the step, one file per process, for `load_report`; returns the error to raise."""
-    micro = [run.again(keys) for keys in run.train_sampler().keys_of(found.step - 1)]
-    batches, files = [batch for batch, _ in micro], [file for _, of_one in micro for file in of_one]
+def report(run: Run, progress: Progress, error: NonFinite, folder: Path) -> UserError:
+    """Saves the step's batch and the run's state, one file per process, and returns the error to raise.
+
+    `scalekd.runs.nonfinite.load_report` reads the file.
+    """
+    micro_batches = [run.again(keys) for keys in run.train_sampler().keys_of(error.step - 1)]
+    batches = [batch for batch, _ in micro_batches]
+    files = [file for _, batch_files in micro_batches for file in batch_files]
     rank = f"-rank-{parallel.rank()}" if parallel.rank() else ""
-    path = folder / f"nonfinite-step-{found.step}{rank}.pt"
+    path = folder / f"nonfinite-step-{error.step}{rank}.pt"
     content = {
-        "step": found.step,
-        "terms": found.terms,
+        "step": error.step,
+        "terms": error.terms,
         "files": files,
-        "images": [b.images for b in batches],
-        "targets": [b.targets for b in batches],
+        "images": [batch.images for batch in batches],
+        "targets": [batch.targets for batch in batches],
         "recipe": to_yaml(run.config),
-        "state": snapshot(run, at),
+        "state": snapshot(run, progress),
     }
     checkpoint.save(path, content)
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     return UserError(
-        f"the loss is not finite: {', '.join(found.terms)} in step {found.step}, on {', '.join(files[:2])}{more}. "
-        f"The last checkpoint is from before; {path} holds the step.\n{ADVICE} "
-        "train.skip_nonfinite=10 would leave out up to ten such steps."
+        f"the loss is not finite: {', '.join(error.terms)} in step {error.step}, on {', '.join(files[:2])}{more}. "
+        f"The last checkpoint was saved before that; {path} holds the batch and the run's state.\n{ADVICE} "
+        "To skip up to ten such steps, set train.skip_nonfinite=10."
     )

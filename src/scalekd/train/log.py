@@ -1,4 +1,4 @@
-"""What a run tells: `log.jsonl` for programs, a progress line or plain lines for people, scalars for trackers."""
+"""Logs a run: `log.jsonl` for programs, a progress line or plain lines on the screen, scalars for trackers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from scalekd.common.text import duration, printable
 
 from .trackers import Tracker
 
-OpenTrackers = Callable[[int, Callable[[str], None]], list[Tracker]]  # (last step done, tell a line) -> trackers
+OpenTrackers = Callable[
+    [int, Callable[[str], None]], list[Tracker]
+]  # (last step done, function that prints a line) -> trackers
 SCALARS = ("lr", "grad_norm", "images_per_s", "data_share", "teacher_share")
 
 
 class RunLog:
-    """Events as JSON lines in `folder/log.jsonl`, and their short form on the screen. Only rank 0 writes.
+    """Writes events as JSON lines to `folder/log.jsonl` and in short form to the screen. Only rank 0 writes.
 
-    open_trackers: called when training starts from a step, again if it goes back to one.
+    open_trackers: called when training starts, and again if it returns to a checkpoint.
     Raises `UserError` when the log cannot be written.
     """
 
@@ -43,10 +45,10 @@ class RunLog:
         self.open_trackers, self.trackers = open_trackers, list[Tracker]()
         self.path = folder / "log.jsonl"
         try:
-            # unbuffered: what a full disk refuses is not tried again later, in the middle of something else
+            # unbuffered: on a full disk the error is raised here, not at a later flush
             self.file = open(self.path, "ab", buffering=0) if self.active else None  # noqa: SIM115 - until close()
             if self.active and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-                self._append("\n")  # after half a line of a run that was killed
+                self._append("\n")  # a run that was killed may have left half a line
         except OSError as error:
             raise cannot_write(self.path, error) from None
         self.live: Live | None = None
@@ -54,25 +56,27 @@ class RunLog:
         self.accuracy = ""
 
     def event(self, kind: str, **values: Any) -> None:
+        """Appends an event to log.jsonl."""
         self._append(json.dumps({"event": kind, "time": round(time.time(), 3)} | values) + "\n")
 
     def _append(self, text: str) -> None:
-        left = memoryview(text.encode())
+        rest = memoryview(text.encode())
         try:
-            while self.file and left:
-                left = left[self.file.write(left) or 0 :]
+            while self.file and rest:
+                rest = rest[self.file.write(rest) or 0 :]
         except OSError as error:
             raise cannot_write(self.path, error) from None
 
     def say(self, text: str) -> None:
+        """Prints a line."""
         if self.active:
             self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def start(self, done: int, total: int) -> None:
-        """Training begins after step `done`; once more when it goes back to a checkpoint."""
+        """Starts the progress line and the trackers after step `done`; called again on a return to a checkpoint."""
         if not self.active:
             return
-        self._close_shown()
+        self._close_progress()
         if self.open_trackers:
             self.trackers = self.open_trackers(done, self.say)
         if self.console.is_terminal:
@@ -87,8 +91,10 @@ class RunLog:
             self.live.start()
 
     def step(self, **values: Any) -> None:
-        """One log interval: epoch, step, steps, lr, losses, images_per_s, data_share, left_s, and teacher_share if there is
-        a teacher."""
+        """Logs an interval.
+
+        values: epoch, step, steps, lr, losses, grad_norm, images_per_s, data_share, left_s; teacher_share with a teacher.
+        """
         self.event("step", **values)
         if not self.active:
             return
@@ -103,19 +109,22 @@ class RunLog:
         if self.live:
             self.progress.update(self.task, completed=values["step"], speed=speed)
             self.terms.plain = printable(f"  {losses}  {self.accuracy}")
-        elif time.time() - self.last_line > 10:  # a log file wants a line now and then, not every interval
+        elif time.time() - self.last_line > 10:  # in a file, one line per interval would be too many
             self.last_line = time.time()
             self.say(f"{self.label} step {values['step']}/{values['steps']}  {losses}  {speed}")
 
     def validation(self, figures: Mapping[str, str], **values: Any) -> None:
-        """figures: key -> name of what is told, in %. values: these, step and steps, epoch and epochs, best, elapsed_s."""
+        """Logs a validation.
+
+        figures: key -> name of each metric in %. values: these metrics, step, steps, epoch, epochs, best, elapsed_s.
+        """
         self.event("validation", **values)
         self._track(values["step"], {f"val/{name}": values[name] for name in (*figures, "loss") if name in values})
-        told = [f"{name} {values[key]:.2f} %" for key, name in figures.items()]
-        self.accuracy = told[0]
+        metrics = [f"{name} {values[key]:.2f} %" for key, name in figures.items()]
+        self.accuracy = metrics[0]
         unit = "epoch" if values["epoch"] == int(values["epoch"]) else "step"
         self.say(
-            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(told)}  best {values['best']:.2f} %  "
+            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(metrics)}  best {values['best']:.2f} %  "
             f"{duration(values['elapsed_s'])}"
         )
 
@@ -123,7 +132,7 @@ class RunLog:
         for tracker in self.trackers:
             tracker.scalars(step, values)
 
-    def _close_shown(self) -> None:
+    def _close_progress(self) -> None:
         if self.live:
             self.live.stop()
             self.live = None
@@ -132,21 +141,21 @@ class RunLog:
         self.trackers = []
 
     def close(self) -> None:
-        self._close_shown()
+        self._close_progress()
         if self.file:
             self.file.close()
             self.file = None
 
 
 def top1_of(result: Mapping[str, Any]) -> str:
-    """What a validation's top-1 is of: the student's classifier, or its features' neighbours."""
+    """The name of a validation's top-1: of the student's classifier, or of its features' nearest neighbours."""
     return f"{result['neighbours']}-nn top-1" if "neighbours" in result else "top-1"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first, no step twice: what a resumed run repeats counts as it was the last time.
+    """The events of a run, oldest first. If a resumed run repeated a step, only the last repetition is returned.
 
-    A half-written line, from when the run was killed, is left out.
+    Skips a half-written line, which a killed run may leave.
     """
     events: list[dict[str, Any]] = []
     for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():

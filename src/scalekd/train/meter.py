@@ -1,4 +1,4 @@
-"""What is told of training between validations: mean losses, speed, where the time goes."""
+"""Measures training between log lines: mean losses, images per second, and the share of time in data and teacher."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from .run import Run
 
 
 class Meter:
-    """Adds up losses on the device and reads them every `log_every` steps; tells speed and where the time goes."""
+    """Sums the losses on the device, and every `train.log_every` steps reads and logs their means.
 
-    def __init__(self, run: Run, log: RunLog, at: Progress):
+    Reading them is the only time that training waits for a GPU.
+    """
+
+    def __init__(self, run: Run, log: RunLog, progress: Progress):
         self.run, self.config, self.log, self.data = run, run.config.train, log, Stopwatch()
-        # what was added up before the run was stopped goes on in the first process
-        self.sums: dict[str, Tensor | float] = {n: v * (parallel.rank() == 0) for n, v in at.sums.items()}
-        self.counted, self.before = at.counted, at.elapsed
-        self.timed = 0  # steps in this window that this process saw
-        self.first_bad: Tensor | None = None
+        # the checkpoint's sums are of all processes; the first one continues them
+        self.sums: dict[str, Tensor | float] = {n: v * (parallel.rank() == 0) for n, v in progress.sums.items()}
+        self.counted, self.before = progress.counted, progress.elapsed
+        self.timed = 0  # the steps since the last log line that this process itself did
+        self.first_bad: Tensor | None = None  # the first step with a value that is not finite; 0: none
         self.began = self.window = time.perf_counter()
         if run.teacher_clock:
-            run.teacher_clock.seconds()
+            run.teacher_clock.seconds()  # discard what was measured before training
 
     def elapsed(self) -> float:
+        """Seconds of training, including those before a resume."""
         return self.before + time.perf_counter() - self.began
 
     def add(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        if self.config.precision == "fp16":  # its gradient scaler leaves out steps with an infinite one by itself
+        """Adds a step, and logs if `log_every` steps are reached. Raises `NonFinite`, as `flush` does."""
+        if self.config.precision == "fp16":  # the gradient scaler skips steps whose gradient overflows
             grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0)
         for name, value in (losses | {"gradient": grad_norm}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -46,13 +51,13 @@ class Meter:
             self.flush(step)
 
     def resume(self) -> None:
-        """Leaves validation out of the speed."""
+        """Restarts the clock after a validation, which does not count as training time."""
         self.window = time.perf_counter()
 
-    def write_to(self, at: Progress) -> None:
-        """So that a run that goes on from there logs the same means. All processes together."""
-        at.elapsed, at.counted = self.elapsed(), self.counted
-        at.sums = dict(zip(self.sums, self._totals()))
+    def write_to(self, progress: Progress) -> None:
+        """Stores the sums, so that a resumed run logs the same means. All processes must call it."""
+        progress.elapsed, progress.counted = self.elapsed(), self.counted
+        progress.sums = dict(zip(self.sums, self._totals()))
 
     def _totals(self) -> list[float]:
         if not self.sums:
@@ -60,11 +65,13 @@ class Meter:
         return parallel.sum_over_processes(torch.stack([torch.as_tensor(v) for v in self.sums.values()])).tolist()
 
     def flush(self, step: int) -> None:
+        """Logs the means since the last log line, if there are any. Raises `NonFinite` if one is not finite."""
         if not self.counted:
             return
         means = {name: value / (self.counted * parallel.world()) for name, value in zip(self.sums, self._totals())}
-        now = time.perf_counter()  # the losses were waited for: this is when the steps were done
-        seconds, timed = now - self.window, max(1, self.timed)  # none if all that was counted is from before a stop
+        now = time.perf_counter()  # after `_totals`, which waits until the device has finished the steps
+        # `timed` is 0 if all counted steps were done before a resume
+        seconds, timed = now - self.window, max(1, self.timed)
         if terms := non_finite(means):
             assert self.first_bad is not None
             first = [s for s in parallel.gather(int(self.first_bad)) if s]

@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser and schedule, through timm's factories."""
+"""Creates optimisers and learning-rate schedules with timm's factories."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from .options import BaseOptim
 
 
-def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimiser that a recipe names, through timm's factory, with these parameter groups; fused where `can_be_fused`.
+def create_optimizer(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
+    """The recipe's optimiser for these parameter groups; fused if `can_be_fused`.
 
-    Parameters have their place and layout in memory by then: the fused update takes gradients to have the same.
+    Move the parameters to their device and memory format first: a fused update expects gradients with the same layout.
     """
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = ({"betas": optim.betas} if info.has_betas else {}) | (
@@ -34,16 +34,17 @@ def of_groups(optim: BaseOptim, groups: list[dict[str, Any]]) -> Optimizer:
         **extra | ({"fused": True} if fused else {}),
     )
     if fused and isinstance(made, torch.optim.SGD):
-        # Else the first step makes them without values, and leaves them so where an fp16 gradient has overflown
+        # otherwise the first step creates uninitialised buffers, and keeps them if an fp16 gradient overflows
         for parameter in (p for group in made.param_groups if group["momentum"] for p in group["params"]):
             made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return made
 
 
 def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether PyTorch has one kernel for the whole update of these parameters: SGD, Adam and AdamW on a CPU or a GPU.
+    """Whether PyTorch has a fused kernel for this update: SGD, Adam and AdamW on CPUs and GPUs.
 
-    It gives the same values but for rounding, and holds no copies of the parameters meanwhile (docs/explanation/performance.md).
+    It gives the same values up to rounding, and needs no temporary copies of the parameters
+    (docs/explanation/performance.md).
     """
     devices = {p.device.type for group in groups for p in group["params"]}
     one_kernel = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -51,14 +52,14 @@ def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict`; where the checkpoint is of an optimiser that was not fused, this one goes on so."""
+    """`load_state_dict`. If the checkpoint's optimiser was not fused, this one is no longer fused either."""
     optimizer.load_state_dict(state)
-    # what a gradient scaler found is for a fused one, and an error for the other
+    # a gradient scaler passes its result to fused optimisers only; the others would raise
     optimizer._step_supports_amp_scaling = any(g.get("fused") for g in optimizer.param_groups)  # type: ignore[attr-defined]
 
 
 def make_schedule(config: Any, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule for a recipe's `schedule` and `train.epochs`, counted in steps: call `schedule.step_update(step)` before each step."""
+    """timm's schedule for a recipe's `schedule` and `train.epochs`. Call `schedule.step_update(step)` before each step."""
     s, epochs = config.schedule, config.train.epochs
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -78,7 +79,7 @@ def make_schedule(config: Any, optimizer: Optimizer, steps_per_epoch: int) -> Sc
 
 
 def make_iteration_schedule(schedule: Any, iterations: int, optimizer: Optimizer) -> Scheduler:
-    """timm's cosine or polynomial schedule over `iterations` steps. schedule: a recipe's, with `warmup_iterations`."""
+    """timm's cosine or polynomial schedule over `iterations` steps. schedule: a section with `warmup_iterations`."""
     made, _ = create_scheduler_v2(
         optimizer,
         sched=schedule.name,
@@ -87,7 +88,7 @@ def make_iteration_schedule(schedule: Any, iterations: int, optimizer: Optimizer
         warmup_lr=schedule.warmup_lr,
         warmup_prefix=False,
         min_lr=schedule.min_lr,
-        decay_rate=schedule.power,  # what timm's factory takes as the power of `poly`
+        decay_rate=schedule.power,  # timm's factory uses it as the power of `poly`
         step_on_epochs=False,
         updates_per_epoch=1,
     )

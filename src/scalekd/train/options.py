@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-)
+from pydantic import Field, field_validator
 
 from scalekd.common.errors import nearest
 from scalekd.common.sections import Beta, Positive, Section, Share
@@ -16,7 +13,7 @@ from scalekd.common.text import printable
 
 class Steps(Section):
     batch_size: Annotated[int, Field(gt=0, le=2**20)]
-    """Global: over all processes and accumulated steps."""
+    """The global batch size: over all processes and accumulated micro-batches."""
     accumulate: Positive = 1
     """Micro-batches per optimiser step."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -26,18 +23,18 @@ class Steps(Section):
     """Decay of the exponential moving average of the student's weights, which is then evaluated and exported."""
     sync_batchnorm: bool = False
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Between checkpoints; every validation writes one too. 0: one after every step."""
+    """Minutes between checkpoints; every validation writes one too. 0: after every step."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
-    """Steps of a run that may be left out because the loss or the gradient is not finite. Above 0, a GPU is
-    waited for in every step."""
+    """How many steps of a run may be skipped because the loss or the gradient is not finite. Above 0, every step
+    waits for the GPU."""
     log_every: Positive = 50
-    """Steps between log lines; losses are read from the device only then."""
+    """Steps between log lines. Losses are read from the device only then."""
 
 
 class Train(Steps):
     epochs: Positive
     eval_every: Annotated[float, Field(gt=0)] = 1
-    """Epochs between validations; 0.25 for four in each."""
+    """Epochs between validations; 0.25 means four per epoch."""
 
 
 class BaseOptim(Section):
@@ -66,5 +63,5 @@ class Schedule(Section):
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     milestones: tuple[Positive, ...] = (30, 60, 90)
-    """Epochs at which `multistep` multiplies the rate by `decay_rate`."""
+    """Epochs at which `multistep` multiplies the learning rate by `decay_rate`."""
     decay_rate: Share = 0.1

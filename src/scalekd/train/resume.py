@@ -1,4 +1,4 @@
-"""Where a run stands, saved and found again: `last.pt`, and `previous.pt` in case that one is damaged."""
+"""Saves and restores a run: `last.pt`, and `previous.pt` in case `last.pt` is damaged."""
 
 from __future__ import annotations
 
@@ -19,59 +19,60 @@ from .log import RunLog
 from .optim import load_state
 from .run import Run
 
+REMEDY = "Delete it to start this run from the beginning, or restore a copy."
+
 
 @dataclass
 class Progress:
-    """All of a run that is neither a weight nor the optimiser's; random numbers follow from seed and position."""
+    """The state of a run besides weights and optimiser. Random numbers need none: they follow from seed and step."""
 
     step: int = 0
     best: float = -1.0  # of the first of the run's `figures`
-    history: list[dict[str, Any]] = field(default_factory=list)  # of validations
+    history: list[dict[str, Any]] = field(default_factory=list)  # the validations
     elapsed: float = 0.0  # seconds
     skipped: int = 0  # steps whose loss or gradient was not finite
-    sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last log line
-    counted: int = 0  # the steps in them
+    sums: dict[str, float] = field(default_factory=dict)  # each loss summed since the last log line
+    counted: int = 0  # steps in `sums`
 
 
-def snapshot(run: Run, at: Progress) -> dict[str, Any]:
-    """A checkpoint: separate entries for student, method parameters, optimiser and position."""
+def snapshot(run: Run, progress: Progress) -> dict[str, Any]:
+    """The content of a checkpoint: an entry for each of `run.parts`, the deployed model, optimiser and progress."""
     return {
         **{name: part.state_dict() for name, part in run.parts.items()},
         "deployed": run.deployed.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "ema": run.ema.state_dict() if run.ema else None,
-        "progress": asdict(at),
+        "progress": asdict(progress),
         "recipe": to_yaml(run.config),
     }
 
 
-def save(run: Run, at: Progress, folder: Path) -> None:
-    """Writes `last.pt`; the one before becomes `previous.pt`. Rank 0's work."""
+def save(run: Run, progress: Progress, folder: Path) -> None:
+    """Writes `last.pt` and keeps the old one as `previous.pt`. Only rank 0 writes."""
     if parallel.rank() == 0:
-        checkpoint.save(folder / "last.pt", snapshot(run, at), previous=folder / "previous.pt")
+        checkpoint.save(folder / "last.pt", snapshot(run, progress), previous=folder / "previous.pt")
 
 
 def restore(run: Run, folder: Path, log: RunLog) -> Progress:
-    """Puts a run where its folder's newest whole checkpoint was; a fresh `Progress` if there is none.
+    """Loads the newest intact checkpoint in `folder` into `run`. Returns a new `Progress` if there is none.
 
-    A damaged `last.pt` is moved to `last.pt.damaged`, and told. Raises `UserError` when all are damaged or are
-    not this run's.
+    A damaged `last.pt` is moved to `last.pt.damaged`, with a message. Raises `UserError` if all checkpoints are damaged
+    or belong to another run.
     """
-    path = parallel.from_first(_newest_whole(folder, log) if parallel.rank() == 0 else None)
+    path = parallel.from_first(_newest_intact(folder, log) if parallel.rank() == 0 else None)
     if path is None:
-        if (
-            parallel.rank() == 0 and (folder / "log.jsonl").stat().st_size
-        ):  # of a start that did not reach its first checkpoint
+        # an earlier start logged steps but did not reach its first checkpoint
+        if parallel.rank() == 0 and (folder / "log.jsonl").stat().st_size:
             log.event("resumed", step=0, checkpoint=None)
         return Progress()
-    at = load_snapshot(run, checkpoint.load(Path(path)), path)
-    log.event("resumed", step=at.step, checkpoint=Path(path).name)
-    log.say(f"{log.label} goes on from step {at.step} of {run.total_steps}")
-    return at
+    progress = load_snapshot(run, checkpoint.load(Path(path)), path)
+    log.event("resumed", step=progress.step, checkpoint=Path(path).name)
+    log.say(f"{log.label} resumes from step {progress.step} of {run.total_steps}")
+    return progress
 
 
-def _newest_whole(folder: Path, log: RunLog) -> str | None:
+def _newest_intact(folder: Path, log: RunLog) -> str | None:
     last, previous = folder / "last.pt", folder / "previous.pt"
     try:
         if last.exists():
@@ -80,64 +81,58 @@ def _newest_whole(folder: Path, log: RunLog) -> str | None:
     except UserError as error:
         if not previous.exists():
             raise
-        checkpoint.load(previous)  # before anything is moved
+        checkpoint.load(previous)  # raises if it is damaged too, before anything is moved
         os.replace(last, folder / "last.pt.damaged")
         log.event("damaged", checkpoint=last.name, reason=str(error))
-        log.say(f"{first_line(error)}; moved to last.pt.damaged")
+        log.say(f"{first_line(error)}; moved it to last.pt.damaged")
     if not previous.exists():
         return None
-    log.say(f"{log.label} uses the checkpoint before it, {previous}")
+    log.say(f"{log.label} uses the previous checkpoint, {previous}")
     return str(previous)
 
 
 def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
-    """Loads a `snapshot`. Raises `UserError` for one of another recipe's run."""
-    there = state.get("recipe")  # a checkpoint of an older version has none
-    if there is not None and (difference := recipe_difference(str(there), run.config)):
-        raise UserError(
-            f"{name} is of another recipe's run (first difference: {difference}).\n"
-            "Remove it to start this run anew, or put back a copy."
-        )
+    """Loads a `snapshot` into `run`. name: its file, for messages. Raises `UserError` if it belongs to another run."""
+    recipe = state.get("recipe")  # older versions did not store it
+    if recipe is not None and (difference := recipe_difference(str(recipe), run.config)):
+        raise UserError(f"{name} belongs to a run of another recipe (first difference: {difference}).\n{REMEDY}")
     try:
-        told = dict(state["progress"])
-        told.setdefault("best", told.pop("best_top1", -1.0))  # as versions up to 0.1 named it
-        at = TypeAdapter(Progress).validate_python(told)
-        if not 0 <= at.step <= run.total_steps:
-            raise ValueError(f"step {at.step} of {run.total_steps}")
+        values = dict(state["progress"])
+        values.setdefault("best", values.pop("best_top1", -1.0))  # its name in versions up to 0.1
+        progress = TypeAdapter(Progress).validate_python(values)
+        if not 0 <= progress.step <= run.total_steps:
+            raise ValueError(f"step {progress.step} of {run.total_steps}")
         for part, module in run.parts.items():
             module.load_state_dict(state[part])
         load_state(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             run.ema.load_state_dict(state["ema"])
-        return at
+        return progress
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{name} is not of this recipe's run: {first_line(error)}\n"
-            "Remove it to start this run anew, or put back a copy."
-        ) from None
+        raise UserError(f"{name} does not fit this recipe: {first_line(error)}\n{REMEDY}") from None
 
 
 def recipe_difference(text: str, config: Section) -> str:
-    """Where a run's recipe.yaml differs from `config`, or ''. What leaves the run the same may differ.
+    """The first difference between a run's recipe.yaml, given as text, and `config`; '' if there is none.
 
-    Fields that an older version did not have are as they are by default.
+    Ignores keys that may change on resume. Keys that an older version did not have get their defaults.
     """
     try:
-        before = to_yaml(
-            _what_counts(validated(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml"))
-        ).splitlines()
-    except UserError:  # of another version, perhaps
+        recipe = validated(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml")
+        before = to_yaml(_without_changeable(recipe)).splitlines()
+    except UserError:  # perhaps written by another version
         before = text.splitlines()
-    now = to_yaml(_what_counts(config)).splitlines()
+    now = to_yaml(_without_changeable(config)).splitlines()
     for a, b in zip(before, now):
         if a != b:
-            return f"`{a.strip()}` there, `{b.strip()}` now"
-    return "more lines in one than in the other" if len(before) != len(now) else ""
+            return f"`{a.strip()}` before, `{b.strip()}` now"
+    return "one recipe has more lines than the other" if len(before) != len(now) else ""
 
 
-def _what_counts(config: Any) -> Any:
-    # what becomes of bad images: a run that stopped at its first one has trained on none
+def _without_changeable(config: Any) -> Any:
+    """`config` with fixed values for the keys that may change when a run is resumed."""
+    # on_bad_image and max_bad may change because a run that stops at a bad image has not trained on one
     data = config.data.model_copy(update={"workers": 0, "on_bad_image": "error", "max_bad": 0.01})
     train = config.train.model_copy(update={"save_minutes": 0.0, "skip_nonfinite": 0})
     return config.model_copy(update={"data": data, "train": train, "track": ()})

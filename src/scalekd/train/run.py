@@ -1,4 +1,4 @@
-"""What the engine needs of a run, whatever its task: distillation (`build.Run`), detection, segmentation."""
+"""The interface between the engine and a task: `Run`, which distillation, detection and segmentation implement."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """What made this run: versions, command, machine, weights by checksum, git state."""
+    """How to reproduce this run: command, versions, machine, seeds, git state, checksums of the initial weights."""
     data = run.config.data
     return {
         "command": command_line(),
@@ -39,14 +39,17 @@ def provenance(run: Run) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Run(ABC):
-    """Everything that a recipe names, built. The fields are every task's, the methods are its own.
+    """A recipe, built: data, models, optimiser and schedule. A task implements the abstract methods.
 
-    config: a recipe with `name`, `seed`, `data`, `train` and `track`. model: all that is trained.
-    train_images, val_images: with a length and `bad`, the `BadImages` that notes what is left out, or None.
-    loaded: where the weights of each model are from. mix, repeats: of `TrainSampler`.
+    Attributes:
+        config: a recipe with `name`, `seed`, `data`, `train` and `track`.
+        train_images, val_images: have a length and `bad`: the `BadImages` that lists skipped images, or None.
+        model: all parameters that are trained.
+        loaded: for each model, which weights were loaded.
+        mix, repeats: as for `TrainSampler`.
     """
 
-    batch: ClassVar[Any]  # of images and targets, as the batches that it trains on are
+    batch: ClassVar[Any]  # the type of a batch; made from (images, targets)
     config: Any
     device: torch.device
     classes: list[str]
@@ -65,7 +68,7 @@ class Run(ABC):
     @property
     @abstractmethod
     def figures(self) -> dict[str, str]:
-        """What a validation finds, in %: key -> name for people. The first one chooses the best checkpoint."""
+        """The validation metrics, in %: key -> name on the screen. The first one chooses the best checkpoint."""
 
     @property
     @abstractmethod
@@ -74,16 +77,19 @@ class Run(ABC):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds of `model`, by name."""
+        """The parts of `model` that a checkpoint stores, by name."""
         return {"student": self.student}
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any, micro: int) -> dict[str, Tensor]:
-        """Term -> scalar, with `total`. model: `self.model`, or its DDP wrapper. micro: how many micro-batches came before."""
+        """Loss term -> scalar, including `total`, which is minimised.
+
+        model: `self.model`, or its DDP wrapper. micro: the number of micro-batches before this one in the run.
+        """
 
     @abstractmethod
     def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Any, None, None]:
-        """The micro-batches whose keys the sampler gives."""
+        """The micro-batches of the sampler's keys, read by `workers` processes."""
 
     @abstractmethod
     def eval_batches(self, size: int, workers: int) -> Generator[Any, None, None]:
@@ -91,11 +97,11 @@ class Run(ABC):
 
     @abstractmethod
     def again(self, keys: list[Key]) -> tuple[Any, list[str]]:
-        """A training batch once more, and where its images are from."""
+        """The training batch of these keys, loaded again, and the files of its images."""
 
     @abstractmethod
     def validate(self, batches: Iterable[Any]) -> dict[str, Any]:
-        """`figures` of the deployed student, and what else is to be logged; the same in all processes."""
+        """The `figures` of the deployed student and other values to log; the same in all processes."""
 
     @property
     def total_steps(self) -> int:
@@ -107,31 +113,31 @@ class Run(ABC):
         return max(1, round(self.steps_per_epoch * self.config.train.eval_every))
 
     def epochs(self, step: int) -> float:
-        """How often the images were gone through after a step; a whole number where it is one."""
+        """Epochs done after `step` steps: an int at the end of an epoch, else rounded to 0.01."""
         whole, rest = divmod(step, self.steps_per_epoch)
         return round(step / self.steps_per_epoch, 2) if rest else whole
 
     @property
     def eval_batch_size(self) -> int:
-        """Images that a process validates at a time: as many as it trains on."""
+        """Images per process and validation batch: as many as in a training micro-batch."""
         return self.config.train.batch_size // (self.config.train.accumulate * parallel.world())
 
     @property
     def deployed(self) -> nn.Module:
-        """The student that is evaluated and exported: the averaged one where there is one."""
+        """The student that is evaluated and exported: the one with averaged weights, if `train.ema` is set."""
         return self.ema.module if self.ema is not None else self.student
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Events for the end of the log."""
+        """Events to log at the end of the run: name -> values."""
         return {}
 
     @property
     def teacher_clock(self) -> Stopwatch | None:
-        """Of the teachers' forward passes, where there are any."""
+        """The time spent in the teachers' forward passes; None without a teacher."""
         return None
 
     def train_sampler(self, start: int = 0, steps: int | None = None) -> TrainSampler:
-        """This process's micro-batches from step `start` to the run's end, or to step `steps`."""
+        """The keys of this process's micro-batches, from step `start` to step `steps` (by default the end of the run)."""
         return TrainSampler(
             len(self.train_images),
             self.config.train.batch_size,
@@ -147,30 +153,36 @@ class Run(ABC):
 
 
 def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> dict[str, Any]:
-    """The fields `scaler` and `ema` of a `Run`, by a recipe's `train`."""
+    """The fields `scaler` and `ema` of a `Run`. train: the recipe's section."""
     return {
         "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
         "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
     }
 
 
-def expect_batches(train: Any, images: int | None) -> None:
-    """Raises `UserError` for a batch that is larger than the data, or does not divide. images: None, if they repeat."""
+def check_batch_size(train: Any, images: int | None) -> None:
+    """Raises `UserError` if `train.batch_size` exceeds the data or does not divide among processes and accumulated steps.
+
+    images: the number of training images; None if a batch may hold an image more than once.
+    """
     parts = train.accumulate * parallel.world()
     if images is not None and images < train.batch_size:
         raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
     if train.batch_size % parts:
         raise UserError(
-            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
+            f"train.batch_size {train.batch_size} cannot be divided among {parallel.world()} processes x "
             f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
         )
 
 
 def prepared(model: nn.Module, config: Any, device: torch.device) -> nn.Module:
-    """On the device, in the recipe's memory format and with its batch norms. Raises `UserError`."""
+    """Moves `model` to `device`, in the recipe's memory format and with synchronised batch norms if it asks for them.
+
+    Raises `UserError` for `train.sync_batchnorm` on a CPU.
+    """
     if config.train.sync_batchnorm:
         if device.type == "cpu":
-            raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
+            raise UserError("train.sync_batchnorm needs GPUs, because PyTorch has it for CUDA only; set it to false")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model

@@ -1,6 +1,7 @@
-"""Where a run's scalars go beside `log.jsonl`: TensorBoard, W&B, MLflow, trackio. None of them can stop a run.
+"""Sends a run's scalars to TensorBoard, W&B, MLflow or trackio, in addition to `log.jsonl`.
 
-The log is the truth. A tracker that fails, for want of a network or of space, is told once and left out from there.
+A tracker cannot stop a run: if it fails, for example without a network or disk space, a message is printed and the
+tracker is switched off.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from scalekd.common.text import printable
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 PROJECT = "scalekd"
-CLOSING = (
-    60.0  # seconds to send what is left; a tracker without a network must not keep the student from being exported
-)
+CLOSING = 60.0  # seconds for a tracker to finish; without a network it must not delay the export of the student
 
-# What these libraries would send, ask or print unasked; whoever has set one of these keeps it.
+# Environment variables that keep these libraries from printing, prompting and sending telemetry; the user's own
+# values take precedence.
 QUIET = {
-    "WANDB_SILENT": "true",  # prints nothing, and never asks for a login
+    "WANDB_SILENT": "true",  # no output, no login prompt
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -42,11 +42,11 @@ QUIET = {
 class Opened(NamedTuple):
     write: Callable[[int, dict[str, float]], None]
     finish: Callable[[], None]
-    id: str | None = None  # what finds the same run again
+    id: str | None = None  # identifies the run on resume
 
 
 class Tracker:
-    """`scalars` and `close` never raise: after the first failure they do nothing."""
+    """An open tracker. `scalars` and `close` never raise; after the first failure they do nothing."""
 
     def __init__(self, name: str, opened: Opened, say: Callable[[str], None]):
         self.name, self.opened, self.say = name, opened, say
@@ -57,35 +57,33 @@ class Tracker:
             return
         try:
             self.opened.write(step, values)
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # no tracker error is worth a run
             self.failed = True
-            _tell(self.name, error, self.say)
+            _report_failure(self.name, error, self.say)
 
     def close(self) -> None:
-        """Waits for `CLOSING` seconds at most."""
+        """Waits at most `CLOSING` seconds."""
         thread = threading.Thread(target=self._finish, daemon=True)
         thread.start()
         thread.join(CLOSING)
         if thread.is_alive():
-            self.say(
-                f"{self.name} has not sent everything within {CLOSING:.0f} s, and is left; log.jsonl has all of it"
-            )
+            self.say(f"{self.name} did not send everything within {CLOSING:.0f} s; log.jsonl has all values")
 
     def _finish(self) -> None:
         try:
             self.opened.finish()
         except Exception as error:
             if not self.failed:
-                _tell(self.name, error, self.say)
+                _report_failure(self.name, error, self.say)
 
 
-def _tell(name: str, error: Exception, say: Callable[[str], None]) -> None:
+def _report_failure(name: str, error: Exception, say: Callable[[str], None]) -> None:
     reason = printable(first_line(error)).rstrip(".")
-    say(f"{name} is left out from here: {reason}. The run goes on; log.jsonl has everything")
+    say(f"{name} failed and is switched off: {reason}. The run continues; log.jsonl has all values")
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Imports what is named. Raises `UserError` for what is not installed."""
+    """Imports the trackers. Raises `UserError` if one is not installed."""
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     for name in names:
         try:
@@ -93,11 +91,12 @@ def check_trackers(names: Iterable[str]) -> None:
         except ImportError as error:
             raise UserError(
                 f"track: {name} cannot be imported ({first_line(error)}).\n"
-                f"Install it, pip install 'scalekd[{name}]', or take it out of track."
+                f"Install it with pip install 'scalekd[{name}]', or remove it from track."
             ) from None
-        if module.__spec__ is None or module.__spec__.origin is None:  # W&B's own folder in the working directory
+        if module.__spec__ is None or module.__spec__.origin is None:  # a folder, such as W&B's
             raise UserError(
-                f"track: {name} is not installed; a folder of that name lies here.\nInstall it: pip install 'scalekd[{name}]'"
+                f"track: {name} is not installed; Python found only a folder of that name.\n"
+                f"Install it with pip install 'scalekd[{name}]', or remove it from track."
             )
 
 
@@ -109,25 +108,25 @@ def open_trackers(
     step: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[Tracker]:
-    """Opens each tracker, or the run that it has for `folder` already. One that fails is told and left out.
+    """Opens each tracker, or reopens its run for `folder`. If one fails, a message is printed and it is skipped.
 
-    step: the last one done; what a tracker holds of later steps is dropped where it can drop something.
+    step: the last step done. Trackers that can do so drop the values of later steps.
     """
     check_trackers(names)
     file = folder / "trackers.json"
     known = _ids(file)
-    trackers, found = [], dict(known)
+    trackers, ids = [], dict(known)
     for name in dict.fromkeys(names):
         try:
             opened = OPEN[name](folder, config, run_name, step, known.get(name))
         except Exception as error:
-            _tell(name, error, say)
+            _report_failure(name, error, say)
             continue
         trackers.append(Tracker(name, opened, say))
         if opened.id:
-            found[name] = opened.id
-    if found != known:
-        write_text(file, json.dumps(found, indent=2) + "\n")
+            ids[name] = opened.id
+    if ids != known:
+        write_text(file, json.dumps(ids, indent=2) + "\n")
     return trackers
 
 
@@ -143,14 +142,14 @@ def _ids(file: Path) -> dict[str, str]:
 
 
 def _tensorboard(folder: Path, config: dict[str, Any], run_name: str, step: int, known: str | None) -> Opened:
-    """Event files written here, not by `SummaryWriter`: its thread would end a full disk in a trace."""
+    """Writes event files directly: `SummaryWriter` writes in a thread, where a full disk ends in a traceback."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.summary.writer.record_writer import RecordWriter
     from torch.utils.tensorboard import summary
 
     logs = folder / "tensorboard"
     logs.mkdir(exist_ok=True)
-    again = any(logs.iterdir())
+    resumed = any(logs.iterdir())
     file = open(logs / f"events.out.tfevents.{time.time_ns()}", "xb", buffering=0)  # noqa: SIM115 - until close()
     records = RecordWriter(file)
 
@@ -158,14 +157,14 @@ def _tensorboard(folder: Path, config: dict[str, Any], run_name: str, step: int,
         records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     add(file_version="brain.Event:2")
-    if again:  # what older files hold from this step on is not shown
+    if resumed:  # TensorBoard hides the values that older files hold for later steps
         add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
     else:
         add(summary=summary.text("config", f"```\n{json.dumps(config, indent=2)}\n```"))
 
-    def write(at: int, values: dict[str, float]) -> None:
+    def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            add(step=at, summary=summary.scalar(name, value))
+            add(step=step, summary=summary.scalar(name, value))
 
     return Opened(write, file.close)
 
@@ -180,13 +179,13 @@ def _wandb(folder: Path, config: dict[str, Any], run_name: str, step: int, known
         resume="allow",
         config=config,
         dir=str(folder),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # nothing leaves the machine unasked; `wandb sync` sends it later
+        mode=os.environ.get("WANDB_MODE", "offline"),  # by default nothing is sent; `wandb sync` uploads it later
         settings=wandb.Settings(init_timeout=30, console="off"),
     )
-    # W&B refuses a step below the last it has seen, as after a resume; with an axis of our own it does not
+    # W&B rejects steps that go back, as after a resume; it accepts them on an axis defined here
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    return Opened(lambda at, values: run.log(values | {"step": at}), run.finish, run.id)
+    return Opened(lambda step, values: run.log(values | {"step": step}), run.finish, run.id)
 
 
 def _mlflow(folder: Path, config: dict[str, Any], run_name: str, step: int, known: str | None) -> Opened:
@@ -195,10 +194,10 @@ def _mlflow(folder: Path, config: dict[str, Any], run_name: str, step: int, know
     from mlflow.entities import Metric, Param
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    place = (folder / "mlflow").resolve()
+    store = (folder / "mlflow").resolve()
     if not uri:
-        place.mkdir(exist_ok=True)
-        uri = f"sqlite:///{place / 'mlflow.db'}"
+        store.mkdir(exist_ok=True)
+        uri = f"sqlite:///{store / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri)
     if known:
         client.update_run(known, status="RUNNING")
@@ -206,17 +205,19 @@ def _mlflow(folder: Path, config: dict[str, Any], run_name: str, step: int, know
     else:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = client.get_experiment_by_name(title)
-        artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else (place / "artifacts").as_uri()
-        of = experiment.experiment_id if experiment else client.create_experiment(title, artifact_location=artifacts)
-        run_id = client.create_run(of, run_name=run_name).info.run_id
+        artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else (store / "artifacts").as_uri()
+        experiment_id = (
+            experiment.experiment_id if experiment else client.create_experiment(title, artifact_location=artifacts)
+        )
+        run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
         params = [Param(key, value[:500]) for key, value in _flat(config)]
-        for first in range(0, len(params), 100):  # its most at once
+        for first in range(0, len(params), 100):  # MLflow's maximum per call
             client.log_batch(run_id, params=params[first : first + 100])
 
-    def write(at: int, values: dict[str, float]) -> None:
+    def write(step: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
-        plain = {name.replace("@", "/"): value for name, value in values.items()}  # it takes no @ in a name
-        client.log_batch(run_id, metrics=[Metric(name, value, now, at) for name, value in plain.items()])
+        plain = {name.replace("@", "/"): value for name, value in values.items()}  # MLflow allows no @ in a name
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in plain.items()])
 
     return Opened(write, lambda: client.set_terminated(run_id), run_id)
 
@@ -232,7 +233,7 @@ def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
 def _trackio(folder: Path, config: dict[str, Any], run_name: str, step: int, known: str | None) -> Opened:
     import trackio
 
-    name = known or f"{run_name}-{secrets.token_hex(3)}"  # it finds runs by name, in a store that runs share
+    name = known or f"{run_name}-{secrets.token_hex(3)}"  # trackio identifies runs by name, in one store for all
     with contextlib.redirect_stdout(io.StringIO()):
         run = trackio.init(
             project=PROJECT,
@@ -247,10 +248,10 @@ def _trackio(folder: Path, config: dict[str, Any], run_name: str, step: int, kno
     def finish() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             run.finish()
-        with contextlib.suppress(AttributeError):  # it would say at the end that it finishes once more
+        with contextlib.suppress(AttributeError):  # otherwise trackio prints at exit that it finishes the run again
             atexit.unregister(trackio._cleanup_current_run)
 
-    return Opened(lambda at, values: run.log(values, step=at), finish, name)
+    return Opened(lambda step, values: run.log(values, step=step), finish, name)
 
 
 OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from scalekd.common.errors import UserError
 from scalekd.models.weights.card import short_floats
-from scalekd.train.optim import of_groups
-from scalekd.train.run import expect_batches
+from scalekd.train.optim import create_optimizer
+from scalekd.train.run import check_batch_size
 
 from .decay import layer_groups
 
@@ -27,12 +27,12 @@ def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimize
                 f"schedule.{name} {rate:g} is above the rate of the first layer, {lowest:.2g} after optim.stage_decay "
                 f"{optim.stage_decay:g}: that layer would learn faster than it should; set schedule.{name}=0"
             )
-    return of_groups(optim, groups)
+    return create_optimizer(optim, groups)
 
 
 def steps_per_epoch(images: int, config: Any) -> int:
     """Raises `UserError` for a batch that is larger than the data, or does not divide."""
-    expect_batches(config.train, images)
+    check_batch_size(config.train, images)
     return images // config.train.batch_size
 
 
