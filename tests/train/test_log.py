@@ -99,7 +99,7 @@ class FullDisk(io.RawIOBase):
 def test_a_full_disk_is_reported(tmp_path):
     log = RunLog(tmp_path, Console(file=io.StringIO()))
     log.file = disk = FullDisk(100)
-    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device\. What was saved before"):
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device\. Files saved before"):
         for at in range(9):
             log.event("step", step=at)
     log.close()  # without another error
@@ -108,7 +108,7 @@ def test_a_full_disk_is_reported(tmp_path):
 
 def test_a_log_that_cannot_be_opened_is_reported(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: Is a directory\. Give a folder"):
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: Is a directory\. Choose a folder"):
         RunLog(tmp_path)
 
 
