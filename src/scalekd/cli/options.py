@@ -67,8 +67,8 @@ def recipe_overrides(args: argparse.Namespace) -> list[str]:
     """All overrides that a command line stands for."""
     from scalekd.config.arguments import overrides_of
 
-    unlabelled = getattr(args, "unlabelled", None)
-    return overrides_of(args.data, args.val, unlabelled, args.teacher, args.student, overrides(args))
+    data, val, unlabelled = (getattr(args, name, None) for name in ("data", "val", "unlabelled"))
+    return overrides_of(data, val, unlabelled, args.teacher, args.student, overrides(args))
 
 
 def names(text: str) -> list[str]:
