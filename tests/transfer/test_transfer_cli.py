@@ -191,7 +191,7 @@ def test_a_detector_of_other_classes(cli, runs, photos, tmp_path):
     box = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 9, 9], "segmentation": [[1, 1, 9, 1, 9, 9]]}
     words = ["detect", "evaluate", runs / "detector", "--images", photos, "--workers", 0, "--annotations"]
     for names, reason in (
-        (("bag", "shoe"), "missing there: tie; unknown to the model: shoe"),
+        (("bag", "shoe"), "missing: tie; unknown to the model: shoe"),
         (("tie", "bag"), "the same names in another order"),
     ):
         (tmp_path / "other.json").write_text(json.dumps(as_annotations([box], photos, names)))
@@ -199,13 +199,13 @@ def test_a_detector_of_other_classes(cli, runs, photos, tmp_path):
         assert result.code == 2 and reason in result.err
     assert "no file" in cli(*words, tmp_path / "none.json").err
     result = cli(*words, tmp_path / "other.json", "--workers", -1)
-    assert result.code == 2 and "--workers -1: 0 or more" in result.err
+    assert result.code == 2 and "--workers must be 0 or more, not -1" in result.err
 
 
 def test_a_segmenter_agrees_with_its_own_masks(cli, runs, photos, tmp_path):
     data = tmp_path / "data"
     result = cli("segment", "predict", runs / "segmenter", photos, "--out", data)
-    assert result.code == 0 and result.out.startswith("3 images; of their pixels: ")
+    assert result.code == 0 and result.out.startswith("3 images; share of pixels: ")
     photos.rename(data / "images")
     result = cli("segment", "evaluate", runs / "segmenter", "--data", data, "--workers", 0, "--json")
     found = json.loads(result.out)
@@ -224,7 +224,7 @@ def test_a_segmenter_agrees_with_its_own_masks(cli, runs, photos, tmp_path):
     assert "inference sliding" in cli(*words, "--inference", "sliding").out
 
     (data / "classes.txt").write_text("sky\nsea\n")
-    assert "classes.txt has other classes than the model, 2 and 3; missing there: sand" in cli(*words).err
+    assert "classes.txt has 2 classes, the model 3 others; missing: sand" in cli(*words).err
     (tmp_path / "names.txt").write_text("sky\nsea\nsand\n")
     assert cli(*words, "--classes", tmp_path / "names.txt").code == 0
 
@@ -237,12 +237,12 @@ def test_what_a_segmenter_is_evaluated_on(cli, runs, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
     words = ["segment", "evaluate", runs / "segmenter", "--data"]
-    assert "is not a folder" in cli(*words, tmp_path / "none").err
+    assert f"`--data`: {tmp_path / 'none'} is not a folder" in cli(*words, tmp_path / "none").err
     assert "has no classes.txt" in cli(*words, data).err
     (data / "classes.txt").write_text("sky\nsea\nsand\n")
     for place in ("images/training", "annotations/training"):
         (data / place).mkdir(parents=True)
-    assert "has nothing to evaluate on" in cli(*words, data).err  # training images alone
+    assert "has no validation images" in cli(*words, data).err  # training images alone
     for place in ("images/validation", "annotations/validation"):
         (data / place).mkdir()
     with pytest.raises(ZeroDivisionError):
@@ -261,5 +261,5 @@ def test_a_segmenter_is_not_evaluated_on_what_it_was_trained_on(cli, runs, tmp_p
         result = cli("segment", "evaluate", runs / "segmenter", "--data", data)
     finally:
         recipe.unlink()
-    assert result.code == 2 and "was trained on most of" in result.err
-    assert "holds no images" in cli("segment", "evaluate", runs / "segmenter", "--data", data).err
+    assert result.code == 2 and "was trained on most of" in result.err and "`--data`" in result.err
+    assert "contains no images" in cli("segment", "evaluate", runs / "segmenter", "--data", data).err

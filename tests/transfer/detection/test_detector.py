@@ -111,7 +111,7 @@ def test_a_backbone_of_one_size_sets_the_size_of_images():
     with torch.no_grad():
         (found,) = model.eval()([image(200, 90)])
     check_prediction(found, 200, 90, 3)
-    with pytest.raises(UserError, match=r"MlpMixer takes images of 80x80 pixels and no others, and got 96x64"):
+    with pytest.raises(UserError, match=r"MlpMixer only accepts 80x80 pixels, not 96x64"):
         model.train()([image(90, 64)], [target(90, 64)])
     with pytest.raises(UserError, match=r"too small for a detector"):
         detector("mixer_s16_224", size=16)

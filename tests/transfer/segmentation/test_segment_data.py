@@ -17,9 +17,9 @@ from scalekd.transfer.scenes import Options, make_scenes
 from scalekd.transfer.segmentation import data as segment_data
 from scalekd.transfer.segmentation.data import (
     Crops,
-    SegmentImages,
+    SegmentationImages,
     eval_batches,
-    segment_batches,
+    batches_of,
     training_crop,
     whole_image,
 )
@@ -118,31 +118,31 @@ def test_masks_are_found_by_name_below_too(folder):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    ("change", "message"),
     [
         (lambda f: (f / "masks" / "1.png").unlink(), r"1 of 4 files in .*images have no masks .* such as 1.png"),
         (lambda f: (f / "images" / "3.png").unlink(), r"1 of 4 files in .*masks have no images .* such as 3.png"),
-        (lambda f: [p.unlink() for p in (f / "images").iterdir()], "images holds no images"),
-        (lambda f: (f / "masks" / "1.png").rename(f / "masks" / "1.jpg"), "does not keep the values"),
-        (lambda f: (f / "images" / "1.bmp").write_bytes(b""), "have one name without extension"),
-        (lambda f: (f / "masks").rename(f / "other"), "holds no images with masks"),
+        (lambda f: [p.unlink() for p in (f / "images").iterdir()], "images contains no images"),
+        (lambda f: (f / "masks" / "1.png").rename(f / "masks" / "1.jpg"), "does not preserve the values"),
+        (lambda f: (f / "images" / "1.bmp").write_bytes(b""), "have the same name without extension"),
+        (lambda f: (f / "masks").rename(f / "other"), "has no images with masks"),
         (lambda f: (f / "classes.txt").unlink(), "has no classes.txt"),
-        (lambda f: (f / "classes.txt").write_text(""), "names no class"),
+        (lambda f: (f / "classes.txt").write_text(""), "is empty"),
         (lambda f: (f / "classes.txt").write_text("a\n\nb\n"), "line 2 is empty"),
-        (lambda f: (f / "classes.txt").write_text("a\nb\na\n"), "names a twice"),
-        (lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe"), "cannot read the classes"),
-        (lambda f: (f / "classes.txt").write_text("a\nb\n"), r"(?s)2 classes have 0 to 1.*4 of 4 images"),
-        (lambda f: (f / "classes.txt").write_text("\n".join(map(str, range(256)))), "8 bits, for 255 classes"),
+        (lambda f: (f / "classes.txt").write_text("a\nb\na\n"), "lists a twice"),
+        (lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe"), "cannot read the class names"),
+        (lambda f: (f / "classes.txt").write_text("a\nb\n"), r"(?s)2 classes use 0 to 1.*4 of 4 images"),
+        (lambda f: (f / "classes.txt").write_text("\n".join(map(str, range(256)))), "8 bits, for at most 255 classes"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_told_when_it_is_opened(folder, change, told):
+def test_problems_of_a_folder_are_reported_when_it_is_opened(folder, change, message):
     open_segments(folder)
     change(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         open_segments(folder)
 
 
-def test_one_part_alone_is_told(folder):
+def test_one_part_alone_is_rejected(folder):
     for kind in ("images", "masks"):
         (folder / kind).rename(folder / "x")
         (folder / kind).mkdir()
@@ -177,32 +177,32 @@ def test_ade20ks_own_list_of_classes(tmp_path):
 # ---------------------------------------------------------------- masks
 
 
-def refused(pairs: Pairs, told: str) -> None:
-    """The second is refused with the names of its files; the others are not."""
-    with pytest.raises(BadImage, match=told):
+def rejected(pairs: Pairs, message: str) -> None:
+    """The second pair is rejected with the names of its files; the others are not."""
+    with pytest.raises(BadImage, match=message):
         pairs[1]
-    error = SegmentImages(pairs, PLAIN, seed=None)[(0, 1)]
+    error = SegmentationImages(pairs, PLAIN, seed=None)[(0, 1)]
     assert isinstance(error, UserError) and str(pairs.images[1]) in str(error) and str(pairs.masks[1]) in str(error)
     assert pairs[0] and pairs[2]
 
 
 def test_a_mask_of_another_size(folder):
-    refused(save_mask(folder, np.zeros((30, 20), np.uint8)), "has 20x30 pixels, the image 30x20")
+    rejected(save_mask(folder, np.zeros((30, 20), np.uint8)), "has 20x30 pixels, the image 30x20")
 
 
 def test_values_beyond_the_class_list(folder):
     mask = np.zeros((20, 30), np.uint8)
     mask[0, :2] = 3, 99
-    refused(save_mask(folder, mask), "2 of 600 pixels hold values beyond the class list, such as 3, 99: 3 classes")
+    rejected(save_mask(folder, mask), "2 of 600 pixels have values beyond the class list, such as 3, 99: 3 classes")
     mask[0, 1] = 0
-    refused(save_mask(folder, mask), "set reduce_zero_label")  # one too high: perhaps they count from 1
+    rejected(save_mask(folder, mask), "set reduce_zero_label")  # one too high: perhaps they count from 1
 
 
 def test_reduced_masks_ignore_zero():
     values = np.array([[0, 1, 3, 255]])
     assert as_classes(values, NAMES, True).tolist() == [[255, 0, 2, 255]]
     assert as_classes(np.array([[0, 1, 2, 255]]), NAMES, False).tolist() == [[0, 1, 2, 255]]
-    with pytest.raises(BadImage, match="3 classes have 1 to 3"):
+    with pytest.raises(BadImage, match="3 classes use 1 to 3"):
         as_classes(np.array([[4]]), NAMES, True)
     with pytest.raises(BadImage, match="such as -1"):
         as_classes(np.array([[-1]]), NAMES, True)
@@ -213,7 +213,7 @@ def test_masks_of_sixteen_bits_are_read_as_they_are(folder):
     pairs = save_mask(folder, mask)
     assert np.array_equal(pairs[1][1], np.where(mask == 65535, IGNORED, mask))
     mask[0, 0] = 256  # not 0, which its lower 8 bits are
-    refused(save_mask(folder, mask), "such as 256")
+    rejected(save_mask(folder, mask), "such as 256")
 
 
 def test_a_palette_s_indices_are_the_classes(folder):
@@ -229,8 +229,8 @@ def test_a_palette_s_indices_are_the_classes(folder):
 
 
 def test_colours_are_no_classes(folder):
-    refused(save_mask(folder, np.zeros((20, 30, 3), np.uint8)), "picture of mode RGB; a mask has one channel")
-    refused(save_mask(folder, np.zeros((20, 30, 4), np.uint8)), "mode RGBA")
+    rejected(save_mask(folder, np.zeros((20, 30, 3), np.uint8)), "image of mode RGB; a mask has one channel")
+    rejected(save_mask(folder, np.zeros((20, 30, 4), np.uint8)), "mode RGBA")
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
@@ -244,7 +244,7 @@ def test_files_that_cannot_be_read(folder, kind, data):
         file.write_bytes(data)
     with pytest.raises(BadImage):
         pairs[1]
-    error = SegmentImages(pairs, PLAIN, seed=0)[(0, 1)]
+    error = SegmentationImages(pairs, PLAIN, seed=0)[(0, 1)]
     assert isinstance(error, UserError) and str(file) in str(error)
     file.unlink()
     with pytest.raises(BadImage, match="No such file"):
@@ -258,7 +258,7 @@ def test_one_bad_mask_of_many_does_not_stop_the_opening(folder):
         save_mask(folder, np.full((20, 30), 7, np.uint8), f"{i}.png") if i == 0 else Image.new("L", (3, 3)).save(
             folder / "masks" / f"{i}.png"
         )
-    with pytest.raises(UserError, match="3 of 4 images that were looked at"):
+    with pytest.raises(UserError, match="3 of 4 sampled images"):
         opened(folder)
 
 
@@ -293,7 +293,9 @@ def test_a_crop_keeps_pixels_and_classes_together():
 
 def test_sizes_are_those_of_the_recipe(monkeypatch):
     # short side 512 times 0.5 to 2, long side at most four times that; what a 512 crop then lacks is padded
-    sizes = [segment_data.evaluated_at(h, w, (512, 512), s) for h, w, s in ((683, 512, 1), (512, 683, 2), (64, 640, 1))]
+    sizes = [
+        segment_data.evaluation_size(h, w, (512, 512), s) for h, w, s in ((683, 512, 1), (512, 683, 2), (64, 640, 1))
+    ]
     assert sizes == [(683, 512), (1024, 1366), (205, 2048)]
     drawn = []
     monkeypatch.setattr(segment_data, "resized", lambda pixels, size: drawn.append(size) or pixels)
@@ -371,19 +373,19 @@ def test_whole_images_are_resized_and_their_masks_are_not():
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     crops = Crops((24, 24))
-    one, other = SegmentImages(opened(folder), crops, 7), SegmentImages(opened(folder), crops, 7)
+    one, other = SegmentationImages(opened(folder), crops, 7), SegmentationImages(opened(folder), crops, 7)
     first = one[(2, 1)]
     one[(0, 0)]
     again = other[(2, 1)]
     assert torch.equal(first.pair[0], again.pair[0]) and torch.equal(first.pair[1], again.pair[1])
     assert not torch.equal(first.pair[0], one[(3, 1)].pair[0])
-    assert not torch.equal(first.pair[0], SegmentImages(opened(folder), crops, 8)[(2, 1)].pair[0])
+    assert not torch.equal(first.pair[0], SegmentationImages(opened(folder), crops, 8)[(2, 1)].pair[0])
 
 
 def test_batches_of_a_loader_are_the_samples(folder):
-    images = SegmentImages(opened(folder), Crops((24, 24)), 7)
+    images = SegmentationImages(opened(folder), Crops((24, 24)), 7)
     sampler = TrainSampler(4, batch_size=2, seed=0, total_steps=4, start_step=1)
-    batches = list(segment_batches(images, sampler, workers=1, pin=False))
+    batches = list(batches_of(images, sampler, workers=1, pin=False))
     assert len(batches) == 3
     for batch, keys in zip(batches, sampler):
         assert batch.images.shape == (2, 3, 24, 24) and batch.targets.shape == (2, 24, 24)
@@ -396,7 +398,7 @@ def test_images_of_several_sizes_are_evaluated_each_once(folder):
         for kind in ("images", "masks"):
             file = folder / kind / f"{i}.png"
             Image.open(file).resize(size, Image.Resampling.NEAREST).save(file)
-    images = SegmentImages(opened(folder), Crops((20, 20)), None)
+    images = SegmentationImages(opened(folder), Crops((20, 20)), None)
     batches = list(eval_batches(images, 3, workers=0, pin=False))
     assert [tuple(b.targets.shape) for b in batches] == [(1, 20, 30), (1, 20, 24), (1, 20, 30), (1, 30, 40)]
     halves = [list(eval_batches(images, 1, 0, False, rank=r, world=2)) for r in (0, 1)]
@@ -407,10 +409,10 @@ def test_images_of_several_sizes_are_evaluated_each_once(folder):
 def test_a_bad_pair_stops_or_is_left_out_and_noted(folder):
     pairs = save_mask(folder, np.full((20, 30), 9, np.uint8))
     with pytest.raises(UserError, match=r"cannot use .*1.png: its mask .*beyond the class list"):
-        list(eval_batches(SegmentImages(pairs, PLAIN, None), 2, 0, False))
+        list(eval_batches(SegmentationImages(pairs, PLAIN, None), 2, 0, False))
     bad = BadImages("train", 4, 0.25)
-    batches = list(eval_batches(SegmentImages(pairs, PLAIN, None, bad), 2, 0, False))
+    batches = list(eval_batches(SegmentationImages(pairs, PLAIN, None, bad), 2, 0, False))
     assert sum(len(b.targets) for b in batches) == 3 and list(bad.found) == [str(pairs.images[1])]
-    sample = SegmentImages(pairs, PLAIN, 0, BadImages("train", 4, 0.25))[(0, 1)]  # the next takes its place
+    sample = SegmentationImages(pairs, PLAIN, 0, BadImages("train", 4, 0.25))[(0, 1)]  # the next takes its place
     seed_everything(0, 0, 1)
     assert torch.equal(sample.pair[1], training_crop(*pairs[2], PLAIN)[1]) and len(sample.skipped) == 1
