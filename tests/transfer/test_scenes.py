@@ -165,4 +165,4 @@ def test_the_command(tmp_path, capsys):
     assert main(line) == 0
     assert "items on 2 scenes" in capsys.readouterr().out
     assert main(line) == 2  # the folder is not empty: nothing is mixed with older scenes
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

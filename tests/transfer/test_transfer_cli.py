@@ -1,4 +1,4 @@
-"""`scalekd detect` and `scalekd segment`, as they are typed."""
+"""The commands `scalekd detect` and `scalekd segment`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
+from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
 from PIL import Image
 
 from scalekd.cli import transfer as transfer_cli
@@ -23,7 +23,7 @@ COMMANDS = [(task, word) for task in ("detect", "segment") for word in ("train",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """`detector/` and `segmenter/`, as runs leave them."""
+    """The folders `detector/` and `segmenter/` of two runs."""
     folder = tmp_path_factory.mktemp("runs")
     for model, name, card in (
         (new_detector().student, "detector", DETECTOR),
@@ -32,13 +32,6 @@ def runs(tmp_path_factory):
         (folder / name).mkdir()
         deploy.export(model, folder / name / f"{name}.safetensors", card)
     return folder
-
-
-@pytest.fixture
-def handful(monkeypatch):
-    """Detectors look at fewer regions, for the sake of time."""
-    built = deploy._built
-    monkeypatch.setattr(deploy, "_built", lambda card, file: fewer(built(card, file)))
 
 
 @pytest.fixture
@@ -161,7 +154,7 @@ def as_annotations(entries, photos, names=("bag", "tie")):
     }
 
 
-def test_a_detector_agrees_with_its_own_predictions(cli, runs, photos, tmp_path, handful):
+def test_a_detector_agrees_with_its_own_predictions(cli, runs, photos, tmp_path):
     result = cli("detect", "predict", runs / "detector", photos, "--out", tmp_path / "out", "--threshold", 0)
     assert result.code == 0 and result.out.startswith("3 images: ")
     entries = json.loads((tmp_path / "out/predictions.json").read_text())

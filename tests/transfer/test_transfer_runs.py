@@ -1,4 +1,4 @@
-"""Detectors and segmenters through the engine: trained, stopped, gone on with, exported; recipes and their mistakes."""
+"""Training runs of detectors and segmenters: training, resuming, export, recipes and their errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.config.files import recipe_names
+from scalekd.models.options import Backbone
 from scalekd.runs import transfer as transfer_runs
 from scalekd.runs.nonfinite import load_report
 from scalekd.runs.transfer import build, train
@@ -24,7 +25,7 @@ from scalekd.train import engine, health
 from scalekd.train.health import NonFinite
 from scalekd.train.log import read_log
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.config import SHELVES, _other_model, load
+from scalekd.transfer.config import SHELVES, load
 from scalekd.transfer.deploy import load as load_trained
 from scalekd.transfer.detection import run as detect
 from scalekd.transfer.scenes import Options, make_scenes
@@ -165,16 +166,15 @@ def test_figures_of_nothing_are_no_figures():
         health.expect_finite(model, 3)
 
 
-def test_another_backbone_brings_its_own_arguments():
+def test_another_backbone_brings_its_own_arguments(scenes, tmp_path):
     config = load("detection", "coco-mask-rcnn-swin", ["backbone.model=resnet18"])
     assert config.backbone.model == "resnet18" and config.backbone.weights == "pretrained"
     assert config.backbone.kwargs == {"drop_path_rate": 0.2}  # a rate: the recipe's regularisation
-    values = {
-        "model": "swin_tiny_patch4_window7_224",
-        "kwargs": {"window_size": 8, "drop_rate": 0.1},
-        "image_size": 256,
-    }
-    assert _other_model(values) == {"model": values["model"], "kwargs": {"drop_rate": 0.1}}
+    swin = {"model": "swin_tiny_patch4_window7_224", "kwargs": {"window_size": 8, "drop_rate": 0.1}, "image_size": 256}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe("segmentation", scenes, backbone=swin | {"weights": "random"})))
+    backbone = load("segmentation", str(file), ["backbone.model=resnet18"]).backbone
+    assert backbone == Backbone(model="resnet18", weights="random", kwargs={"drop_rate": 0.1})
 
 
 def test_a_warm_up_above_the_first_layer_s_rate_is_rejected(scenes, tmp_path):

@@ -17,8 +17,8 @@ from scalekd.common.errors import UserError
 from scalekd.data.images import BadImages
 from scalekd.data.samplers import TrainSampler
 from scalekd.transfer.detection.coco import Coco, open_coco
-from scalekd.transfer.detection.instances import Instance
 from scalekd.transfer.detection.data import DetectionImages, Scales, batches_of, eval_batches
+from scalekd.transfer.detection.instances import Instance
 from scalekd.transfer.detection.masks import mask_of, mask_tools, rle_counts
 
 POLYGON = [[2, 2, 12, 2, 12, 10, 2, 10]]
@@ -196,7 +196,7 @@ def test_missing_files(folder):
     (folder / "images" / "part").mkdir()
     for i in (1, 2, 3):
         (folder / "images" / "part" / f"{i}.png").touch()
-    with pytest.raises(UserError, match=r"the first: 2.png. It is in .*images/part: use that folder"):
+    with pytest.raises(UserError, match=r"the first: 2.png. It is in .*images/part; use that folder"):
         opened(folder)
     (folder / "images").rename(folder / "imagery")
     with pytest.raises(UserError, match=r"The folder does not exist. Did you mean `imagery`"):

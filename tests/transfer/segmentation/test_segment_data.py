@@ -18,8 +18,8 @@ from scalekd.transfer.segmentation import data as segment_data
 from scalekd.transfer.segmentation.data import (
     Crops,
     SegmentationImages,
-    eval_batches,
     batches_of,
+    eval_batches,
     training_crop,
     whole_image,
 )
@@ -131,7 +131,7 @@ def test_masks_are_found_by_name_below_too(folder):
         (lambda f: (f / "classes.txt").write_text("a\n\nb\n"), "line 2 is empty"),
         (lambda f: (f / "classes.txt").write_text("a\nb\na\n"), "lists a twice"),
         (lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe"), "cannot read the class names"),
-        (lambda f: (f / "classes.txt").write_text("a\nb\n"), r"(?s)2 classes use 0 to 1.*4 of 4 images"),
+        (lambda f: (f / "classes.txt").write_text("a\nb\n"), r"(?s)2 classes use 0 to 1.*4 of 4 sampled images"),
         (lambda f: (f / "classes.txt").write_text("\n".join(map(str, range(256)))), "8 bits, for at most 255 classes"),
     ],
 )

@@ -32,16 +32,13 @@ from .scores import average_precision, detections, merged, percent
 @dataclass(kw_only=True)
 class DetectionRun(Run):
     task = TASKS["detection"]
+    figures = task.figures
     batch = DetectionBatch
     config: Detection
     train_images: DetectionImages
     val_images: DetectionImages
     model: Detector
     image_size: Size  # (height, width) that the backbone was built for
-
-    @property
-    def figures(self) -> dict[str, str]:
-        return self.task.figures
 
     @property
     def student(self) -> nn.Module:

@@ -34,16 +34,13 @@ from .scores import evaluate, make_inference
 @dataclass(kw_only=True)
 class SegmentationRun(Run):
     task = TASKS["segmentation"]
+    figures = task.figures
     batch = Batch
     config: Segmentation
     train_images: SegmentationImages
     val_images: SegmentationImages
     model: Segmenter
     image_size: Size  # (height, width) that the backbone was built for
-
-    @property
-    def figures(self) -> dict[str, str]:
-        return self.task.figures
 
     @property
     def student(self) -> nn.Module:
