@@ -108,7 +108,7 @@ def main(runs: Path, out: Path) -> None:
     lines = [
         "# A distilled backbone at work",
         "",
-        "`lab/transfer.sh` made these. Mean ± half of the 95 % interval over seeds (Student's t); beside it the same of",
+        "`lab/transfer.sh` made these. Mean ± half of the 95 % interval over seeds (Student's t), then the same of",
         "the differences from the supervised backbone, seed by seed. In the pictures the rows are: distilled, supervised,",
         "scratch; below them, for segmentation, the truth.",
         "",

@@ -52,9 +52,9 @@ class Coco:
             counted(crowds, "crowd region"),
         ]
         lines = ["; ".join(parts)]
-        for kind, places in self.problems.items():
-            first = ", ".join(shortened(place, 60) for place in dict.fromkeys(places[:3]))
-            lines.append(f"{kind}: {len(places)} ({first}{', ...' if len(places) > 3 else ''})")
+        for kind, wheres in self.problems.items():
+            first = ", ".join(shortened(where, 60) for where in dict.fromkeys(wheres[:3]))
+            lines.append(f"{kind}: {len(wheres)} ({first}{', ...' if len(wheres) > 3 else ''})")
         return lines
 
 
