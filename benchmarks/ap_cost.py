@@ -27,7 +27,7 @@ from scalekd.common.provenance import machine, versions
 from scalekd.transfer.detection.coco import open_coco
 from scalekd.transfer.detection.masks import mask_of
 from scalekd.transfer.detection.model import Detector
-from scalekd.transfer.detection.scores import average_precision, found
+from scalekd.transfer.detection.scores import average_precision, detections
 from scalekd.transfer.pyramid import Pyramid
 
 IMAGES, ANNOTATIONS, HEIGHT, WIDTH, CLASSES, DETECTIONS = 700, 5000, 480, 640, 80, 100
@@ -84,7 +84,7 @@ def main(out: Path | None, timed: int) -> None:
             "masks": masks,
         }
         began = time.process_time()
-        results.append(found(prediction, place))
+        results.append(detections(prediction, place))
         encoding += time.process_time() - began
     seconds["encoding masks"] = encoding
     began = time.process_time()

@@ -1,4 +1,4 @@
-"""The table and the pictures of lab/transfer.sh's runs: `lab/transfer.py runs/transfer docs/results/transfer`."""
+"""Makes the table and pictures of the runs of lab/transfer.sh: `lab/transfer.py runs/transfer docs/results/transfer`."""
 
 from __future__ import annotations
 
@@ -28,55 +28,58 @@ PICTURES, TILE = 4, 256
 
 
 def figures(runs: Path, task: str) -> dict[str, Any]:
-    """start -> figure -> its values by seed, and for those with weights the gains over scratch of the same seed."""
-    found: dict[str, Any] = {}
+    """start -> metric -> its values by seed; start -> `seconds` -> the runs' times."""
+    results: dict[str, Any] = {}
     for start in STARTS:
         files = sorted(runs.glob(f"{task}-{start}-*/summary.json"))
         summaries = [json.loads(file.read_text()) for file in files]
-        found[start] = {key: {s["seed"]: s[key] for s in summaries} for key in FIGURES[task]}
-        found[start]["seconds"] = [s["seconds"] for s in summaries]
-    return found
+        results[start] = {key: {s["seed"]: s[key] for s in summaries} for key in FIGURES[task]}
+        results[start]["seconds"] = [s["seconds"] for s in summaries]
+    return results
 
 
-def row(found: dict[str, Any], start: str, keys: dict[str, str]) -> str:
+def row(results: dict[str, Any], start: str, keys: dict[str, str]) -> str:
+    """A row of the table: each metric, and its differences from the supervised backbone of the same seed."""
     cells = []
     for key in keys:
-        values, base = found[start][key], found["supervised"][key]
+        values, base = results[start][key], results["supervised"][key]
         cells.append(spread(list(values.values())))
         gains = [value - base[seed] for seed, value in values.items() if seed in base]
         cells.append("" if start == "supervised" else spread(gains, sign="+"))
-    return f"| {start} | {' | '.join(cells)} | {len(found[start]['seconds'])} |"
+    return f"| {start} | {' | '.join(cells)} | {len(results[start]['seconds'])} |"
 
 
 def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± half the 95 % interval."""
     half = half_width(values)
     return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "") if values else "-"
 
 
-def table(found: dict[str, Any], task: str) -> list[str]:
+def table(results: dict[str, Any], task: str) -> list[str]:
+    """Lines of the Markdown table of a task."""
     keys = FIGURES[task]
     heads = " | ".join(f"{name} | over supervised" for name in keys.values())
     lines = [f"| {task}, backbone | {heads} | seeds |", "|---" * (2 + 2 * len(keys)) + "|"]
-    return [*lines, *(row(found, start, keys) for start in STARTS), ""]
+    return [*lines, *(row(results, start, keys) for start in STARTS), ""]
 
 
 @torch.no_grad()
 def pictures(runs: Path, task: str, out: Path) -> None:
-    """What the first seed's models find in a few validation scenes: a row for each start, and the truth below."""
+    """Draws predictions of the first seed's models on a few validation scenes: a row per start, then the truth."""
     scenes = runs / "scenes"
     rows: list[list[Image.Image]] = []
     if task == "segment":
         _, pairs = open_segments(scenes, classes=scenes / "classes-with-background.txt")
-        shown = [pairs[i] for i in range(PICTURES)]
+        samples = [pairs[i] for i in range(PICTURES)]
         for start in STARTS:
             model, card = load(runs / f"segment-{start}-0", "segmentation")
             mean, std = (torch.tensor(card[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
             rows.append([])
-            for image, _ in shown:
+            for image, _ in samples:
                 pixels = TF.pil_to_tensor(image.convert("L"))[None] / 255
                 classes = model((pixels - mean) / std).argmax(1)[0]
                 rows[-1].append(coloured(image, classes.numpy(), pairs.classes))
-        rows.append([coloured(image, mask, pairs.classes) for image, mask in shown])
+        rows.append([coloured(image, mask, pairs.classes) for image, mask in samples])
     else:
         coco = open_coco(scenes / "instances_val.json", scenes / "images", "validation")
         files = [p.path for p in coco.pictures[:PICTURES]]
@@ -86,17 +89,17 @@ def pictures(runs: Path, task: str, out: Path) -> None:
             for file in files:
                 image = Image.open(file).convert("L")
                 pixels = TF.pil_to_tensor(image)
-                (found,) = model([pixels])
-                rows[-1].append(picture(image, found, card["classes"]))
+                (prediction,) = model([pixels])
+                rows[-1].append(picture(image, prediction, card["classes"]))
     sheet = Image.new("RGB", (PICTURES * TILE, len(rows) * TILE), "white")
-    for y, of_start in enumerate(rows):
-        for x, image in enumerate(of_start):
+    for y, row_of_images in enumerate(rows):
+        for x, image in enumerate(row_of_images):
             sheet.paste(image.resize((TILE, TILE)), (x * TILE, y * TILE))
     sheet.quantize(128).save(out / f"{task}.png", optimize=True)
 
 
 def coloured(image: Image.Image, classes: Any, names: Any) -> Image.Image:
-    """Without the legend that stands beside."""
+    """The overlay without its legend."""
     return overlay(image, classes, names, without=["background"]).crop((0, 0, TILE, TILE))
 
 
@@ -105,7 +108,7 @@ def main(runs: Path, out: Path) -> None:
     lines = [
         "# A distilled backbone at work",
         "",
-        "`lab/transfer.sh` made these. Mean ± half of the 95 % interval over seeds (Student's t); beside it the same of",
+        "`lab/transfer.sh` made these. Mean ± half of the 95 % interval over seeds (Student's t), then the same of",
         "the differences from the supervised backbone, seed by seed. In the pictures the rows are: distilled, supervised,",
         "scratch; below them, for segmentation, the truth.",
         "",

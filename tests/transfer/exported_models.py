@@ -1,4 +1,4 @@
-"""A small detector and segmenter, untrained and exported: what there is to load, evaluate and predict with."""
+"""A small untrained detector and segmenter with their cards, to export, load, evaluate and predict with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ DETECTOR = INPUT | {
     "short": 64,
     "long": 96,
     "anchors": [16, 32, 64, 128, 256],
+    "proposals": 12,  # instead of 1000, to save time
 }
 SEGMENTER = INPUT | {
     "task": "segmentation",
@@ -39,22 +40,16 @@ SEGMENTER = INPUT | {
 
 
 def new_detector(card: dict[str, Any] = DETECTOR) -> Detector:
-    """One that finds a few large objects with scores of all sizes."""
+    """A detector that finds a few large objects with high and low scores."""
     torch.manual_seed(0)
     pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
-    sizes = {key: card[key] for key in ("short", "long", "anchors")}
-    detector = Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **sizes)
+    options = {key: card[key] for key in ("short", "long", "anchors")} | {"proposals": (24, card["proposals"])}
+    detector = Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **options)
     heads = detector.student.roi_heads
     with torch.no_grad():
         torch.nn.init.normal_(heads.box_predictor.cls_score.weight, std=0.3)
-        heads.box_predictor.cls_score.bias[0] -= 3  # the background's
-        heads.mask_predictor.mask_fcn_logits.bias.fill_(5)  # or there would be empty masks
-    return fewer(detector)
-
-
-def fewer(detector: Detector) -> Detector:
-    """A handful of boxes instead of thousands: what is tested does not depend on how many, and the time does."""
-    detector.student.rpn._post_nms_top_n = {"training": 24, "testing": 12}
+        heads.box_predictor.cls_score.bias[0] -= 3  # of the background
+        heads.mask_predictor.mask_fcn_logits.bias.fill_(5)  # avoids empty masks
     return detector
 
 
@@ -65,5 +60,5 @@ def new_segmenter(card: dict[str, Any] = SEGMENTER) -> UPerNet:
     size = card["image_size"]
     noise = torch.randn(1, len(card["mean"]), *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        segmenter.classifier[1].bias -= segmenter(noise).mean((0, 2, 3))  # or one class would be everywhere
+        segmenter.classifier[1].bias -= segmenter(noise).mean((0, 2, 3))  # so that no class is everywhere
     return segmenter

@@ -95,5 +95,7 @@ def test_an_optimiser_takes_them_and_what_is_frozen_is_left_out():
 
 
 def test_a_backbone_without_layers_is_refused():
-    with pytest.raises(UserError, match=r"Linear has no layers in timm .* set the stage decay to 1"):
+    with pytest.raises(
+        UserError, match=r"timm defines no layers \(group_matcher\) for Linear; use another backbone.model"
+    ):
         layer_groups(nn.Linear(1, 1), [], 1.0, 0.0, 0.7)

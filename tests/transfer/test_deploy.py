@@ -1,4 +1,4 @@
-"""Detectors and segmenters as files: what comes back is what went out, and nothing else is taken for it."""
+"""Export and loading of detectors and segmenters: equal outputs, and rejection of other files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
+from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
 from safetensors.torch import load_file
 
 from scalekd.common.errors import UserError
@@ -24,7 +24,7 @@ def detector():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, detector):
-    """`detector/` and `segmenter/`, as runs leave them."""
+    """The folders `detector/` and `segmenter/` of two runs."""
     folder = tmp_path_factory.mktemp("exported")
     for model, name, card in ((detector.student, "detector", DETECTOR), (new_segmenter(), "segmenter", SEGMENTER)):
         (folder / name).mkdir()
@@ -41,7 +41,7 @@ def test_a_detector_comes_back_as_it_was(exported, detector):
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     low = torch.zeros(3, 24, 60, dtype=torch.uint8)  # resized, 38 pixels: torchvision would take its maps for larger
     with torch.inference_mode():
-        fewer(loaded)([low])
+        loaded([low])
         ours, theirs = detector([image])[0], loaded([image])[0]
     assert len(ours["scores"]) > 3
     for name, value in ours.items():
@@ -109,14 +109,14 @@ def copy_of(exported, tmp_path, **changes):
         ({"backbone": "resnet5O"}, "timm has no model `resnet5O`.* Did you mean"),
         ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not here"),
         ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
-        ({"kwargs": {"no_such": 1}}, "test_resnet cannot be built as .*no_such"),
-        ({"mean": [0.5, 0.5]}, "one channel or of three"),
+        ({"kwargs": {"no_such": 1}}, "test_resnet cannot be built from .*no_such"),
+        ({"mean": [0.5, 0.5]}, "one value or three"),
         ({"std": [0.5, 0.5, 0]}, "std.2: Input should be greater than 0"),
         ({"mean": [math.nan] * 3}, "finite"),
         ({"classes": []}, "classes: "),
-        ({"classes": ["sky", "sea", "sky"]}, "two classes have one name"),
+        ({"classes": ["sky", "sea", "sky"]}, "two classes have the same name"),
         ({"crop": [64, 0]}, "crop.1: "),
-        ({"short": 512}, "short is 512 pixels, and long only 256"),
+        ({"short": 512}, "short \\(512 pixels\\) is larger than long \\(256\\)"),
         ({"inference": "tta"}, "inference: "),
         ({"width": None}, "width: Field required"),
         ({"sha256": None}, "sha256: Field required"),
@@ -154,7 +154,7 @@ def test_weights_that_were_changed(exported, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(UserError, match="another sha256"):
+    with pytest.raises(UserError, match="the sha256 differs"):
         deploy.load(folder, "segmentation")
     weights.write_bytes(b"no safetensors")
     card = json.loads((folder / "segmenter.json").read_text()) | {"sha256": deploy.sha256_of(weights)}
@@ -163,20 +163,22 @@ def test_weights_that_were_changed(exported, tmp_path):
         deploy.load(weights, "segmentation")
 
 
-def test_what_is_no_export_is_told_apart(exported, tmp_path):
-    def told(path, task="detection"):
+def test_other_paths_are_explained(exported, tmp_path):
+    def error_of(path, task="detection"):
         with pytest.raises(UserError) as error:
             deploy.load(path, task)
         return str(error.value)
 
-    assert "`scalekd detect train` writes them when it is done" in told(tmp_path)
-    assert "holds a run of `scalekd segment`; give it to that command" in told(exported / "segmenter")
-    assert "it is for `scalekd segment`" in told(exported / "segmenter/segmenter.safetensors")
-    assert "Did you mean `detector`?" in told(exported / "detectr")
+    assert "`scalekd detect train` writes them at the end of a run" in error_of(tmp_path)
+    assert "contains a run of `scalekd segment`; use it with that command" in error_of(exported / "segmenter")
+    assert "it is for `scalekd segment`" in error_of(exported / "segmenter/segmenter.safetensors")
+    assert "Did you mean `detector`?" in error_of(exported / "detectr")
     (tmp_path / "student.safetensors").touch()
-    assert f"`scalekd segment train RECIPE --backbone {tmp_path}` makes a segmenter" in told(tmp_path, "segmentation")
+    assert f"`scalekd segment train RECIPE backbone.model={tmp_path}` trains a segmenter" in error_of(
+        tmp_path, "segmentation"
+    )
     (tmp_path / "model.pth").touch()
-    assert "no detector.safetensors with its .json there" in told(tmp_path / "model.pth")
+    assert "no detector.safetensors with its .json;" in error_of(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Predictions on a folder of images: where they go, what is in them, and what becomes of bad images."""
+"""Predictions on a folder of images: where they go, what is in them, and how bad images are handled."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def photos(tmp_path):
     return folder
 
 
-def told() -> Console:
+def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
@@ -82,12 +82,12 @@ NAMES = ["a", "b/a", "b/turned", "c d/deep", "c d/grey"]
 
 
 def test_objects_of_a_folder(models, photos, tmp_path):
-    out, console = tmp_path / "out", told()
+    out, console = tmp_path / "out", quiet()
     predict_objects(tmp_path / "run", photos, out, CPU, console, threshold=0)
     pictures = [f"pictures/{name}.png" for name in NAMES]
     assert files_of(out) == sorted(["bad-images.txt", "index.html", "predictions.json", *pictures])
     assert (out / "bad-images.txt").read_text().startswith("c d/half.jpg\t")
-    assert "left out: c d/half.jpg: " in console.file.getvalue()
+    assert "skipped: c d/half.jpg: " in console.file.getvalue()
     entries = json.loads((out / "predictions.json").read_text())
     detector = models["detection"][0]
     for name, number in (("a.png", 1), ("b/a.png", 2)):
@@ -109,9 +109,9 @@ def test_objects_of_a_folder(models, photos, tmp_path):
     assert page.count("<figure>") == 5 and "src='pictures/c%20d/grey.png'" in page and "c d/half.jpg" in page
 
 
-def test_what_is_unsure_is_in_neither(models, photos, tmp_path):
+def test_objects_below_the_threshold_are_omitted(models, photos, tmp_path):
     def predicted(out, threshold):
-        predict_objects(tmp_path / "run", photos / "b/a.png", out, CPU, told(), threshold)
+        predict_objects(tmp_path / "run", photos / "b/a.png", out, CPU, quiet(), threshold)
         return json.loads((out / "predictions.json").read_text())
 
     every = predicted(tmp_path / "all", 0)
@@ -123,21 +123,21 @@ def test_what_is_unsure_is_in_neither(models, photos, tmp_path):
     assert not np.array_equal(*drawn)
 
 
-def test_an_image_of_which_nothing_would_be_left(models, detector, tmp_path):
+def test_an_image_that_is_too_narrow(models, detector, tmp_path):
     assert objects_in(detector, Image.new("RGB", (2, 191)), 3) is not None  # 1.005 pixels wide at the detector's size
     assert objects_in(detector, Image.new("RGB", (2, 193)), 3) is None
     photos = tmp_path / "photos"
     write(photos, "line.png", Image.new("RGB", (1, 500)))
-    with pytest.raises(UserError, match=r"1 image, none of which can be used; the first: line.png: it is too"):
-        predict_objects(tmp_path / "run", photos, tmp_path / "out", CPU, told())
-    assert (tmp_path / "out/bad-images.txt").read_text() == "line.png\tit is too narrow, 1x500 pixels\n"
+    with pytest.raises(UserError, match=r"no usable image among 1 image; the first: line.png: too"):
+        predict_objects(tmp_path / "run", photos, tmp_path / "out", CPU, quiet())
+    assert (tmp_path / "out/bad-images.txt").read_text() == "line.png\ttoo narrow, 1x500 pixels\n"
 
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_masks_of_a_folder(models, photos, tmp_path, zero):
     model, card = models["segmentation"]
     card["reduce_zero_label"] = zero
-    out, console = tmp_path / "out", told()
+    out, console = tmp_path / "out", quiet()
     predict_classes(tmp_path / "run", photos, out, CPU, console)
     both = [f"{folder}/{name}.png" for folder in ("masks", "pictures") for name in NAMES]
     assert files_of(out) == sorted(["bad-images.txt", "classes.txt", "index.html", *both])
@@ -158,7 +158,7 @@ def test_masks_of_a_folder(models, photos, tmp_path, zero):
     assert len(pairs) == 5 and pairs[2][1].shape == (60, 40)
     page = (out / "index.html").read_text()
     assert f"{zero + 2:d} sand" in page and "rgb(230, 159, 0)" in page
-    assert "5 images; of their pixels: " in console.file.getvalue()
+    assert "5 images; share of pixels: " in console.file.getvalue()
 
 
 def test_a_backbone_of_one_size_needs_windows(monkeypatch, tmp_path):
@@ -166,12 +166,10 @@ def test_a_backbone_of_one_size_needs_windows(monkeypatch, tmp_path):
     monkeypatch.setattr(predict, "load", lambda run, task: (new_segmenter(card), card))
     write(tmp_path, "wide.png", Image.fromarray(pixels(64, 100)))
     write(tmp_path, "square.png", Image.fromarray(pixels(30, 30)))
-    predict_classes(tmp_path, tmp_path / "square.png", tmp_path / "whole", CPU, told())
-    with pytest.raises(
-        UserError, match=r"takes 64x64 pixels and no others, .* 64x100 once resized: add --inference sli"
-    ):
-        predict_classes(tmp_path, tmp_path / "wide.png", tmp_path / "too wide", CPU, told())
-    predict_classes(tmp_path, tmp_path / "wide.png", tmp_path / "windows", CPU, told(), "sliding")
+    predict_classes(tmp_path, tmp_path / "square.png", tmp_path / "whole", CPU, quiet())
+    with pytest.raises(UserError, match=r"only accepts 64x64 pixels, .* 64x100 after resizing; set `inference` to sli"):
+        predict_classes(tmp_path, tmp_path / "wide.png", tmp_path / "too wide", CPU, quiet())
+    predict_classes(tmp_path, tmp_path / "wide.png", tmp_path / "windows", CPU, quiet(), "sliding")
     assert Image.open(tmp_path / "windows/masks/wide.png").size == (100, 64)
 
 
@@ -183,18 +181,18 @@ def test_no_output_takes_the_place_of_another():
 
 
 def test_where_nothing_may_be_read_or_written(models, photos, tmp_path):
-    def told_of(source, out, **options):
+    def error_of(source, out, **options):
         with pytest.raises(UserError) as error:
-            predict_objects(tmp_path / "run", source, out, CPU, told(), **options)
+            predict_objects(tmp_path / "run", source, out, CPU, quiet(), **options)
         return str(error.value)
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     (tmp_path / "empty").mkdir()
-    assert "full is not empty; give --out a new folder" in told_of(photos, tmp_path / "full")
-    assert "is a file; give --out a folder" in told_of(photos, tmp_path / "full/mine.txt")
-    assert "its pictures would be images" in told_of(photos, photos / "out")
-    assert "Did you mean `photos`?" in told_of(tmp_path / "photo", tmp_path / "out")
-    assert "empty holds no images" in told_of(tmp_path / "empty", tmp_path / "out")
-    assert "a share from 0 to 1" in told_of(photos, tmp_path / "out", threshold=50)
+    assert "full is not empty; choose a new folder with `out`" in error_of(photos, tmp_path / "full")
+    assert "is a file; choose a folder with `out`" in error_of(photos, tmp_path / "full/mine.txt")
+    assert "the next prediction would read its pictures" in error_of(photos, photos / "out")
+    assert "Did you mean `photos`?" in error_of(tmp_path / "photo", tmp_path / "out")
+    assert f"no images in {tmp_path / 'empty'} or" in error_of(tmp_path / "empty", tmp_path / "out")
+    assert "`threshold` must be from 0 to 1, not 50" in error_of(photos, tmp_path / "out", threshold=50)
     assert not (tmp_path / "out").exists() and not (photos / "out").exists()

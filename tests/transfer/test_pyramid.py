@@ -138,7 +138,7 @@ def test_a_model_of_one_size_pads_to_it_and_refuses_more():
     pyramid = Pyramid(model, (64, 96)).eval()
     assert pyramid.canvas == (64, 96)
     assert grids(pyramid(torch.randn(1, 3, 40, 96))) == [(10, 24), (5, 12), (3, 6), (2, 3)]
-    with pytest.raises(UserError, match=r"MlpMixer takes images of 64x96 pixels and no others, and got 65x96: resize"):
+    with pytest.raises(UserError, match=r"MlpMixer only accepts 64x96 pixels, not 65x96; resize"):
         pyramid(torch.randn(1, 3, 65, 96))
     assert Pyramid(timm.create_model("vit_tiny_patch16_224"), (224, 224)).canvas == (224, 224)  # not built for any size
 

@@ -136,7 +136,7 @@ def test_items_of_one_part_are_never_in_the_other(tmp_path):
         coco = json.loads((out / f"instances_{part}.json").read_text())
         assert all(a["bbox"][2:] == [6, 8] for a in coco["annotations"] if a["area"] == 48)
         assert any(a["area"] == 48 for a in coco["annotations"])
-    with pytest.raises(UserError, match="name another source"):
+    with pytest.raises(UserError, match="choose another source"):
         make_scenes(tmp_path / "same", sources[0], sources[0], 1, 1, options)
 
 
@@ -165,4 +165,4 @@ def test_the_command(tmp_path, capsys):
     assert main(line) == 0
     assert "items on 2 scenes" in capsys.readouterr().out
     assert main(line) == 2  # the folder is not empty: nothing is mixed with older scenes
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

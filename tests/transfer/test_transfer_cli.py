@@ -1,4 +1,4 @@
-"""`scalekd detect` and `scalekd segment`, as they are typed."""
+"""The commands `scalekd detect` and `scalekd segment`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from exported_models import DETECTOR, SEGMENTER, fewer, new_detector, new_segmenter
+from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
 from PIL import Image
 
 from scalekd.cli import transfer as transfer_cli
@@ -23,7 +23,7 @@ COMMANDS = [(task, word) for task in ("detect", "segment") for word in ("train",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """`detector/` and `segmenter/`, as runs leave them."""
+    """The folders `detector/` and `segmenter/` of two runs."""
     folder = tmp_path_factory.mktemp("runs")
     for model, name, card in (
         (new_detector().student, "detector", DETECTOR),
@@ -32,13 +32,6 @@ def runs(tmp_path_factory):
         (folder / name).mkdir()
         deploy.export(model, folder / name / f"{name}.safetensors", card)
     return folder
-
-
-@pytest.fixture
-def handful(monkeypatch):
-    """Detectors look at fewer regions, for the sake of time."""
-    built = deploy._built
-    monkeypatch.setattr(deploy, "_built", lambda card, file: fewer(built(card, file)))
 
 
 @pytest.fixture
@@ -161,7 +154,7 @@ def as_annotations(entries, photos, names=("bag", "tie")):
     }
 
 
-def test_a_detector_agrees_with_its_own_predictions(cli, runs, photos, tmp_path, handful):
+def test_a_detector_agrees_with_its_own_predictions(cli, runs, photos, tmp_path):
     result = cli("detect", "predict", runs / "detector", photos, "--out", tmp_path / "out", "--threshold", 0)
     assert result.code == 0 and result.out.startswith("3 images: ")
     entries = json.loads((tmp_path / "out/predictions.json").read_text())
@@ -191,7 +184,7 @@ def test_a_detector_of_other_classes(cli, runs, photos, tmp_path):
     box = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 9, 9], "segmentation": [[1, 1, 9, 1, 9, 9]]}
     words = ["detect", "evaluate", runs / "detector", "--images", photos, "--workers", 0, "--annotations"]
     for names, reason in (
-        (("bag", "shoe"), "missing there: tie; unknown to the model: shoe"),
+        (("bag", "shoe"), "missing: tie; unknown to the model: shoe"),
         (("tie", "bag"), "the same names in another order"),
     ):
         (tmp_path / "other.json").write_text(json.dumps(as_annotations([box], photos, names)))
@@ -199,13 +192,13 @@ def test_a_detector_of_other_classes(cli, runs, photos, tmp_path):
         assert result.code == 2 and reason in result.err
     assert "no file" in cli(*words, tmp_path / "none.json").err
     result = cli(*words, tmp_path / "other.json", "--workers", -1)
-    assert result.code == 2 and "--workers -1: 0 or more" in result.err
+    assert result.code == 2 and "--workers must be 0 or more, not -1" in result.err
 
 
 def test_a_segmenter_agrees_with_its_own_masks(cli, runs, photos, tmp_path):
     data = tmp_path / "data"
     result = cli("segment", "predict", runs / "segmenter", photos, "--out", data)
-    assert result.code == 0 and result.out.startswith("3 images; of their pixels: ")
+    assert result.code == 0 and result.out.startswith("3 images; share of pixels: ")
     photos.rename(data / "images")
     result = cli("segment", "evaluate", runs / "segmenter", "--data", data, "--workers", 0, "--json")
     found = json.loads(result.out)
@@ -224,7 +217,7 @@ def test_a_segmenter_agrees_with_its_own_masks(cli, runs, photos, tmp_path):
     assert "inference sliding" in cli(*words, "--inference", "sliding").out
 
     (data / "classes.txt").write_text("sky\nsea\n")
-    assert "classes.txt has other classes than the model, 2 and 3; missing there: sand" in cli(*words).err
+    assert "classes.txt has 2 classes, the model 3 others; missing: sand" in cli(*words).err
     (tmp_path / "names.txt").write_text("sky\nsea\nsand\n")
     assert cli(*words, "--classes", tmp_path / "names.txt").code == 0
 
@@ -237,12 +230,12 @@ def test_what_a_segmenter_is_evaluated_on(cli, runs, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
     words = ["segment", "evaluate", runs / "segmenter", "--data"]
-    assert "is not a folder" in cli(*words, tmp_path / "none").err
+    assert f"`--data`: {tmp_path / 'none'} is not a folder" in cli(*words, tmp_path / "none").err
     assert "has no classes.txt" in cli(*words, data).err
     (data / "classes.txt").write_text("sky\nsea\nsand\n")
     for place in ("images/training", "annotations/training"):
         (data / place).mkdir(parents=True)
-    assert "has nothing to evaluate on" in cli(*words, data).err  # training images alone
+    assert "has no validation images" in cli(*words, data).err  # training images alone
     for place in ("images/validation", "annotations/validation"):
         (data / place).mkdir()
     with pytest.raises(ZeroDivisionError):
@@ -261,5 +254,5 @@ def test_a_segmenter_is_not_evaluated_on_what_it_was_trained_on(cli, runs, tmp_p
         result = cli("segment", "evaluate", runs / "segmenter", "--data", data)
     finally:
         recipe.unlink()
-    assert result.code == 2 and "was trained on most of" in result.err
-    assert "holds no images" in cli("segment", "evaluate", runs / "segmenter", "--data", data).err
+    assert result.code == 2 and "was trained on most of" in result.err and "`--data`" in result.err
+    assert "contains no images" in cli("segment", "evaluate", runs / "segmenter", "--data", data).err

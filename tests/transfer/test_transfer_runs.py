@@ -1,4 +1,4 @@
-"""Detectors and segmenters through the engine: trained, stopped, gone on with, exported; recipes and their mistakes."""
+"""Training runs of detectors and segmenters: training, resuming, export, recipes and their errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.config.files import recipe_names
+from scalekd.models.options import Backbone
 from scalekd.runs import transfer as transfer_runs
 from scalekd.runs.nonfinite import load_report
 from scalekd.runs.transfer import build, train
@@ -24,7 +25,7 @@ from scalekd.train import engine, health
 from scalekd.train.health import NonFinite
 from scalekd.train.log import read_log
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.config import SHELVES, _other_model, load
+from scalekd.transfer.config import SHELVES, load
 from scalekd.transfer.deploy import load as load_trained
 from scalekd.transfer.detection import run as detect
 from scalekd.transfer.scenes import Options, make_scenes
@@ -165,23 +166,23 @@ def test_figures_of_nothing_are_no_figures():
         health.expect_finite(model, 3)
 
 
-def test_another_backbone_brings_its_own_arguments():
+def test_another_backbone_brings_its_own_arguments(scenes, tmp_path):
     config = load("detection", "coco-mask-rcnn-swin", ["backbone.model=resnet18"])
     assert config.backbone.model == "resnet18" and config.backbone.weights == "pretrained"
     assert config.backbone.kwargs == {"drop_path_rate": 0.2}  # a rate: the recipe's regularisation
-    values = {
-        "model": "swin_tiny_patch4_window7_224",
-        "kwargs": {"window_size": 8, "drop_rate": 0.1},
-        "image_size": 256,
-    }
-    assert _other_model(values) == {"model": values["model"], "kwargs": {"drop_rate": 0.1}}
+    swin = {"model": "swin_tiny_patch4_window7_224", "kwargs": {"window_size": 8, "drop_rate": 0.1}, "image_size": 256}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe("segmentation", scenes, backbone=swin | {"weights": "random"})))
+    backbone = load("segmentation", str(file), ["backbone.model=resnet18"]).backbone
+    assert backbone == Backbone(model="resnet18", weights="random", kwargs={"drop_rate": 0.1})
 
 
-def test_a_warm_up_above_the_first_layer_s_rate_is_refused(scenes, tmp_path):
+def test_a_warm_up_above_the_first_layer_s_rate_is_rejected(scenes, tmp_path):
     schedule = {"name": "cosine", "warmup_iterations": 2, "warmup_lr": 5e-4}
     values = recipe("segmentation", scenes, schedule=schedule)  # the stem's rate: 1e-3 * 0.7 ** 5
     with pytest.raises(
-        UserError, match=r"warmup_lr 0.0005 is above the rate of the first layer, 0.00017 .* set schedule.warmup"
+        UserError,
+        match=r"warmup_lr 0.0005 is above the learning rate of the first layer, 0.00017 .* set schedule.warmup",
     ):
         segment.build(config_of("segmentation", tmp_path, values), CPU)
 
@@ -253,24 +254,24 @@ def test_a_dry_run_writes_nothing(scenes, tmp_path):
     out = io.StringIO()
     assert train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
     assert not (tmp_path / "run").exists()
-    assert "6 images to train on, 3 to validate on, 10 classes" in out.getvalue()
+    assert "6 training images, 3 for validation, 10 classes" in out.getvalue()
     assert "all parameters get gradients" in out.getvalue()
 
 
 def test_validation_images_are_not_trained_on(scenes, tmp_path):
     values = recipe("detection", scenes, data={"val_annotations": str(scenes / "instances_train.json")})
-    with pytest.raises(UserError, match=r"6 of the validation images are training images too"):
+    with pytest.raises(UserError, match=r"6 of the validation images are also training images"):
         detect.build(config_of("detection", tmp_path, values), CPU)
 
 
-def test_a_backbone_of_one_size_is_told_what_fits(scenes, tmp_path):
+def test_a_fixed_size_backbone_needs_fitting_crops(scenes, tmp_path):
     mixer = {"model": "mixer_s32_224", "weights": "random", "image_size": 64}
     values = recipe("segmentation", scenes, backbone=mixer, data={"crop": 96})
-    with pytest.raises(UserError, match=r"64x64 pixels and no others; set data.crop=64 segmenter.inference=sliding"):
+    with pytest.raises(UserError, match=r"only accepts 64x64 pixels; set data.crop=64 segmenter.inference=sliding"):
         segment.build(config_of("segmentation", tmp_path, values), CPU)
 
 
-def test_every_mistake_of_a_recipe_at_once(scenes, tmp_path):
+def test_all_errors_of_a_recipe_are_reported_together(scenes, tmp_path):
     values = recipe(
         "segmentation",
         scenes,
@@ -279,25 +280,25 @@ def test_every_mistake_of_a_recipe_at_once(scenes, tmp_path):
         optim={"stage_decya": 0.9},
         backbone={"model": "test_resnt", "weights": None},
     )
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         config_of("segmentation", tmp_path, values)
     for line in ("train.epochs: unknown", "optim.stage_decya: unknown. Did you mean `stage_decay`", "`test_resnet`"):
-        assert line in str(told.value)
+        assert line in str(raised.value)
     values |= {"optim": {}, "train": {"iterations": 2, "accumulate": 3, "batch_size": 2}}
     values["backbone"] = {"model": "test_resnet"}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         config_of("segmentation", tmp_path, values)
     for line in (
         "train.batch_size 2 is not a multiple of train.accumulate 3",
-        "backbone.weights: none are named",
-        "schedule.warmup_iterations 2 leaves nothing of train.iterations 2",
+        "backbone.weights is not set",
+        "schedule.warmup_iterations 2 must be below train.iterations 2",
         "schedule.power: has no effect here; it goes with schedule.name: poly",
     ):
-        assert line in str(told.value)
+        assert line in str(raised.value)
     values = recipe("detection", scenes, data={"long": 40}, detector={"freeze_norms": True})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         config_of("detection", tmp_path, values)
-    assert "data.long 40 is below" in str(told.value) and "detector.freeze_norms=false" in str(told.value)
+    assert "data.long 40 is below" in str(raised.value) and "detector.freeze_norms=false" in str(raised.value)
 
 
 @pytest.mark.parametrize("task", list(SHELVES))

@@ -1,4 +1,4 @@
-"""`scalekd detect` and `scalekd segment`: train, evaluate, predict, recipes. What is slow to import is imported inside."""
+"""`scalekd detect` and `scalekd segment`: train, evaluate, predict, recipes. Slow imports are inside functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalekd.common.text import printable
 from scalekd.transfer.tasks import TASKS, need_extra
 
 DEVICE = "cpu, cuda, cuda:1 (default: a GPU if there is one)"
-# flags of train and the fields of a recipe that they stand for
+# options of train and the recipe keys that they set
 SHORTCUTS = {
     "annotations": "data.annotations",
     "images": "data.images",
@@ -28,98 +28,109 @@ SHORTCUTS = {
 
 
 def add_commands(commands: Any) -> None:
-    """Adds both to the sub-commands of `scalekd`."""
+    """Adds both commands to the sub-commands of `scalekd`."""
+    _add_detect(commands)
+    _add_segment(commands)
+
+
+def _add_detect(commands: Any) -> None:
     parser = commands.add_parser(
         "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
     )
-    words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    sub = _train_command(words, "detection", "train a detector; started again, it goes on where it stopped")
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = _train_command(group, "detection", "Train a detector. The same command resumes a stopped run.")
     sub.add_argument("--annotations", metavar="FILE", help="COCO's format, such as instances_train2017.json")
     sub.add_argument("--images", metavar="DIR", help="the folder that the file's image names are relative to")
-    sub.add_argument("--val-annotations", metavar="FILE", help="as --annotations, to validate on")
-    sub.add_argument("--val-images", metavar="DIR", help="as --images")
-    sub = _evaluate_command(words, "detection", _evaluate_detector, "box and mask AP of a trained detector")
+    sub.add_argument("--val-annotations", metavar="FILE", help="as --annotations, for validation")
+    sub.add_argument("--val-images", metavar="DIR", help="as --images, for validation")
+    sub = _evaluate_command(group, "detection", _evaluate_detector, "Print box and mask AP of a trained detector.")
     sub.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO's format")
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of its images")
-    sub = _predict_command(words, "detection", _predict_objects, "what a trained detector finds in images, drawn")
+    sub = _predict_command(group, "detection", _predict_objects, "Draw the objects that a trained detector finds.")
     sub.add_argument(
-        "--threshold", type=float, default=0.5, metavar="X", help="leave out what scores below (default: 0.5)"
+        "--threshold", type=float, default=0.5, metavar="X", help="omit objects that score below (default: 0.5)"
     )
-    _recipes_command(words, "detection")
+    _recipes_command(group, "detection")
 
+
+def _add_segment(commands: Any) -> None:
     parser = commands.add_parser(
         "segment", help="UPerNet on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
     )
-    words = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    sub = _train_command(words, "segmentation", "train a segmenter; started again, it goes on where it stopped")
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = _train_command(group, "segmentation", "Train a segmenter. The same command resumes a stopped run.")
     sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/how-to/transfer.md)")
-    sub = _evaluate_command(words, "segmentation", _evaluate_segmenter, "mIoU and accuracies of a trained segmenter")
+    sub = _evaluate_command(
+        group, "segmentation", _evaluate_segmenter, "Print mIoU and accuracies of a trained segmenter."
+    )
     sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="images and masks")
-    sub.add_argument("--classes", type=Path, metavar="FILE", help="their names (default: DIR/classes.txt)")
-    _inference(sub)
-    sub = _predict_command(words, "segmentation", _predict_classes, "the classes of images' pixels, drawn and as masks")
-    _inference(sub)
-    _recipes_command(words, "segmentation")
+    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names (default: DIR/classes.txt)")
+    _add_inference(sub)
+    sub = _predict_command(
+        group, "segmentation", _predict_classes, "Draw the classes that a trained segmenter predicts, and write masks."
+    )
+    _add_inference(sub)
+    _recipes_command(group, "segmentation")
 
 
-def _command(words: Any, name: str, function: Callable[..., None], task: str, text: str) -> argparse.ArgumentParser:
-    sub = words.add_parser(name, help=text, description=text)
+def _command(group: Any, name: str, function: Callable[..., None], task: str, text: str) -> argparse.ArgumentParser:
+    sub = group.add_parser(name, help=text, description=text)
     sub.set_defaults(run=function, task=task)
     return sub
 
 
-def _train_command(words: Any, task: str, text: str) -> argparse.ArgumentParser:
-    sub = _command(words, "train", _train, task, text)
+def _train_command(group: Any, task: str, text: str) -> argparse.ArgumentParser:
+    sub = _command(group, "train", _train, task, text)
     sub.add_argument("recipe", help=f"a shipped recipe's name (`{TASKS[task].command} recipes`) or a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
     sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
-    sub.add_argument("--weights", metavar="FILE", help="the backbone's: a file, `pretrained` or `random`")
+    sub.add_argument("--weights", metavar="FILE", help="weights of the backbone: a file, `pretrained` or `random`")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help=DEVICE)
-    sub.add_argument("--dry-run", action="store_true", help="build everything, check it, write nothing")
+    sub.add_argument("--dry-run", action="store_true", help="stop after the pre-flight and write nothing")
     return sub
 
 
 def _evaluate_command(
-    words: Any, task: str, function: Callable[..., dict[str, Any]], text: str
+    group: Any, task: str, function: Callable[..., dict[str, Any]], text: str
 ) -> argparse.ArgumentParser:
-    sub = _command(words, "evaluate", _evaluate, task, text)
+    sub = _command(group, "evaluate", _evaluate, task, text)
     sub.set_defaults(evaluate=function)
     sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
     sub.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
     sub.add_argument("--out", type=Path, metavar="DIR", help="also write evaluation.json and evaluation.md there")
     sub.add_argument("--device", help=DEVICE)
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the results as JSON")
     return sub
 
 
-def _predict_command(words: Any, task: str, function: Callable[..., None], text: str) -> argparse.ArgumentParser:
-    sub = _command(words, "predict", function, task, text)
+def _predict_command(group: Any, task: str, function: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    sub = _command(group, "predict", function, task, text)
     sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
-    sub.add_argument("source", type=Path, metavar="IMAGES", help="a folder, sub-folders too, or one image")
+    sub.add_argument("source", type=Path, metavar="IMAGES", help="one image, or a folder that is searched recursively")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     sub.add_argument("--device", help=DEVICE)
     return sub
 
 
-def _recipes_command(words: Any, task: str) -> None:
-    sub = _command(words, "recipes", _recipes, task, "the shipped recipes")
-    sub.add_argument("--json", action="store_true")
+def _recipes_command(group: Any, task: str) -> None:
+    sub = _command(group, "recipes", _recipes, task, "List the shipped recipes.")
+    sub.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
-def _inference(sub: argparse.ArgumentParser) -> None:
+def _add_inference(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--inference",
         choices=["whole", "sliding"],
-        help="images at once, or through windows (default: as the run was validated)",
+        help="whole images or sliding windows (default: as in the run's validation)",
     )
 
 
-# ---------------------------------------------------------------- what they do
+# ---------------------------------------------------------------- actions
 
 
 def _train(args: argparse.Namespace) -> None:
-    with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal is answered in them too
+    with StopRequest() as stop:  # before the slow imports, so that a signal during them is handled too
         need_extra(args.task)
         from rich.console import Console
 
@@ -138,11 +149,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def shortcuts(args: argparse.Namespace) -> list[str]:
-    """The overrides that --annotations, --data, --backbone and so on stand for."""
-    given = {field: getattr(args, flag, None) for flag, field in SHORTCUTS.items()}
+    """The overrides that --annotations, --data, --backbone and so on set."""
+    given = {key: getattr(args, option, None) for option, key in SHORTCUTS.items()}
     if args.backbone and not args.weights:
-        given["backbone.weights"] = "pretrained"  # timm's, or the folder's own; the recipe's are another model's
-    return [f"{field}={json.dumps(value)}" for field, value in given.items() if value is not None]
+        given["backbone.weights"] = "pretrained"  # timm's or the folder's; the recipe's belong to another model
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -155,7 +166,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     need_extra(args.task)
     if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: 0 or more")
+        raise UserError(f"--workers must be 0 or more, not {args.workers}")
     if args.out:
         make_folder(args.out)
     device = pick_device(args.device)
@@ -190,7 +201,7 @@ def _predict_objects(args: argparse.Namespace) -> None:
     need_extra("detection")
     device = pick_device(args.device)
     with explain_out_of_memory(
-        device, "Try --device cpu, smaller images, or a higher --threshold: masks take most of it."
+        device, "Try --device cpu, smaller images, or a higher --threshold: masks take most of the memory."
     ):
         predict_objects(args.trained, args.source, args.out, device, Console(emoji=False), args.threshold)
 

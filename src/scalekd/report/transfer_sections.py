@@ -164,10 +164,10 @@ def load_lines(task: str, folder: Path, channels: int = 3) -> str:
             'names = [card["classes"][label - 1] for label in found["labels"][found["scores"] > 0.5]]',
         ]
     else:
-        imports = "\nfrom scalekd.transfer.deploy import load\nfrom scalekd.transfer.predict import classes_in, how_of"
+        imports = "\nfrom scalekd.transfer.deploy import load\nfrom scalekd.transfer.predict import classes_in, choose_inference"
         taken = [
             'image = Image.open("image.png")',
-            'classes = classes_in(model, image, card, how_of(model, card, None), torch.device("cpu"))',
+            'classes = classes_in(model, image, card, choose_inference(model, card, None), torch.device("cpu"))',
             'upper_left = card["classes"][classes[0, 0]]',
         ]
     opened = f'model, card = load(Path({str(folder)!r}), "{task}")'

@@ -1,4 +1,4 @@
-"""Training of a detector or segmenter, from recipe to folder: built, checked, run, exported, reported."""
+"""Trains a detector or segmenter from a recipe into a folder: pre-flight, training, export, report."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def train(
     stop: StopRequest | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
-    """Trains into `folder`, or goes on with the run that is there. Returns its summary; None for a dry run.
+    """Trains into `folder`, or resumes the run in it. Returns its summary, or None for a dry run.
 
-    Raises `UserError`, and `Stopped` with the run saved.
+    dry_run: stop after the pre-flight and write nothing.
+    Raises `UserError`, and `Stopped` when a signal stopped the run after its checkpoint.
     """
     if not dry_run:
         open_folder(folder, config)
-        parallel.wait_for_all()  # rank 0 writes into the folder below
+        parallel.wait_for_all()  # all processes check the folder before rank 0 writes into it
     check_trackers(config.track)
     if device.type == "cpu":
         keep_freed_memory()
-    remedy = _way_out(config)
+    remedy = _memory_remedy(config)
     with explain_out_of_memory(device, remedy):
         run = build(config, device)
         preflight(run, console)
@@ -61,21 +62,23 @@ def train(
 
 
 def preflight(run: Any, console: Console) -> None:
+    """Prints the data, and checks the backbone's weights and two training steps. Raises `UserError`."""
     if parallel.rank() == 0:
-        for line in run.told():
+        for line in run.data_summary():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     spec, loaded = run.config.backbone, run.loaded["backbone"]
     finish(run, f"{spec.model}, {run.task.model}", [weights_check(spec, loaded, run.config.seed)], console)
 
 
-def _way_out(config: Any) -> str:
+def _memory_remedy(config: Any) -> str:
+    """How to use less memory."""
     train = config.train
     parts = 2 * train.accumulate
     more = f"train.accumulate={parts} (the same batch in more parts), or " * (
         train.batch_size % (parts * parallel.world()) == 0
     )
-    now = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
-    return f"Now {now}; try {more}smaller images."
+    current = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
+    return f"The run uses {current}; try {more}smaller images."
 
 
 def _card(run: Any) -> dict[str, Any]:
@@ -91,12 +94,12 @@ def _finish(run: Any, folder: Path, summary: dict[str, Any]) -> None:
 
 
 def facts(run: Any) -> dict[str, str]:
-    """For the report: what was trained, on what, for how long."""
+    """Facts for the report: data, model, backbone, budget, and what made the run."""
     config, loaded = run.config, run.loaded["backbone"]
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
     epochs = counted(run.epochs(run.total_steps), "epoch")
     return {
-        "data": run.told()[0],
+        "data": run.data_summary()[0],
         "model": f"{run.task.model} on {config.backbone.model}, {millions:.2f} M parameters",
         "backbone": f"{config.backbone.model}, weights: {loaded.source}",
         "budget": f"{epochs}, {counted(run.total_steps, 'step')}, batch {config.train.batch_size}, {config.optim.name}, "

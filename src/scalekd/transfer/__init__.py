@@ -1,1 +1,1 @@
-"""The distilled backbone at work: probing, detection, segmentation."""
+"""Detection and segmentation with a distilled student, or any timm model, as the backbone."""

@@ -1,4 +1,4 @@
-"""A recipe's backbone: a timm model for images of any size, with its weights proved."""
+"""Builds a recipe's backbone: a timm model for images of any size, with checked weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .pyramid import Size, any_size_kwargs
 
 
 def build_backbone(spec: Backbone, channels: int) -> tuple[nn.Module, Loaded, Size, Statistics]:
-    """(timm model, where its weights are from, the size in pixels that it was built for, mean and std of its input).
+    """Builds the section `backbone` of a recipe.
 
-    It is built for images of any size where timm has that for its family. Raises `UserError`.
+    Returns (timm model, source of its weights, (height, width) in pixels it was built for, mean and std of its input).
+    The model takes images of any size if timm supports that for its family. Raises `UserError`.
     """
     kwargs = any_size_kwargs(spec.model) | spec.kwargs
     size = height_and_width(spec.image_size or usual_size(spec.model))

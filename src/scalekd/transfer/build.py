@@ -1,4 +1,4 @@
-"""What detection and segmentation share when a run is built: model, optimiser, steps of an epoch."""
+"""Parts of a run that detection and segmentation build alike: optimiser, steps per epoch, input of the card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from scalekd.train.run import check_batch_size
 from .decay import layer_groups
 
 
-def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimizer:
+def make_optimizer(model: nn.Module, backbone: nn.Module, config: Any) -> Optimizer:
+    """The recipe's optimiser with layer-wise learning rates.
+
+    Raises `UserError` if `schedule.warmup_lr` or `schedule.min_lr` is above the rate of the first layer: timm's
+    schedules use one value for all groups, so that layer would learn faster than intended.
+    """
     optim = config.optim
     groups = layer_groups(backbone, model.parameters(), optim.lr, optim.weight_decay, optim.stage_decay)
     lowest, schedule = min(group["lr"] for group in groups), config.schedule
@@ -24,18 +29,18 @@ def optimizer_of(model: nn.Module, backbone: nn.Module, config: Any) -> Optimize
     for name, rate in (("warmup_lr", schedule.warmup_lr if warms_up else 0.0), ("min_lr", schedule.min_lr)):
         if rate > lowest:
             raise UserError(
-                f"schedule.{name} {rate:g} is above the rate of the first layer, {lowest:.2g} after optim.stage_decay "
-                f"{optim.stage_decay:g}: that layer would learn faster than it should; set schedule.{name}=0"
+                f"schedule.{name} {rate:g} is above the learning rate of the first layer, {lowest:.2g} after "
+                f"optim.stage_decay {optim.stage_decay:g}; set schedule.{name}=0"
             )
     return create_optimizer(optim, groups)
 
 
 def steps_per_epoch(images: int, config: Any) -> int:
-    """Raises `UserError` for a batch that is larger than the data, or does not divide."""
+    """Raises `UserError` if the batch is larger than the data or does not divide among the processes."""
     check_batch_size(config.train, images)
     return images // config.train.batch_size
 
 
-def input_of(mean: torch.Tensor | list[float], std: torch.Tensor | list[float]) -> dict[str, list[float]]:
-    """A card's mean and std."""
+def input_statistics(mean: torch.Tensor | list[float], std: torch.Tensor | list[float]) -> dict[str, list[float]]:
+    """The keys `mean` and `std` of a card."""
     return {"mean": short_floats(torch.as_tensor(mean)), "std": short_floats(torch.as_tensor(std))}

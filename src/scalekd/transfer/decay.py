@@ -1,4 +1,4 @@
-"""Learning rates that fall towards the image, stage by stage or layer by layer."""
+"""Layer-wise learning rates: the earlier a stage or block of the backbone, the lower its rate."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from scalekd.common.errors import UserError
 def layer_groups(
     backbone: nn.Module, rest: Iterable[nn.Parameter], lr: float, weight_decay: float, stage_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimiser: `params`, `lr`, `weight_decay` and a `name` for people.
+    """Parameter groups for any torch optimiser: `params`, `lr`, `weight_decay` and a readable `name`.
 
-    The layers are timm's coarse ones (`group_matcher(coarse=True)`): the stem, then the stages of a CNN, Swin or
-    ConvNeXt, or the blocks of a ViT or Mixer. Of n of them, layer i from the stem, counted from 0, learns at
-    lr * stage_decay ** (n - i), as in BEiT, ViTDet and mmdetection: the last at lr * stage_decay. timm's
-    `param_groups_layer_decay` is not called because it takes the fine layers only: single blocks of a ResNet.
-    Biases, norms and what the backbone names in `no_weight_decay` are not decayed.
+    The layers are timm's coarse groups (`group_matcher(coarse=True)`): the stem, then the stages of a CNN, Swin or
+    ConvNeXt, or the blocks of a ViT or Mixer. With n layers, layer i counted from the stem, from 0, uses
+    lr * stage_decay ** (n - i), as in BEiT, ViTDet and mmdetection; the last layer uses lr * stage_decay. timm's
+    `param_groups_layer_decay` supports only the fine layers, such as single blocks of a ResNet.
+    Biases, norms and the names in the backbone's `no_weight_decay` have no weight decay.
 
-    The factor is within `lr`, not beside it as timm's `lr_scale`: optimisers do not know the latter, and timm's
-    schedules multiply by it.
+    The factor is part of `lr`. It is not timm's `lr_scale`, which optimisers ignore and timm's schedules multiply by.
 
-    backbone: without its classifier, as `Pyramid.backbone` is; a classifier would be one layer more.
-    rest: parameters that learn at `lr`; those of the backbone among them are passed over, so a detector's will do.
-    Frozen parameters are in no group. Raises `UserError` for a backbone that timm has no layers for.
+    Args:
+        backbone: without its classifier, as `Pyramid.backbone`; a classifier would be one layer more.
+        rest: parameters that use `lr`. Parameters of the backbone among them are ignored, so all parameters of a
+            detector may be passed.
+
+    Frozen parameters are in no group. Raises `UserError` if timm defines no layers for the backbone.
     """
     if not hasattr(backbone, "group_matcher"):
         raise UserError(
-            f"{type(backbone).__name__} has no layers in timm (group_matcher): set the stage decay to 1, "
-            "or take another"
+            f"timm defines no layers (group_matcher) for {type(backbone).__name__}; use another backbone.model"
         )
     matcher = backbone.group_matcher(coarse=True)  # type: ignore[operator]
     layers: dict[str, int] = group_parameters(backbone, matcher, reverse=True)

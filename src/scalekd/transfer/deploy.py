@@ -1,7 +1,7 @@
-"""A trained detector or segmenter as two files, weights and a card, and back; with the proof that nothing was lost.
+"""Exports a trained detector or segmenter as weights and a card, loads it back, and compares the outputs.
 
-The weights are safetensors, which hold no code, and the card is JSON that names a timm model and shapes, so files from
-elsewhere can be opened. As `scalekd.export` does for students.
+The weights are safetensors, which contain no code, and the card is JSON with the name of a timm model and shapes, so
+files from other people are safe to open. `scalekd.models.export` does the same for students.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ from .pyramid import STRIDES, Pyramid
 from .segmentation.model import UPerNet
 from .tasks import TASKS, TaskName, need_extra
 
-NOISE = 256  # pixels, at most, of the images that outputs are compared on
+NOISE = 256  # pixels: largest side of the images used to compare outputs
 
 
 class Card(BaseModel):
-    """What a card must have to be used without surprises; it has more, such as `figures` and `provenance`."""
+    """The keys that a card must have. A card contains more, such as `figures` and `provenance`."""
 
     model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
     task: TaskName
     backbone: str
     """A timm name."""
     kwargs: dict[str, Any]
-    """All arguments of `timm.create_model`, those for images of any size included."""
+    """All arguments of `timm.create_model`, including those for images of any size."""
     image_size: tuple[Pixels, Pixels]
-    """Height and width that the backbone was built for."""
+    """Height and width in pixels that the backbone was built for."""
     classes: Annotated[list[str], Field(min_length=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     """For pixels in [0, 1], one value per channel."""
     short: Pixels
     long: Pixels
-    """An image is resized so that its short side has `short` pixels, or its long one `long` where that is less."""
+    """An image is resized so that its short side has `short` pixels, or its long side `long` if that is smaller."""
     sha256: str
-    """Of the weights file."""
+    """Checksum of the weights file."""
 
     @model_validator(mode="after")
     def _usable(self) -> Card:
         Backbone(model=self.backbone, kwargs=self.kwargs)
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
-            raise ValueError("mean and std are of one channel or of three")
+            raise ValueError("mean and std must both have one value or three")
         if len(set(self.classes)) < len(self.classes):
-            raise ValueError("two classes have one name")
+            raise ValueError("two classes have the same name")
         if self.short > self.long:
-            raise ValueError(f"short is {self.short} pixels, and long only {self.long}")
+            raise ValueError(f"short ({self.short} pixels) is larger than long ({self.long})")
         return self
 
 
 class DetectorCard(Card):
     anchors: Annotated[list[Pixels], Field(min_length=5, max_length=5)]
-    """Pixels, the side of an anchor at each stride."""
+    """Side of an anchor in pixels at each stride."""
     width: Annotated[int, Field(gt=0, le=2**14)] = 256
     """Channels of the feature pyramid."""
     proposals: Annotated[int, Field(gt=0)] = 1000
-    """Of an image, how many the box head chooses among."""
+    """Proposals per image that reach the box head."""
     category_ids: list[int] | None = None
-    """Of the classes in the training annotations, for predictions in COCO's format; 1, 2, ... unless given."""
+    """Ids of the classes in the training annotations, for predictions in COCO's format; 1, 2, ... by default."""
 
     @model_validator(mode="after")
     def _one_id_per_class(self) -> DetectorCard:
@@ -87,31 +87,31 @@ class SegmenterCard(Card):
     width: Annotated[int, Field(gt=0, le=2**14)]
     """Channels of the decoder."""
     crop: tuple[Pixels, Pixels]
-    """Height and width of a training crop, and of a window."""
+    """Height and width in pixels of a training crop and of a sliding window."""
     inference: Literal["whole", "sliding"]
     reduce_zero_label: bool
-    """In masks, 0 is "other" and classes count from 1."""
+    """In masks, 0 means "other" and classes start at 1."""
 
     @model_validator(mode="after")
     def _sizes_of_validation(self) -> SegmenterCard:
         if self.long != 4 * self.short:
-            raise ValueError(f"long is {self.long} pixels, not four times short, as images are validated at")
+            raise ValueError(f"long is {self.long} pixels; validation needs four times short, {4 * self.short}")
         return self
 
 
 CARDS: dict[str, type[Card]] = {"detection": DetectorCard, "segmentation": SegmenterCard}
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- export
 
 
 def export(model: nn.Module, path: Path, card: dict[str, Any]) -> float:
-    """Writes `path` (.safetensors) and, beside it, the card as JSON; loads both back.
+    """Writes `path` (.safetensors) and the card next to it as JSON, and loads both back.
 
-    model: what is deployed: torchvision's `MaskRCNN` of a `Detector`, or a `UPerNet`. It is left in the mode it was in.
-    card: as `DetectorCard` or `SegmenterCard` has it, less sha256.
-    Returns the largest difference between the outputs of the model and of the files loaded back (`outputs`).
-    Raises `UserError` when it cannot be written, or for a card that does not describe the model.
+    model: the deployed part: torchvision's `MaskRCNN` of a `Detector`, or a `UPerNet`. Its training mode is restored.
+    card: the keys of `DetectorCard` or `SegmenterCard` without sha256.
+    Returns the largest absolute difference between the `outputs` of the model and of the loaded files.
+    Raises `UserError` if a file cannot be written or the card does not describe the model.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with replacing(path) as file:
@@ -126,19 +126,20 @@ def export(model: nn.Module, path: Path, card: dict[str, Any]) -> float:
 
 
 def _noise(card: dict[str, Any]) -> Tensor:
-    """Two normalised images of whole strides that a backbone of one size takes too."""
+    """Two normalised images, (2, C, H, W), with sides that are multiples of 32 and that a fixed-size backbone accepts."""
     height, width = (max(STRIDES[-1], min(side, NOISE) // STRIDES[-1] * STRIDES[-1]) for side in card["image_size"])
     return torch.randn(2, len(card["mean"]), height, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def outputs(model: Any, images: Tensor) -> list[Tensor]:
-    """What two models are compared by, in evaluation mode. images: (B, C, H, W), normalised.
+    """Outputs in evaluation mode that are compared between two models. images: (B, C, H, W), normalised.
 
-    A UPerNet's logits. Of a Mask R-CNN the maps of its FPN, what its RPN says of every anchor, and classes, boxes and
-    masks of fixed regions; not what it finds in the end, whose number and order hang on last digits.
+    For a UPerNet its logits. For a Mask R-CNN the maps of its FPN, the RPN's scores and shifts of every anchor, and
+    classes, boxes and masks of fixed regions. Its final detections are not compared: their number and order depend on
+    rounding.
     """
-    with _evaluating(model):
+    with _evaluation_mode(model):
         if isinstance(model, UPerNet):
             return [model(images)]
         maps = model.backbone(images)
@@ -154,8 +155,8 @@ def outputs(model: Any, images: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then module by module as it was: frozen batch norms stay so."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Restores the mode of each module afterwards, so frozen batch norms stay frozen."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -165,95 +166,97 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# ---------------------------------------------------------------- and in
+# ---------------------------------------------------------------- load
 
 
 def load(path: Path, task: TaskName) -> tuple[Any, dict[str, Any]]:
-    """(model in evaluation mode on the CPU, its card) of a run's folder or of an exported .safetensors file.
+    """Loads a run's folder or an exported .safetensors file: (model in evaluation mode on the CPU, its card).
 
-    A `Detector`, which takes uint8 images of any size and answers in their pixels; or a `UPerNet`, which takes
-    normalised ones. Raises `UserError` for what is no export of this task or was changed, and without the extra.
+    The model is a `Detector`, which takes uint8 images of any size and returns boxes in their pixels, or a `UPerNet`,
+    which takes normalised images. Raises `UserError` if the files are not an export of this task or were changed, or
+    if the task's extra is missing.
     """
     need_extra(task)
     file = path / TASKS[task].weights if path.is_dir() else path
     card_file = file.with_suffix(".json")
-    # nothing but safetensors: other weights files may hold code
+    # safetensors only: other weights files may contain code
     if file.suffix != ".safetensors" or not is_file(file) or not is_file(card_file):
-        raise UserError(_nothing_there(path, task))
+        raise UserError(_no_export(path, task))
     card = read_card(card_file, task)
     if card["sha256"] != sha256_of(file):
         raise UserError(
-            f"{file} does not fit its card {card_file}: it has another sha256, so it was changed or is of another "
-            "export; take both files from one run"
+            f"{file} does not match its card {card_file}: the sha256 differs, so the file was changed or belongs to "
+            "another export; use both files of one run"
         )
-    model = _built(card, card_file)
+    model = _build(card, card_file)
     deployed = model.student if isinstance(model, Detector) else model
-    _fill(deployed, file, card_file)
+    _load_weights(deployed, file, card_file)
     return model.eval(), card
 
 
 def read_card(file: Path, task: TaskName) -> dict[str, Any]:
-    """Raises `UserError` for a file that is no card of this task, or names anything but a model of timm's and shapes."""
-    what = f"{file} is not a {TASKS[task].trained}'s card"
+    """Reads and checks a card. Raises `UserError` if the file is not a card of this task."""
+    problem = f"{file} is not a {TASKS[task].trained}'s card"
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
-        theirs = card.get("task") if isinstance(card, dict) else None
-        if theirs in list(TASKS) and theirs != task:
-            raise UserError(f"{what}: it is for `{TASKS[theirs].command}`")
+        other = card.get("task") if isinstance(card, dict) else None
+        if other in list(TASKS) and other != task:
+            raise UserError(f"{problem}: it is for `{TASKS[other].command}`")
         CARDS[task].model_validate(card)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{what}: {shortened(f'{place}: ' * bool(place) + first['msg'])}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{problem}: {shortened(f'{key}: ' * bool(key) + first['msg'])}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {first_line(error)}") from None
+        raise UserError(f"{problem}: {first_line(error)}") from None
     return card
 
 
-def _nothing_there(path: Path, task: TaskName) -> str:
-    ours = TASKS[task]
+def _no_export(path: Path, task: TaskName) -> str:
+    """The error for a path without an export of this task."""
+    wanted = TASKS[task]
     if path.is_dir():
-        other = next((t for t in TASKS.values() if t is not ours and (path / t.weights).is_file()), None)
+        other = next((t for t in TASKS.values() if t is not wanted and (path / t.weights).is_file()), None)
         if other is not None:
-            return f"{path} holds a run of `{other.command}`; give it to that command"
+            return f"{path} contains a run of `{other.command}`; use it with that command"
         if (path / "student.safetensors").is_file():
             return (
-                f"{path} holds a distilled student, a backbone: `{ours.command} train RECIPE --backbone {path}` "
-                f"makes a {ours.trained} of it"
+                f"{path} contains a distilled student; `{wanted.command} train RECIPE backbone.model={path}` trains a "
+                f"{wanted.trained} on it"
             )
     elif not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        return f"no file or folder {path}.{printable(nearest(path.name, beside)) if beside else ''}"
-    return f"{path}: no {ours.weights} with its .json there; `{ours.command} train` writes them when it is done"
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        return f"no file or folder {path}.{printable(nearest(path.name, siblings)) if siblings else ''}"
+    return f"{path}: no {wanted.weights} with its .json; `{wanted.command} train` writes them at the end of a run"
 
 
-def _built(card: dict[str, Any], card_file: Path) -> Any:
-    """The module that a card describes, at initial values. Raises `UserError`."""
+def _build(card: dict[str, Any], card_file: Path) -> Any:
+    """The model that a card describes, with initial weights. Raises `UserError`."""
     try:
         pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
         if card["task"] == "segmentation":
             return UPerNet(pyramid, len(card["classes"]), card["width"])
-        told = DetectorCard.model_validate(card)
+        described = DetectorCard.model_validate(card)
         return Detector(
             pyramid,
-            len(told.classes),
-            tuple(told.mean),
-            tuple(told.std),
-            short=told.short,
-            long=told.long,
-            anchors=told.anchors,
-            width=told.width,
-            proposals=(told.proposals, told.proposals),
+            len(described.classes),
+            tuple(described.mean),
+            tuple(described.std),
+            short=described.short,
+            long=described.long,
+            anchors=described.anchors,
+            width=described.width,
+            proposals=(described.proposals, described.proposals),
         )
-    except Exception as error:  # whatever timm ends with, given such arguments
-        raise UserError(f"{card['backbone']} cannot be built as {card_file} says: {first_line(error)}") from None
+    except Exception as error:  # timm raises any type for arguments that do not fit
+        raise UserError(f"{card['backbone']} cannot be built from {card_file}: {first_line(error)}") from None
 
 
-def _fill(model: nn.Module, file: Path, card_file: Path) -> None:
-    """Raises `UserError` for a file whose tensors are not exactly the model's."""
+def _load_weights(model: nn.Module, file: Path, card_file: Path) -> None:
+    """Raises `UserError` if the names and shapes in the file are not exactly the model's."""
     try:
         state = load_file(file)
-    except Exception as error:  # safetensors' own kinds
+    except Exception as error:  # safetensors has its own exception types
         raise UserError(f"{file} cannot be read as safetensors: {first_line(error)}") from None
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in state.items()}
@@ -261,7 +264,7 @@ def _fill(model: nn.Module, file: Path, card_file: Path) -> None:
     if odd:
         first = odd[0]
         raise UserError(
-            f"{file} does not fit its card {card_file}: {len(odd)} of {len(ours)} tensors differ, such as "
+            f"{file} does not match its card {card_file}: {len(odd)} of {len(ours)} tensors differ, such as "
             f"{printable(first)}, {theirs.get(first, 'missing')} in the file and {ours.get(first, 'none')} in the model"
         )
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Colours for classes."""
+"""Chooses a colour for each class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 
 import numpy as np
 
-# Okabe and Ito's, which colour-blind readers tell apart (Nature Methods 8, 441), without black
 Colour = tuple[int, int, int]
+# the colours of Okabe and Ito (Nature Methods 8, 441) without black: colour-blind readers can distinguish them
 FIRST: list[Colour] = [
     (230, 159, 0),
     (86, 180, 233),
@@ -22,8 +22,8 @@ FIRST: list[Colour] = [
 
 @functools.cache
 def palette(classes: int) -> list[Colour]:
-    """A colour per class, the same for a class whatever their number: those of `FIRST`, then always the one that is
-    farthest from all before it. No greys, which are the image's own. For at most 255 classes."""
+    """A colour for each of at most 255 classes: first those of `FIRST`, then always the colour that is farthest from
+    all before it, so a class keeps its colour if classes are added. No greys: images are shown in grey."""
     levels = range(0, 256, 30)
     free = np.array([c for c in itertools.product(levels, repeat=3) if max(c) - min(c) > 60 and max(c) > 120])
     colours = list(FIRST[:classes])

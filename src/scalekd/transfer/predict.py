@@ -1,4 +1,4 @@
-"""A trained detector or segmenter on a folder of images: pictures to look at, and files to go on with."""
+"""Runs a trained detector or segmenter on a folder of images, and writes pictures, masks and JSON."""
 
 from __future__ import annotations
 
@@ -23,58 +23,58 @@ from scalekd.data.images import of_channels
 
 from .deploy import load
 from .detection.pictures import picture
-from .detection.scores import Found, found
-from .predict_files import Images, save_png, write_index
-from .segmentation.data import evaluated_at, resized
+from .detection.scores import Detections, detections
+from .predict_files import SourceImages, save_png, write_index
+from .segmentation.data import evaluation_size, resized
 from .segmentation.overlay import overlay
-from .segmentation.scores import Inference, classes_of, inference
+from .segmentation.scores import Inference, classes_of, make_inference
 from .tasks import need_extra
 
-NOT_COLOURED = ("background",)  # class names
+NOT_COLOURED = ("background",)  # names of classes that overlays do not colour
 
 
 def predict_objects(
     run: Path, source: Path, out: Path, device: torch.device, console: Console, threshold: float = 0.5
 ) -> None:
-    """Writes into the new folder `out` a picture of each image with what was found in it, `predictions.json` and
-    `index.html`; docs/how-to/transfer.md has the forms. What scores below `threshold` is in neither.
+    """Writes a picture of each image with its detections, `predictions.json` and `index.html` into the new folder
+    `out`; docs/how-to/transfer.md describes them. Objects that score below `threshold` are left out of all.
 
-    run: a run's folder or a detector.safetensors. source: a folder of images, or one image. An image that cannot be
-    used is told, and listed in bad-images.txt. Raises `UserError`, for a source without a usable image too.
+    run: a run's folder or a detector.safetensors. source: a folder of images, or one image. Images that cannot be used
+    are skipped, printed and listed in bad-images.txt. Raises `UserError`, also if no image can be used.
     """
     need_extra("detection")
     if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold}: a share from 0 to 1")
-    images = Images(source, out, console)
+        raise UserError(f"`threshold` must be from 0 to 1, not {threshold:g}")
+    images = SourceImages(source, out, console)
     detector, card = load(run, "detection")
     detector.to(device)
     heads = detector.student.roi_heads
-    # before the masks are drawn in full size: an uncertain one costs as much memory as a certain one
+    # the threshold applies before masks are enlarged to full size, which takes most of the memory
     heads.score_thresh = max(heads.score_thresh, threshold)
     results: list[dict[str, Any]] = []
     rows = []
-    for number, place in enumerate(_progress(images, console), 1):
-        image = images.read(place)
+    for i in _progress(images, console):
+        image = images.read(i)
         if image is None:
             continue
         prediction = objects_in(detector, image, len(card["mean"]))
         if prediction is None:
-            images.leave_out(place, f"it is too narrow, {image.width}x{image.height} pixels")
+            images.skip(i, f"too narrow, {image.width}x{image.height} pixels")
             continue
-        objects = coco_results(found(prediction, number), images.names[place], card)
+        objects = coco_results(detections(prediction, i + 1), images.names[i], card)
         results += objects
-        save_png(picture(image, prediction, card["classes"], threshold), out / "pictures" / images.outputs[place])
-        rows.append((place, _told([entry["category"] for entry in objects])))
+        save_png(picture(image, prediction, card["classes"], threshold), out / "pictures" / images.outputs[i])
+        rows.append((i, _counts([entry["category"] for entry in objects])))
     images.close()
     write_text(out / "predictions.json", json.dumps(results) + "\n")
-    write_index(out, images, rows, f"What {run} found", {})
-    every = _told([entry["category"] for entry in results])
-    console.print(f"{counted(len(rows), 'image')}: {every}", markup=False, highlight=False, soft_wrap=True)
+    write_index(out, images, rows, f"Objects found by {run}", {})
+    total = _counts([entry["category"] for entry in results])
+    console.print(f"{counted(len(rows), 'image')}: {total}", markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.inference_mode()
 def objects_in(detector: Any, image: Image.Image, channels: int) -> dict[str, Tensor] | None:
-    """`Detector.forward`'s prediction for one image, on the CPU; None if nothing is left of its short side."""
+    """The prediction of `Detector.forward` for one image, on the CPU; None if resizing would leave no short side."""
     transform = detector.student.transform
     short, long = min(image.size), max(image.size)
     if int(short * min(min(transform.min_size) / short, transform.max_size / long)) < 1:
@@ -83,8 +83,8 @@ def objects_in(detector: Any, image: Image.Image, channels: int) -> dict[str, Te
     return {name: value.cpu() for name, value in prediction.items()}
 
 
-def coco_results(result: Found, name: str, card: dict[str, Any]) -> list[dict[str, Any]]:
-    """In COCO's results format, with the names of file and class beside the numbers."""
+def coco_results(result: Detections, name: str, card: dict[str, Any]) -> list[dict[str, Any]]:
+    """Detections in COCO's results format, with the names of file and class added."""
     ids = card.get("category_ids") or range(1, len(card["classes"]) + 1)
     return [
         {
@@ -104,9 +104,10 @@ def _text(counts: str | bytes) -> str:
     return counts.decode("ascii") if isinstance(counts, bytes) else counts
 
 
-def _told(names: Sequence[str]) -> str:
+def _counts(names: Sequence[str]) -> str:
+    """How many objects of each class, the most frequent first."""
     if not names:
-        return "nothing found"
+        return "no objects"
     return ", ".join(f"{number} {printable(name)}" for name, number in Counter(names).most_common())
 
 
@@ -116,53 +117,57 @@ def _told(names: Sequence[str]) -> str:
 def predict_classes(
     run: Path, source: Path, out: Path, device: torch.device, console: Console, mode: str | None = None
 ) -> None:
-    """Writes into the new folder `out` an overlay and a mask of each image, `classes.txt` and `index.html` with a
-    legend; docs/how-to/transfer.md has the forms.
+    """Writes an overlay and a mask of each image, `classes.txt` and `index.html` with a legend into the new folder
+    `out`; docs/how-to/transfer.md describes them.
 
-    run: a run's folder or a segmenter.safetensors. source: a folder of images, or one image. mode: whole or sliding,
-    else as the run was validated. Bad images and errors: as for `predict_objects`.
+    run: a run's folder or a segmenter.safetensors. source: a folder of images, or one image. mode: `whole` or
+    `sliding`; default: as in the run's validation. Bad images and errors: as for `predict_objects`.
     """
     need_extra("segmentation")
-    images = Images(source, out, console)
+    images = SourceImages(source, out, console)
     model, card = load(run, "segmentation")
     model.to(device)
-    how = how_of(model, card, mode)
+    inference = choose_inference(model, card, mode)
     shares = np.zeros(len(card["classes"]))
     rows = []
-    for place in _progress(images, console):
-        image = images.read(place)
+    for i in _progress(images, console):
+        image = images.read(i)
         if image is None:
             continue
-        predicted = classes_in(model, image, card, how, device)
-        masks = (predicted + card["reduce_zero_label"]).astype(np.uint8)  # classes count from 1 there
-        save_png(Image.fromarray(masks), out / "masks" / images.outputs[place])
+        predicted = classes_in(model, image, card, inference, device)
+        masks = (predicted + card["reduce_zero_label"]).astype(np.uint8)  # with it, mask values start at 1
+        save_png(Image.fromarray(masks), out / "masks" / images.outputs[i])
         drawn = overlay(image, predicted, card["classes"], without=NOT_COLOURED)
-        save_png(drawn, out / "pictures" / images.outputs[place])
+        save_png(drawn, out / "pictures" / images.outputs[i])
         shares += np.bincount(predicted.ravel(), minlength=len(shares)) / predicted.size
-        rows.append((place, ""))
+        rows.append((i, ""))
     images.close()
     write_text(out / "classes.txt", "".join(f"{printable(name)}\n" for name in card["classes"]))
     values = {name: c + card["reduce_zero_label"] for c, name in enumerate(card["classes"])}
-    write_index(out, images, rows, f"What {run} saw", values)
-    best = [int(c) for c in np.argsort(-shares, kind="stable")[:5] if shares[c]]
-    most = ", ".join(f"{printable(card['classes'][c])} {100 * shares[c] / len(rows):.1f} %" for c in best)
-    told = f"{counted(len(rows), 'image')}; of their pixels: {most}{', ...' if shares.astype(bool).sum() > 5 else ''}"
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    write_index(out, images, rows, f"Classes predicted by {run}", values)
+    largest = [int(c) for c in np.argsort(-shares, kind="stable")[:5] if shares[c]]
+    listed = ", ".join(f"{printable(card['classes'][c])} {100 * shares[c] / len(rows):.1f} %" for c in largest)
+    more = ", ..." if shares.astype(bool).sum() > 5 else ""
+    console.print(
+        f"{counted(len(rows), 'image')}; share of pixels: {listed}{more}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-def how_of(model: Any, card: dict[str, Any], mode: str | None) -> Inference:
-    """The inference that was asked for, else the card's; windows have the size of training crops. Raises `UserError`
-    for whole images, when one comes that the backbone cannot take."""
+def choose_inference(model: Any, card: dict[str, Any], mode: str | None) -> Inference:
+    """The inference for `mode`, by default that of the card. Sliding windows have the size of training crops.
+
+    Whole-image inference raises `UserError` for an image that is larger than a fixed-size backbone accepts.
+    """
     mode = mode or card["inference"]
     if mode == "sliding" or model.pyramid.canvas is None:
-        return inference(mode, tuple(card["crop"]))
+        return make_inference(mode, tuple(card["crop"]))
     canvas = model.pyramid.canvas
 
     def whole(model: nn.Module, x: Tensor) -> Tensor:
         if x.shape[-2] > canvas[0] or x.shape[-1] > canvas[1]:
             raise UserError(
-                f"{card['backbone']} takes {canvas[0]}x{canvas[1]} pixels and no others, and an image has "
-                f"{x.shape[-2]}x{x.shape[-1]} once resized: add --inference sliding"
+                f"{card['backbone']} only accepts {canvas[0]}x{canvas[1]} pixels, and an image has "
+                f"{x.shape[-2]}x{x.shape[-1]} after resizing; set `inference` to sliding"
             )
         return model(x)
 
@@ -170,12 +175,14 @@ def how_of(model: Any, card: dict[str, Any], mode: str | None) -> Inference:
 
 
 @torch.inference_mode()
-def classes_in(model: nn.Module, image: Image.Image, card: dict[str, Any], how: Inference, device: torch.device) -> Any:
-    """(H, W) int64: the likeliest class of each pixel of the image, from 0."""
-    size = evaluated_at(image.height, image.width, (card["short"], card["short"]))
+def classes_in(
+    model: nn.Module, image: Image.Image, card: dict[str, Any], inference: Inference, device: torch.device
+) -> Any:
+    """(H, W) int64: the most likely class of each pixel of the image, from 0."""
+    size = evaluation_size(image.height, image.width, (card["short"], card["short"]))
     pixels = resized(_pixels(image, len(card["mean"])), size)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    logits = how(model, (pixels[None].to(device).float() / 255 - mean) / std)
+    logits = inference(model, (pixels[None].to(device).float() / 255 - mean) / std)
     return classes_of(logits.float(), (image.height, image.width))[0].cpu().numpy()
 
 
@@ -183,5 +190,5 @@ def _pixels(image: Image.Image, channels: int) -> Tensor:
     return TF.pil_to_tensor(of_channels(channels, image))
 
 
-def _progress(images: Images, console: Console) -> Any:
+def _progress(images: SourceImages, console: Console) -> Any:
     return track(range(len(images.names)), "images", console=console, transient=True, disable=not console.is_terminal)

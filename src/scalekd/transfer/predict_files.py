@@ -1,4 +1,4 @@
-"""Images to predict on, and the folder that what was predicted goes to."""
+"""Reads the images to predict on, and writes pictures and a page into the output folder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ img{max-width:100%;max-height:20em}figcaption{color:#444;overflow-wrap:anywhere}
 """
 
 
-class Images:
-    """The images of `source`, a folder with its sub-folders or one file, and where each one's outputs go below `out`.
+class SourceImages:
+    """The images of `source`, one file or a folder that is searched recursively, and the names of their outputs.
 
-    `names`: relative to the folder, sorted. `outputs`: the same with .png in place of the extension; or, if two would
-    then be one, .png behind it in all of them. Makes `out`. Raises `UserError`.
+    `names`: relative to the folder, sorted. `outputs`: `names` with .png in place of the extension, or with .png
+    appended to all of them if two would otherwise be equal. Creates `out`. Raises `UserError`.
     """
 
     def __init__(self, source: Path, out: Path, console: Console):
@@ -41,79 +41,79 @@ class Images:
         self.outputs = output_names(self.names)
         self.out, self.console = out, console
         self.bad: dict[str, str] = {}  # name: reason
-        _open_out(out, source)
+        _make_out(out, source)
 
-    def read(self, place: int) -> Image.Image | None:
-        """The image, upright, of mode L or RGB; None for one that cannot be read, which is then told and listed."""
+    def read(self, i: int) -> Image.Image | None:
+        """Image `i`, rotated upright, of mode L or RGB; None if it cannot be read: then it is skipped."""
         try:
-            return decode(read_file(str(self.folder / self.names[place])))
+            return decode(read_file(str(self.folder / self.names[i])))
         except BadImage as error:
-            self.leave_out(place, str(error))
+            self.skip(i, str(error))
             return None
 
-    def leave_out(self, place: int, reason: str) -> None:
-        name, reason = printable(self.names[place]), printable(reason)
+    def skip(self, i: int, reason: str) -> None:
+        """Prints the reason and keeps it for the list of skipped images."""
+        name, reason = printable(self.names[i]), printable(reason)
         self.bad[name] = reason
-        self.console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"skipped: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Lists those that were left out. Raises `UserError` if no image is left."""
+        """Writes the list of skipped images. Raises `UserError` if all were skipped."""
         if self.bad:
             write_text(self.out / BAD, "".join(f"{name}\t{reason}\n" for name, reason in self.bad.items()))
         if len(self.bad) == len(self.names):
             name, reason = next(iter(self.bad.items()))
-            raise UserError(
-                f"{counted(len(self.names), 'image')}, none of which can be used; the first: {name}: {reason}"
-            )
+            raise UserError(f"no usable image among {counted(len(self.names), 'image')}; the first: {name}: {reason}")
         if self.bad:
-            told = f"{len(self.bad)} of {len(self.names)} images were left out; {self.out / BAD} lists them"
-            self.console.print(told, markup=False, highlight=False, soft_wrap=True)
+            line = f"{len(self.bad)} of {len(self.names)} images were skipped; {self.out / BAD} lists them"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(source: Path) -> list[str]:
     if source.is_file():
         return [source.name]
     if not source.is_dir():
-        beside = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
-        raise UserError(f"no image or folder {source}.{printable(nearest(source.name, beside)) if beside else ''}")
+        siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
+        raise UserError(f"no image or folder {source}.{printable(nearest(source.name, siblings)) if siblings else ''}")
     names = [Path(file).relative_to(source).as_posix() for file in images_below(source)]
     if not names:
-        raise UserError(f"{source} holds no images, nor do the folders in it")
+        raise UserError(f"no images in {source} or its sub-folders")
     return names
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """a.jpg to a.png; if there is an a.png or a.jpeg too, a.jpg.png and so for all, so that none takes another's."""
+    """Unique names of PNG files: a.jpg gives a.png. If there is an a.png or a.jpeg too, all names get .png appended."""
     short = [Path(name).with_suffix(".png").as_posix() for name in names]
     return short if len(set(short)) == len(short) else [f"{name}.png" for name in names]
 
 
-def _open_out(out: Path, source: Path) -> None:
-    """A new or empty folder, and not one whose pictures would be predicted on next time."""
+def _make_out(out: Path, source: Path) -> None:
+    """Creates `out`. Raises `UserError` if it is not empty, not writable or inside `source`."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give --out a folder")
+        raise UserError(f"{out} is a file; choose a folder with `out`")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(
-            f"{out} is in {source}, so the next time its pictures would be images; give --out another folder"
+            f"{out} is inside {source}, so the next prediction would read its pictures; choose another folder with `out`"
         )
     if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give --out a new folder, or remove this one")
+        raise UserError(f"{out} is not empty; choose a new folder with `out`, or remove this one")
     make_folder(out)
     if not os.access(out, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {out}: no permission. Give --out a folder that you may write to.")
+        raise UserError(f"cannot write to {out}: no permission; choose another folder with `out`")
 
 
 def save_png(image: Image.Image, file: Path) -> None:
+    """Writes the image and creates its folder."""
     make_folder(file.parent)
     with replacing(file) as opened:
         image.save(opened, "png")
 
 
 def write_index(
-    out: Path, images: Images, rows: Sequence[tuple[int, str]], title: str, values: Mapping[str, int]
+    out: Path, images: SourceImages, rows: Sequence[tuple[int, str]], title: str, values: Mapping[str, int]
 ) -> None:
-    """index.html: all pictures on a page. rows: place of an image, and what is written below it. values: class names
-    with their values in masks, for a legend."""
+    """Writes index.html with all pictures. rows: index of an image and its caption. values: class names and their mask
+    values, for a legend."""
     lines = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(printable(title))}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(printable(title))}</h1>",
@@ -124,12 +124,12 @@ def write_index(
             for (name, value), colour in zip(values.items(), palette(len(values)))
         )
         lines.append(f"<p class=legend>{''.join(swatches)}</p>")
-    for place, told in rows:
-        link = "pictures/" + quote(os.fsencode(images.outputs[place]))
-        caption = html.escape(printable(images.names[place]) + (f": {told}" if told else ""))
+    for i, text in rows:
+        link = "pictures/" + quote(os.fsencode(images.outputs[i]))
+        caption = html.escape(printable(images.names[i]) + (f": {text}" if text else ""))
         lines.append(
             f"<figure><a href='{link}'><img loading=lazy src='{link}' alt=''></a><figcaption>{caption}</figcaption></figure>"
         )
     if images.bad:
-        lines.append(f"<p>Left out: {html.escape(', '.join(images.bad))} (<a href='{BAD}'>why</a>)</p>")
+        lines.append(f"<p>Skipped: {html.escape(', '.join(images.bad))} (<a href='{BAD}'>why</a>)</p>")
     write_text(out / "index.html", "\n".join(lines) + "\n")

@@ -1,8 +1,8 @@
-"""Any timm backbone as four maps at the strides 4, 8, 16 and 32: what a detector or segmenter stands on.
+"""Feature pyramid of any timm backbone: four maps at the strides 4, 8, 16 and 32 for a detector or segmenter.
 
-Built on timm's `forward_intermediates`. Not on `StageView`, which cuts a plain ViT in four maps of one stride and
-runs the classifier, of which nothing is wanted here; nor on timm's `features_only`, which builds the model anew
-from its name, while here it comes with its weights.
+It uses timm's `forward_intermediates`. `StageView` does not fit: it gives four maps of one stride for a plain ViT, and
+runs the classifier. timm's `features_only` does not fit either: it builds a new model from a name, and here the model
+has its weights already.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Size = tuple[int, int]  # height, width in pixels
 
 @functools.cache
 def any_size_kwargs(name: str) -> dict[str, Any]:
-    """What `timm.create_model(name, ...)` needs so that the model takes images of any size; {} if nothing helps.
+    """Arguments of `timm.create_model(name, ...)` that make the model accept images of any size; {} if there are none.
 
-    `dynamic_img_size` resamples a table of positions to the image at hand; `strict_img_size=False` lets windows
-    be laid over it. A CNN needs nothing, and for a Mixer there is nothing.
+    `dynamic_img_size` resamples the position embedding to the image; `strict_img_size=False` lets windows cover any
+    grid. A CNN needs no argument; a Mixer has none.
     """
     kwargs: dict[str, Any]
     for kwargs in ({"dynamic_img_size": True}, {"strict_img_size": False}):
         try:
-            with torch.device("meta"):  # costs no memory, and no time for initial values
+            with torch.device("meta"):  # no memory and no initialisation
                 timm.create_model(name, **kwargs)
             return kwargs
         except TypeError:
@@ -49,28 +49,32 @@ def any_size_kwargs(name: str) -> dict[str, Any]:
 class Pyramid(nn.Module):
     """x `(B, C, H, W)`, normalised, to four maps `(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`.
 
-    - A model that has maps of all four strides (CNN, Swin, ConvNeXt) gives its own, the last of each stride.
-    - One whose stages are dilated ends at stride 8 or 16 (a CNN with `output_stride`): it gives its own as far as they
-      go, and the coarser ones are the last, max pooled.
-    - Any other (ViT, Mixer) gets the simple feature pyramid of ViTDet from its last map: `SimplePyramid`.
+    - A model with maps of all four strides (CNN, Swin, ConvNeXt) uses its own, the last of each stride.
+    - A model with dilated stages ends at stride 8 or 16 (a CNN with `output_stride`). It uses its own maps as far as
+      they go; the coarser ones are max pooled from the last.
+    - Any other model (ViT, Mixer) gets the simple feature pyramid of ViTDet on its last map: `SimplePyramid`.
 
-    Maps of a model without batch norm come from a residual stream that nothing has normalised; each gets a layer norm
-    of its own, as in the detectors of Swin and ConvNeXt. The model's last norm and its classifier are dropped, and
-    parameters that no map depends on are frozen, so that every trainable one gets a gradient (DDP waits for all).
+    Without batch norm, maps come from a residual stream that is not normalised, so each gets a new layer norm, as in
+    the detectors of Swin and ConvNeXt. The model's last norm and its classifier are dropped. Parameters that no map
+    depends on are frozen, so every trainable parameter gets a gradient, which DDP requires.
 
-    An image is padded with zeros, below and on the right, to the next size that the model takes; the maps are cropped.
-    `canvas` is the one size of a model that takes no other, else None; `any_size_kwargs` is how a ViT or a Swin is
-    built for more.
+    An image is padded with zeros at the bottom and on the right to the next size that the model accepts, and the maps
+    are cropped. `canvas` is the input size of a fixed-size model, else None. `any_size_kwargs` gives the arguments
+    that make a ViT or Swin accept any size.
 
-    model: a timm model; it is cut down in place, and is `.backbone` from then on.
-    image_size: (height, width) in pixels that it was built for. Raises `UserError` for a model that gives no maps.
+    Args:
+        model: a timm model; it is pruned in place and becomes `.backbone`.
+        image_size: (height, width) in pixels that it was built for.
+
+    Raises:
+        UserError: if the model gives no maps.
     """
 
     def __init__(self, model: nn.Module, image_size: Size):
         super().__init__()
         reductions = _reductions(model)
         finest = [stride for stride in STRIDES if stride in reductions]
-        # its own maps, if they begin with the finest and end with its last
+        # the model's own maps are used if they start at stride 4 and end with its last map
         own = finest == [*STRIDES[: len(finest)]] and reductions[-1:] == finest[-1:]
         wanted = finest if own else reductions[-1:]
         self.indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in wanted]
@@ -80,10 +84,10 @@ class Pyramid(nn.Module):
         self.backbone = model
         self.backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
 
-        shapes, unused = self._tried(*image_size)
+        shapes, unused = self._try_size(*image_size)
         _expect_grids(model, shapes, image_size, wanted)
         try:
-            self._tried(image_size[0] + self.unit, image_size[1] + 2 * self.unit)
+            self._try_size(image_size[0] + self.unit, image_size[1] + 2 * self.unit)
         except UserError:
             self.canvas = image_size
         for name, parameter in model.named_parameters():
@@ -118,15 +122,16 @@ class Pyramid(nn.Module):
             new = self.canvas
         else:
             raise UserError(
-                f"{type(self.backbone).__name__} takes images of {self.canvas[0]}x{self.canvas[1]} pixels and no "
-                f"others, and got {height}x{width}: resize to fit, or use a backbone that takes any size"
+                f"{type(self.backbone).__name__} only accepts {self.canvas[0]}x{self.canvas[1]} pixels, not "
+                f"{height}x{width}; resize the images, or use a backbone that accepts any size"
             )
         return F.pad(x, (0, new[1] - width, 0, new[0] - height)) if new != (height, width) else x
 
-    def _tried(self, height: int, width: int) -> tuple[list[torch.Size], set[str]]:
-        """The shapes of the backbone's maps, and the names of its parameters on which none depends.
+    def _try_size(self, height: int, width: int) -> tuple[list[torch.Size], set[str]]:
+        """The shapes of the backbone's maps, and the names of its parameters that no map depends on.
 
-        On a copy on the meta device, where a pass costs nothing; on the CPU for what computes with values.
+        Runs a copy on the meta device, which is nearly free, or on the CPU if the model needs values. Raises
+        `UserError` if both fail.
         """
         error: Exception | None = None
         for device in ("meta", "cpu"):
@@ -136,13 +141,13 @@ class Pyramid(nn.Module):
             like = next(iter(parameters.values()))
             images = torch.zeros(1, input_channels(twin), height, width, dtype=like.dtype, device=device)
             try:
-                with torch.inference_mode(False), torch.enable_grad():  # a model may be loaded within no_grad
+                with torch.inference_mode(False), torch.enable_grad():  # the caller may be in no_grad
                     maps = _maps(twin, self.indices, images)
                     grads = torch.autograd.grad(
                         torch.stack([m.sum() for m in maps]).sum(), list(parameters.values()), allow_unused=True
                     )
                 return [m.shape for m in maps], {name for name, grad in zip(parameters, grads) if grad is None}
-            except Exception as problem:  # whatever it is, the message goes to the user
+            except Exception as problem:  # models raise any type; the message goes to the user
                 error = problem
         assert error is not None
         raise UserError(
@@ -151,11 +156,11 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """One map `(B, D, h, w)` of stride `patch` to four of the strides 4, 8, 16, 32 (ViTDet, arXiv:2203.16527).
+    """One map `(B, D, h, w)` of stride `patch` to four maps of the strides 4, 8, 16, 32 (ViTDet, arXiv:2203.16527).
 
-    A transposed convolution of stride 2 doubles the grid and halves the width, with layer norm and GELU between two;
-    max pooling halves the grid. A patch that is no power of two has its map resampled to the nearest one first.
-    `channels`: D, halved once for each doubling.
+    Transposed convolutions of stride 2 double the grid and halve the width, with layer norm and GELU between them;
+    max pooling halves the grid. If `patch` is not a power of two, the map is first resampled to the nearest one.
+    `channels`: D, halved once for each doubling of the grid.
     """
 
     def __init__(self, width: int, patch: int):
@@ -167,7 +172,7 @@ class SimplePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if self.stride != self.patch:
-            # by the exact ratio, so that places stay where they are; the edge is repeated so that none is lost
+            # the exact ratio preserves positions; the repeated edge keeps the last rows and columns
             x = F.pad(x, (0, 2, 0, 2), mode="replicate")
             ratio = self.patch / self.stride
             x = F.interpolate(x, scale_factor=ratio, mode="bilinear", recompute_scale_factor=False)
@@ -190,10 +195,10 @@ def _nearest_power_of_two(patch: int) -> int:
 
 
 def _reductions(model: nn.Module) -> list[int]:
-    """The stride of each of timm's features, first to last. Raises `UserError`."""
+    """The stride of each of timm's features, first to last. Raises `UserError` if the model cannot be a backbone."""
     reason = obstacle(model)
     if reason is None and not hasattr(model, "prune_intermediate_layers"):
-        reason = "this class has no prune_intermediate_layers in timm"
+        reason = "its class has no prune_intermediate_layers in timm"
     if reason is not None:
         raise UserError(
             f"{type(model).__name__} cannot be a backbone: {reason}.\n"
@@ -211,8 +216,8 @@ def _expect_grids(model: nn.Module, shapes: Sequence[torch.Size], size: Size, st
         whole = {tuple(side // stride for side in size), tuple(-(-side // stride) for side in size)}
         if len(shape) != 4 or tuple(shape[-2:]) not in whole:
             raise UserError(
-                f"{type(model).__name__} gives a map {tuple(shape)} for {size[0]}x{size[1]} pixels, where stride "
-                f"{stride} was expected: it cannot be a backbone"
+                f"{type(model).__name__} cannot be a backbone: it gives a map {tuple(shape)} for {size[0]}x{size[1]} "
+                f"pixels, which is not stride {stride}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The facts of the two tasks that a backbone is trained on further: names, files, figures, extras. Cheap to import."""
+"""Names, files, metrics and extras of the two tasks, detection and segmentation. Fast to import."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, Literal, NamedTuple
 
 from scalekd.common.errors import UserError
 
-TaskName = Literal["detection", "segmentation"]  # of the extras as well
+TaskName = Literal["detection", "segmentation"]  # also the names of the extras
 
 
 class Task(NamedTuple):
     command: str
-    """As it is typed."""
+    """The command as typed."""
     trained: str
-    """What a run makes; its files are called so."""
+    """What a run produces; also the name of its files."""
     model: str
-    """The architecture, by its name in papers."""
+    """The architecture, as named in papers."""
     figures: dict[str, str]
-    """What a validation finds, in %: key -> name for people. The first one chooses the best checkpoint."""
+    """Metrics of a validation, in %: key -> readable name. The first one chooses the best checkpoint."""
     package: str
-    """That the task's extra installs."""
+    """A package that the task's extra installs."""
     missing: str
-    """What is said where it is not."""
+    """The error if the package is missing."""
 
     @property
     def weights(self) -> str:
-        """The file in a run's folder; its card is beside it, as .json."""
+        """The weights file in a run's folder; its card has the same name with .json."""
         return f"{self.trained}.safetensors"
 
 
@@ -52,13 +52,13 @@ TASKS = {
 
 
 def task_of(recipe: Mapping[str, Any]) -> TaskName | None:
-    """Of a run, by the sections of its recipe; None: a distillation."""
+    """The task of a recipe, recognised by its sections; None for a distillation."""
     if "backbone" not in recipe:
         return None
     return "detection" if "detector" in recipe else "segmentation"
 
 
 def need_extra(task: str) -> None:
-    """Raises `UserError` with the install line where the task's extra is missing; imports nothing of it."""
+    """Raises `UserError` with the install command if the task's extra is missing. Imports nothing of the extra."""
     if find_spec(TASKS[task].package) is None:
         raise UserError(TASKS[task].missing)

@@ -1,56 +1,20 @@
-"""COCO annotations: what each mistake in them becomes, and the items that are trained and evaluated on."""
+"""COCO annotations: how each problem in them is handled, and decoding of masks."""
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from coco_files import GOOD, POLYGON, annotation, opened
 
 from scalekd.common.errors import UserError
-from scalekd.data.images import BadImages
-from scalekd.data.samplers import TrainSampler
-from scalekd.transfer.detection.coco import Coco, Instance, open_coco
-from scalekd.transfer.detection.data import DetectionImages, Scales, detection_batches, eval_batches
+from scalekd.transfer.detection.coco import Coco, open_coco
+from scalekd.transfer.detection.instances import Instance
 from scalekd.transfer.detection.masks import mask_of, mask_tools, rle_counts
-
-POLYGON = [[2, 2, 12, 2, 12, 10, 2, 10]]
-PLAIN = Scales(short=(20,), long=40, flip=0.0)  # pictures below are 40x20: nothing changes
-
-
-def annotation(id: int, image: Any = 1, category: Any = 7, bbox: Any = (2, 2, 10, 8), **more: Any) -> dict[str, Any]:
-    box = list(bbox) if isinstance(bbox, tuple) else bbox
-    entry = {"id": id, "image_id": image, "category_id": category, "bbox": box}
-    return entry | {"segmentation": POLYGON, "iscrowd": 0, "area": 80.0} | more
-
-
-GOOD: dict[str, Any] = {
-    "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 20} for i in (1, 2, 3)],
-    "categories": [{"id": 90, "name": "tie"}, {"id": 7, "name": "bag"}],  # with holes, in no order
-    "annotations": [annotation(1), annotation(2, image=2, category=90)],
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
-    for i in (1, 2, 3):
-        pixels = np.random.default_rng(i).integers(0, 255, (20, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
-    return tmp_path
-
-
-def opened(folder: Path, data: Any = GOOD, **changed: Any) -> Coco:
-    """The annotations, with some of their lists replaced."""
-    path = folder / "instances.json"
-    path.write_text(json.dumps(data | changed if isinstance(data, dict) else data))
-    return open_coco(path, folder / "images", "data.train")
 
 
 def with_annotation(folder: Path, **changed: Any) -> Coco:
@@ -58,7 +22,7 @@ def with_annotation(folder: Path, **changed: Any) -> Coco:
     return opened(folder, annotations=[*GOOD["annotations"], annotation(9, **({"image": 3} | changed))])
 
 
-# ---------------------------------------------------------------- what is good
+# ---------------------------------------------------------------- valid annotations
 
 
 def test_good_annotations_are_read_and_counted(folder):
@@ -66,13 +30,13 @@ def test_good_annotations_are_read_and_counted(folder):
     assert coco.classes == ["bag", "tie"] and coco.category_ids == [7, 90]
     assert [p.id for p in coco.pictures] == [1, 2, 3] and coco.with_objects() == [0, 1]
     assert coco.pictures[1].instances == [Instance(2, (2, 2, 10, 8), POLYGON, False, 80.0)]
-    assert coco.told() == ["3 images; 1 of them without objects; 2 objects; 2 classes; 0 crowd regions"]
+    assert coco.summary() == ["3 images; 1 of them without objects; 2 objects; 2 classes; 0 crowd regions"]
 
 
-def test_classes_without_objects_stay_and_are_told(folder):
+def test_classes_without_objects_stay_and_are_counted(folder):
     coco = opened(folder, categories=[*GOOD["categories"], {"id": 8, "name": "cap"}])
     assert coco.classes == ["bag", "cap", "tie"]
-    assert "3 classes, 1 of them without objects" in coco.told()[0]
+    assert "3 classes, 1 of them without objects" in coco.summary()[0]
 
 
 def test_text_ids_of_images(folder):
@@ -81,57 +45,57 @@ def test_text_ids_of_images(folder):
     assert [len(p.instances) for p in coco.pictures] == [0, 1, 0]
 
 
-# ---------------------------------------------------------------- annotations that are left out, or mended
+# ---------------------------------------------------------------- annotations that are skipped or corrected
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "problem"),
     [
-        ({"bbox": (50, 2, 5, 5)}, "boxes wholly outside their image, left out"),
-        ({"bbox": (-9, 2, 9, 5)}, "boxes wholly outside their image, left out"),
-        ({"bbox": (2, 2, 0, 5)}, "boxes without area, left out"),
-        ({"bbox": (2, 2, 5, -1)}, "boxes without area, left out"),
-        ({"bbox": (39.95, 2, 5, 5)}, "boxes with a side below 0.1 pixels within their image, left out"),
-        ({"bbox": (2, 2, 5)}, "annotations without a box of four numbers, left out"),
-        ({"bbox": None}, "annotations without a box of four numbers, left out"),
-        ({"bbox": (2, 2, float("nan"), 5)}, "annotations without a box of four numbers, left out"),
-        ({"bbox": (2, 2, 10**400, 5)}, "annotations without a box of four numbers, left out"),
-        ({"category": 8}, "annotations of categories that are not listed (ids 7, 90, ... are), left out"),
-        ({"category": [7]}, "annotations of categories that are not listed (ids 7, 90, ... are), left out"),
-        ({"image": 4}, "annotations of images that are not listed, left out"),
-        ({"image": None}, "annotations of images that are not listed, left out"),
-        ({"segmentation": []}, "annotations whose polygons are empty or malformed, left out"),
-        ({"segmentation": [[1, 1, 5, 5]]}, "annotations whose polygons are empty or malformed, left out"),
-        ({"segmentation": [[1, 1, 5, 5, 5, 1, 3]]}, "annotations whose polygons are empty or malformed, left out"),
-        ({"segmentation": [[1, 1, 5, 5, 1e12, 1]]}, "annotations whose polygons are empty or malformed, left out"),
-        ({"segmentation": None}, "annotations without a segmentation, left out"),
+        ({"bbox": (50, 2, 5, 5)}, "boxes entirely outside their image, skipped"),
+        ({"bbox": (-9, 2, 9, 5)}, "boxes entirely outside their image, skipped"),
+        ({"bbox": (2, 2, 0, 5)}, "boxes without area, skipped"),
+        ({"bbox": (2, 2, 5, -1)}, "boxes without area, skipped"),
+        ({"bbox": (39.95, 2, 5, 5)}, "boxes with a side below 0.1 pixels within their image, skipped"),
+        ({"bbox": (2, 2, 5)}, "annotations without a box of four numbers, skipped"),
+        ({"bbox": None}, "annotations without a box of four numbers, skipped"),
+        ({"bbox": (2, 2, float("nan"), 5)}, "annotations without a box of four numbers, skipped"),
+        ({"bbox": (2, 2, 10**400, 5)}, "annotations without a box of four numbers, skipped"),
+        ({"category": 8}, "annotations with an unknown category id (known: 7, 90, ...), skipped"),
+        ({"category": [7]}, "annotations with an unknown category id (known: 7, 90, ...), skipped"),
+        ({"image": 4}, "annotations with an unknown image id, skipped"),
+        ({"image": None}, "annotations with an unknown image id, skipped"),
+        ({"segmentation": []}, "annotations whose polygons are empty or malformed, skipped"),
+        ({"segmentation": [[1, 1, 5, 5]]}, "annotations whose polygons are empty or malformed, skipped"),
+        ({"segmentation": [[1, 1, 5, 5, 5, 1, 3]]}, "annotations whose polygons are empty or malformed, skipped"),
+        ({"segmentation": [[1, 1, 5, 5, 1e12, 1]]}, "annotations whose polygons are empty or malformed, skipped"),
+        ({"segmentation": None}, "annotations without a segmentation, skipped"),
         (
             {"segmentation": {"size": [20, 40], "counts": [1, 2]}},
-            "annotations whose RLE does not cover their image exactly, left out",
+            "annotations whose RLE does not cover their image exactly, skipped",
         ),
         (
             {"segmentation": {"size": [20, 40], "counts": "~~~"}},
-            "annotations whose RLE does not cover their image exactly, left out",
+            "annotations whose RLE does not cover their image exactly, skipped",
         ),
         (
             {"segmentation": {"size": [40, 20], "counts": [700, 100]}},
-            "annotations whose RLE has another size than their image, left out",
+            "annotations whose RLE has another size than their image, skipped",
         ),
-        ({"segmentation": {"size": [20, 40], "counts": [800]}}, "annotations whose RLE is empty, left out"),
-        ({"iscrowd": 2}, "annotations whose iscrowd is neither 0 nor 1, left out"),
+        ({"segmentation": {"size": [20, 40], "counts": [800]}}, "annotations whose RLE is empty, skipped"),
+        ({"iscrowd": 2}, "annotations whose iscrowd is neither 0 nor 1, skipped"),
     ],
 )
-def test_annotations_left_out(folder, changed, told):
+def test_unusable_annotations_are_skipped(folder, changed, problem):
     coco = with_annotation(folder, **changed)
     assert [len(p.instances) for p in coco.pictures] == [1, 1, 0]
-    assert list(coco.problems) == [told]
-    assert coco.told()[1].startswith(f"{told}: 1 (annotation 9")
+    assert list(coco.problems) == [problem]
+    assert coco.summary()[1].startswith(f"{problem}: 1 (annotation 9")
 
 
 def test_boxes_partly_outside_are_clipped(folder):
     coco = with_annotation(folder, bbox=(-5, 12, 20, 30))
     assert coco.pictures[2].instances[0].box == (0, 12, 15, 8)
-    assert coco.told()[1] == "boxes partly outside their image, clipped: 1 (annotation 9)"
+    assert coco.summary()[1] == "boxes partly outside their image, clipped: 1 (annotation 9)"
     rounded = with_annotation(folder, bbox=(-0.3, 0, 40.6, 20))
     assert rounded.pictures[2].instances[0].box == (0, 0, 40, 20) and not rounded.problems
 
@@ -145,32 +109,32 @@ def test_of_several_polygons_the_good_ones_are_kept(folder):
 def test_ids_that_occur_twice(folder):
     coco = opened(folder, annotations=[annotation(1), annotation(1), annotation(1, category=90)])
     assert [x.label for x in coco.pictures[0].instances] == [1, 2]
-    assert coco.told()[1:] == [
-        "annotations listed again, counted once: 1 (annotation 1)",
-        "annotation ids that stand for several objects, all kept: 1 (annotation 1)",
+    assert coco.summary()[1:] == [
+        "duplicate annotations, counted once: 1 (annotation 1)",
+        "annotation ids used for several objects, all kept: 1 (annotation 1)",
     ]
     coco = opened(folder, images=[*GOOD["images"], GOOD["images"][0]])
-    assert len(coco.pictures) == 3 and coco.told()[1] == "images listed again, counted once: 1 (1.png)"
-    with pytest.raises(UserError, match=r"image id 1 stands for 1.png and 2.png: it is not known which"):
+    assert len(coco.pictures) == 3 and coco.summary()[1] == "duplicate images, counted once: 1 (1.png)"
+    with pytest.raises(UserError, match=r"image id 1 is used for 1.png and 2.png; use two ids"):
         opened(folder, images=[*GOOD["images"], GOOD["images"][1] | {"id": 1}])
-    with pytest.raises(UserError, match=r"category id 7 stands for 'bag' and 'hat'"):
+    with pytest.raises(UserError, match=r"category id 7 is used for 'bag' and 'hat'"):
         opened(folder, categories=[*GOOD["categories"], {"id": 7, "name": "hat"}])
     with pytest.raises(UserError, match=r"two categories are called 'bag': ids \[7, 8\]"):
         opened(folder, categories=[*GOOD["categories"], {"id": 8, "name": "bag"}])
 
 
-def test_problems_are_told_in_few_lines(folder):
+def test_a_problem_is_one_line(folder):
     many = [annotation(i, bbox=(99, 2, 5, 5)) for i in range(10, 60)]
     coco = opened(folder, annotations=[*GOOD["annotations"], *many])
-    assert coco.told()[1] == (
-        "boxes wholly outside their image, left out: 50 (annotation 10, annotation 11, annotation 12, ...)"
+    assert coco.summary()[1] == (
+        "boxes entirely outside their image, skipped: 50 (annotation 10, annotation 11, annotation 12, ...)"
     )
 
 
 # ---------------------------------------------------------------- images
 
 
-def test_image_entries_without_size_are_read_and_bad_ones_left_out(folder):
+def test_sizes_are_read_from_files_and_bad_entries_skipped(folder):
     images = copy.deepcopy(GOOD["images"])
     del images[0]["width"]
     images.append({"id": 8, "width": 3, "height": 3})
@@ -179,8 +143,8 @@ def test_image_entries_without_size_are_read_and_bad_ones_left_out(folder):
     coco = opened(folder, images=images)
     assert [(p.width, p.height) for p in coco.pictures] == [(40, 20)] * 3
     assert list(coco.problems) == [
-        "image entries without id or file_name, left out",
-        "images without width and height whose file cannot be read, left out",
+        "image entries without id or file_name, skipped",
+        "images without width and height whose file cannot be read, skipped",
     ]
 
 
@@ -188,40 +152,43 @@ def test_missing_files(folder):
     (folder / "images" / "3.png").unlink()
     coco = opened(folder)
     assert [p.id for p in coco.pictures] == [1, 2]
-    assert coco.told()[1] == "images whose file is missing, left out: 1 (3.png)"
+    assert coco.summary()[1] == "images without a file, skipped: 1 (3.png)"
     (folder / "images" / "2.png").rename(folder / "images" / "two.png")
     with pytest.raises(UserError, match=r"data.train: 2 of 3 images are not in .*images; the first: 2.png\."):
         opened(folder)
     (folder / "images" / "part").mkdir()
     for i in (1, 2, 3):
         (folder / "images" / "part" / f"{i}.png").touch()
-    with pytest.raises(UserError, match=r"the first: 2.png. It is in .*images/part: give that folder"):
+    with pytest.raises(UserError, match=r"the first: 2.png. It is in .*images/part; use that folder"):
         opened(folder)
     (folder / "images").rename(folder / "imagery")
-    with pytest.raises(UserError, match=r"There is no such folder. Did you mean `imagery`"):
+    with pytest.raises(UserError, match=r"The folder does not exist. Did you mean `imagery`"):
         opened(folder)
 
 
-# ---------------------------------------------------------------- no COCO at all
+# ---------------------------------------------------------------- files in another format
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         ("[1, 2", "cannot be read as JSON"),
         ('{"images": [], "annotations": {}}', r"it has no list of annotations or categories"),
         ("[]", r"it has no list of images or annotations or categories"),
-        ('[{"image_id": 1, "score": 0.5}]', r"holds results \(predictions with scores\), not annotations"),
-        ('{"images": [], "categories": [], "annotations": [{"caption": "x"}]}', r"has a bbox; captions .* have none"),
-        ('{"images": [], "categories": [], "annotations": [{"bbox": [1, 1, 1, 1]}]}', r"Mask R-CNN learns masks"),
-        ('{"images": [], "categories": [], "annotations": []}', "no object that could be used"),
+        ('[{"image_id": 1, "score": 0.5}]', r"contains results \(predictions with scores\), not annotations"),
+        (
+            '{"images": [], "categories": [], "annotations": [{"caption": "x"}]}',
+            r"has a bbox. Use instance annotations, not captions",
+        ),
+        ('{"images": [], "categories": [], "annotations": [{"bbox": [1, 1, 1, 1]}]}', r"Mask R-CNN needs masks"),
+        ('{"images": [], "categories": [], "annotations": []}', "no usable object"),
         ('{"images": [], "categories": [{"id": "a"}], "annotations": []}', "a category needs a whole number as id"),
     ],
 )
-def test_what_is_not_coco_is_refused(folder, data, told):
+def test_other_formats_are_rejected(folder, data, message):
     path = folder / "instances.json"
     path.write_text(data)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         open_coco(path, folder / "images", "data.train")
 
 
@@ -229,9 +196,9 @@ def test_no_file_no_object_other_classes_no_extra(folder, monkeypatch):
     opened(folder)
     with pytest.raises(UserError, match=r"no file .*instance.json. Did you mean `instances.json`"):
         open_coco(folder / "instance.json", folder / "images", "data.train")
-    with pytest.raises(UserError, match=r"has no object that could be used.\nboxes without area, left out: 1"):
+    with pytest.raises(UserError, match=r"has no usable object.\nboxes without area, skipped: 1"):
         opened(folder, annotations=[annotation(1, bbox=(1, 1, 0, 0))])
-    with pytest.raises(UserError, match=r"has other classes than the training set; not in both: cap, tie"):
+    with pytest.raises(UserError, match=r"has other classes than the training set; only in one of them: cap, tie"):
         open_coco(folder / "instances.json", folder / "images", "data.val", classes=["bag", "cap"])
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     with pytest.raises(UserError, match=r"pip install 'scalekd\[detection\]'"):
@@ -320,77 +287,3 @@ def test_masks_of_polygons_and_runs():
     np.testing.assert_array_equal(mask_of([*POLYGON, [20, 0, 30, 0, 30, 5, 20, 5]], 20, 40), wanted)
     runs = {"size": [2, 3], "counts": [1, 2, 3]}
     np.testing.assert_array_equal(mask_of(runs, 2, 3), [[0, 1, 0], [1, 0, 0]])
-
-
-# ---------------------------------------------------------------- items
-
-
-def test_a_training_item(folder):
-    crowd = annotation(3, bbox=(0, 0, 40, 20), iscrowd=1, segmentation={"size": [20, 40], "counts": [0, 800]})
-    coco = opened(folder, annotations=[*GOOD["annotations"], crowd])
-    assert "1 crowd region" in coco.told()[0]
-    images = DetectionImages(coco, PLAIN, seed=0)
-    assert len(images) == 2  # the third has no object
-    (pixels,), (target,), _ = images[0, 0]
-    np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(folder / "images" / "1.png")))
-    assert target["boxes"].tolist() == [[2, 2, 12, 10]] and target["labels"].tolist() == [1]  # without the crowd
-    assert target["masks"].shape == (1, 20, 40) and target["masks"].sum() == 80
-    assert target["picture"] == 0 and target["size"].tolist() == [20, 40]
-    assert type(pixels) is type(target["boxes"]) is torch.Tensor
-
-
-def test_flip_and_resize_move_boxes_and_masks_with_the_pixels(folder):
-    coco = opened(folder)
-    (straight,), _, _ = DetectionImages(coco, PLAIN, seed=0)[0, 0]
-    (flipped,), (target,), _ = DetectionImages(coco, Scales((20,), 40, flip=1.0), seed=0)[0, 0]
-    assert torch.equal(flipped, straight.flip(-1))
-    assert target["boxes"].tolist() == [[40 - 12, 2, 40 - 2, 10]]
-    assert target["masks"][0, 2:10, 28:38].all() and target["masks"].sum() == 80
-
-    (large,), (target,), _ = DetectionImages(coco, Scales((60,), 200, flip=0.0), seed=0)[0, 0]
-    assert large.shape == (3, 60, 120)
-    assert target["boxes"].tolist() == [[6, 6, 36, 30]]
-    assert target["masks"][0, 6:30, 6:36].all() and target["masks"].sum() == 24 * 30
-    (long,), _, _ = DetectionImages(coco, Scales((60,), 50, flip=0.0), seed=0)[0, 0]
-    assert long.shape == (3, 25, 50)
-
-
-def test_what_is_random_depends_on_seed_epoch_and_index_only(folder):
-    images = DetectionImages(opened(folder), Scales(tuple(range(20, 60)), 200), seed=3)
-    first = images[1, 0]
-    torch.manual_seed(99)
-    images[0, 1]
-    again = images[1, 0]
-    assert torch.equal(first.images[0], again.images[0])
-    assert torch.equal(first.targets[0]["boxes"], again.targets[0]["boxes"])
-    assert len({images[epoch, 0].images[0].shape for epoch in range(8)}) > 1
-
-
-def test_evaluation_items_are_all_images_as_they_are(folder):
-    coco = opened(folder)
-    batches = list(eval_batches(DetectionImages(coco, Scales(), None), 2, 0, False))
-    assert [[int(t["picture"]) for t in batch.targets] for batch in batches] == [[0, 1], [2]]
-    assert all(image.shape == (3, 20, 40) for batch in batches for image in batch.images)
-    assert set(batches[0].targets[0]) == {"picture", "size"}
-    grey = DetectionImages(coco, Scales(channels=1), None)
-    assert grey[0, 0].images[0].shape == (1, 20, 40)
-
-
-def test_scales_within_a_limit():
-    assert Scales((480, 800), 1333).limited(None) == Scales((480, 800), 1333)
-    assert Scales((480, 800), 1333).limited(512) == Scales((480,), 512)
-    assert Scales((480, 800), 1333).limited(224) == Scales((224,), 224)
-
-
-def test_bad_images_stop_or_are_passed_over(folder):
-    coco = opened(folder)
-    Image.new("RGB", (20, 40)).save(folder / "images" / "1.png")  # lies on its side now
-    sampler = TrainSampler(size=2, batch_size=2, seed=0, total_steps=1)
-    with pytest.raises(UserError, match=r"cannot use .*1.png: it has 20x40 pixels, upright, and .* for 40x20"):
-        list(detection_batches(DetectionImages(coco, PLAIN, 0), sampler, 0, False))
-    bad = BadImages("train", 30, 0.1)
-    (batch,) = detection_batches(DetectionImages(coco, PLAIN, 0, bad), sampler, 0, False)
-    assert [int(t["picture"]) for t in batch.targets] == [1, 1] and len(bad.found) == 1
-    bad = BadImages("val", 30, 0.1)
-    batches = list(eval_batches(DetectionImages(coco, PLAIN, None, bad), 1, 0, False))
-    assert [int(batch.targets[0]["picture"]) for batch in batches] == [1, 2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scalekd.transfer.detection.pictures import _label, picture
+from scalekd.transfer.detection.pictures import draw_label, picture
 from scalekd.transfer.palette import palette
 
 CLASSES = ["bag", "tie", "a name that is much too long to be written"]
@@ -63,7 +63,7 @@ def test_plates_stay_in_the_picture_and_apart(box):
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     taken: list = []
     for _ in range(3):
-        taken.append(_label(draw, "tie 90 %", box, (255, 255, 0), font, taken, canvas.size))
+        taken.append(draw_label(draw, "tie 90 %", box, (255, 255, 0), font, taken, canvas.size))
     for left, top, right, bottom in taken:
         assert left >= 0 and top >= 0 and right <= 600 and bottom <= 480
     if box[1] < 400:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scalekd.transfer.palette import FIRST, palette
-from scalekd.transfer.segmentation.overlay import LISTED, _edges, overlay
+from scalekd.transfer.segmentation.overlay import LISTED, class_edges, overlay
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_small_images_are_enlarged_and_grey_ones_are_fine():
 
 
 def test_edges_by_hand():
-    edges = _edges(np.array([[0, 0, 1], [0, 0, 0]]))
+    edges = class_edges(np.array([[0, 0, 1], [0, 0, 0]]))
     assert edges.tolist() == [[False, True, True], [False, False, True]]
 
 

@@ -1,6 +1,6 @@
-"""From COCO annotations to batches for a detector: images of any size, with boxes, labels and masks.
+"""Batches for a detector from COCO annotations: images of any size with boxes, labels and masks.
 
-As in `scalekd.data`, items are asked for by (epoch, index) and every random choice comes from (seed, epoch, index).
+As in `scalekd.data`, items are indexed by (epoch, index) and every random choice depends on (seed, epoch, index).
 `coco.py` opens and checks the files.
 """
 
@@ -27,52 +27,54 @@ from scalekd.data.batches import checked, loader
 from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels
 from scalekd.data.samplers import EvalSampler, Key
 
-from .coco import Coco, Instance, Picture
+from .coco import Coco
+from .instances import Instance, Picture
 from .masks import mask_of
 
 Target = dict[str, Tensor]
-NARROWEST = 400  # the long side of an image, in short sides
+NARROWEST = 400  # largest ratio of an image's long side to its short side
 
 
 class DetectionBatch(NamedTuple):
     images: list[Tensor]  # each (C, H, W) uint8, of its own size
     targets: list[Target]
     """Training: `boxes` (N, 4) float32, left, top, right, bottom in pixels; `labels` (N,) int64 from 1; `masks`
-    (N, H, W) uint8. Always: `picture`, the place in `Coco.pictures`, and `size` (2,), height and width of the file."""
-    skipped: Sequence[Bad] = ()  # images that could not be read on the way
+    (N, H, W) uint8. Always: `picture`, the index in `Coco.pictures`, and `size` (2,), height and width of the file."""
+    skipped: Sequence[Bad] = ()  # images that could not be read
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What a training image goes through. The defaults are those of mmdetection's multi-scale recipes up to 1333x800.
+    """Transforms of training images. The defaults are those of mmdetection's multi-scale recipes up to 1333x800.
 
-    An evaluation image leaves as it is: the detector resizes it and gives its boxes in the file's own pixels.
+    Evaluation images are not resized: the detector does it, and returns boxes in pixels of the file.
     """
 
-    short: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels: the short side is one of these
-    long: int = 1333  # pixels: and the long side at most that
-    flip: float = 0.5  # probability, left to right
+    short: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels: the short side is resized to one of these
+    long: int = 1333  # pixels: largest long side
+    flip: float = 0.5  # probability of a horizontal flip
     channels: int = 3
 
     def limited(self, limit: int | None) -> Scales:
-        """The same with no side over `limit` pixels, `Detector.limit`; None changes nothing."""
+        """The same with no side over `limit` pixels, as `Detector.limit`; None changes nothing."""
         if limit is None:
             return self
         return replace(self, short=tuple(s for s in self.short if s <= limit) or (limit,), long=min(self.long, limit))
 
 
 class DetectionImages(Dataset):
-    """Images asked for by (epoch, index), as `scalekd.data.Images`: augmented and with targets with a seed, else plain.
+    """Images indexed by (epoch, index), as `scalekd.data.batches.Images`.
 
-    To train on: only images with objects, and no crowd regions. To evaluate: all images.
+    With a seed, for training: augmented, with targets, only images with objects, without crowd regions. Without a
+    seed, for evaluation: all images, unchanged.
 
-    An image that cannot be used comes back as a `UserError`. With `bad`, which notes them, it is left out instead: in
-    training the next one takes its place.
+    An image that cannot be used is returned as a `UserError`. With `bad`, it is skipped and recorded there; in
+    training the next image takes its place.
     """
 
     def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None):
         self.coco, self.scales, self.seed, self.bad = coco, scales, seed, bad
-        self.places = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
+        self.indices = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
         self.augment = v2.Compose(
             [
                 v2.RandomShortestSize(list(scales.short), scales.long, antialias=True),
@@ -81,29 +83,30 @@ class DetectionImages(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, key: Key) -> DetectionBatch | UserError:
         epoch, index = key
         if self.seed is not None:
             seed_everything(self.seed, epoch, index)
         skipped: list[Bad] = []
-        # more bad ones in a row than are allowed: enough to know that the run must stop
+        # if more images in a row are bad than are allowed, the run stops anyway
         spare = self.bad.allowed if self.bad and self.seed is not None else 0
         for i in range(index, index + spare + 1):
-            place = self.places[i % len(self)]
-            picture = self.coco.pictures[place]
+            number = self.indices[i % len(self)]
+            picture = self.coco.pictures[number]
             try:
                 image = _read(picture)
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Mend or remove it"
+                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Repair or remove the file, "
+                        "or set data.on_bad_image=skip"
                     )
                 skipped.append(Bad(picture.path, str(error)))
             else:
                 pixels, target = self._item(image, picture)
-                target |= {"picture": torch.tensor(place), "size": torch.tensor([picture.height, picture.width])}
+                target |= {"picture": torch.tensor(number), "size": torch.tensor([picture.height, picture.width])}
                 return DetectionBatch([pixels], [target], skipped)
         return DetectionBatch([], [], skipped)
 
@@ -117,7 +120,7 @@ class DetectionImages(Dataset):
 
 
 def _read(picture: Picture) -> Image.Image:
-    """Raises `BadImage` for what cannot be read, or is not what the annotations describe."""
+    """Raises `BadImage` if the file cannot be read, differs from its annotations in size, or is too narrow."""
     try:
         data = Path(picture.path).read_bytes()
     except OSError as error:
@@ -125,16 +128,16 @@ def _read(picture: Picture) -> Image.Image:
     image = decode(data)
     if image.size != (picture.width, picture.height):
         raise BadImage(
-            f"it has {image.width}x{image.height} pixels, upright, and its annotations are for "
+            f"it has {image.width}x{image.height} pixels after EXIF rotation, but its annotations are for "
             f"{picture.width}x{picture.height}"
         )
     if max(image.size) > NARROWEST * min(image.size):
-        raise BadImage(f"it has {image.width}x{image.height} pixels; resized, nothing would be left of the short side")
+        raise BadImage(f"it is too narrow, {image.width}x{image.height} pixels: resizing would leave no short side")
     return image
 
 
 def _target(picture: Picture) -> Target:
-    """Boxes, labels and masks of its objects, crowds left out."""
+    """Boxes, labels and masks of the picture's objects, without crowds."""
     height, width = picture.height, picture.width
     objects = [instance for instance in picture.instances if not instance.crowd]
     boxes = torch.tensor([_corners(instance) for instance in objects], dtype=torch.float32).reshape(-1, 4)
@@ -155,6 +158,7 @@ def _corners(instance: Instance) -> tuple[float, float, float, float]:
 
 
 def collate(samples: list[DetectionBatch | UserError]) -> DetectionBatch | UserError:
+    """One batch of all samples, or the first error among them."""
     images: list[Tensor] = []
     targets: list[Target] = []
     skipped: list[Bad] = []
@@ -167,14 +171,14 @@ def collate(samples: list[DetectionBatch | UserError]) -> DetectionBatch | UserE
     return DetectionBatch(images, targets, skipped)
 
 
-def detection_batches(
+def batches_of(
     images: DetectionImages, sampler: Sampler, workers: int, pin: bool
 ) -> Generator[DetectionBatch, None, None]:
-    """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
+    """The batches with the keys of `sampler`, a `TrainSampler` or `EvalSampler`. Raises `UserError`."""
     return checked(loader(images, sampler, workers, pin, collate), images.bad)
 
 
 def eval_batches(
     images: DetectionImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[DetectionBatch, None, None]:
-    return detection_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
+    return batches_of(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)

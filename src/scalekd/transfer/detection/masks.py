@@ -1,4 +1,4 @@
-"""Masks in COCO's two notations, polygons and runs (RLE), to pixels."""
+"""Decodes masks in COCO's two formats, polygons and run lengths (RLE), to pixels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from scalekd.transfer.tasks import TASKS
 
 
 def rle_counts(counts: Any) -> list[int] | None:
-    """Lengths of the runs of 0, 1, 0, ... down the columns, from a list or COCO's text; None if it is neither.
+    """Lengths of the runs of 0, 1, 0, ... down the columns, from a list or COCO's text form; None if it is invalid.
 
-    Done here, and checked: the C code behind COCO's tools reads such text without looking where it ends. Six bits a
-    character from "0" on: five of the number, lowest first, and whether it goes on; from the third run on, the
-    difference to the run two before (cocoapi's maskApi.c).
+    The text is decoded and checked here because the C code of COCO's tools does not check where it ends. Each
+    character, counted from "0", has six bits: five bits of the number, lowest first, and a continuation bit. From the
+    fourth run on, the number is the difference to the run two before (cocoapi, maskApi.c, rleFrString).
     """
     if isinstance(counts, list):
         return counts if all(type(n) is int and n >= 0 for n in counts) else None
     if not isinstance(counts, str) or not all("0" <= c <= "o" for c in counts):
         return None
-    found: list[int] = []
+    runs: list[int] = []
     value = shift = 0
     for bits in (ord(c) - 48 for c in counts):
         value |= (bits & 31) << shift
@@ -31,19 +31,19 @@ def rle_counts(counts: Any) -> list[int] | None:
             continue
         if bits & 16:  # negative
             value -= 1 << shift
-        found.append(value + (found[-2] if len(found) > 2 else 0))
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
-    return found if shift == 0 and min(found, default=-1) >= 0 else None
+    return runs if shift == 0 and min(runs, default=-1) >= 0 else None
 
 
 def mask_of(mask: Any, height: int, width: int) -> NDArray[np.uint8]:
     """Polygons or RLE, checked by `open_coco`, to `(height, width)` of 0 and 1.
 
-    Polygons by COCO's own rasteriser. Raises `UserError` without the extra.
+    Polygons use COCO's rasteriser. Raises `UserError` if the extra is missing.
     """
     if isinstance(mask, dict):
         counts = rle_counts(mask["counts"])
-        assert counts is not None  # looked at when it was opened
+        assert counts is not None  # checked by `open_coco`
         values = np.arange(len(counts), dtype=np.uint8) % 2
         return np.repeat(values, counts).reshape(width, height).T
     rle = mask_tools()
@@ -51,7 +51,7 @@ def mask_of(mask: Any, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def mask_tools() -> Any:
-    """faster-coco-eval's functions for RLE. Raises `UserError` without the extra."""
+    """The RLE functions of faster-coco-eval. Raises `UserError` if the extra is missing."""
     try:
         from faster_coco_eval.core import mask as tools
     except ImportError:

@@ -1,4 +1,4 @@
-"""Mask R-CNN (arXiv:1703.06870), torchvision's, with its FPN on any timm backbone."""
+"""Mask R-CNN (arXiv:1703.06870) of torchvision, with its FPN on any timm backbone."""
 
 from __future__ import annotations
 
@@ -21,35 +21,43 @@ from scalekd.common.errors import UserError
 from scalekd.data.transforms import Statistic
 from scalekd.transfer.pyramid import STRIDES, Pyramid
 
-BOX_GRID = 7  # positions along a side of what torchvision pools for the box head
+BOX_GRID = 7  # side of the grid that torchvision pools for the box head
 
 
 class PyramidFPN(nn.Module):
-    """`Pyramid` under torchvision's FPN: x `(B, C, H, W)` to five maps `(B, width, ...)` of the strides 4 to 64."""
+    """torchvision's FPN on a `Pyramid`: x `(B, C, H, W)` to five maps `(B, width, ...)` of the strides 4 to 64."""
 
     def __init__(self, pyramid: Pyramid, width: int):
         super().__init__()
         self.pyramid = pyramid
         self.fpn = FeaturePyramidNetwork(pyramid.channels, width, LastLevelMaxPool())
-        self.out_channels = width  # where torchvision looks
+        self.out_channels = width  # torchvision reads it
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.pyramid(x))))
 
 
 class Detector(nn.Module):
-    """What is trained; `student` is torchvision's `MaskRCNN`, and all of what is deployed.
+    """The trained model. `student` is torchvision's `MaskRCNN`, the part that is deployed.
 
-    pyramid: with the backbone. classes: without the background. mean, std: the backbone's, for pixels in [0, 1].
-    short, long: pixels of an image's sides in evaluation, in proportion: the short one, unless the long one got longer
-    than `long`. Training images come resized (`detection_data.Scales`). A backbone of one size takes only what fits:
-    `limit` pixels, the longest side of any image, is then also what evaluation images are resized to; else None.
-    anchors: pixels, the side of an anchor at each of the five strides; smaller for smaller objects than COCO's.
-    freeze_norms: batch norms of the backbone keep the statistics that they came with, as usual for a pre-trained one in
-    batches of a few images; their scales and shifts are trained. Not for a backbone from scratch.
-    width: channels of the FPN and of the mask head; the box head has four times as many. 256 is the usual one.
-    regions: of an image, how many the box head learns from, a quarter of them on objects where there are as many.
-    proposals: of an image, how many the box head chooses among, in training and in evaluation.
+    Args:
+        pyramid: contains the backbone.
+        classes: without the background.
+        mean, std: of the backbone's input, for pixels in [0, 1].
+        short, long: pixels. In evaluation the short side is resized to `short`, or the long side to `long` if it would
+            be longer. Training images are resized before (`Scales`). For a fixed-size backbone both are replaced by
+            `limit`, the longest side in pixels of any image; for others `limit` is None.
+        anchors: side of an anchor in pixels at each of the five strides; use smaller ones for objects smaller than
+            COCO's.
+        freeze_norms: batch norms of the backbone keep their statistics, as is usual for a pre-trained backbone with
+            batches of a few images; their scales and shifts are trained. False for a backbone trained from scratch.
+        width: channels of the FPN and of the mask head; the box head has four times as many. 256 is usual.
+        regions: regions per image that the box head is trained on; a quarter of them contain objects if there are as
+            many.
+        proposals: proposals per image that reach the box head, in training and in evaluation.
+
+    Raises:
+        UserError: if a fixed-size backbone is too small.
     """
 
     def __init__(
@@ -71,10 +79,11 @@ class Detector(nn.Module):
         self.freeze_norms = freeze_norms
         self.limit: int | None = None
         if pyramid.canvas is not None:
-            # a batch is padded to whole strides, and must still fit
+            # a batch is padded to a multiple of the last stride, and must still fit
             self.limit = min(pyramid.canvas) // STRIDES[-1] * STRIDES[-1]
             if self.limit == 0:
-                raise UserError(f"a backbone of {pyramid.canvas} pixels is too small for a detector: 32 are needed")
+                size = f"{pyramid.canvas[0]}x{pyramid.canvas[1]}"
+                raise UserError(f"a backbone for {size} pixels is too small for a detector; use one for 32x32 or more")
             short = long = self.limit
         self.student = MaskRCNN(
             PyramidFPN(pyramid, width),
@@ -94,11 +103,11 @@ class Detector(nn.Module):
             _skip_resize=True,  # in training only
         )
         for pool in (self.student.roi_heads.box_roi_pool, self.student.roi_heads.mask_roi_pool):
-            _tell_levels(pool)
+            _set_strides(pool)
 
     @property
     def backbone(self) -> nn.Module:
-        """The timm model, cut down to its maps; for `decay.layer_groups`."""
+        """The pruned timm model, as `Pyramid.backbone`."""
         return self.student.backbone.pyramid.backbone
 
     def train(self, mode: bool = True) -> Detector:
@@ -110,27 +119,27 @@ class Detector(nn.Module):
         return self
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None) -> Any:
-        """images: `(C, H, W)` each, uint8, of any sizes (up to `limit` in training).
+        """images: each `(C, H, W)` uint8, of any size (in training up to `limit`).
 
-        In training, with targets (`boxes`, `labels`, `masks`, as of `DetectionBatch`): the losses `rpn_class`,
-        `rpn_box`, `class`, `box`, `mask`, scalars, and `total`, their sum. In evaluation: for each image, in its own
-        pixels and by falling score, `boxes` (N, 4) left, top, right, bottom; `labels` (N,) from 1; `scores` (N,);
-        `masks` (N, 1, H, W), probabilities.
+        In training, with `targets` (`boxes`, `labels`, `masks` as in `DetectionBatch`), returns the scalar losses
+        `rpn_class`, `rpn_box`, `class`, `box`, `mask`, and `total`, their sum. In evaluation, returns for each image,
+        in its pixels and by descending score: `boxes` (N, 4) left, top, right, bottom; `labels` (N,) from 1; `scores`
+        (N,); `masks` (N, 1, H, W), probabilities.
         """
         device = next(self.parameters()).device
         pixels = [image.to(device).float() / 255 for image in images]
         if not self.training:
             return self.student(pixels)
-        assert targets is not None, "in training, targets are needed"
+        assert targets is not None, "training needs targets"
         wanted = [{k: t[k].to(device) for k in ("boxes", "labels", "masks")} for t in targets]
         losses = self.student(pixels, wanted)
         terms = {ours: losses[theirs] for theirs, ours in LOSSES.items()}
         return terms | {"total": torch.stack(list(terms.values())).sum()}
 
 
-def _tell_levels(pool: Any) -> None:
-    """The strides of the FPN's maps. torchvision works them out from the first images that come, and keeps them: after
-    low ones (of 33 to 45 pixels in height, say) it would look for all boxes in wrong places."""
+def _set_strides(pool: Any) -> None:
+    """Sets the strides of the FPN's maps. torchvision estimates them from the first images and keeps them: after small
+    images, such as 33 to 45 pixels high, it would pool all boxes from wrong positions."""
     pool.scales = [1 / stride for stride in STRIDES]
     first, last = (stride.bit_length() - 1 for stride in (STRIDES[0], STRIDES[-1]))
     pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)

@@ -1,4 +1,4 @@
-"""What a detector found, drawn on the image: boxes, masks, names and scores."""
+"""Draws a detector's objects on the image: boxes, masks, names and scores."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from torchvision.utils import draw_segmentation_masks
 from scalekd.common.text import printable
 from scalekd.transfer.palette import palette
 
-SMALLEST = 512  # pixels: a smaller picture is enlarged, so that names can be read in it
-LONGEST = 24  # letters of a name
+SMALLEST = 512  # pixels: smaller pictures are enlarged to make names readable
+LONGEST = 24  # letters of a name that are shown
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def picture(
     image: Image.Image, prediction: dict[str, Tensor], classes: Sequence[str], threshold: float = 0.5
 ) -> Image.Image:
-    """An RGB picture of the objects whose score is at least `threshold`, the best on top, a colour for each class.
+    """An RGB picture of the objects with a score of at least `threshold`, the best on top, one colour per class.
 
-    prediction: `Detector.forward`'s for this image, or a target, whose objects have no scores.
-    classes: the names of label 1, 2, ...
+    prediction: of `Detector.forward` for this image, or a target, which has no scores.
+    classes: the names of the labels 1, 2, ...
     """
     scores = prediction.get("scores")
     count = len(prediction["labels"])
     kept = [i for i in range(count) if scores is None or scores[i] >= threshold]
-    order = sorted(kept, key=lambda i: float(scores[i]) if scores is not None else 0.0)  # the best last, on top
+    order = sorted(kept, key=lambda i: float(scores[i]) if scores is not None else 0.0)  # the best is drawn last
     factor = max(1, -(-SMALLEST // max(image.size)))
     canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     colours = palette(len(classes))
-    own = [colours[int(prediction["labels"][i]) - 1] for i in order]
+    object_colours = [colours[int(prediction["labels"][i]) - 1] for i in order]
     if order and "masks" in prediction:
-        canvas = _with_masks(canvas, prediction["masks"][order], own, factor)
+        canvas = _with_masks(canvas, prediction["masks"][order], object_colours, factor)
 
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(max(14, max(canvas.size) // 50))
     boxes: list[Box] = [tuple(factor * float(v) for v in prediction["boxes"][i]) for i in order]  # type: ignore[misc]
-    for box, colour in zip(boxes, own):
+    for box, colour in zip(boxes, object_colours):
         draw.rectangle(box, outline=colour, width=max(2, max(canvas.size) // 300))
     taken: list[Box] = []
-    for i, box, colour in reversed(list(zip(order, boxes, own))):  # the best get the best places
+    for i, box, colour in reversed(list(zip(order, boxes, object_colours))):  # the best choose their position first
         score = f" {100 * float(scores[i]):.0f} %" if scores is not None else ""
         text = _short(classes[int(prediction["labels"][i]) - 1]) + score
-        taken.append(_label(draw, text, box, colour, font, taken, canvas.size))
+        taken.append(draw_label(draw, text, box, colour, font, taken, canvas.size))
     return canvas
 
 
@@ -54,14 +54,14 @@ def _with_masks(
 ) -> Image.Image:
     masks = masks.reshape(len(colours), *masks.shape[-2:]).float().cpu() >= 0.5
     masks = masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    # one by one: together, overlapping masks would mix and none would be seen as it is
+    # one by one: drawn together, overlapping masks would mix their colours
     pixels = TF.pil_to_tensor(canvas)
     for mask, colour in zip(masks, colours):
         pixels = draw_segmentation_masks(pixels, mask, alpha=0.5, colors=colour)
     return TF.to_pil_image(pixels)
 
 
-def _label(
+def draw_label(
     draw: ImageDraw.ImageDraw,
     text: str,
     box: Box,
@@ -70,7 +70,10 @@ def _label(
     taken: Sequence[Box],
     size: tuple[int, int],
 ) -> Box:
-    """Writes on a plate above the box, or lower where that is outside the picture or taken; returns the plate."""
+    """Draws text on a plate above the box, or lower if that is outside the picture or overlaps the plates in `taken`.
+
+    size: (width, height) of the picture. Returns the plate.
+    """
     width, height = (v + 6 for v in draw.textbbox((0, 0), text, font=font)[2:])
     left = min(max(box[0], 0), max(0, size[0] - width))
     top = max(box[1] - height, 0)

@@ -1,4 +1,4 @@
-"""A recipe of `scalekd detect`, built for the engine: its data, its model, its losses and figures."""
+"""Builds a detection run from a recipe: data, model, optimiser, losses, validation and card."""
 
 from __future__ import annotations
 
@@ -18,30 +18,27 @@ from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.build import input_of, optimizer_of, steps_per_epoch
+from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Detection
 from scalekd.transfer.pyramid import Pyramid, Size
 from scalekd.transfer.tasks import TASKS
 
 from .coco import Coco, open_coco
-from .data import DetectionBatch, DetectionImages, Scales, collate, detection_batches, eval_batches
+from .data import DetectionBatch, DetectionImages, Scales, batches_of, collate, eval_batches
 from .model import Detector
-from .scores import average_precision, found, merged, percent
+from .scores import average_precision, detections, merged, percent
 
 
 @dataclass(kw_only=True)
 class DetectionRun(Run):
     task = TASKS["detection"]
+    figures = task.figures
     batch = DetectionBatch
     config: Detection
     train_images: DetectionImages
     val_images: DetectionImages
     model: Detector
-    image_size: Size  # that the backbone was built for
-
-    @property
-    def figures(self) -> dict[str, str]:
-        return self.task.figures
+    image_size: Size  # (height, width) that the backbone was built for
 
     @property
     def student(self) -> nn.Module:
@@ -49,13 +46,13 @@ class DetectionRun(Run):
 
     @property
     def eval_batch_size(self) -> int:
-        return 1  # images that go together are padded to the largest, and what is found would depend on the others
+        return 1  # a batch is padded to its largest image, so detections would depend on the other images
 
     def losses(self, model: nn.Module, batch: DetectionBatch, micro: int) -> dict[str, Tensor]:
         return model(batch.images, batch.targets)
 
     def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[DetectionBatch, None, None]:
-        return detection_batches(self.train_images, sampler, workers, self.device.type == "cuda")
+        return batches_of(self.train_images, sampler, workers, self.device.type == "cuda")
 
     def eval_batches(self, size: int, workers: int) -> Generator[DetectionBatch, None, None]:
         pin = self.device.type == "cuda"
@@ -66,31 +63,32 @@ class DetectionRun(Run):
         batch = collate([images[key] for key in keys])
         if isinstance(batch, UserError):
             raise batch
-        return batch, [images.coco.pictures[images.places[i]].path for _, i in keys]
+        return batch, [images.coco.pictures[images.indices[i]].path for _, i in keys]
 
     @torch.inference_mode()
     def validate(self, batches: Iterable[DetectionBatch]) -> dict[str, Any]:
-        """Box and mask AP in %: `box_ap`, `box_ap50`, ..., `mask_ap`, ... and `classes`, the mask AP of each."""
+        """AP in % (`box_ap`, `box_ap50`, ..., `mask_ap`, ...), `images`, and `classes` with the mask AP of each class."""
         detector = self.deployed.eval()
         results = []
         for batch in batches:
             pixels = [image.to(self.device).float() / 255 for image in batch.images]
-            results += [found(p, int(t["picture"])) for p, t in zip(detector(pixels), batch.targets)]
+            results += [detections(p, int(t["picture"])) for p, t in zip(detector(pixels), batch.targets)]
         self.model.train()
-        every = merged(results)
-        if not every:
-            raise UserError("none of the validation images can be read; mend them, or name other annotations")
-        scores = average_precision(self.val_images.coco, every)
-        told = {
+        results = merged(results)
+        if not results:
+            raise UserError("no validation image can be read; repair them, or set data.val_annotations to others")
+        scores = average_precision(self.val_images.coco, results)
+        figures = {
             f"{kind}_{key}": percent(share)
-            for kind, of_kind in scores.items()
-            for key, share in of_kind.items()
+            for kind, shares in scores.items()
+            for key, share in shares.items()
             if key != "classes"
         }
         classes = {name: percent(share) for name, share in scores["mask"]["classes"].items()}
-        return told | {"images": len(every), "classes": classes}
+        return figures | {"images": len(results), "classes": classes}
 
     def card(self) -> dict[str, Any]:
+        """The keys of `DetectorCard`, without sha256."""
         data, coco = self.config.data, self.train_images.coco
         limit = self.model.limit
         return {
@@ -100,7 +98,7 @@ class DetectionRun(Run):
             "image_size": list(self.image_size),
             "classes": coco.classes,
             "category_ids": coco.category_ids,
-            **input_of(self.model.student.transform.image_mean, self.model.student.transform.image_std),
+            **input_statistics(self.model.student.transform.image_mean, self.model.student.transform.image_std),
             "short": limit or data.short,
             "long": limit or data.long,
             "anchors": list(self.config.detector.anchors),
@@ -108,13 +106,14 @@ class DetectionRun(Run):
             "proposals": self.config.detector.proposals[1],
         }
 
-    def told(self) -> list[str]:
-        """What there is of data, and what is wrong with it."""
+    def data_summary(self) -> list[str]:
+        """Lines on the data and the problems in it."""
         parts = {"training": self.train_images, "validation": self.val_images}
-        lines = [f"{part}: {line}" for part, images in parts.items() for line in images.coco.told()]
+        lines = [f"{part}: {line}" for part, images in parts.items() for line in images.coco.summary()]
         if self.model.limit:
             lines.append(
-                f"{self.config.backbone.model} takes one size: no side of an image gets over {self.model.limit}"
+                f"{self.config.backbone.model} has a fixed input size: images are resized to at most "
+                f"{self.model.limit} pixels"
             )
         return lines
 
@@ -125,7 +124,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     data = config.data
     coco = open_coco(Path(data.annotations), Path(data.images), "data.annotations")
     val = open_coco(Path(data.val_annotations), Path(data.val_images), "data.val_annotations", coco.classes)
-    _refuse_seen(coco, val)
+    _expect_disjoint(coco, val)
     backbone, loaded, size, (mean, std) = build_backbone(config.backbone, data.channels)
     model = Detector(
         Pyramid(backbone, size),
@@ -142,7 +141,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     train_images = DetectionImages(coco, scales, config.seed, bad_images("train", data, count))
     val_images = DetectionImages(val, scales, None, bad_images("val", data, len(val.pictures)))
     steps = steps_per_epoch(len(train_images), config)
-    optimizer = optimizer_of(model, model.backbone, config)
+    optimizer = make_optimizer(model, model.backbone, config)
     return DetectionRun(
         config=config,
         device=device,
@@ -159,12 +158,12 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     )
 
 
-def _refuse_seen(coco: Coco, val: Coco) -> None:
-    """Validation images must not be trained on."""
+def _expect_disjoint(coco: Coco, val: Coco) -> None:
+    """Raises `UserError` if validation images are also trained on."""
     held = {str(Path(picture.path).resolve()) for picture in val.pictures}
-    seen = [coco.pictures[i].path for i in coco.with_objects() if str(Path(coco.pictures[i].path).resolve()) in held]
-    if seen:
+    both = [coco.pictures[i].path for i in coco.with_objects() if str(Path(coco.pictures[i].path).resolve()) in held]
+    if both:
         raise UserError(
-            f"{len(seen)} of the validation images are training images too, such as {seen[0]}; "
-            "name other annotations as data.val_annotations"
+            f"{len(both)} of the validation images are also training images, such as {both[0]}; "
+            "set data.val_annotations to others"
         )

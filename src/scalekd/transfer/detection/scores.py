@@ -1,7 +1,8 @@
-"""COCO's average precision of boxes and masks, by faster-coco-eval.
+"""COCO's average precision of boxes and masks, computed by faster-coco-eval.
 
-Its C++ does what pycocotools does and needs no compiler to install; torchmetrics would call one of the two. Results are
-kept as runs, not pixels, so those of a whole validation set fit in memory and can be sent between processes.
+faster-coco-eval computes the same as pycocotools in C++ and installs without a compiler; torchmetrics would call one of
+the two. Masks are kept as run lengths, so the results of a whole validation set fit in memory and can be sent between
+processes.
 """
 
 from __future__ import annotations
@@ -24,44 +25,46 @@ from .masks import mask_tools
 AREAS = ("ap", "ap_small", "ap_medium", "ap_large")  # in the order of COCO's area ranges
 
 
-class Found(NamedTuple):
-    """What was found in one image, N objects, in the pixels of its file."""
+class Detections(NamedTuple):
+    """The N objects found in one image, in pixels of its file."""
 
-    picture: int  # its place in `Coco.pictures`
-    boxes: NDArray[np.float64]  # (N, 4): left, top, width, height, as COCO has them
+    picture: int  # index in `Coco.pictures`
+    boxes: NDArray[np.float64]  # (N, 4): left, top, width, height, as in COCO
     labels: NDArray[np.int64]  # (N,), from 1
     scores: NDArray[np.float64]  # (N,)
-    masks: list[dict[str, Any]]  # COCO's RLE, compressed
+    masks: list[dict[str, Any]]  # COCO's compressed RLE
 
 
-def found(prediction: dict[str, Tensor], picture: int) -> Found:
-    """Of a detector's prediction for one image (`Detector.forward`). A pixel is in a mask from probability 0.5 on."""
+def detections(prediction: dict[str, Tensor], picture: int) -> Detections:
+    """Converts a prediction of `Detector.forward` for one image. Mask pixels are those with probability >= 0.5."""
     boxes = prediction["boxes"].detach().cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-    # turned where they are, a GPU as a rule: runs go down the columns
+    # transposed on the device, mostly a GPU, because runs go down the columns
     masks = (prediction["masks"].detach()[:, 0] >= 0.5).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     runs = mask_tools().encode(masks.transpose(2, 1, 0)) if len(masks) else []
     labels, scores = prediction["labels"].cpu().numpy(), prediction["scores"].detach().cpu().double().numpy()
-    return Found(picture, boxes.numpy(), labels, scores, runs)
+    return Detections(picture, boxes.numpy(), labels, scores, runs)
 
 
-def merged(results: Sequence[Found]) -> list[Found]:
-    """The results of all processes, by picture, each picture once."""
-    every = {result.picture: result for part in parallel.gather(list(results)) for result in part}
-    return [every[picture] for picture in sorted(every)]
+def merged(results: Sequence[Detections]) -> list[Detections]:
+    """The results of all processes in the order of pictures, each picture once."""
+    by_picture = {result.picture: result for part in parallel.gather(list(results)) for result in part}
+    return [by_picture[picture] for picture in sorted(by_picture)]
 
 
-def average_precision(coco: Coco, results: Sequence[Found]) -> dict[str, dict[str, Any]]:
-    """`{"box": ..., "mask": ...}`, each with `ap` (mean over IoU 0.5 to 0.95), `ap50`, `ap75`, `ap_small` (below 32x32
-    pixels), `ap_medium`, `ap_large` (above 96x96), and `classes`, the `ap` of each; shares in [0, 1], None where there
-    is no object. At most 100 objects an image count. Crowd regions are ignored: what lies in them is no error.
+def average_precision(coco: Coco, results: Sequence[Detections]) -> dict[str, dict[str, Any]]:
+    """COCO's average precision: `{"box": ..., "mask": ...}`.
 
-    An image without a result, which could not be read, is left out. Raises `UserError` without the extra.
+    Each has `ap` (mean over IoU 0.5 to 0.95), `ap50`, `ap75`, `ap_small` (below 32x32 pixels), `ap_medium`, `ap_large`
+    (above 96x96), and `classes` with the `ap` of each class. Values are in [0, 1], or None without objects. At most 100
+    objects per image count. Detections in crowd regions are not errors.
+
+    Images without a result, which could not be read, are skipped. Raises `UserError` if the extra is missing.
     """
     evaluator, dataset = _tools()
-    seen = {result.picture for result in results}
+    read = {result.picture for result in results}
     return {
-        kind: _scores(coco, evaluator, dataset(_truth(coco, seen)), _entries(results, kind), iou_type)
+        kind: _scores(coco, evaluator, dataset(_truth(coco, read)), _entries(results, kind), iou_type)
         for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
     }
 
@@ -74,15 +77,15 @@ def _tools() -> tuple[Any, Any]:
     return COCOeval_faster, COCO
 
 
-def _truth(coco: Coco, seen: Collection[int]) -> dict[str, Any]:
-    """In COCO's format, of the pictures whose places are in `seen`."""
+def _truth(coco: Coco, pictures: Collection[int]) -> dict[str, Any]:
+    """The ground truth in COCO's format, for the pictures with these indices."""
     annotations: list[dict[str, Any]] = []
-    for place, picture in enumerate(coco.pictures):
-        for instance in picture.instances if place in seen else ():
+    for i, picture in enumerate(coco.pictures):
+        for instance in picture.instances if i in pictures else ():
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would mean that nothing was matched
-                    "image_id": place,
+                    "id": len(annotations) + 1,  # the evaluator uses 0 for "no match"
+                    "image_id": i,
                     "category_id": instance.label,
                     "bbox": list(instance.box),
                     "segmentation": instance.mask,
@@ -92,14 +95,16 @@ def _truth(coco: Coco, seen: Collection[int]) -> dict[str, Any]:
             )
     _fill_areas(annotations, coco)
     return {
-        "images": [{"id": i, "height": p.height, "width": p.width} for i, p in enumerate(coco.pictures) if i in seen],
+        "images": [
+            {"id": i, "height": p.height, "width": p.width} for i, p in enumerate(coco.pictures) if i in pictures
+        ],
         "categories": [{"id": label, "name": name} for label, name in enumerate(coco.classes, 1)],
         "annotations": annotations,
     }
 
 
 def _fill_areas(annotations: list[dict[str, Any]], coco: Coco) -> None:
-    """Of the masks, where the file has none: small, medium and large depend on it."""
+    """Sets the area of the mask where the file has none; the classes small, medium and large depend on it."""
     rle = mask_tools()
     for entry in annotations:
         if entry["area"] is None:
@@ -112,8 +117,8 @@ def _fill_areas(annotations: list[dict[str, Any]], coco: Coco) -> None:
             entry["area"] = float(rle.area(runs))
 
 
-def _entries(results: Sequence[Found], kind: str) -> list[dict[str, Any]]:
-    """In COCO's results format; without boxes for masks, so that an object's size is that of its mask."""
+def _entries(results: Sequence[Detections], kind: str) -> list[dict[str, Any]]:
+    """COCO's results format; mask entries have no box, so that an object's size is that of its mask."""
     return [
         {"image_id": result.picture, "category_id": int(label), "score": float(score)}
         | ({"bbox": box.tolist()} if kind == "box" else {"segmentation": mask})
@@ -123,10 +128,10 @@ def _entries(results: Sequence[Found], kind: str) -> list[dict[str, Any]]:
 
 
 def _scores(coco: Coco, evaluator: Any, truth: Any, entries: list[dict[str, Any]], iou_type: str) -> dict[str, Any]:
-    run = evaluator(truth, truth.loadRes(entries), iou_type)
-    run.evaluate()
-    run.accumulate()
-    precision = np.asarray(run.eval["precision"])  # (10 IoUs, 101 recalls, classes, 4 areas, 3 limits of detections)
+    evaluation = evaluator(truth, truth.loadRes(entries), iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = np.asarray(evaluation.eval["precision"])  # (10 IoUs, 101 recalls, classes, 4 areas, 3 maxDets)
     precision = precision[..., -1]
     scores = {name: _mean(precision[..., area]) for area, name in enumerate(AREAS)}
     scores |= {"ap50": _mean(precision[0, ..., 0]), "ap75": _mean(precision[5, ..., 0])}
@@ -134,10 +139,11 @@ def _scores(coco: Coco, evaluator: Any, truth: Any, entries: list[dict[str, Any]
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """Of those that are not -1, COCO's mark for what has no object."""
-    there = values[values > -1]
-    return float(there.mean()) if there.size else None
+    """The mean of the values that are not -1, which COCO uses where there is no object."""
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else None
 
 
 def percent(share: float | None) -> float | None:
+    """A share in [0, 1] as %; None stays None."""
     return None if share is None else 100 * share

@@ -1,7 +1,7 @@
-"""From images with masks to batches: random crops to train on, whole images to evaluate.
+"""Batches of images with masks: random crops for training, whole images for evaluation.
 
-As in `scalekd.data`, items are asked for by (epoch, index) and every random choice comes from (seed, epoch, index).
-`segment_pairs.py` opens the files.
+As in `scalekd.data`, items are indexed by (epoch, index) and every random choice depends on (seed, epoch, index).
+`pairs.py` opens the files.
 """
 
 from __future__ import annotations
@@ -33,28 +33,31 @@ from .pairs import IGNORED, Mask, Pairs
 
 @dataclass(frozen=True)
 class Crops:
-    """What happens to an image before it is seen. The defaults are ADE20K's, as the papers have them.
+    """Transforms of images and masks. The defaults are those for ADE20K in papers.
 
-    source: mmsegmentation's configs/_base_/datasets/ade20k.py and the transforms it names.
+    Source: mmsegmentation, configs/_base_/datasets/ade20k.py and the transforms it names.
     """
 
-    size: tuple[int, int] = (512, 512)  # height, width of a training crop
-    scale: tuple[float, float] = (0.5, 2.0)  # training: of the size that an image is evaluated at
-    most: float = 0.75  # no class may have more of a crop's pixels, if ten tries find such a crop
-    flip: float = 0.5
+    size: tuple[int, int] = (512, 512)  # height, width of a training crop in pixels
+    scale: tuple[float, float] = (0.5, 2.0)  # training: range of a factor of the evaluation size
+    most: float = 0.75  # largest share of one class in a crop, if ten tries find such a crop
+    flip: float = 0.5  # probability of a horizontal flip
     photometric: bool = True
     channels: int = 3
-    fill: Statistic = (0.485, 0.456, 0.406)  # of what is padded, in [0, 1]: the backbone's mean
+    fill: Statistic = (0.485, 0.456, 0.406)  # value of padded pixels in [0, 1]: the backbone's mean
 
 
 Pair = tuple[Tensor, Tensor]  # image (C, h, w) uint8, mask (H, W) uint8
 
 
 def training_crop(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
-    """Random size, part, flip and colours; padded to `crops.size` with `fill` and `IGNORED`. Draws from torch."""
+    """A random crop of a resized image, with random flip and colours, padded to `crops.size` with `fill` and `IGNORED`.
+
+    Draws from torch's global generator.
+    """
     pixels, classes = _tensors(image, mask, crops.channels)
     scale = crops.scale[0] + (crops.scale[1] - crops.scale[0]) * float(torch.rand(()))
-    size = evaluated_at(image.height, image.width, crops.size, scale)
+    size = evaluation_size(image.height, image.width, crops.size, scale)
     # nearest-exact keeps the classes where bilinear keeps the pixels; nearest shifts them by half a pixel
     classes = F.interpolate(classes[None, None], size, mode="nearest-exact")[0, 0]
     pixels, classes = _cropped(resized(pixels, size), classes, crops)
@@ -66,19 +69,19 @@ def training_crop(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
 
 
 def whole_image(image: Image.Image, mask: Mask, crops: Crops) -> Pair:
-    """The image with its short side as long as that of `crops.size`; the mask as it is, of another size."""
+    """The image resized to its evaluation size, and the mask in its original size."""
     pixels, classes = _tensors(image, mask, crops.channels)
-    return resized(pixels, evaluated_at(image.height, image.width, crops.size)), classes
+    return resized(pixels, evaluation_size(image.height, image.width, crops.size)), classes
 
 
 def _tensors(image: Image.Image, mask: Mask, channels: int) -> Pair:
     return TF.pil_to_tensor(of_channels(channels, image)), torch.from_numpy(mask)
 
 
-def evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
-    """Height and width of an image with its sides in proportion: the short one min(size), the long one at most 4x that.
+def evaluation_size(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """Height and width after resizing: the short side min(size) * scale, the long side at most four times that.
 
-    mmsegmentation's scale (2048, 512) with crops of 512.
+    As mmsegmentation's scale (2048, 512) with crops of 512.
     """
     short = scale * min(size)
     factor = min(short / min(height, width), 4 * short / max(height, width))
@@ -86,11 +89,12 @@ def evaluated_at(height: int, width: int, size: tuple[int, int], scale: float = 
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, H, W) uint8 to (height, width) `size`, bilinear with antialiasing."""
     return TF.resize(pixels, list(size), v2.InterpolationMode.BILINEAR, antialias=True)
 
 
 def _cropped(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
-    """A random part of at most `crops.size`: the first of ten in which no class has more than `most`, else the last."""
+    """A random crop of at most `crops.size`: the first of ten in which no class has more than `most`, else the last."""
     height, width = (min(side, most) for side, most in zip(classes.shape, crops.size))
     for _ in range(10):
         y = int(torch.randint(classes.shape[0] - height + 1, ()))
@@ -103,7 +107,7 @@ def _cropped(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
 
 
 def _padded(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
-    """Below and on the right."""
+    """Pads at the bottom and on the right."""
     height, width = classes.shape
     if (height, width) == crops.size:
         return pixels, classes
@@ -113,14 +117,14 @@ def _padded(pixels: Tensor, classes: Tensor, crops: Crops) -> Pair:
     return canvas, whole
 
 
-def _at_times(**change: tuple[float, float]) -> v2.Transform:
+def _half_the_time(**change: tuple[float, float]) -> v2.Transform:
     return v2.RandomApply([v2.ColorJitter(**change)], p=0.5)
 
 
-# SSD's (arXiv:1512.02325) in the ranges of mmsegmentation's PhotoMetricDistortion, contrast before or after the others.
-# torchvision's RandomPhotometricDistort also swaps channels, which mmsegmentation's does not.
-_LIGHT, _CONTRAST = _at_times(brightness=(1 - 32 / 255, 1 + 32 / 255)), _at_times(contrast=(0.5, 1.5))
-_COLOUR = [_at_times(saturation=(0.5, 1.5)), _at_times(hue=(-0.1, 0.1))]
+# As in SSD (arXiv:1512.02325), with the ranges of mmsegmentation's PhotoMetricDistortion; contrast comes before or after
+# the others. torchvision's RandomPhotometricDistort also swaps channels, which mmsegmentation's does not.
+_LIGHT, _CONTRAST = _half_the_time(brightness=(1 - 32 / 255, 1 + 32 / 255)), _half_the_time(contrast=(0.5, 1.5))
+_COLOUR = [_half_the_time(saturation=(0.5, 1.5)), _half_the_time(hue=(-0.1, 0.1))]
 DISTORTION = v2.RandomChoice([v2.Compose([_LIGHT, _CONTRAST, *_COLOUR]), v2.Compose([_LIGHT, *_COLOUR, _CONTRAST])])
 
 
@@ -128,15 +132,15 @@ DISTORTION = v2.RandomChoice([v2.Compose([_LIGHT, _CONTRAST, *_COLOUR]), v2.Comp
 
 
 class Sample(NamedTuple):
-    pair: Pair | None  # None if it cannot be read and nothing takes its place
+    pair: Pair | None  # None if no pair could be read
     skipped: Sequence[Bad] = ()
 
 
-class SegmentImages(Dataset):
-    """Pairs asked for by (epoch, index), as `scalekd.data.Images`: random crops with a seed, whole images without.
+class SegmentationImages(Dataset):
+    """Pairs indexed by (epoch, index), as `scalekd.data.batches.Images`: random crops with a seed, else whole images.
 
-    A pair that cannot be used comes back as a `UserError`. With `bad`, which notes them, it is left out instead: in
-    training the next one takes its place.
+    A pair that cannot be used is returned as a `UserError`. With `bad`, it is skipped and recorded there; in training
+    the next pair takes its place.
     """
 
     def __init__(self, pairs: Pairs, crops: Crops, seed: int | None, bad: BadImages | None = None):
@@ -153,24 +157,25 @@ class SegmentImages(Dataset):
         skipped: list[Bad] = []
         spare = self.bad.allowed if self.bad and self.seed is not None else 0
         for i in range(index, index + spare + 1):
-            place = i % len(self)
+            number = i % len(self)
             try:
-                image, mask = self.pairs[place]
+                image, mask = self.pairs[number]
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {self.pairs.where(place)}: {printable(str(error))}. Mend or remove the two files"
+                        f"cannot use {self.pairs.where(number)}: {printable(str(error))}. Repair or remove the two files, "
+                        "or set data.on_bad_image=skip"
                     )
-                skipped.append(Bad(self.pairs.where(place), str(error)))
+                skipped.append(Bad(self.pairs.where(number), str(error)))
             else:
                 return Sample(transform(image, mask, self.crops), skipped)
         return Sample(None, skipped)
 
 
 def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
-    """Samples that follow each other and have one size, together: `images (B, C, h, w)`, `targets (B, H, W)`, uint8.
+    """Batches of consecutive samples of the same size: `images (B, C, h, w)`, `targets (B, H, W)`, both uint8.
 
-    In training that is one batch; in evaluation images have their own sizes.
+    In training that is one batch; in evaluation images have different sizes. Returns the first error, if any.
     """
     runs: list[list[Pair]] = []
     skipped: list[Bad] = []
@@ -188,17 +193,17 @@ def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
     return [first._replace(skipped=skipped), *rest]
 
 
-def segment_batches(images: SegmentImages, sampler: Sampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
-    """The batches whose keys `sampler` gives, a `TrainSampler` or an `EvalSampler`. Raises `UserError`."""
-    return checked(_one_by_one(loader(images, sampler, workers, pin, collate)), images.bad)
+def batches_of(images: SegmentationImages, sampler: Sampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
+    """The batches with the keys of `sampler`, a `TrainSampler` or `EvalSampler`. Raises `UserError`."""
+    return checked(_flattened(loader(images, sampler, workers, pin, collate)), images.bad)
 
 
 def eval_batches(
-    images: SegmentImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
+    images: SegmentationImages, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> Generator[Batch, None, None]:
-    return segment_batches(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
+    return batches_of(images, EvalSampler(len(images), batch_size, rank, world), workers, pin)
 
 
-def _one_by_one(collated: Iterable[list[Batch] | UserError]) -> Iterator[Batch | UserError]:
-    for of_one in collated:
-        yield from [of_one] if isinstance(of_one, UserError) else of_one
+def _flattened(collated: Iterable[list[Batch] | UserError]) -> Iterator[Batch | UserError]:
+    for batches in collated:
+        yield from [batches] if isinstance(batches, UserError) else batches

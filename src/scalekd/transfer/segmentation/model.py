@@ -1,7 +1,7 @@
-"""UPerNet (arXiv:1807.10221) on any timm backbone: the decoder of segmentation_models_pytorch over `Pyramid`.
+"""UPerNet (arXiv:1807.10221) on any timm backbone: the decoder of segmentation_models_pytorch (smp) on a `Pyramid`.
 
-Heads, dropout and the weights of the losses are those of mmsegmentation's configs/_base_/models/upernet_swin.py. Unlike
-it, smp's decoder puts a layer norm on each map.
+Heads, dropout and loss weights are those of mmsegmentation's configs/_base_/models/upernet_swin.py. Unlike it, smp's
+decoder applies a layer norm to each map.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ AUXILIARY_STRIDE = 16
 
 
 class UPerNet(nn.Module):
-    """x `(B, C, H, W)`, normalised, to logits `(B, classes, H, W)`. What is deployed.
+    """x `(B, C, H, W)`, normalised, to logits `(B, classes, H, W)`. The deployed model.
 
-    pyramid: a `Pyramid`. channels: the decoder's width. `.decoder` and `.classifier` are new and `.pyramid` has the
-    backbone, so parameter groups tell them apart by name. Raises `UserError` without the extra.
+    pyramid: contains the backbone; `.decoder` and `.classifier` are new. channels: width of the decoder.
+    Raises `UserError` if the extra is missing.
     """
 
     def __init__(self, pyramid: Pyramid, classes: int, channels: int = 512):
@@ -42,18 +42,24 @@ class UPerNet(nn.Module):
         return self.from_maps(self.pyramid(x), x.shape[-2:])
 
     def from_maps(self, maps: list[Tensor], size: torch.Size) -> Tensor:
-        """The pyramid's maps to logits of (height, width) `size`."""
-        # smp's decoder leaves out the first two of an encoder's maps, those of the strides 1 and 2
+        """The pyramid's maps to logits with (height, width) `size`."""
+        # smp's decoder ignores the first two maps of an encoder, those of the strides 1 and 2
         return _enlarged(self.classifier(self.decoder([maps[0], maps[0], *maps])), size)
 
 
 class Segmenter(nn.Module):
-    """A `UPerNet` as `.student`, with the auxiliary head that only training needs: convolution, norm, ReLU, classifier
-    on the map of stride 16, its loss weighted 0.4.
+    """A `UPerNet` as `.student`, and an auxiliary head for training: convolution, norm, ReLU and classifier on the map
+    of stride 16, with loss weight 0.4.
 
-    model: a timm model; it becomes part of the student. image_size: (height, width) it was built for.
-    statistics: (mean, std) of its input for pixels in [0, 1]; timm's own unless given.
-    Raises `UserError` without the extra, and for a model that gives no maps.
+    Args:
+        model: a timm model, pruned in place; it becomes part of the student.
+        image_size: (height, width) in pixels it was built for.
+        classes: number of classes.
+        channels: width of the decoder.
+        statistics: (mean, std) of the input for pixels in [0, 1]; timm's by default.
+
+    Raises:
+        UserError: if the extra is missing or the model gives no maps.
     """
 
     student_mean: Tensor
@@ -82,15 +88,15 @@ class Segmenter(nn.Module):
         )
 
     def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """{"ce": ..., "auxiliary": ..., "total": ...}: mean cross-entropy of the pixels that are not ignored.
+        """{"ce": ..., "auxiliary": ..., "total": ...}: mean cross-entropy over the pixels that are not ignored.
 
-        images: (B, C, H, W), uint8, or float in [0, 1]. masks: (B, H, W) classes, 255 is ignored.
-        A batch of ignored pixels alone has losses of 0. Raises `UserError` for one image on one process in training.
+        images: (B, C, H, W), uint8, or float in [0, 1]. masks: (B, H, W) classes; 255 is ignored.
+        A batch with only ignored pixels has losses of 0. Raises `UserError` for one image per process in training.
         """
         if self.training and len(images) == 1 and not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
             raise UserError(
-                "one image per process and step: UPerNet's batch norms over a pooled map of one pixel need two or more; "
-                "raise train.batch_size"
+                "UPerNet needs two images per process and step: it normalises a one-pixel map over the batch; raise "
+                "train.batch_size"
             )
         pixels = images if images.is_floating_point() else images.float() / 255
         maps = self.student.pyramid((pixels - self.student_mean) / self.student_std)
@@ -105,7 +111,7 @@ class Segmenter(nn.Module):
 
 def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     summed = F.cross_entropy(logits.float(), masks.long(), ignore_index=IGNORED, reduction="sum")
-    return summed / (masks != IGNORED).sum().clamp(min=1)  # 0 / 0 would make a whole run's weights nan
+    return summed / (masks != IGNORED).sum().clamp(min=1)  # 0 / 0 would make all weights nan
 
 
 def _enlarged(logits: Tensor, size: torch.Size) -> Tensor:
@@ -113,7 +119,7 @@ def _enlarged(logits: Tensor, size: torch.Size) -> Tensor:
 
 
 def _decoder(widths: list[int], channels: int) -> Any:
-    """smp's decoder for maps of these widths, initialised as smp does. Raises `UserError` without the extra."""
+    """smp's decoder for maps with these channels, initialised as in smp. Raises `UserError` if the extra is missing."""
     try:
         from segmentation_models_pytorch.base.initialization import initialize_decoder
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder

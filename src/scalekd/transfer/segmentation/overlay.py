@@ -1,4 +1,4 @@
-"""Predicted classes drawn over an image, with a legend."""
+"""Draws predicted classes over an image, with a legend."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scalekd.transfer.palette import palette
 
 from .pairs import IGNORED
 
-SMALLEST = 256  # pixels: a smaller picture is enlarged until its long side has as many
-LISTED = 20  # classes in a legend
+SMALLEST = 256  # pixels: smaller pictures are enlarged by a whole factor until the long side has as many
+LISTED = 20  # most classes in a legend
 LINE, MARGIN = 18, 8  # pixels
 
 
@@ -25,13 +25,13 @@ def overlay(
     opacity: float = 0.5,
     without: Sequence[str] = (),
 ) -> Image.Image:
-    """The image in grey under the colours of its classes, outlined, and beside it the classes by their share.
+    """The image in grey with its classes in colour and outlined, and a legend of the classes by share; RGB.
 
-    predicted: (H, W) of the image's size; `IGNORED` is left as it is. without: classes that are not coloured either,
-    such as a background. RGB; small images are enlarged, pixel by pixel.
+    predicted: (H, W) classes of the image's size; `IGNORED` is not coloured. without: names of classes that are not
+    coloured either, such as a background. Small images are enlarged without interpolation.
     """
     if predicted.shape != image.size[::-1]:
-        raise ValueError(f"{predicted.shape} classes for an image of {image.height}x{image.width} pixels")
+        raise ValueError(f"predicted has shape {predicted.shape}, the image {image.height}x{image.width} pixels")
     factor = max(1, -(-SMALLEST // max(image.size)))
     large = np.kron(predicted, np.ones((factor, factor), predicted.dtype))
     grey = np.asarray(image.convert("L").resize(large.shape[::-1], Image.Resampling.NEAREST), np.float32)
@@ -40,13 +40,13 @@ def overlay(
     coloured = ~np.isin(large, [IGNORED, *hidden])
     colours = np.zeros((IGNORED + 1, 3), np.float32)
     colours[: len(classes)] = palette(len(classes))
-    strength = np.where(_edges(large), 1.0, opacity)[coloured][:, None]
+    strength = np.where(class_edges(large), 1.0, opacity)[coloured][:, None]
     picture[coloured] = (1 - strength) * picture[coloured] + strength * colours[large[coloured]]
     return _with_legend(Image.fromarray(picture.round().astype(np.uint8)), predicted, classes, hidden)
 
 
-def _edges(predicted: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Pixels beside another class: regions of similar colours stay apart."""
+def class_edges(predicted: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Pixels next to another class. Outlines separate regions of similar colours."""
     edges = np.zeros(predicted.shape, bool)
     down, right = predicted[1:] != predicted[:-1], predicted[:, 1:] != predicted[:, :-1]
     edges[1:] |= down

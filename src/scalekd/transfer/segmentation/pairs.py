@@ -1,6 +1,6 @@
-"""Images with masks of classes: ADE20K's format, or any folder of images and one of masks. docs/how-to/transfer.md.
+"""Opens images with masks: ADE20K's format, or a folder of images and a folder of masks. See docs/how-to/transfer.md.
 
-A mask says the class of every pixel; `IGNORED` is a pixel without one: neither trained on nor counted.
+A mask has the class of every pixel; `IGNORED` marks a pixel without a class, which is not trained on or counted.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, is_image
 
 IGNORED = 255
-MOST_CLASSES = 255  # a mask has 8 bits, and one value is taken
-MASKS = ("annotations", "masks", "labels")  # what the folder beside images/ may be called
+MOST_CLASSES = 255  # a mask has 8 bits, and one value means ignored
+MASKS = ("annotations", "masks", "labels")  # possible names of the mask folder
 PARTS = {"train": ("training", "train"), "val": ("validation", "val", "test")}
-CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # ours; ADE20K's own
-LOOKED_AT = 8  # pairs read when a set is opened: enough to meet what is wrong with all of them
+CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
+SAMPLED = 8  # pairs read when a set is opened, enough to find problems that all pairs have
 
 Mask = NDArray[np.uint8]  # (H, W): class, or IGNORED
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Image files and their masks' files, in one order. `pairs[i]` reads both. Picklable."""
+    """Image files and their mask files, in the same order. `pairs[i]` reads both. Picklable."""
 
     images: Sequence[Path]
     masks: Sequence[Path]
@@ -43,7 +43,7 @@ class Pairs:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Mask]:
-        """The upright image, mode L or RGB, and its mask. Raises `BadImage`."""
+        """The image, rotated upright, of mode L or RGB, and its mask. Raises `BadImage`."""
         try:
             image = decode(self.images[i].read_bytes())
         except OSError as error:
@@ -53,14 +53,15 @@ class Pairs:
         except BadImage as error:
             raise BadImage(f"its mask {self.masks[i]}: {error}") from None
         if mask.shape != image.size[::-1]:
-            other = "x".join(map(str, mask.shape[::-1]))
+            size = "x".join(map(str, mask.shape[::-1]))
             raise BadImage(
-                f"its mask {self.masks[i]} has {other} pixels, the image {image.width}x{image.height}"
-                + " (upright, as its EXIF data say)" * (mask.shape == image.size)
+                f"its mask {self.masks[i]} has {size} pixels, the image {image.width}x{image.height}"
+                + " after EXIF rotation" * (mask.shape == image.size)
             )
         return image, mask
 
     def where(self, i: int) -> str:
+        """The path of image `i`."""
         return str(self.images[i])
 
 
@@ -72,55 +73,64 @@ def open_segments(
     val_fraction: float = 0.1,
     seed: int = 0,
 ) -> tuple[Pairs, Pairs]:
-    """(training, validation) pairs of a folder. Raises `UserError`.
+    """(training, validation) pairs of a folder.
 
-    root: `images/training`, `annotations/training`, `images/validation`, `annotations/validation` as in ADE20K, or
-      `train/images`, `train/masks` and so on (`MASKS`, `PARTS` have the names). Without parts, `images` and `masks`
-      alone, a seeded `val_fraction` of the pairs validates.
-    classes: a file with the name of a class per line, class 0 first; else `root/classes.txt`, else ADE20K's own list.
-    reduce_zero_label: masks hold 0 for "other", which is ignored, and count the classes from 1, as in ADE20K.
+    Args:
+        root: contains `images/training`, `annotations/training`, `images/validation`, `annotations/validation` as in
+            ADE20K, or `train/images`, `train/masks` and so on (`MASKS` and `PARTS` list the names). Without parts, only
+            `images` and `masks`, a seeded `val_fraction` of the pairs is held out for validation.
+        classes: a file with one class name per line, class 0 first; by default `root/classes.txt`, or ADE20K's list.
+        reduce_zero_label: in the masks, 0 means "other", which is ignored, and classes start at 1, as in ADE20K.
+
+    Raises:
+        UserError: for a folder in no such layout, and for anything wrong with the classes or most pairs.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
     names = read_classes(classes or classes_file(root))
     folders = {part: part_folders(root, part) for part in PARTS}
     if folders["train"] and folders["val"]:
-        train, val = (open_pairs(*found, names, reduce_zero_label) for found in folders.values() if found)
+        train, val = (open_pairs(*pair, names, reduce_zero_label) for pair in folders.values() if pair)
         return train, val
     whole = next(((root / "images", root / m) for m in MASKS if (root / m).is_dir()), None)
     if whole is None or not whole[0].is_dir() or folders["train"] or folders["val"]:
         raise UserError(
-            f"{root} holds no images with masks: there must be images/training, annotations/training, "
-            "images/validation and annotations/validation, or train/images, train/masks, val/images and val/masks, "
-            "or images and masks alone"
+            f"{root} has no images with masks; it needs images/training, annotations/training, images/validation and "
+            "annotations/validation, or train/images, train/masks, val/images and val/masks, or only images and masks"
         )
     return _held_out(open_pairs(*whole, names, reduce_zero_label), val_fraction, seed)
 
 
 def open_pairs(images: Path, masks: Path, classes: Sequence[str], reduce_zero_label: bool = False) -> Pairs:
-    """All images of a folder and its sub-folders with their masks, by name without extension. Raises `UserError`.
+    """All images of a folder and its sub-folders with their masks, matched by name without extension.
 
-    A few pairs are read, so that what is wrong with all of them is told before a run starts.
+    Reads a few pairs to find problems that all of them have. Raises `UserError`.
     """
     most = MOST_CLASSES - reduce_zero_label
     if len(classes) > most:
-        raise UserError(f"{len(classes)} classes: masks are held in 8 bits, for {most} classes and ignored pixels")
-    found, theirs = _by_name(images), _by_name(masks)
-    for one, other, what in ((found, theirs, "masks"), (theirs, found, "images")):
-        alone = sorted(one.keys() - other.keys())
-        if alone:
-            have, lack = (images, masks) if what == "masks" else (masks, images)
-            raise UserError(
-                f"{len(alone)} of {len(one)} files in {have} have no {what} of the same name in {lack}, such as "
-                f"{one[alone[0]].name}: add them, or remove those files"
-            )
-    lossy = next((file for file in theirs.values() if file.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
+        raise UserError(f"{len(classes)} classes are too many: masks have 8 bits, for at most {most} classes")
+    image_files, mask_files = _by_name(images), _by_name(masks)
+    _expect_partners(image_files, mask_files, images, masks, "masks")
+    _expect_partners(mask_files, image_files, masks, images, "images")
+    lossy = next((file for file in mask_files.values() if file.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
     if lossy is not None:
-        raise UserError(f"{lossy}: {lossy.suffix} does not keep the values of a mask exactly; save masks as .png")
-    names = sorted(found)
-    pairs = Pairs([found[n] for n in names], [theirs[n] for n in names], list(classes), reduce_zero_label)
-    _look_at(pairs)
+        raise UserError(f"{lossy}: {lossy.suffix} does not preserve the values of a mask; save masks as .png")
+    names = sorted(image_files)
+    pairs = Pairs([image_files[n] for n in names], [mask_files[n] for n in names], list(classes), reduce_zero_label)
+    _check_sample(pairs)
     return pairs
+
+
+def _expect_partners(
+    files: dict[str, Path], partners: dict[str, Path], folder: Path, other_folder: Path, kind: str
+) -> None:
+    """Raises `UserError` for files without a partner of the same name. kind: of the partners."""
+    alone = sorted(files.keys() - partners.keys())
+    if alone:
+        raise UserError(
+            f"{len(alone)} of {len(files)} files in {folder} have no {kind} of the same name in {other_folder}, such as "
+            f"{files[alone[0]].name}; add them, or remove those files"
+        )
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -133,15 +143,15 @@ def _by_name(folder: Path) -> dict[str, Path]:
         if not is_image(file.name):
             continue
         if name in files:
-            raise UserError(f"{files[name]} and {file.name} have one name without extension; keep one of them")
+            raise UserError(f"{files[name]} and {file.name} have the same name without extension; remove one of them")
         files[name] = file
     if not files:
-        raise UserError(f"{folder} holds no images")
+        raise UserError(f"{folder} contains no images")
     return files
 
 
 def part_folders(root: Path, part: str) -> tuple[Path, Path] | None:
-    """The folders of images and masks of a part, in either order of names."""
+    """The folders of images and masks of a part, such as images/training or training/images; None if missing."""
     for name in PARTS[part]:
         for masks in MASKS:
             for pair in ((root / "images" / name, root / masks / name), (root / name / "images", root / name / masks)):
@@ -153,7 +163,7 @@ def part_folders(root: Path, part: str) -> tuple[Path, Path] | None:
 def _held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     held = max(1, round(len(pairs) * share))
     if held >= len(pairs):
-        raise UserError(f"{len(pairs)} images with masks are too few to hold out {held} for validation")
+        raise UserError(f"{len(pairs)} images with masks are too few to hold out {held} for validation; add images")
     generator = torch.Generator().manual_seed(seed_from("held out", seed))
     order = torch.randperm(len(pairs), generator=generator).tolist()
     train, val = (
@@ -163,58 +173,60 @@ def _held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     return train, val
 
 
-def _look_at(pairs: Pairs) -> None:
-    """Raises `UserError` for what most of the set has wrong; a single bad file is told when it is its turn."""
-    places = sorted({round(i) for i in np.linspace(0, len(pairs) - 1, LOOKED_AT)})
-    told, values = [], set[int]()
-    for i in places:
+def _check_sample(pairs: Pairs) -> None:
+    """Raises `UserError` for problems of most pairs; a single bad pair is an error when it is read."""
+    indices = sorted({round(i) for i in np.linspace(0, len(pairs) - 1, SAMPLED)})
+    errors, values = [], set[int]()
+    for i in indices:
         try:
             values |= set(np.unique(pairs[i][1]).tolist())
         except BadImage as error:
-            told.append(f"cannot use {pairs.where(i)}: {printable(str(error))}")
-    if 2 * len(told) > len(places):
-        raise UserError(f"{told[0]}.\n{len(told)} of {len(places)} images that were looked at cannot be used.")
+            errors.append(f"cannot use {pairs.where(i)}: {printable(str(error))}")
+    if 2 * len(errors) > len(indices):
+        raise UserError(f"{errors[0]}.\n{len(errors)} of {len(indices)} sampled images cannot be used.")
+    folder = pairs.masks[0].parent
     if values == {0, IGNORED} and not pairs.reduce_zero_label and len(pairs.classes) > 1:
         raise UserError(
-            f"the masks beside {pairs.images[0].parent} hold 0 and 255 alone, as black-and-white ones do, but 255 is a "
-            "pixel without a class. Write class numbers: 0, 1, ..."
+            f"the masks in {folder} only have the values 0 and 255, like black-and-white images, but 255 marks a pixel "
+            "without a class. Write class numbers: 0, 1, ..."
         )
     if values == {IGNORED}:
-        raise UserError(f"every pixel of {len(places)} masks beside {pairs.images[0].parent} is ignored: no class")
+        raise UserError(f"every pixel of {len(indices)} sampled masks in {folder} is ignored; use masks with classes")
 
 
 # ---------------------------------------------------------------- classes
 
 
 def classes_file(root: Path) -> Path:
+    """The file in a folder that lists its classes. Raises `UserError` if there is none."""
     for name in CLASS_FILES:
         if (root / name).is_file():
             return root / name
-    raise UserError(f"{root} has no classes.txt: write one, with the name of one class per line, class 0 first")
+    raise UserError(f"{root} has no classes.txt; write one with one class name per line, class 0 first")
 
 
 def read_classes(file: Path) -> list[str]:
-    """The names in classes.txt, or in ADE20K's objectInfo150.txt, a table whose last column is meant. `UserError`."""
+    """Class names in classes.txt, or in the last column of ADE20K's objectInfo150.txt. Raises `UserError`."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the classes: {file}: {first_line(error)}") from None
+        raise UserError(f"cannot read the class names in {file}: {first_line(error)}") from None
     if lines and lines[0].split("\t")[0] == "Idx":
         lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]  # the first of its synonyms
     if not lines:
-        raise UserError(f"{file} names no class; write one per line, class 0 first")
+        raise UserError(f"{file} is empty; write one class name per line, class 0 first")
     if "" in lines:
-        raise UserError(f"{file}: line {lines.index('') + 1} is empty, and every line is a class")
+        raise UserError(f"{file}: line {lines.index('') + 1} is empty, but every line is a class; remove it")
     twice = next((name for i, name in enumerate(lines) if name in lines[:i]), None)
     if twice is not None:
-        raise UserError(f"{file} names {printable(twice)} twice")
+        raise UserError(f"{file} lists {printable(twice)} twice; class names must differ")
     return lines
 
 
 def read_mask(file: Path) -> NDArray[np.int64]:
-    """(H, W): the numbers in a mask's file. Raises `BadImage`.
+    """(H, W): the values in a mask file. Raises `BadImage`.
 
-    Grey of 1, 8, 16 or 32 bits gives its values, a palette its indices. Colours are no class numbers.
+    A grey image of 1, 8, 16 or 32 bits gives its values, a palette image its indices. Colours are not class numbers.
     """
     try:
         with Image.open(io.BytesIO(file.read_bytes())) as image:
@@ -225,14 +237,14 @@ def read_mask(file: Path) -> NDArray[np.int64]:
     except Exception as error:  # a damaged file can make Pillow raise nearly anything
         raise BadImage(f"cannot be read: {first_line(error)}") from None
     if mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
-        raise BadImage(f"is a picture of mode {mode}; a mask has one channel, whose values are class numbers")
+        raise BadImage(f"is an image of mode {mode}; a mask has one channel with class numbers")
     return values.astype(np.int64)
 
 
 def as_classes(values: NDArray[np.int64], classes: Sequence[str], reduce_zero_label: bool) -> Mask:
-    """Classes from 0, and `IGNORED` for 255 (65535 in 16 bits) and, if 0 is "other", for 0. Raises `BadImage`.
+    """Mask values to classes from 0, and to `IGNORED` for 255, 65535 (16 bits) and, with `reduce_zero_label`, 0.
 
-    A value beyond the class list is never ignored silently: it would hide a wrong list.
+    A value beyond the class list raises `BadImage`: ignoring it would hide a wrong list.
     """
     first, beyond = int(reduce_zero_label), len(classes) + reduce_zero_label
     ignored = (values == IGNORED) | (values == 65535) | (values < first) & (values >= 0)
@@ -240,8 +252,8 @@ def as_classes(values: NDArray[np.int64], classes: Sequence[str], reduce_zero_la
     if bad.size:
         few = ", ".join(map(str, np.unique(bad)[:5]))
         raise BadImage(
-            f"{bad.size} of {values.size} pixels hold values beyond the class list, such as {few}: {len(classes)} "
-            f"classes have {first} to {beyond - 1}, and 255 is ignored"
-            + ("; if 0 is `other` and classes count from 1, set reduce_zero_label" * (int(bad.max()) == len(classes)))
+            f"{bad.size} of {values.size} pixels have values beyond the class list, such as {few}: {len(classes)} "
+            f"classes use {first} to {beyond - 1}, and 255 is ignored"
+            + ("; if 0 is `other` and classes start at 1, set reduce_zero_label" * (int(bad.max()) == len(classes)))
         )
     return np.where(ignored, IGNORED, values - first).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A recipe of `scalekd segment`, built for the engine: its data, its model, its losses and figures."""
+"""Builds a segmentation run from a recipe: data, model, optimiser, losses, validation and card."""
 
 from __future__ import annotations
 
@@ -20,30 +20,27 @@ from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.optim import make_iteration_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.build import input_of, optimizer_of, steps_per_epoch
+from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Segmentation
 from scalekd.transfer.pyramid import Size
 from scalekd.transfer.tasks import TASKS
 
-from .data import Crops, SegmentImages, collate, eval_batches, segment_batches
+from .data import Crops, SegmentationImages, batches_of, collate, eval_batches
 from .model import Segmenter
 from .pairs import open_segments
-from .scores import evaluate, inference
+from .scores import evaluate, make_inference
 
 
 @dataclass(kw_only=True)
 class SegmentationRun(Run):
     task = TASKS["segmentation"]
+    figures = task.figures
     batch = Batch
     config: Segmentation
-    train_images: SegmentImages
-    val_images: SegmentImages
+    train_images: SegmentationImages
+    val_images: SegmentationImages
     model: Segmenter
-    image_size: Size  # that the backbone was built for
-
-    @property
-    def figures(self) -> dict[str, str]:
-        return self.task.figures
+    image_size: Size  # (height, width) that the backbone was built for
 
     @property
     def student(self) -> nn.Module:
@@ -68,7 +65,7 @@ class SegmentationRun(Run):
         return model(images, batch.targets.to(self.device, non_blocking=True))
 
     def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Batch, None, None]:
-        return segment_batches(self.train_images, sampler, workers, self.device.type == "cuda")
+        return batches_of(self.train_images, sampler, workers, self.device.type == "cuda")
 
     def eval_batches(self, size: int, workers: int) -> Generator[Batch, None, None]:
         pin = self.device.type == "cuda"
@@ -82,13 +79,13 @@ class SegmentationRun(Run):
         return batches[0], [images.pairs.where(i) for _, i in keys]
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """`segment_eval.scores` of the deployed model."""
-        crop = height_and_width(self.config.data.crop)
-        how = inference(self.config.segmenter.inference, crop)
-        model, classes = self.model, self.classes
-        return evaluate(self.deployed, batches, model.student_mean, model.student_std, self.device, classes, how)
+        """The result of `scores.scores` for the deployed model."""
+        mean, std = self.model.student_mean, self.model.student_std
+        inference = make_inference(self.config.segmenter.inference, height_and_width(self.config.data.crop))
+        return evaluate(self.deployed, batches, mean, std, self.device, self.classes, inference)
 
     def card(self) -> dict[str, Any]:
+        """The keys of `SegmenterCard`, without sha256."""
         data = self.config.data
         crop = height_and_width(data.crop)
         return {
@@ -97,7 +94,7 @@ class SegmentationRun(Run):
             "kwargs": self.loaded["backbone"].kwargs,
             "image_size": list(self.image_size),
             "classes": self.classes,
-            **input_of(self.model.student_mean, self.model.student_std),
+            **input_statistics(self.model.student_mean, self.model.student_std),
             "short": min(crop),
             "long": 4 * min(crop),
             "width": self.config.segmenter.width,
@@ -106,8 +103,9 @@ class SegmentationRun(Run):
             "reduce_zero_label": data.reduce_zero_label,
         }
 
-    def told(self) -> list[str]:
-        counts = f"{counted(len(self.train_images), 'image')} to train on, {len(self.val_images)} to validate on"
+    def data_summary(self) -> list[str]:
+        """A line on the data."""
+        counts = f"{counted(len(self.train_images), 'training image')}, {len(self.val_images)} for validation"
         return [f"{self.config.data.root}: {counts}, {len(self.classes)} classes"]
 
 
@@ -127,9 +125,9 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
     _expect_fit(model.student.pyramid.canvas, crop, config)
     prepared(model, config, device)
     crops = Crops(crop, data.scale, flip=data.flip, photometric=data.photometric, channels=data.channels, fill=stats[0])
-    train_images = SegmentImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
-    val_images = SegmentImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
-    optimizer = optimizer_of(model, model.student.pyramid.backbone, config)
+    train_images = SegmentationImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
+    val_images = SegmentationImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
+    optimizer = make_optimizer(model, model.student.pyramid.backbone, config)
     return SegmentationRun(
         config=config,
         device=device,
@@ -147,13 +145,13 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
 
 
 def _expect_fit(canvas: Size | None, crop: Size, config: Segmentation) -> None:
-    """A backbone of one size sees a crop or a window, and nothing larger."""
+    """Raises `UserError` if a fixed-size backbone would get more pixels than it accepts."""
     if canvas is None:
         return
     fits = crop[0] <= canvas[0] and crop[1] <= canvas[1]
     if not fits or config.segmenter.inference == "whole":
         side = f"{canvas[0]}" if canvas[0] == canvas[1] else str(list(canvas))
         raise UserError(
-            f"backbone.model: {config.backbone.model} takes images of {canvas[0]}x{canvas[1]} pixels and no others; set "
+            f"backbone.model: {config.backbone.model} only accepts {canvas[0]}x{canvas[1]} pixels; set "
             f"data.crop={side if not fits else config.data.crop} segmenter.inference=sliding"
         )

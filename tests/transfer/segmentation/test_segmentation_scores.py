@@ -17,7 +17,7 @@ from scalekd.transfer.segmentation.scores import (
     classes_of,
     confusion_matrix,
     evaluate,
-    inference,
+    make_inference,
     scores,
     sliding,
     table,
@@ -59,7 +59,7 @@ def test_the_best_and_the_worst():
     assert best["miou"] == best["pixel_accuracy"] == best["mean_accuracy"] == 100
     worst = scores(confusion_matrix(truth.roll(1), truth, 4), NAMES)
     assert worst["miou"] == worst["pixel_accuracy"] == worst["mean_accuracy"] == 0
-    with pytest.raises(UserError, match="all are ignored"):
+    with pytest.raises(UserError, match="are ignored; use masks"):
         scores(confusion_matrix(truth, torch.full_like(truth, 255), 4), NAMES)
 
 
@@ -78,7 +78,7 @@ def test_it_agrees_with_numpy_on_random_masks():
     assert result["pixel_accuracy"] == pytest.approx(100 * (truth == called)[kept].mean())
 
 
-# ---------------------------------------------------------------- inference
+# ---------------------------------------------------------------- make_inference
 
 
 class Seen(nn.Module):
@@ -122,15 +122,15 @@ def test_where_windows_start(length, expected):
 
 
 def test_ways_of_inference():
-    assert inference("whole", (8, 8)) is whole
+    assert make_inference("whole", (8, 8)) is whole
     model, x = Seen(), torch.randn(1, 3, 20, 8)
-    inference("sliding", (8, 8))(model, x)
+    make_inference("sliding", (8, 8))(model, x)
     assert len(model.sizes) == len(_starts(20, 8, 5)) == 4  # two thirds of 8
     assert 2 * 512 // 3 == 341  # the papers'
-    with pytest.raises(UserError, match="whole or sliding"):
-        inference("both", (8, 8))
+    with pytest.raises(UserError, match="must be whole or sliding"):
+        make_inference("both", (8, 8))
     with pytest.raises(UserError, match="a stride from 1 to 8, not 9"):
-        inference("sliding", (8, 8), (9, 9))(model, x)
+        make_inference("sliding", (8, 8), (9, 9))(model, x)
 
 
 def test_evaluation_at_the_masks_own_size():
@@ -145,7 +145,7 @@ def test_evaluation_at_the_masks_own_size():
     wrong = torch.full((1, 3, 2, 2), 3, dtype=torch.uint8)
     mean, std = torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 1 / 255)
     model = Reads().train()
-    for how in (whole, inference("sliding", (3, 3), (2, 2))):
+    for how in (whole, make_inference("sliding", (3, 3), (2, 2))):
         result = evaluate(model, [Batch(large, truth), Batch(wrong, truth)], mean, std, torch.device("cpu"), NAMES, how)
         # by hand: all of the first, the last pixel of the second
         assert result["pixel_accuracy"] == pytest.approx(100 * 5 / 8)
