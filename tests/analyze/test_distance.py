@@ -248,13 +248,20 @@ def changed_copy(folder, to, change):
     return to
 
 
-def test_the_weights_that_the_student_began_with_are_not_needed(trained, tmp_path):
-    copy = changed_copy(
-        trained["cap"], tmp_path / "moved", lambda r: r["student"].update(weights="nowhere.safetensors")
-    )
+@pytest.mark.parametrize("student", [{"weights": "nowhere.safetensors"}, {"weights": "nowhere.pth", "prefix": "net."}])
+def test_a_run_whose_student_started_from_a_file_that_is_gone(trained, tmp_path, student):
+    copy = changed_copy(trained["cap"], tmp_path / "moved", lambda r: r["student"].update(student))
     model = open_runs([copy], None, None, 4, CPU).trained[0].student.view.model
     state = checkpoint.load(copy / "last.pt")["student"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("analysis", ["distance", "similarity"])
+def test_analyses_of_a_run_with_a_prefix(cli, trained, tmp_path, analysis):
+    start = {"weights": "nowhere.pth", "prefix": "net."}
+    copy = changed_copy(trained["cap"], tmp_path / "run", lambda r: r["student"].update(start))
+    result = cli("analyze", analysis, copy)
+    assert result.code == 0, result.err
 
 
 def test_mistakes_are_told(cli, trained, tmp_path):

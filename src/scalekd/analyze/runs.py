@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from scalekd.common.errors import UserError, first_line
+from scalekd.common.errors import UserError
 from scalekd.common.files import is_file
 from scalekd.common.sections import height_and_width
 from scalekd.common.shortages import explain_out_of_memory
@@ -23,8 +23,7 @@ from scalekd.data.sources.open import open_source, pair_of
 from scalekd.data.sources.source import Source
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
-from scalekd.distill.build import build
-from scalekd.distill.rebuild import as_trained
+from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.fd import FD
 from scalekd.methods.scalekd import ScaleKD
@@ -162,36 +161,23 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, DistillationRun]:
-    recipe, last = folder / "recipe.yaml", folder / "last.pt"
-    if not is_file(recipe):
-        raise UserError(f"{folder}: no run is there (no recipe.yaml); name a folder that `scalekd train` wrote")
+    if not is_file(folder / "recipe.yaml"):
+        raise UserError(f"{folder} has no recipe.yaml, so it is not a run; choose a folder that `scalekd train` wrote")
+    last = folder / "last.pt"
     if not is_file(last):
         raise UserError(
-            f"{folder} has no last.pt, which holds the run's projectors; was it removed, or did the run not get so far?"
+            f"{folder} has no last.pt, the checkpoint with the run's projectors: it was removed, or the run stopped "
+            "before its first checkpoint"
         )
-    config = as_trained(recipe)
-    # the checkpoint has the student's weights: those that it began with need not be there any more
-    plain = config.model_copy(
-        update={
-            "student": config.student.model_copy(update={"weights": None}),
-            "train": config.train.model_copy(update={"sync_batchnorm": False, "ema": None}),
-        }
-    )
+    config = read_recipe(folder)
     try:
-        run = build(plain, device)
+        run = rebuild(config, device)
     except UserError as error:
         raise UserError(f"{folder} cannot be rebuilt: {error}") from None
     state = checkpoint.load(last)
-    distiller = run.distiller
-    try:
-        weights = {"student": state["student"], "deployed": state["deployed"]}
-        distiller.student.load_state_dict(weights["deployed"])
-        distiller.student.load_state_dict(weights["student"])
-        distiller.methods.load_state_dict(state["methods"])
-        step = int(state["progress"]["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{last} does not fit {recipe}: {first_line(error)}") from None
-    distiller.eval()
+    step = load_trained(run, state, last)
+    distiller = run.distiller.eval()
+    weights = {"student": state["student"], "deployed": state["deployed"]}
     size = height_and_width(config.data.image_size)
     student = Shown(distiller.student_view, size, distiller.student_mean, distiller.student_std)
     trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)

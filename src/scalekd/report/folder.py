@@ -18,9 +18,9 @@ from scalekd.common.files import is_file
 from scalekd.common.provenance import made_by
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.recipe import Config, check_config
+from scalekd.config.recipe import Config
 from scalekd.data.sources.open import pair_of
-from scalekd.distill.build import build
+from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
 from scalekd.models.shown import Shown
@@ -153,48 +153,50 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[DistillationRun, nn.Module]:
-    """The run as its last checkpoint has it, and the student that is deployed; with its own data, or with `data`.
+    """The run with the weights of its last checkpoint, and the student that is deployed.
 
-    Raises `UserError`: without a checkpoint, and when data or teacher are not there any more.
+    data: a source to use instead of the recipe's. Without last.pt the exported student is used, without methods.
+    Raises `UserError` if there is neither, or if the data or the teacher cannot be opened.
     """
-    config = check_config(parse_yaml(folder.recipe_text, "recipe.yaml"), str(folder.path / "recipe.yaml"))
-    run = build(_as_it_stands(config, data), device)
-    if folder.card.get("classes") and data is not None and list(folder.card["classes"]) != list(run.classes):
+    config = read_recipe(folder.path)
+    run = rebuild(config if data is None else _with_data(config, data), device)
+    classes = folder.card.get("classes")
+    if classes and data is not None and list(classes) != list(run.classes):
         raise UserError(
-            f"--data: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
-            f"{len(folder.card['classes'])} ({', '.join(folder.card['classes'][:4])}, ...); they must be the same"
+            f"`data`: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
+            f"{len(classes)} ({', '.join(classes[:4])}, ...); they must be the same"
         )
-    exported = folder.path / "student.safetensors"
+    student, last = run.distiller.student, folder.path / "last.pt"
     try:
-        try:
-            state = checkpoint.load(folder.path / "last.pt")
-        except UserError:
-            if not is_file(exported):
-                raise UserError(f"{folder.path} has no checkpoint to read and no exported student") from None
-            run.distiller.student.load_state_dict(load_file(exported))
-            run.distiller.methods = nn.ModuleDict()  # untrained: nothing to look at
-            return run, run.distiller.student
-        run.distiller.student.load_state_dict(state["student"])
-        run.distiller.methods.load_state_dict(state["methods"])
-        deployed = copy.deepcopy(run.distiller.student)
-        deployed.load_state_dict(state["deployed"])
-        same = all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values()))
-        return run, run.distiller.student if same else deployed
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder.path}: its weights do not fit its recipe: {first_line(error)}") from None
+        state = checkpoint.load(last)
+    except UserError:
+        _load_exported(student, folder.path / "student.safetensors")
+        run.distiller.methods = nn.ModuleDict()  # untrained, so there is nothing to analyse
+        return run, student
+    load_trained(run, state, last)
+    if all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values())):
+        return run, student
+    deployed = copy.deepcopy(student)
+    deployed.load_state_dict(state["deployed"])
+    return run, deployed
 
 
-def _as_it_stands(config: Config, data: str | None) -> Config:
-    """To build what was trained: the student's weights come from the checkpoint."""
-    student = config.student.model_copy(update={"weights": None, "prefix": None})
-    train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
-    spec = config.data
-    if data is not None:
-        place = (pair_of(data) or ("", data))[1]
-        other = {"train": place, "val": place, "limit": None, "unlabelled": None, "unlabelled_limit": None}
-        spec = spec.model_copy(update=other)
-        train = train.model_copy(update={"batch_size": 2, "accumulate": 1})  # it need not be large enough to train on
-    return config.model_copy(update={"student": student, "train": train, "data": spec})
+def _load_exported(student: nn.Module, weights: Path) -> None:
+    if not is_file(weights):
+        raise UserError(f"{weights.parent} has no readable checkpoint (last.pt) and no exported student") from None
+    try:
+        student.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{weights} does not fit {weights.parent / 'recipe.yaml'}: {first_line(error)}") from None
+
+
+def _with_data(config: Config, data: str) -> Config:
+    source = (pair_of(data) or ("", data))[1]
+    other = {"train": source, "val": source, "limit": None, "unlabelled": None, "unlabelled_limit": None}
+    small = {"batch_size": 2, "accumulate": 1}  # the source may be too small for a training batch
+    return config.model_copy(
+        update={"data": config.data.model_copy(update=other), "train": config.train.model_copy(update=small)}
+    )
 
 
 def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:

@@ -18,10 +18,9 @@ from scalekd.common.files import make_folder, write_text
 from scalekd.common.parallel import pick_device
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import duration, printable
-from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.recipe import check_config
 from scalekd.cost.count import cost
 from scalekd.cost.flops import flop_counter
+from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
 from scalekd.models.shown import Shown
 
@@ -103,8 +102,7 @@ def report(
         left_out += [why_not] if why_not else []
         try:
             classes = len(seen.classes if seen else found.card.get("classes") or []) or 1000
-            config = check_config(parse_yaml(found.recipe_text, "recipe.yaml"), str(folder / "recipe.yaml"))
-            counted = cost(config, classes=classes)
+            counted = cost(read_recipe(folder), classes=classes)
         except UserError as error:
             left_out.append(f"No costs: {first_line(error)}")
     _write(found, path, found.facts(), seen, left_out, others=others, counted=counted, more=pictures)
