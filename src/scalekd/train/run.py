@@ -154,14 +154,15 @@ def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> 
     }
 
 
-def expect_batches(train: Any, images: int | None) -> None:
+def expect_batches(train: Any, images: int | None, processes: int | None = None) -> None:
     """Raises `UserError` for a batch that is larger than the data, or does not divide. images: None, if they repeat."""
-    parts = train.accumulate * parallel.world()
+    processes = processes or parallel.world()
+    parts = train.accumulate * processes
     if images is not None and images < train.batch_size:
         raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
     if train.batch_size % parts:
         raise UserError(
-            f"train.batch_size {train.batch_size} does not divide among {parallel.world()} processes x "
+            f"train.batch_size {train.batch_size} does not divide among {processes} processes x "
             f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
         )
 
