@@ -126,7 +126,9 @@ def test_of_many_classes_the_worst_and_the_best(runs, tmp_path):
     page = figure_sections(found)[1]
     kept = [row[0] for row in cells(page)[1:]]
     assert kept == [f"c{i}" for i in [*range(20), *range(70, 90)]]
-    assert "50 between them are left out" in page and "no object to find: &lt;b&gt;none." in page
+    assert (
+        "the 50 between them are not shown" in page and "because the images have no such object: &lt;b&gt;none." in page
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

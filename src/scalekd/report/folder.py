@@ -1,4 +1,4 @@
-"""A run as its folder tells it, whatever its task and whether it is finished; and built again from there."""
+"""Reads a run's folder, of any task and finished or not, and rebuilds the run."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ NAMES = TOP1 | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 @dataclass
 class RunFolder:
+    """The files of a run's folder."""
+
     path: Path
     recipe: dict[str, Any]
     recipe_text: str
@@ -45,7 +47,7 @@ class RunFolder:
     summary: dict[str, Any]  # empty unless finished
     made: dict[str, Any]  # provenance.json
     known: dict[str, Any]  # report.json of an earlier report
-    card: dict[str, Any]  # of the student, detector or segmenter, once it is there
+    card: dict[str, Any]  # of the student, detector or segmenter; empty until it is written
 
     @property
     def task(self) -> TaskName | None:
@@ -54,7 +56,7 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """What is deployed; there once the run is finished."""
+        """The file of the deployed model, which exists once the run is finished."""
         return self.path / weights_name(self.task)
 
     @property
@@ -63,14 +65,14 @@ class RunFolder:
 
     @property
     def figures(self) -> dict[str, str]:
-        """Those that its validations logged, the first one first."""
+        """The figures that its validations logged, key -> name, the main one first."""
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         return {key: neighbours * (key == "top1") + name for key, name in NAMES.items() if key in logged} or TOP1
 
     @property
     def step(self) -> tuple[int, int | None]:
-        """The last one logged, and of how many."""
+        """The last logged step and the number of steps."""
         steps = events_of(self.events, "step")
         return (steps[-1]["step"], steps[-1].get("steps")) if steps else (0, None)
 
@@ -123,8 +125,8 @@ def read_run(folder: Path) -> RunFolder:
     recipe = folder / "recipe.yaml"
     if not is_file(recipe):
         raise UserError(
-            f"{folder}: neither a run nor a comparison is there (no recipe.yaml, no summary.json of `scalekd compare`); "
-            "name a folder that `scalekd train` or `scalekd compare` wrote"
+            f"{folder} is neither a run nor a comparison (no recipe.yaml, no summary.json of `scalekd compare`); choose a "
+            "folder that `scalekd train` or `scalekd compare` wrote"
         )
     try:
         text = recipe.read_text(encoding="utf-8")
@@ -133,7 +135,7 @@ def read_run(folder: Path) -> RunFolder:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
     values = parse_yaml(text, str(recipe))
     if not isinstance(values, dict):
-        raise UserError(f"{recipe} is no recipe: it must be a mapping with data, student, ...")
+        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, ...")
     card = str(Path(weights_name(task_of(values))).with_suffix(".json"))
     files = ("summary.json", "provenance.json", "report.json", card)
     return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
@@ -144,12 +146,12 @@ def weights_name(task: TaskName | None) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Empty if it is not there, or no JSON object: a report tells what there is."""
+    """The JSON object in `file`; empty if there is none, because a report shows what is available."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[DistillationRun, nn.Module]:
@@ -183,7 +185,9 @@ def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[
 
 def _load_exported(student: nn.Module, weights: Path) -> None:
     if not is_file(weights):
-        raise UserError(f"{weights.parent} has no readable checkpoint (last.pt) and no exported student") from None
+        raise UserError(
+            f"{weights.parent} has no checkpoint that can be read (last.pt) and no exported student"
+        ) from None
     try:
         student.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
@@ -199,22 +203,22 @@ def _with_data(config: Config, data: str) -> Config:
     )
 
 
-def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
-    """Another run's student, as exported or else as its last checkpoint has it. Raises `UserError`."""
+def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
+    """Another run's student, the exported one or else that of its last checkpoint. Raises `UserError`."""
     if is_file(folder.path / "student.safetensors"):
         model, card = load_student(folder.path)
     else:
         card_file, last = folder.path / "student.json", folder.path / "last.pt"
         if not is_file(card_file) or not is_file(last):
-            raise UserError(f"--baseline: {folder.path} has no student yet")
+            raise UserError(f"`baselines`: {folder.path} has no student yet")
         card = read_card(card_file)
         model = create_student(card, card_file)
         try:
             model.load_state_dict(checkpoint.load(last)["deployed"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"--baseline: {last} does not fit {card_file}: {first_line(error)}") from None
+            raise UserError(f"`baselines`: {last} does not fit {card_file}: {first_line(error)}") from None
     if card["classes"] != classes:
-        raise UserError(f"--baseline: {folder.path} was trained for other classes")
+        raise UserError(f"`baselines`: {folder.path} was trained for other classes; choose a run with the same classes")
     size = (card["image_size"][0], card["image_size"][1])
     view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
