@@ -153,7 +153,7 @@ def analyze(
         augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
         chosen = Images(source, indices, eval_transform(spec, augment), None)
         with explain_out_of_memory(device, f"Try a smaller `batch` (now {batch}), or `device` cpu."):
-            workers = spec.workers if n > 10 * batch else 0  # starting workers takes longer than a few images
+            workers = spec.workers if n > 10 * batch else 0  # few images: not worth starting workers
             pixels = (b.images for b in eval_batches(chosen, batch, workers, device.type == "cuda"))
             spectrum = spectrum_of(subject, pixels, device)
         known = {"model": subject.label, "weights": subject.source, "sha256": subject.sha256}

@@ -80,9 +80,7 @@ class Runs:
         images, spec = self.images, self.trained[0].config.data
         if most is not None:
             images = Images(images.source, images.indices[:most], images.transform, None)
-        workers = (
-            spec.workers if len(images) > 10 * self.batch else 0
-        )  # starting workers takes longer than a few images
+        workers = spec.workers if len(images) > 10 * self.batch else 0  # few images: not worth starting workers
         with explain_out_of_memory(self.device, f"Try a smaller `batch` (now {self.batch}), or `device` cpu."):
             for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
                 yield b.images.to(self.device).float() / 255, b.targets.to(self.device)

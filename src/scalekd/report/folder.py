@@ -97,27 +97,27 @@ class RunFolder:
         )
 
     def facts(self) -> dict[str, str]:
-        """What an earlier report knew of the run as it was built, or what recipe and provenance tell."""
+        """The facts in the report.json of an earlier report, or else those from the recipe and the provenance."""
         if isinstance(self.known.get("facts"), dict):
             return {str(k): str(v) for k, v in self.known["facts"].items()}
-        told: dict[str, str] = {}
+        facts: dict[str, str] = {}
         data = self.recipe.get("data") or {}
         if parts := [
             f"{key} {data[key]}" for key in ("train", "val", "unlabelled", "annotations", "root") if data.get(key)
         ]:
-            told["data"] = ", ".join(parts)
+            facts["data"] = ", ".join(parts)
         if self.task:
-            told["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
+            facts["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
-            place = (
+            model = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
             )
-            told[role] = f"{place.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
+            facts[role] = f"{model.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
         train, optim = self.recipe.get("train") or {}, self.recipe.get("optim") or {}
         if unit := next((unit for unit in ("epoch", "iteration") if f"{unit}s" in train), None):
             budget = [counted(train[f"{unit}s"], unit), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
-            told["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
-        return told | made_by(self.made)
+            facts["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
+        return facts | made_by(self.made)
 
 
 def read_run(folder: Path) -> RunFolder:

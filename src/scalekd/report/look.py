@@ -94,9 +94,7 @@ def look(
     answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
     maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
     images = _chosen(run, [*students.values(), *teachers], most)
-    workers = (
-        run.config.data.workers if len(images) > 10 * BATCH else 0
-    )  # starting workers takes longer than a few images
+    workers = run.config.data.workers if len(images) > 10 * BATCH else 0  # few images: not worth starting workers
     skipped: set[str] = set()
     began, passed = time.monotonic(), 0
     batches = eval_batches(images, BATCH, workers, run.device.type == "cuda")
@@ -106,18 +104,7 @@ def look(
         if not len(batch.targets):
             continue
         pixels, targets = batch.images.to(run.device).float() / 255, batch.targets.to(run.device)
-        wanted = maps.wanted
-        student = students[STUDENT].features(pixels, maps=wanted)
-        taught = [t.features(pixels, maps=wanted) for t in teachers] if TEACHER in answers or wanted else []
-        beside = torch.stack([f.logits.float() for f in taught]).mean(0) if TEACHER in answers else None
-        answers[STUDENT].add(student.logits, targets, beside)
-        if beside is not None:
-            answers[TEACHER].add(beside, targets)
-        for label, model in students.items():
-            if label != STUDENT:
-                answers[label].add(model.features(pixels, maps=False).logits, targets, beside)
-        if wanted:
-            maps.add(pixels, student, taught[0] if taught else None)
+        _add_batch(pixels, targets, students, teachers, answers, maps)
         if time.monotonic() - began > seconds:
             batches.close()
             break
@@ -136,6 +123,28 @@ def look(
     places = [i for i in range(min(passed, len(images))) if images.source.where(images.indices[i]) not in skipped]
     seen.examples = wrong_examples(images, places, seen)
     return seen
+
+
+def _add_batch(
+    pixels: Tensor,
+    targets: Tensor,
+    students: Mapping[str, Shown],
+    teachers: Sequence[Shown],
+    answers: Mapping[str, Answers],
+    maps: Maps,
+) -> None:
+    wanted = maps.wanted
+    student = students[STUDENT].features(pixels, maps=wanted)
+    taught = [t.features(pixels, maps=wanted) for t in teachers] if TEACHER in answers or wanted else []
+    teacher_logits = torch.stack([f.logits.float() for f in taught]).mean(0) if TEACHER in answers else None
+    answers[STUDENT].add(student.logits, targets, teacher_logits)
+    if teacher_logits is not None:
+        answers[TEACHER].add(teacher_logits, targets)
+    for label, model in students.items():
+        if label != STUDENT:
+            answers[label].add(model.features(pixels, maps=False).logits, targets, teacher_logits)
+    if wanted:
+        maps.add(pixels, student, taught[0] if taught else None)
 
 
 def _misfits(teachers: Sequence[Shown], classes: int) -> list[str]:

@@ -156,7 +156,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _write(
-    found: RunFolder,
+    folder: RunFolder,
     path: Path,
     facts: Mapping[str, str],
     seen: Seen | None,
@@ -167,51 +167,51 @@ def _write(
     counted: dict[str, Any] | None = None,
     more: Sequence[str] = (),
 ) -> None:
-    name = str(found.recipe.get("name") or found.path.name)
-    facts = dict(facts) | (teacher_fact(found) if found.task else {})
-    runs = [*(other.row(label) for label, other in (others or {}).items()), found.row(name)]
-    figures = found.figures
-    teacher = (found.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
+    name = str(folder.recipe.get("name") or folder.path.name)
+    facts = dict(facts) | (teacher_fact(folder) if folder.task else {})
+    runs = [*(other.row(label) for label, other in (others or {}).items()), folder.row(name)]
+    figures = folder.figures
+    teacher = (folder.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
     if not finite(teacher):
         measured = seen is not None and TEACHER in seen.results and seen.images == seen.of_images
         teacher = seen.results[TEACHER]["top1"] if seen is not None and measured else None
     sections = [
-        _opening(found, facts, left_out),
+        _opening(folder, facts, left_out),
         scores_table(runs, figures, teacher),
-        *(figure_sections(found) if found.task else []),
+        *(figure_sections(folder) if folder.task else []),
         figure_curves(runs, figures, teacher),
         loss_curves(runs),
         *(answer_sections(seen) if seen else []),
-        time_bars(runs, _other_time(found)),
+        time_bars(runs, _other_time(folder)),
         cost_section(counted) if counted else parts_section(parts) if parts else "",
         *(feature_sections(seen) if seen else []),
         *more,
-        use_section(found) if found.task else _use(found),
+        use_section(folder) if folder.task else _use(folder),
         facts_section(facts),
-        _recipe(found),
+        _recipe(folder),
     ]
     write_text(path, page(escape(name), sections))
     known = {"facts": dict(facts), "left_out": [line for line in left_out if line], "parts": parts, "cost": counted}
-    if found.task:
-        known |= {"validation": found.last_validation}
+    if folder.task:
+        known |= {"validation": folder.last_validation}
     if seen:
         known |= numbers(seen) | {"frequency": seen.spectra, "cka": seen.cka, "distances": seen.distances}
-    if path == found.path / FILE:
-        write_text(found.path / DATA, json.dumps(known, indent=1) + "\n")
-        if found.card.get("kwargs") is not None and found.weights.is_file():
-            write_card(found.path, transfer_card(found, facts) if found.task else model_card(found, facts, seen))
+    if path == folder.path / FILE:
+        write_text(folder.path / DATA, json.dumps(known, indent=1) + "\n")
+        if folder.card.get("kwargs") is not None and folder.weights.is_file():
+            write_card(folder.path, transfer_card(folder, facts) if folder.task else model_card(folder, facts, seen))
 
 
-def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
+def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
     """Models, final result, and what is missing on the page, in a few sentences."""
-    lines = [f"{trained_line(found, facts) if found.task else _taught_line(found.recipe)}."]
-    key, name = next(iter(found.figures.items()))
-    if finite(found.score):
-        images = [e.get("images") for e in events_of(found.events, "validation")][-1:]
-        interval = f" [{bounds(found.score, images[0])}]" if key == "top1" and images and images[0] else ""
-        lines.append(f"{name}: {found.score:.2f} %{interval}.")
-    if not found.summary:
-        step, steps = found.step
+    lines = [f"{trained_line(folder, facts) if folder.task else _taught_line(folder.recipe)}."]
+    key, name = next(iter(folder.figures.items()))
+    if finite(folder.score):
+        images = [e.get("images") for e in events_of(folder.events, "validation")][-1:]
+        interval = f" [{bounds(folder.score, images[0])}]" if key == "top1" and images and images[0] else ""
+        lines.append(f"{name}: {folder.score:.2f} %{interval}.")
+    if not folder.summary:
+        step, steps = folder.step
         lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))
     missing = "".join(f'<p class="note">{escape(line)}</p>' for line in left_out if line)
     return "".join(f"<p>{escape(line)}</p>" for line in lines) + missing
@@ -225,11 +225,11 @@ def _taught_line(recipe: Mapping[str, Any]) -> str:
     return f"{text}, with {losses}" if losses else text
 
 
-def _other_time(found: RunFolder) -> str:
+def _other_time(folder: RunFolder) -> str:
     """A sentence on the share of a run's time that was not training steps."""
-    use, seconds = time_use(found.events), found.row("").seconds
-    batch = (found.recipe.get("train") or {}).get("batch_size")
-    step, _ = found.step
+    use, seconds = time_use(folder.events), folder.row("").seconds
+    batch = (folder.recipe.get("train") or {}).get("batch_size")
+    step, _ = folder.step
     if use is None or not seconds or not isinstance(batch, int):
         return ""
     training = min(use[0] * step * batch, seconds[0])
@@ -239,19 +239,19 @@ def _other_time(found: RunFolder) -> str:
     )
 
 
-def _use(found: RunFolder) -> str:
-    if found.card.get("kwargs") is None:
+def _use(folder: RunFolder) -> str:
+    if folder.card.get("kwargs") is None:
         return ""
     note = "Run this in the run's folder; it needs timm only. README.md is a model card; `scalekd export --onnx` writes ONNX."
-    if not found.weights.is_file():
+    if not folder.weights.is_file():
         note = "`scalekd export` writes student.safetensors from a checkpoint first."
-    return section("Use the student", code(load_lines(found.card)), note)
+    return section("Use the student", code(load_lines(folder.card)), note)
 
 
-def _recipe(found: RunFolder) -> str:
-    made = json.dumps(found.made, indent=1)
-    parts = [folded("recipe.yaml", code(_cut(found.recipe_text)))]
-    parts += [folded("provenance.json", code(_cut(made)))] if found.made else []
+def _recipe(folder: RunFolder) -> str:
+    made = json.dumps(folder.made, indent=1)
+    parts = [folded("recipe.yaml", code(_cut(folder.recipe_text)))]
+    parts += [folded("provenance.json", code(_cut(made)))] if folder.made else []
     return section("Settings and provenance", "".join(parts))
 
 

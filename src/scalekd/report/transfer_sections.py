@@ -22,13 +22,13 @@ NAMED = 10  # classes without a value that are listed, at most
 TEACHER = "backbone's teacher"  # the name of a fact
 
 
-def teacher_fact(found: RunFolder) -> dict[str, str]:
+def teacher_fact(folder: RunFolder) -> dict[str, str]:
     """The teacher of the backbone, if its weights are the student of a run whose folder still exists."""
-    weights = (found.recipe.get("backbone") or {}).get("weights")
+    weights = (folder.recipe.get("backbone") or {}).get("weights")
     if not isinstance(weights, str) or weights in ("pretrained", "random"):
         return {}
     card = read_json(Path(weights).expanduser().parent / "student.json")
-    loaded = (found.made.get("weights") or {}).get("backbone") or {}
+    loaded = (folder.made.get("weights") or {}).get("backbone") or {}
     if Path(weights).name == "student.safetensors" and loaded.get("sha256") != card.get("sha256"):
         return {}  # the folder has another student now
     if not card.get("teacher"):
@@ -37,22 +37,22 @@ def teacher_fact(found: RunFolder) -> dict[str, str]:
     return {TEACHER: f"{card['teacher']}, with {losses}" if losses else str(card["teacher"])}
 
 
-def trained_line(found: RunFolder, facts: Mapping[str, str]) -> str:
+def trained_line(folder: RunFolder, facts: Mapping[str, str]) -> str:
     """Such as: Mask R-CNN on resnet18, weights: runs/kd/student.safetensors, the student of vit_small_patch14_dinov2."""
-    backbone = facts.get("backbone") or (found.recipe.get("backbone") or {}).get("model", "a backbone")
+    backbone = facts.get("backbone") or (folder.recipe.get("backbone") or {}).get("model", "a backbone")
     taught = f", the student of {facts[TEACHER]}" if TEACHER in facts else ""
-    return f"{TASKS[str(found.task)].model} on {backbone}{taught}"
+    return f"{TASKS[str(folder.task)].model} on {backbone}{taught}"
 
 
 # ---------------------------------------------------------------- figures
 
 
-def figure_sections(found: RunFolder) -> list[str]:
+def figure_sections(folder: RunFolder) -> list[str]:
     """Sections on the last validation; empty without one."""
-    last = found.last_validation
+    last = folder.last_validation
     if not last:
         return []
-    return _detection(last) if found.task == "detection" else _segmentation(last)
+    return _detection(last) if folder.task == "detection" else _segmentation(last)
 
 
 def figure_rows(task: str | None, last: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -119,19 +119,19 @@ def _by_class(title: str, head: list[str], rows: list[list[str]], without: list[
 # ---------------------------------------------------------------- use
 
 
-def use_section(found: RunFolder) -> str:
-    task = str(found.task)
-    if not found.weights.is_file():
+def use_section(folder: RunFolder) -> str:
+    task = str(folder.task)
+    if not folder.weights.is_file():
         return section(
             "Use the model",
             "",
-            f"{found.weights.name} is written at the end of the run; the same `{TASKS[task].command} train` resumes it.",
+            f"{folder.weights.name} is written at the end of the run; the same `{TASKS[task].command} train` resumes it.",
         )
     note = (
-        f"This needs scalekd[{task}]. {GIVES[task]} README.md in the run's folder is a model card; `{found.weights.stem}.json` "
+        f"This needs scalekd[{task}]. {GIVES[task]} README.md in the run's folder is a model card; `{folder.weights.stem}.json` "
         "describes how to use the weights."
     )
-    content = code(predict_line(task, found.path)) + code(load_lines(task, found.path))
+    content = code(predict_line(task, folder.path)) + code(load_lines(task, folder.path))
     return section("Use the model", content, escape(note))
 
 
