@@ -143,11 +143,12 @@ def test_a_run_that_is_not_finished(cli, runs, tmp_path, task):
     assert not (run / "README.md").exists()
 
 
-def test_what_such_a_page_cannot_use_is_refused(cli, runs):
+def test_options_that_such_a_page_cannot_use_are_rejected(cli, runs):
     run = runs["detection"]
     for flags in (["--data", run], ["--baseline", run], ["--images", "5", "--device", "cpu"]):
-        told = cli("report", run, *flags)
-        assert told.code == 2 and f"leave out {' and '.join(f for f in flags if str(f).startswith('--'))}" in told.err
+        result = cli("report", run, *flags)
+        names = " and ".join(f"`{flag}`" for flag in flags if str(flag).startswith("--"))
+        assert result.code == 2 and f"leave out {names}" in result.err
 
 
 @pytest.mark.parametrize("task", TASKS)
