@@ -248,44 +248,51 @@ def changed_copy(folder, to, change):
     return to
 
 
-def test_the_weights_that_the_student_began_with_are_not_needed(trained, tmp_path):
-    copy = changed_copy(
-        trained["cap"], tmp_path / "moved", lambda r: r["student"].update(weights="nowhere.safetensors")
-    )
+@pytest.mark.parametrize("student", [{"weights": "nowhere.safetensors"}, {"weights": "nowhere.pth", "prefix": "net."}])
+def test_a_run_whose_student_started_from_a_file_that_is_gone(trained, tmp_path, student):
+    copy = changed_copy(trained["cap"], tmp_path / "moved", lambda r: r["student"].update(student))
     model = open_runs([copy], None, None, 4, CPU).trained[0].student.view.model
     state = checkpoint.load(copy / "last.pt")["student"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_mistakes_are_told(cli, trained, tmp_path):
-    def told(*words: object) -> str:
+@pytest.mark.parametrize("analysis", ["distance", "similarity"])
+def test_analyses_of_a_run_with_a_prefix(cli, trained, tmp_path, analysis):
+    start = {"weights": "nowhere.pth", "prefix": "net."}
+    copy = changed_copy(trained["cap"], tmp_path / "run", lambda r: r["student"].update(start))
+    result = cli("analyze", analysis, copy)
+    assert result.code == 0, result.err
+
+
+def test_errors(cli, trained, tmp_path):
+    def error(*words: object) -> str:
         result = cli("analyze", "distance", *words)
         assert result.code == 2 and "Traceback" not in result.err
         return result.err
 
     cap = trained["cap"]
-    assert "no recipe.yaml" in told(tmp_path / "nothing")
-    assert "named twice" in told(cap, cap)
-    assert "--images 0: one or more" in told(cap, "--images", 0)
-    assert "--images 2 or more" in told(cap, "--images", 1)
-    assert "no run here has a teacher" in told(trained["plain"])
-    assert "10 classes" in told(cap, "--data", "fashion-mnist:test")
+    assert "no recipe.yaml" in error(tmp_path / "nothing")
+    assert "given twice" in error(cap, cap)
+    assert "`--images` 0: must be 1 or more" in error(cap, "--images", 0)
+    assert "`--images`: must be 2 or more" in error(cap, "--images", 1)
+    assert "none of these runs has a teacher" in error(trained["plain"])
+    assert "10 classes" in error(cap, "--data", "fashion-mnist:test")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "recipe.yaml").write_text((cap / "recipe.yaml").read_text())
-    assert "no last.pt" in told(tmp_path / "empty")
+    assert "no last.pt" in error(tmp_path / "empty")
     other = changed_copy(cap, tmp_path / "a", lambda r: r.update(seed=3))  # and so another random teacher
-    assert "different teachers" in told(cap, other)
+    assert "different teachers" in error(cap, other)
     small = changed_copy(cap, tmp_path / "b", lambda r: r["augment"].update(crop_pct=0.5))
-    assert "augment.crop_pct: 0.875 and 0.5" in told(cap, small)
+    assert "augment.crop_pct: 0.875 and 0.5" in error(cap, small)
     held = changed_copy(cap, tmp_path / "e", lambda r: r["data"].update(val=None))
-    assert "data.val: " in (said := told(cap, held)) and "or name --data" in said
+    assert "data.val: " in (text := error(cap, held)) and "or set `--data`" in text
     wrong = changed_copy(cap, tmp_path / "c", lambda r: r["student"].update(model="test_convnext"))
-    assert "does not fit" in told(wrong)
+    assert "does not fit" in error(wrong)
     gone = changed_copy(cap, tmp_path / "d", lambda r: r["data"].update(train="nowhere"))
-    assert "cannot be rebuilt" in told(gone) and "data.train" in told(gone)
+    assert "cannot be rebuilt" in error(gone) and "data.train" in error(gone)
 
 
-def test_a_missing_extra_is_told_before_any_work(cli, tmp_path, monkeypatch):
+def test_a_missing_extra_is_reported_before_any_work(cli, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without(name: str, *rest):
@@ -296,4 +303,4 @@ def test_a_missing_extra_is_told_before_any_work(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     for analysis in ("distance", "similarity"):
         result = cli("analyze", analysis, tmp_path / "nothing", "--out", tmp_path / "out")
-        assert result.code == 2 and result.err == f"scalekd: {FIGURES_MISSING}\n"
+        assert result.code == 2 and result.err == f"scalekd: {FIGURES_MISSING}\n".replace("`out`", "`--out`")

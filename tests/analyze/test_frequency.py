@@ -150,11 +150,11 @@ def test_weights_in_a_file(cli, image_folder, tmp_path):
     [
         (["test_vitt"], "Did you mean `test_vit`"),
         (["test_vit=nowhere.safetensors"], "no file nowhere.safetensors"),
-        (["test_vit", "--images", "0"], "--images 0: one or more"),
-        (["test_vit", "test_vit", "--random"], "named twice"),
+        (["test_vit", "--images", "0"], "`--images` 0: must be 1 or more"),
+        (["test_vit", "test_vit", "--random"], "given twice"),
     ],
 )
-def test_mistakes_are_told(cli, image_folder, words, told):
+def test_errors(cli, image_folder, words, told):
     result = cli("analyze", "frequency", *words, "--data", image_folder)
     assert result.code == 2 and told in result.err and "Traceback" not in result.err
 
@@ -162,11 +162,11 @@ def test_mistakes_are_told(cli, image_folder, words, told):
 def test_a_map_of_one_position_is_refused():
     model = timm.create_model("test_resnet").eval()
     subject = Subject("test_resnet", model, "random", None, (32, 32), default_statistics(model), "bicubic", 1.0)
-    with pytest.raises(UserError, match="test_resnet: its last map has one position"):
+    with pytest.raises(UserError, match="test_resnet: its last map has a single position"):
         spectrum_of(subject, [], torch.device("cpu"))
 
 
-def test_a_missing_extra_is_told_before_any_work(cli, tmp_path, monkeypatch):
+def test_a_missing_extra_is_reported_before_any_work(cli, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without(name: str, *rest):
@@ -176,7 +176,7 @@ def test_a_missing_extra_is_told_before_any_work(cli, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     result = cli("analyze", "frequency", "test_vit", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
-    assert result.code == 2 and result.err == f"scalekd: {FIGURES_MISSING}\n"
+    assert result.code == 2 and result.err == f"scalekd: {FIGURES_MISSING}\n".replace("`out`", "`--out`")
 
 
 def test_a_figure_of_many_models_can_be_drawn():

@@ -313,7 +313,7 @@ def test_a_probe_that_was_stopped_goes_on(own, monkeypatch):
     assert len(json.loads(Path("out/results.json").read_text())["fits"]) == 2
     console = Console(file=io.StringIO())
     resumed = probed("student", console=console)
-    assert "3 fits to do, 2 done before" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 fits to do, 2 reused" in console.file.getvalue()  # type: ignore[attr-defined]
     assert resumed["models"] == whole["models"]
 
 
@@ -326,15 +326,15 @@ GIVEN = ["--data", ".", "--image-size", SIZE, "--draws", 2, "--shots", "1,4,all"
 def test_what_is_shown_and_written(own, cli):
     shown = cli("probe", "student", VIT, *GIVEN, "--out", "out", "--val-limit", 30)
     assert shown.code == 0, shown.err
-    assert "3 classes, 24 images to learn from, 30 to test on" in shown.out
-    assert "grey" not in shown.out and "test_vit, sha256" in shown.out and "sees 32x32; 5 fits to do" in shown.out
+    assert "3 classes, 24 images for training, 30 for testing" in shown.out
+    assert "grey" not in shown.out and "test_vit, sha256" in shown.out and "input 32x32; 5 fits to do" in shown.out
     assert sorted(p.name for p in Path("out").iterdir()) == ["probe.png", "probe.svg", "results.json", "summary.md"]
     found = json.loads(Path("out/results.json").read_text())
     assert len(found["fits"]) == 10 and {f["images"] for f in found["fits"]} == {3, 12, 24}
     page = Path("out/summary.md").read_text()
     cell = found["models"]["student"]["shots"]["4"]["linear"]
     for text in (page, shown.out):
-        assert f"{cell['mean']:.2f} ± {cell['half_width_95']:.2f}" in text and "the second less the first" in text
+        assert f"{cell['mean']:.2f} ± {cell['half_width_95']:.2f}" in text and "second minus first" in text
     assert "![Accuracy over labelled images per class](probe.svg)" in page and "| 1 | 4 | all |" in page
     drawn = Path("out/probe.svg").read_text()
     assert all(f"<!-- {text} -->" in drawn for text in ("student", "all (8)", "labelled images per class"))
@@ -342,7 +342,7 @@ def test_what_is_shown_and_written(own, cli):
 
 def test_a_dry_run_writes_nothing(own, cli):
     shown = cli("probe", "student", VIT, *GIVEN, "--dry-run")
-    assert shown.code == 0 and shown.out.count("5 fits to do, 0 done before") == 2
+    assert shown.code == 0 and shown.out.count("5 fits to do, 0 reused") == 2
     assert not Path("runs").exists() and not Path("cache").exists()
 
 
@@ -352,17 +352,15 @@ def test_without_matplotlib_all_but_the_figure_is_there(own, cli, monkeypatch):
 
     monkeypatch.setattr(probe, "figure_class", missing)
     shown = cli("probe", "student", *GIVEN, "--shots", 1, "--out", "out")
-    assert shown.code == 0 and "no figure: that needs matplotlib, pip install 'scalekd[figures]'" in shown.out
+    assert shown.code == 0 and "no figure, because matplotlib is missing: pip install 'scalekd[figures]'" in shown.out
     assert sorted(p.name for p in Path("out").iterdir()) == ["results.json", "summary.md"]
     assert "![" not in Path("out/summary.md").read_text()
 
 
-def test_classes_without_an_image_to_test_on_are_told(own, cli):
-    assert "no image to test on" not in cli("probe", "student", *GIVEN, "--dry-run").out
+def test_classes_without_a_test_image_are_reported(own, cli):
+    assert "no test image" not in cli("probe", "student", *GIVEN, "--dry-run").out
     shown = cli("probe", "student", *GIVEN, "--dry-run", "--val-limit", 2)
-    assert shown.code == 0 and re.search(
-        r"1 classes have no image to test on: (ant|bee|cat); accuracy is over", shown.out
-    )
+    assert shown.code == 0 and re.search(r"1 classes have no test image: (ant|bee|cat); accuracy is that of", shown.out)
 
 
 def test_an_untrained_model_is_refused(own):
@@ -371,7 +369,7 @@ def test_an_untrained_model_is_refused(own):
         named_backbone("test_vit=fresh.safetensors", None, CPU)
 
 
-def test_a_model_whose_features_are_not_finite_is_told(own):
+def test_a_model_whose_features_are_not_finite(own):
     state = timm.create_model("test_vit", img_size=SIZE).state_dict()
     save_file({k: torch.full_like(v, math.nan) for k, v in state.items()}, "nan.safetensors")
     with pytest.raises(UserError, match="test_vit: its features are not finite"):
@@ -379,31 +377,40 @@ def test_a_model_whose_features_are_not_finite_is_told(own):
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         (
             ["--shots", "1,9"],
-            r"3 of 3 classes have fewer than 9 images to learn from: ant \(8\), .*--shots 8 at most, or",
+            r"3 of 3 classes have fewer than 9 training images: ant \(8\), .*set `--shots` to 8 at most, or",
         ),
-        (["--shots", "1,few"], "--shots: `few` is neither a number from 1 on nor `all`; write such as 1,5,10,25,all"),
-        (["--shots", "0"], "--shots: `0` is neither"),
-        (["--shots", ","], "--shots: none are named"),
-        (["--draws", 0], "--draws 0: one or more"),
-        (["--val-limit", -1], "--val-limit -1: one or more"),
-        (["--data", "train", "--val", "train"], "--val is --data, train: models would be tested on the images"),
+        (
+            ["--shots", "1,few"],
+            "`--shots`: 'few' is neither a positive number nor 'all'; use for example 1,5,10,25,all",
+        ),
+        (["--shots", "0"], "`--shots`: '0' is neither"),
+        (["--shots", ","], "`--shots`: empty"),
+        (["--draws", 0], "`--draws` 0: must be 1 or more"),
+        (["--val-limit", -1], "`--val-limit` -1: must be 1 or more"),
+        (
+            ["--data", "train", "--val", "train"],
+            "--val equals --data, train: models would be tested on their training images",
+        ),
         (["--val", "few"], "--data has 3 classes and --val 2; not in both: cat"),
         (["--val", "nowhere"], "--val: .*nowhere"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
         (["--image-size", 4], "weights: vit.safetensors does not go into a VisionTransformer for 4x4 pixels as"),
-        (["--out", "vit.safetensors"], "--out: vit.safetensors is a file; name a folder"),
-        (["--out", "other"], "other/results.json is not of `scalekd probe`: .*Give --out another folder"),
-        (["student"], "student is named twice; name each model once"),
+        (["--out", "vit.safetensors"], "`--out`: vit.safetensors is a file; choose a folder"),
+        (
+            ["--out", "other"],
+            "other/results.json was not written by `scalekd probe` .*choose another folder with `--out`",
+        ),
+        (["student"], "student is given twice; name each model once"),
         (["resnet5"], "scalekd: resnet5: no timm model, and no exported student is there. Did you mean"),
         (["resnet50=nowhere.pt"], "scalekd: resnet50=nowhere.pt: weights: no file nowhere.pt"),
         (["train"], "scalekd: train: no student.safetensors with its .json there"),
     ],
 )
-def test_mistakes_on_the_command_line(cli, own, options, told):
+def test_errors_on_the_command_line(cli, own, options, message):
     for name in ("ant", "bee"):
         shutil.copytree(Path("val", name), Path("few", name))
     Path("other").mkdir()
@@ -412,4 +419,4 @@ def test_mistakes_on_the_command_line(cli, own, options, told):
     rest = [] if models else options
     shown = cli("probe", "student", VIT, *models, *GIVEN, "--out", "o", *rest)
     assert shown.code == 2 and not Path("o").exists()
-    assert re.search(told, shown.err), shown.err
+    assert re.search(message, shown.err), shown.err

@@ -234,14 +234,14 @@ def test_cka_of_a_run_s_maps(cli, root, made, tmp_path):
         assert found["runs"][0]["cka"][s - 1][t - 1] == pytest.approx(of_stages(x, y, 12), abs=1e-3)
 
 
-def test_what_cannot_be_compared_is_left_out_and_told(cli, root):
+def test_what_cannot_be_compared_is_left_out_and_reported(cli, root):
     trained_runs(root / "logits", "kd", student={"model": "levit_128s"}, data={"image_size": 64})
     result = cli("analyze", "similarity", root / "logits" / "kd", "--out", root / "out")
     assert result.code == 0 and "Left out: levit_128s (LevitDistilled) gives no stage maps" in result.out
     assert not (root / "out" / "cka.csv").exists() and not (root / "out" / "attention-1.csv").exists()
     trained_runs(root / "other", "cap", teacher={"kwargs": {"depth": 4, "num_classes": 5}})
     result = cli("analyze", "similarity", root / "other" / "cap")
-    assert result.code == 0 and "the teacher answers in 5 classes, the data have 3" in result.out
+    assert result.code == 0 and "the teacher has 5 classes and the data 3" in result.out
 
 
 def test_the_exported_student_answers_and_the_trained_one_attends(root, tmp_path):
@@ -256,15 +256,15 @@ def test_the_exported_student_answers_and_the_trained_one_attends(root, tmp_path
     assert any(not torch.equal(state["student"][n], v) for n, v in made["cap"].deployed.state_dict().items())
 
 
-def test_mistakes_are_told(cli, root, made):
-    def told(*words: object) -> str:
+def test_errors(cli, root, made):
+    def error(*words: object) -> str:
         result = cli("analyze", "similarity", root / "scalekd", *words)
         assert result.code == 2 and "Traceback" not in result.err
         return result.err
 
-    assert "--pictures -1" in told("--pictures", -1)
-    assert "--batch 3" in told("--batch", 3)
-    assert "named twice" in told("--baseline", root / "scalekd")
+    assert "`--pictures` -1: must be 0" in error("--pictures", -1)
+    assert "`--batch` 3: must be 4" in error("--batch", 3)
+    assert "given twice" in error("--baseline", root / "scalekd")
 
 
 # ---------------------------------------------------------------- pictures

@@ -208,11 +208,11 @@ def test_real_steps(cli, recipe_file):
         assert 0 < least <= middle <= most
 
 
-def test_mistakes_are_told(cli, recipe_file):
+def test_errors(cli, recipe_file):
     result = cli("cost", recipe_file, "--batch", 1)
-    assert result.code == 2 and "--batch 2" in result.err
+    assert result.code == 2 and "`--batch` 1: must be 2 or more" in result.err
     result = cli("cost", recipe_file, "--classes", 0)
-    assert result.code == 2 and "--classes 0" in result.err
+    assert result.code == 2 and "`--classes` 0: must be 1 or more" in result.err
     result = cli("cost", recipe_file, "student.kwargs={depht: 3}")
     assert result.code == 2 and "student.kwargs" in result.err and "Traceback" not in result.err
 

@@ -17,8 +17,8 @@ import torchvision
 from rich.console import Console
 from torch import nn
 
-import scalekd.cost.pairs as module
 from scalekd.config.recipe import load_recipe
+from scalekd.cost import pairs as module
 from scalekd.cost.pairs import (
     BY_MODULE,
     BY_OPERATION,
@@ -28,6 +28,7 @@ from scalekd.cost.pairs import (
     PAIRS,
     PRINTED,
     PaperModel,
+    builds,
     markdown,
     measure,
     pairs,
@@ -278,12 +279,12 @@ def test_names_choose_pairs(cli, unmeasured):
 @pytest.mark.parametrize("names", [("swinn",), ("swin-l", "swinn"), ("swin-l", "/")])
 def test_a_name_that_no_pair_has(cli, unmeasured, names):
     result = cli("pairs", *names)
-    assert result.code == 2 and result.err.startswith(f"scalekd: no teacher or student is called `{names[-1]}`.")
+    assert result.code == 2 and result.err.startswith(f"scalekd: no teacher or student is named `{names[-1]}`.")
     assert "swin-l" in result.err and "Traceback" not in result.err
 
 
 def test_names_that_no_pair_has_together(cli, unmeasured):
-    assert cli("pairs", "swin-s", "vit-b").err == "scalekd: no pair has all of: swin-s, vit-b\n"
+    assert cli("pairs", "swin-s", "vit-b").err == "scalekd: no pair has all of these names: swin-s, vit-b\n"
 
 
 def test_recipes_are_found_by_what_they_build(unmeasured, monkeypatch):
@@ -293,12 +294,12 @@ def test_recipes_are_found_by_what_they_build(unmeasured, monkeypatch):
     assert pair["recipes"] == shipped[:2]
 
     recipe = "imagenet-swin-l-vit-small-advanced"  # with drop path, which is no other model
-    assert module._is_for(load_recipe(recipe), "Swin-L", "ViT-S/16")
-    assert not module._is_for(load_recipe(recipe), "Swin-B", "ViT-S/16")
-    assert not module._is_for(load_recipe(recipe), "Swin-L", "ViT-S")  # which has its class token
-    assert not module._is_for(load_recipe(recipe, ["data.image_size=192"]), "Swin-L", "ViT-S/16")
-    assert not module._is_for(load_recipe(recipe, ["student.kwargs={}"]), "Swin-L", "ViT-S/16")
-    assert not module._is_for(load_recipe("demo-teacher"), "Swin-L", "ViT-S/16")
+    assert builds(load_recipe(recipe), "Swin-L", "ViT-S/16")
+    assert not builds(load_recipe(recipe), "Swin-B", "ViT-S/16")
+    assert not builds(load_recipe(recipe), "Swin-L", "ViT-S")  # which has its class token
+    assert not builds(load_recipe(recipe, ["data.image_size=192"]), "Swin-L", "ViT-S/16")
+    assert not builds(load_recipe(recipe, ["student.kwargs={}"]), "Swin-L", "ViT-S/16")
+    assert not builds(load_recipe("demo-teacher"), "Swin-L", "ViT-S/16")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from whole_runs import changed
 
 from scalekd.config.recipe import check_config
-from scalekd.cost import plan_measured as plan_probe
+from scalekd.cost import plan_measured
 from scalekd.cost.count import cost
 from scalekd.cost.plan import (
     GPUS,
@@ -82,7 +82,7 @@ def test_reading_and_computing_together():
     assert both_at_work([100, 200], [50, 400], 4, True) == pytest.approx([1 / 0.09, 200])
 
 
-def test_what_holds_a_run_up():
+def test_the_bottleneck():
     assert limit([100, 200], [20, 90], 4) == "reading"
     assert limit([100, 200], [20, 150], 4) == limit([100, 200], [150, 300], 4) == "perhaps reading"
     assert limit([100, 200], [201, 300], 4) == "device"
@@ -99,14 +99,14 @@ def test_the_largest_batch():
     assert largest_batch(memory | {"gpu_mb": None}) is None
 
 
-def test_seconds_an_image_at_another_batch():
+def test_seconds_per_image_at_another_batch_size():
     # 4 images: 5 s, 8 images: 9 s, so 1 s and 1 s an image; at 16: 17 s, 1.0625 each; seen 1.1 to 1.5 each
-    assert plan_probe.an_image([5, 4, 6], [9, 8.8, 12], 4, 8, 16) == pytest.approx([1.0625, 1.5])
-    assert plan_probe.an_image([5, 4, 6], [9, 8.8, 12], 4, 8, 8) == pytest.approx([1.1, 1.5])
-    assert plan_probe.an_image([9, 4, 9], [9, 8.8, 12], 4, 8, 2)[1] == pytest.approx(9 / 2)
+    assert plan_measured.seconds_per_image([5, 4, 6], [9, 8.8, 12], 4, 8, 16) == pytest.approx([1.0625, 1.5])
+    assert plan_measured.seconds_per_image([5, 4, 6], [9, 8.8, 12], 4, 8, 8) == pytest.approx([1.1, 1.5])
+    assert plan_measured.seconds_per_image([9, 4, 9], [9, 8.8, 12], 4, 8, 2)[1] == pytest.approx(9 / 2)
 
 
-def test_how_times_are_told():
+def test_times_and_numbers_as_text():
     assert duration([0.01, 0.02]) == "36 to 72 seconds" and duration([0.1, 0.4]) == "6 to 24 minutes"
     assert duration([1.23, 45.6]) == "1.2 to 46 hours" and duration([48, 96]) == "2 to 4 days"
     assert between(1234, 56_789) == "1,200 to 57,000" and between(30.1, 30.2) == "30"
@@ -158,21 +158,21 @@ def test_an_assistant_is_two_runs(light_recipe):
     assert (first["student"], first["teacher"]) == ("test_convnext", "test_vit") and first["epochs"] == 3
     assert (last["student"], last["teacher"]) == ("test_resnet", "test_convnext") and last["epochs"] == 2
     assert found["hours"] == pytest.approx([first["hours"][end] + last["hours"][end] for end in (0, 1)])
-    assert "All of it, tiny-assistant, then tiny: " in markdown(found)
+    assert "In total, tiny-assistant, then tiny: " in markdown(found)
 
 
 # ---------------------------------------------------------------- measured
 
 
 def test_measured_on_this_machine(light_recipe, monkeypatch):
-    monkeypatch.setattr(plan_probe, "ROUND_SECONDS", 0.0)
-    reading = plan_probe.load_batch
+    monkeypatch.setattr(plan_measured, "ROUND_SECONDS", 0.0)
+    reading = plan_measured.load_batch
 
     def slowly(images: Any, keys: Any) -> Any:
         time.sleep(0.02 * len(keys))
         return reading(images, keys)
 
-    monkeypatch.setattr(plan_probe, "load_batch", slowly)
+    monkeypatch.setattr(plan_measured, "load_batch", slowly)
     config = check_config(changed(light_recipe, train={"ema": 0.9}, augment={"mixup": 0.2}), "test")
     (run,) = plan(config, measure_on=CPU)["runs"]
     rounds = run["probe"]["rounds"]
@@ -193,28 +193,29 @@ def test_the_command(cli, recipe_file):
     shown = cli(*words, "--images", "10000")
     assert shown.code == 0 and "2 x NVIDIA A100 80 GB, counted, not measured" in shown.out
     assert (
-        "20,000 samples: 2 epochs of 10,000 images (--images)" in shown.out and "2,500 of 8, 4 at a time" in shown.out
+        "20,000 samples: 2 epochs of 10,000 images (as given)" in shown.out
+        and "2,500 of 8 images, 4 at a time" in shown.out
     )
     assert "a guess" in shown.out and len(shown.out.splitlines()) < 20
-    assert "| steps | 6 of 8, 4 at a time |" in cli(*words, "--markdown").out
+    assert "| steps | 6 of 8 images, 4 at a time |" in cli(*words, "--markdown").out
 
 
-def test_mistakes_are_told(cli, recipe_file):
-    for words, told in [
+def test_errors(cli, recipe_file):
+    for words, message in [
         (("--gpu", "a101"), "or `a100`?"),
-        (("--gpu", "a100", "--measure"), "one of them"),
-        (("--device", "cpu"), "go with --measure"),
-        (("--measure", "--device", "cpu", "--gpus", 2), "--gpus 2"),
-        (("--measure", "--device", "cpu", "--batch", 2), "--batch 2"),
-        (("--images", 0), "--images 0"),
+        (("--gpu", "a100", "--measure"), "give one of them"),
+        (("--device", "cpu"), "go with `--measure`"),
+        (("--measure", "--device", "cpu", "--gpus", 2), "`--gpus` 2: "),
+        (("--measure", "--device", "cpu", "--batch", 2), "`--batch` 2: must be 4 or more"),
+        (("--images", 0), "`--images` 0: must be 1 or more"),
         (("--images", 5), "more than the 5 training images"),
-        (("--gpus", 3), "3 GPUs x 1"),
-        (("--gpus", 8), "two images or more"),
-        (("data.train=/nowhere",), "--images N"),
+        (("--gpus", 3), "3 processes x 1"),
+        (("--gpus", 8), "batch normalisation needs two or more"),
+        (("data.train=/nowhere",), "number of images with `--images`"),
         (("teacher=null", "teachers={a: {model: test_vit}, b: {model: test_vit}}"), "one teacher"),
     ]:
         result = cli("plan", recipe_file, *words)
-        assert result.code == 2 and told in result.err and "Traceback" not in result.err, words
+        assert result.code == 2 and message in result.err and "Traceback" not in result.err, words
 
 
 def test_imagenet_is_taken_where_a_recipe_names_it(light_recipe):

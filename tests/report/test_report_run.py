@@ -27,7 +27,7 @@ from scalekd.models.export import export_student, load_student
 from scalekd.report import look as looking
 from scalekd.report import run as reporting
 from scalekd.report.answers import by_class, confusion_matrix, confusions, difference
-from scalekd.report.look import STUDENT, TEACHER, Seen, look
+from scalekd.report.look import STUDENT, TEACHER, Seen, look, wrong_examples
 from scalekd.report.run import write_run_report
 from scalekd.report.svg import escape
 from scalekd.runs.students import student_card
@@ -163,8 +163,8 @@ def test_examples_are_what_the_teacher_gets_and_the_student_does_not(runs):
     pixels, targets = pixels_of(run)
     wrong = [(t + 1) % 3 for t in targets]
     student, teacher = [*wrong[:6], *targets[6:]], [*targets[:5], *wrong[5:]]
-    found = looking._examples(run.val_images, range(12), seen_of(student, teacher, [0.1 * i for i in range(12)], run))
-    # images 0 to 4, the surest first, at most three of a class: 0 to 3 are of one class
+    found = wrong_examples(run.val_images, range(12), seen_of(student, teacher, [0.1 * i for i in range(12)], run))
+    # images 0 to 4, the most confident first, at most three of a class: 0 to 3 are of one class
     assert [e.teacher_confidence for e in found] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert [e.target for e in found] == [run.classes[targets[i]] for i in (4, 3, 2, 1)]
     assert [e.student for e in found] == [run.classes[wrong[i]] for i in (4, 3, 2, 1)]
@@ -185,7 +185,7 @@ def test_the_end_of_a_run(runs, tmp_path, capsys):
     for told in (
         "test_resnet taught by test_vit",
         "75.00 %",
-        "Beside the teacher",
+        "Comparison with the teacher",
         "Confusions",
         "Calibration",
         "24 images",
@@ -210,7 +210,7 @@ def test_a_report_that_fails_does_not_fail_its_run(runs, tmp_path, monkeypatch, 
     monkeypatch.setattr(reporting, broken, fail)
     write_run_report(folder, SUMMARY, FACTS, runs[1]["scalekd"])
     if broken == "look":
-        assert "The images could not be looked at: boom" in (folder / "report.html").read_text()
+        assert "The evaluation on images failed: boom" in (folder / "report.html").read_text()
     else:
         told = capsys.readouterr().err
         assert "no report: boom" in told and f"scalekd report {folder}" in told
@@ -261,7 +261,7 @@ def test_a_run_that_is_not_there_yet(cli, runs, tmp_path, without_costs):
     assert told.code == 0 and "no checkpoint" in told.out
     page = (folder / "report.html").read_text()
     well_formed(page)
-    assert "Not finished: step 6" in page and "scalekd export" in page and "Beside the teacher" not in page
+    assert "Not finished: step 6" in page and "scalekd export" in page and "Comparison with the teacher" not in page
     assert not (folder / "README.md").exists()
 
 
@@ -270,7 +270,7 @@ def test_data_that_are_gone_and_others_in_their_place(cli, runs, tmp_path, witho
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(runs[0] / "images"), str(tmp_path / "gone")))
     told = cli("report", folder)
-    assert told.code == 0 and "No images were looked at: data.train" in told.out and "--data SOURCE" in told.out
+    assert told.code == 0 and "No evaluation on images: data.train" in told.out and "--data SOURCE" in told.out
     write_images(tmp_path / "others", per_class=2, seed=7)
     told = cli("report", folder, "--data", tmp_path / "others")
     assert told.code == 0 and json.loads((folder / "report.json").read_text())["of_images"] == 6
@@ -289,13 +289,13 @@ def test_a_comparison(cli, tmp_path):
     page = (tmp_path / "pages" / "all.html").read_text()
     assert escape(compared["title"]) in page and 'href="../runs/R%2018/KD/seed-0/report.html"' in page
     told = cli("report", tmp_path, "--baseline", tmp_path, "--images", "5")
-    assert told.code == 2 and "leave out --baseline and --images" in told.err
+    assert told.code == 2 and "leave out `--baseline` and `--images`" in told.err
 
 
 def test_figures_of_an_analysis(cli, runs, tmp_path, without_costs):
     folder = copied(runs, "plain", tmp_path / "run")
     (tmp_path / "analysis").mkdir()
-    assert "holds no figures" in cli("report", folder, "--analysis", tmp_path / "analysis").err
+    assert "has no figures" in cli("report", folder, "--analysis", tmp_path / "analysis").err
     Image.new("L", (4, 4)).save(tmp_path / "analysis" / "distance.png")
     assert cli("report", folder, "--analysis", tmp_path / "analysis").code == 0
     page = (folder / "report.html").read_text()
@@ -305,17 +305,17 @@ def test_figures_of_an_analysis(cli, runs, tmp_path, without_costs):
     assert "more than 1 MB" in cli("report", folder, "--analysis", tmp_path / "analysis").err
 
 
-def test_mistakes(cli, runs, tmp_path, without_costs):
+def test_errors(cli, runs, tmp_path, without_costs):
     folder = copied(runs, "scalekd", tmp_path / "run")
     assert "neither a run nor a comparison" in cli("report", tmp_path).err
-    assert "--images 0: one or more" in cli("report", folder, "--images", "0").err
+    assert "`--images` 0: must be 1 or more" in cli("report", folder, "--images", "0").err
     other = copied(runs, "plain", tmp_path / "other")
     card = json.loads((other / "student.json").read_text())
     (other / "student.json").write_text(json.dumps(card | {"classes": ["a", "b", "c"]}))
     assert "trained for other classes" in cli("report", folder, "--baseline", other).err
     (folder / "recipe.yaml").write_text("- no mapping")
     told = cli("report", folder)
-    assert told.code == 2 and "is no recipe" in told.err
+    assert told.code == 2 and "is not a recipe" in told.err
 
 
 # ---------------------------------------------------------------- the model card

@@ -126,7 +126,9 @@ def test_of_many_classes_the_worst_and_the_best(runs, tmp_path):
     page = figure_sections(found)[1]
     kept = [row[0] for row in cells(page)[1:]]
     assert kept == [f"c{i}" for i in [*range(20), *range(70, 90)]]
-    assert "50 between them are left out" in page and "no object to find: &lt;b&gt;none." in page
+    assert (
+        "the 50 between them are not shown" in page and "because the images have no such object: &lt;b&gt;none." in page
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -141,11 +143,12 @@ def test_a_run_that_is_not_finished(cli, runs, tmp_path, task):
     assert not (run / "README.md").exists()
 
 
-def test_what_such_a_page_cannot_use_is_refused(cli, runs):
+def test_options_that_such_a_page_cannot_use_are_rejected(cli, runs):
     run = runs["detection"]
     for flags in (["--data", run], ["--baseline", run], ["--images", "5", "--device", "cpu"]):
-        told = cli("report", run, *flags)
-        assert told.code == 2 and f"leave out {' and '.join(f for f in flags if str(f).startswith('--'))}" in told.err
+        result = cli("report", run, *flags)
+        names = " and ".join(f"`{flag}`" for flag in flags if str(flag).startswith("--"))
+        assert result.code == 2 and f"leave out {names}" in result.err
 
 
 @pytest.mark.parametrize("task", TASKS)

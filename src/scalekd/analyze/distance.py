@@ -1,8 +1,9 @@
-"""How far a student's alternative components are from its teacher's: `scalekd analyze distance`, docs/how-to/analyze.md.
+"""Measures how far students' alternative components are from their teacher's: `scalekd analyze distance`.
 
 ScaleKD's Figures 3 and 6: "feature distance distributions of alternative components for the last stage features". The
-alternative component of a map is the map without its direct component: DCT, zero at (0, 0), inverse DCT, which is the
-map less each channel's mean over positions. Then each position's vector is scaled to length 1, as in the method's loss.
+alternative component of a map is the map without its direct component: DCT, zero at (0, 0), inverse DCT. This subtracts
+each channel's mean over positions. The vector of each position is then scaled to length 1, as in the method's loss.
+docs/how-to/analyze.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,35 +30,36 @@ from scalekd.models.stages import Features
 from .distance_figures import draw_distances, draw_projection
 from .figures import figure_class, write_csv, write_figure
 from .runs import Runs, Trained, open_runs, projector_calls
+from .tables import closing_notes, print_table
 
 STRENGTH = 1e-3  # of the ridge
-POINTS = 500  # images drawn, at most
-NUMBERS = 2**25  # that the drawn images' maps may hold, for each run and space: 128 MiB
-LINEAR = "linear map"  # the space that is the same for all runs
+POINTS = 500  # images in the projection, at most
+NUMBERS = 2**25  # floats that the maps of these images may take per run and space: 128 MiB
+LINEAR = "linear map"  # the space that every run has
 
 # ---------------------------------------------------------------- the distance
 
 
 def directions(maps: Tensor) -> Tensor:
-    """The alternative component of maps (B, D, H, W), each position's vector scaled to length 1, or 0 if it is 0.
+    """The alternative component of maps (B, D, H, W), with the vector of each position scaled to length 1, or 0.
 
-    In float64: what rounding leaves of a map that is the same everywhere must not count as a direction.
+    In float64, because rounding errors of a constant map must not count as a direction.
     """
     return F.normalize(remove_direct(maps.double()), dim=1, eps=EPS)
 
 
 def distances(a: Tensor, t: Tensor) -> Tensor:
-    """(B,): the squared distance of the `directions` of maps (B, D, H, W), averaged over positions; 2 - 2 cos.
+    """The squared distances (B,) of the `directions` of maps (B, D, H, W), averaged over positions: 2 - 2 cos.
 
-    0: the same directions; 2: unrelated; 4: opposite. A position without direction on one side counts 1.
+    0: the same directions. 2: unrelated. 4: opposite. A position without a direction in one of the maps counts as 1.
     """
     return (directions(a) - directions(t)).square().sum(1).mean((1, 2))
 
 
 class LinearMap:
-    """The linear map, the same at all positions, that takes one model's alternative components to another's.
+    """A linear map, the same at all positions, from one model's alternative components to another's.
 
-    Least squares with a ridge, over what was added. It needs no training, so it serves every run alike.
+    Fitted by least squares with a ridge to the maps that were added.
     """
 
     def __init__(self) -> None:
@@ -66,13 +67,13 @@ class LinearMap:
         self.xy: Any = 0.0  # (ds, dt)
 
     def add(self, maps: Tensor, target: Tensor) -> None:
-        """Student maps (B, ds, h, w) and teacher maps (B, dt, H, W)."""
+        """Adds student maps (B, ds, h, w) and teacher maps (B, dt, H, W)."""
         x, y = by_position(alternative(maps, target)), by_position(remove_direct(target))
         self.xx = self.xx + x.T @ x
         self.xy = self.xy + x.T @ y
 
     def fit(self) -> Tensor:
-        """(ds, dt)"""
+        """The matrix (ds, dt)."""
         return solve_ridge(self.xx, self.xy, STRENGTH)
 
 
@@ -82,7 +83,7 @@ def alternative(maps: Tensor, target: Tensor) -> Tensor:
 
 
 def mapped(maps: Tensor, target: Tensor, fitted: Tensor) -> Tensor:
-    """Student maps (B, ds, h, w) on the grid of `target` and through the linear map (ds, dt): (B, dt, H, W)."""
+    """Student maps (B, ds, h, w) on the grid of `target` (B, dt, H, W), through the linear map (ds, dt)."""
     return torch.einsum("bdhw,de->behw", alternative(maps, target), fitted)
 
 
@@ -92,7 +93,7 @@ def by_position(maps: Tensor) -> Tensor:
 
 
 def solve_ridge(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
-    """The W that makes |x W - y|^2 + strength * mean(x^2) * n * |W|^2 least. xx: x'x; xy: x'y; n: rows of x."""
+    """The W that minimises |x W - y|^2 + strength * mean(x^2) * n * |W|^2. xx: x'x. xy: x'y. n: rows of x."""
     ridge = strength * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.solve(xx + ridge, xy)
 
@@ -110,28 +111,28 @@ def analyze(
     batch: int = 32,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Distances of the runs' students from their teacher, over the same images, and points in a plane.
+    """Distances of the runs' students from their teacher on the same images, and projections to a plane.
 
-    data, images: see `open_runs`. out: where the figures are to go, asked for here so that a missing package is told
-    at once. Raises `UserError`.
+    data, images, batch: see `open_runs`. out: the folder for figures; if given, a missing matplotlib is reported at once.
+    Raises `UserError`.
     """
     if out is not None:
         figure_class()
     runs = open_runs(folders, data, images, batch, device)
     if len(runs.images) < 2:
-        raise UserError("a linear map is fitted on half of the images: --images 2 or more")
+        raise UserError("`images`: must be 2 or more, because a linear map is fitted on half of the images")
     teacher = runs.teacher.view
     for view in (teacher, *(t.student.view for t in runs.trained)):
         if view.refusal or view.shapes.final is None:
             raise UserError(str(view.refusal))
         if view.shapes.final[1:] == (1, 1):
-            raise UserError(f"{view.name}: its last map has one position, so nothing but the direct component")
+            raise UserError(f"{view.name}: its last map has a single position, so it has no alternative component")
     measured, kept = _measured(runs)
-    found = [_summary(t, measured[t.label]) for t in runs.trained]
-    own = all(run["own"] for run in found)
-    space = {run["run"]: run["own"] if own else LINEAR for run in found}
+    results = [_summary(t, measured[t.label]) for t in runs.trained]
+    all_own = all(run["own"] for run in results)
+    space = {run["run"]: run["own"] if all_own else LINEAR for run in results}
     return runs.known() | {
-        "runs": _beside_first(found, measured),
+        "runs": _compared_with_first(results, measured),
         "distances": {t.label: {s: v.tolist() for s, v in measured[t.label].items()} for t in runs.trained},
         "image_names": [runs.images.source.where(i) for i in runs.images.indices],
         "projection": _projection(kept, space),
@@ -139,7 +140,7 @@ def analyze(
 
 
 def _measured(runs: Runs) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """By run and space: distances (images,); and the directions of the first images, flat, beside the teacher's."""
+    """By run and space: the distances (images,), and the flattened directions of the first images and the teacher's."""
     fitted = _linear_maps(runs)
     final = runs.teacher.view.shapes.final
     assert final is not None
@@ -157,12 +158,15 @@ def _measured(runs: Runs) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[
                 measured[t.label].setdefault(space, []).append(distances(maps, teacher.final).cpu())
                 kept[t.label].setdefault(space, []).append(_flat(maps[:draw]))
         done += len(pixels)
-    whole = [{run: {s: torch.cat(v) for s, v in of.items()} for run, of in all_.items()} for all_ in (measured, kept)]
-    return whole[0], whole[1]
+    return _joined(measured), _joined(kept)
+
+
+def _joined(batches: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    return {run: {space: torch.cat(v) for space, v in spaces.items()} for run, spaces in batches.items()}
 
 
 def _linear_maps(runs: Runs) -> dict[str, list[Tensor]]:
-    """By run: the map for images of even place in the order, fitted on those of odd place, and the other way round."""
+    """By run: the map for images with an even index, fitted on those with an odd index, and the reverse."""
     halves = {t.label: [LinearMap(), LinearMap()] for t in runs.trained}
     done = 0
     for pixels, _ in runs.batches():
@@ -175,11 +179,11 @@ def _linear_maps(runs: Runs) -> dict[str, list[Tensor]]:
             halves[t.label][0].add(maps[~even], target[~even])
             halves[t.label][1].add(maps[even], target[even])
         done += len(pixels)
-    return {label: [half.fit() for half in of_run] for label, of_run in halves.items()}
+    return {label: [half.fit() for half in both] for label, both in halves.items()}
 
 
 def _spaces(t: Trained, pixels: Tensor, teacher: Features, fitted: list[Tensor], done: int) -> dict[str, Tensor]:
-    """The student's maps, shaped like the teacher's final map, by the space they are compared in."""
+    """By space: the student's maps, with the shape of the teacher's final map. done: images before this batch."""
     student = t.student.features(pixels)
     assert student.final is not None and teacher.final is not None
     calls = projector_calls(t.methods, student, teacher)
@@ -190,18 +194,18 @@ def _spaces(t: Trained, pixels: Tensor, teacher: Features, fitted: list[Tensor],
 
 
 def _flat(maps: Tensor) -> Tensor:
-    """(B, D, H, W) to (B, D * H * W), scaled so that squared distances of rows are the `distances` of the maps."""
+    """Maps (B, D, H, W) as rows (B, D * H * W) whose squared distances are the `distances` of the maps."""
     return directions(maps).flatten(1).float().cpu() / math.sqrt(maps.shape[2] * maps.shape[3])
 
 
-# ---------------------------------------------------------------- summaries and planes
+# ---------------------------------------------------------------- summaries and projections
 
 
-def _summary(t: Trained, of_run: dict[str, Tensor]) -> dict[str, Any]:
-    """own: the space of the run's own projector; of several, that of the view without direct component."""
-    own = [space for space in of_run if space != LINEAR]
+def _summary(t: Trained, by_space: dict[str, Tensor]) -> dict[str, Any]:
+    """`own`: the space of the run's own projector; the alternative view if there are several."""
+    own = [space for space in by_space if space != LINEAR]
     chosen = next((space for space in own if space.endswith(".alt")), own[0] if own else None)
-    return t.known() | {"own": chosen, "spaces": {space: statistics(values) for space, values in of_run.items()}}
+    return t.known() | {"own": chosen, "spaces": {space: statistics(values) for space, values in by_space.items()}}
 
 
 def statistics(values: Tensor) -> dict[str, float]:
@@ -212,28 +216,31 @@ def statistics(values: Tensor) -> dict[str, float]:
     return {"mean": float(v.mean()), "std": spread} | dict(zip(names, quantiles.tolist()))
 
 
-def _beside_first(found: list[dict[str, Any]], measured: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
-    """Adds `nearer_than_first`, by kind of space: the % of images that are nearer than in the first run."""
-    first = found[0]
-    for run in found[1:]:
+def _compared_with_first(results: list[dict[str, Any]], measured: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Adds `nearer_than_first`, by kind of space: the % of images that are nearer to the teacher than in the first run."""
+    first = results[0]
+    for run in results[1:]:
         run["nearer_than_first"] = {}
         for kind, mine, theirs in (("own", run["own"], first["own"]), ("linear", LINEAR, LINEAR)):
             if mine and theirs:
                 nearer = measured[run["run"]][mine] < measured[first["run"]][theirs]
                 run["nearer_than_first"][kind] = 100 * float(nearer.double().mean())
-    return found
+    return results
 
 
 def _projection(kept: dict[str, dict[str, Tensor]], space: dict[str, str]) -> dict[str, Any]:
-    """Points in two planes. `differences`: student less teacher, all runs together, not centred, so that (0, 0) is no
-    distance. `features`: the teacher's own plane, centred at its mean, with the students in it."""
+    """Points in two planes.
+
+    `differences`: student minus teacher, of all runs together, not centred, so (0, 0) is zero distance. `features`: the
+    students and the teacher in the teacher's own plane, centred at its mean.
+    """
     teacher = kept["teacher"][""]
     students = {run: kept[run][chosen] for run, chosen in space.items()}
     differences = {run: points - teacher for run, points in students.items()}
     plane, shares = principal_plane(torch.cat(list(differences.values())))
     centre = teacher.mean(0)
     own_plane, own_shares = principal_plane(teacher - centre)
-    seen = {"teacher": teacher} | students
+    models = {"teacher": teacher} | students
     return {
         "method": "PCA: the two directions of largest variance, by singular value decomposition",
         "images": len(teacher),
@@ -241,16 +248,16 @@ def _projection(kept: dict[str, dict[str, Tensor]], space: dict[str, str]) -> di
         "differences": {"share": shares, "points": {run: (d @ plane).tolist() for run, d in differences.items()}},
         "features": {
             "share": own_shares,
-            "points": {who: ((p - centre) @ own_plane).tolist() for who, p in seen.items()},
+            "points": {name: ((p - centre) @ own_plane).tolist() for name, p in models.items()},
         },
     }
 
 
 def principal_plane(x: Tensor) -> tuple[Tensor, list[float]]:
-    """Rows x (M, K) to the two right singular vectors (K, 2) of the largest values, and their shares of the energy.
+    """The two right singular vectors (K, 2) of x (M, K) with the largest values, and their shares of the energy.
 
-    By way of the M x M matrix of inner products, as K may be a hundred thousand. Signs: the row with the largest
-    coordinate has a positive one.
+    Computed from the M x M matrix of inner products, because K may be 100,000. The signs are such that the coordinate
+    with the largest absolute value is positive.
     """
     gram = (x @ x.T).double()
     values, vectors = torch.linalg.eigh(gram)
@@ -262,18 +269,14 @@ def principal_plane(x: Tensor) -> tuple[Tensor, list[float]]:
     return plane, (values / whole).tolist()
 
 
-# ---------------------------------------------------------------- what is shown and written
+# ---------------------------------------------------------------- output
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("run", "space", "median", "mean", "middle half", "nearer"):
-        is_name = column in ("run", "space")
-        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
-    for cells in _rows(found):
-        table.add_row(*cells)
-    console.print(table, markup=False, highlight=False)
-    console.print("", *_notes(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    print_table(console, COLUMNS, ("run", "space"), _rows(found), _notes(found))
+
+
+COLUMNS = ("run", "space", "median", "mean", "middle half", "nearer")
 
 
 def _rows(found: dict[str, Any]) -> list[list[str]]:
@@ -281,30 +284,27 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
     for run in found["runs"]:
         for space, s in run["spaces"].items():
             nearer = run.get("nearer_than_first", {}).get("linear" if space == LINEAR else "own")
-            told = f"{nearer:.0f} %" if nearer is not None and space in (run["own"], LINEAR) else ""
+            share = f"{nearer:.0f} %" if nearer is not None and space in (run["own"], LINEAR) else ""
             middle = f"{s['q25']:.4f} to {s['q75']:.4f}"
-            rows.append([run["run"], space, f"{s['median']:.4f}", f"{s['mean']:.4f}", middle, told])
+            rows.append([run["run"], space, f"{s['median']:.4f}", f"{s['mean']:.4f}", middle, share])
     return rows
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
     notes = [
-        "Squared distance of the alternative components' directions, averaged over positions, by image: 0 the same, "
-        "2 unrelated.",
-        f"Space: METHOD.VIEW is the run's own projector; {LINEAR}: one fitted to the teacher on other images.",
+        "Squared distance of the directions of the alternative components per image, averaged over positions. 0: the "
+        "same, 2: unrelated.",
+        f"space: METHOD.VIEW is the run's own projector; {LINEAR} is fitted to the teacher on other images.",
     ]
     if len(found["runs"]) > 1:
-        notes.append(f"nearer: images on which the student is nearer to the teacher than {found['runs'][0]['run']}'s.")
-    notes += [
-        f"{run['run']} is not finished: step {run['step']} of {run['of_steps']}."
-        for run in found["runs"]
-        if run["step"] < run["of_steps"]
-    ]
-    return [*notes, f"{found['images']} of {found['of_images']} images of {found['data']}."]
+        notes.append(
+            f"nearer: share of images on which the student is nearer to the teacher than {found['runs'][0]['run']}'s."
+        )
+    return notes + closing_notes(found)
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """results.json, summary.md, and the data and pictures of distances and projection. Raises `UserError`."""
+    """Writes results.json, summary.md, and the data and figures of distances and projections. Raises `UserError`."""
     make_folder(folder)
     plain = {key: value for key, value in found.items() if key not in ("distances", "image_names")}
     plain["projection"] = {
@@ -321,9 +321,9 @@ def write(found: dict[str, Any], folder: Path) -> None:
     )
     write_csv(folder / "distance.csv", ["run", "space", "image", "distance"], rows)
     points = (
-        [panel, who, name, x, y]
+        [panel, model, name, x, y]
         for panel in ("differences", "features")
-        for who, xy in found["projection"][panel]["points"].items()
+        for model, xy in found["projection"][panel]["points"].items()
         for name, (x, y) in zip(found["image_names"], xy)
     )
     write_csv(folder / "projection.csv", ["panel", "of", "image", "x", "y"], points)
@@ -336,13 +336,13 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"# Distance of alternative components from {found['teacher']}",
         "",
-        "| run | space | median | mean | middle half | nearer |",
-        "|---|---|---|---|---|---|",
+        table_row(COLUMNS),
+        "|" + "---|" * len(COLUMNS),
         *map(table_row, _rows(found)),
         "",
         *(f"- {note}" for note in _notes(found)),
-        f"- projection.png: {p['method']}; of {p['images']} images, drawn with seed {found['order_seed']}. Left: student "
-        f"less teacher, not centred; the plane holds {100 * sum(p['differences']['share']):.0f} % of the squared "
+        f"- projection.png: {p['method']}; {p['images']} images, drawn with seed {found['order_seed']}. Left: student "
+        f"minus teacher, not centred; the plane holds {100 * sum(p['differences']['share']):.0f} % of the squared "
         f"distances. Right: the teacher's plane, {100 * sum(p['features']['share']):.0f} % of its variance.",
         "",
         "![Distances](distance.png)",

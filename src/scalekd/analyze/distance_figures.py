@@ -1,4 +1,4 @@
-"""The pictures of `scalekd analyze distance`; each function gives a matplotlib figure."""
+"""The figures of `scalekd analyze distance`. Each function returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .figures import COLOURS, MARKERS, figure_class, short
 
 
 def draw_distances(found: dict[str, Any], common: str) -> Any:
-    """A histogram for each run and space, with median and middle half; `common`, the space of all runs, is hatched."""
+    """A histogram for each run and space, with its median and middle half. `common`, the space of all runs, is hatched."""
     figure_of, _ = figure_class()
     rows = [(run, space) for run in found["runs"] for space in run["spaces"]]
-    rows.sort(key=lambda row: row[1] == common)  # own projectors above, the common map below; runs in order
+    rows.sort(key=lambda row: row[1] == common)  # own projectors above, the common space below
     figure = figure_of(figsize=(8.0, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.subplots()
     values = [np.array(found["distances"][run["run"]][space]) for run, space in rows]
@@ -37,27 +37,27 @@ def draw_distances(found: dict[str, Any], common: str) -> Any:
     axes.set_yticks([len(rows) - 1 - i + 0.3 for i in range(len(rows))], [f"{short(r['run'])}\n{s}" for r, s in rows])
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.set_ylim(-0.15, len(rows) + 0.1)
-    axes.set_xlabel("squared distance of alternative components, by image (0: the same, 2: unrelated)")
+    axes.set_xlabel("squared distance of alternative components, per image (0: the same, 2: unrelated)")
     axes.grid(True, axis="x", color="#dddddd")
     axes.set_axisbelow(True)
-    axes.set_title("Line and number: median; bar: the middle half of the images", fontsize=9)
+    axes.set_title("Line and number: median; bar: middle half of the images", fontsize=9)
     return figure
 
 
 def draw_projection(found: dict[str, Any]) -> Any:
-    """Differences on the left, features on the right."""
+    """Differences between student and teacher on the left, features on the right."""
     figure_of, _ = figure_class()
     figure = figure_of(figsize=(11.0, 5.4), layout="constrained")
     p = found["projection"]
-    titles = {"differences": "student less teacher; +: no distance", "features": "in the teacher's own plane"}
+    titles = {"differences": "student minus teacher; +: zero distance", "features": "in the teacher's own plane"}
     for axes, (panel, title) in zip(figure.subplots(1, 2), titles.items()):
         share = p[panel]["share"]
-        for i, (who, xy) in enumerate(p[panel]["points"].items()):
-            place = i - (panel == "features")  # a run looks the same in both panels
-            colour = "#000000" if who == "teacher" else COLOURS[place % 6]
-            label = who if who == "teacher" else f"{short(who)}, {p['space'][who]}"
-            marker = "x" if who == "teacher" else MARKERS[place % 8]
-            face = {} if who == "teacher" else {"facecolors": colour if place % 2 else "none"}
+        for i, (model, xy) in enumerate(p[panel]["points"].items()):
+            style = i - (panel == "features")  # a run looks the same in both panels
+            colour = "#000000" if model == "teacher" else COLOURS[style % 6]
+            label = model if model == "teacher" else f"{short(model)}, {p['space'][model]}"
+            marker = "x" if model == "teacher" else MARKERS[style % 8]
+            face = {} if model == "teacher" else {"facecolors": colour if style % 2 else "none"}
             axes.scatter(*zip(*xy), s=14, marker=marker, color=colour, linewidths=0.7, alpha=0.8, label=label, **face)
         if panel == "differences":
             axes.plot([0], [0], "k+", markersize=14, markeredgewidth=2)

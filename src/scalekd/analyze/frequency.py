@@ -1,9 +1,9 @@
-"""Which frequencies a model's last maps hold: `scalekd analyze frequency`, docs/how-to/analyze.md.
+"""Measures the frequencies of models' last maps: `scalekd analyze frequency`, docs/how-to/analyze.md.
 
 ScaleKD's Figures 2 and 5: "we first collect the output feature maps of 1600 samples, then conduct DCT on each channel,
 and finally take the average value across these samples after converting all responses into absolute values". Here the
-DCT is orthonormal, so that the squares of its coefficients add up to those of the map, and the direct component
-(frequency zero) has a share of that energy.
+DCT is orthonormal: the squares of its coefficients add up to the squares of the map (its energy), so the direct component
+(frequency zero) has a share of the energy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import scipy
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -38,11 +37,12 @@ from scalekd.models.inputs import Statistics, default_statistics, interpolation,
 from scalekd.models.stages import StageView
 
 from .figures import COLOURS, MARKERS, figure_class, short, write_csv, write_figure
+from .tables import print_table
 
 
 @dataclass
 class Subject:
-    """A model to look at, and how it wants its images."""
+    """A model to analyse, and the preprocessing of its images."""
 
     label: str
     model: nn.Module  # in eval mode
@@ -58,15 +58,18 @@ class Subject:
 
 
 class Spectrum:
-    """Adds up the frequencies of maps `(B, D, H, W)`, batch by batch."""
+    """Sums the frequencies of maps (B, D, H, W) over batches."""
 
     def __init__(self) -> None:
-        self.magnitude: Any = 0.0  # (H, W): absolute coefficients, averaged over channels, summed over images
-        self.energy: Any = 0.0  # (H, W): each image's shares, which sum to 1, summed over images
+        self.magnitude: Any = 0.0  # (H, W): absolute coefficients, mean over channels, sum over images
+        self.energy: Any = 0.0  # (H, W): shares of each image, which sum to 1, summed over images
         self.direct: list[float] = []  # the direct component's share, by image
 
     def add(self, maps: Tensor) -> None:
-        """DCT-II over height and width, orthonormal, per image and channel. Raises ValueError if not finite."""
+        """Adds the orthonormal DCT-II over height and width of each channel.
+
+        Raises ValueError if a map is zero everywhere or not finite.
+        """
         coefficients = scipy.fft.dctn(maps.double().cpu().numpy(), type=2, norm="ortho", axes=(2, 3))
         energy = (coefficients**2).sum(axis=1)  # (B, H, W)
         whole = energy.sum(axis=(1, 2), keepdims=True)
@@ -78,10 +81,10 @@ class Spectrum:
         self.direct += share[:, 0, 0].tolist()
 
     def result(self) -> dict[str, Any]:
-        """Plain data. Frequencies are in half waves over the map: (v, u) has v of them down and u across.
+        """Plain data. Frequencies are in half waves over the map: (v, u) has v down and u across.
 
-        `radial`: by ring, the frequencies whose distance from zero rounds to it. Magnitudes are averaged over a ring's
-        frequencies, energy shares are summed.
+        `radial`: by ring, which has the frequencies at this rounded distance from zero. Magnitudes are averaged over the
+        frequencies of a ring, energy shares are summed.
         """
         n = len(self.direct)
         magnitude, energy = self.magnitude / n, self.energy / n
@@ -108,7 +111,7 @@ class Spectrum:
 
 
 def ring_of(height: int, width: int) -> Any:
-    """(H, W): the distance of each frequency from zero, rounded."""
+    """The rounded distance of each frequency from zero (H, W)."""
     return np.rint(np.hypot(*np.indices((height, width)))).astype(int)
 
 
@@ -125,22 +128,22 @@ def analyze(
     batch: int = 32,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """The spectra of the models' last maps, each after the model's final norm, over the same images.
+    """The spectra of the models' last maps, after the final norm, on the same images.
 
-    models: timm names (pretrained, or `random`), `NAME=FILE`, or exported students. data: any source; of one with a
-    part to validate on, that part. images: so many, spread evenly over the source. out: where the figure is to go,
-    asked for here so that a missing package is told at once. Raises `UserError`.
+    models: timm names (pre-trained, or initial values with `random`), `NAME=FILE`, or exported students. data: any
+    source; its validation part if it has one. images: how many, spread evenly over the source. out: the folder for the
+    figure; if given, a missing matplotlib is reported at once. Raises `UserError`.
     """
     if out is not None:
         figure_class()
-    for name, value in (("--images", images), ("--batch", batch)):
+    for name, value in (("images", images), ("batch", batch)):
         if value < 1:
-            raise UserError(f"{name} {value}: one or more")
+            raise UserError(f"`{name}` {value}: must be 1 or more")
     if double := [text for i, text in enumerate(models) if text in models[:i]]:
-        raise UserError(f"{double[0]} is named twice; name each model once")
+        raise UserError(f"{double[0]} is given twice; name each model once")
     pair = pair_of(data)
     place = pair[1] if pair else data
-    source = open_source(place, "--data")
+    source = open_source(place, "`data`")
     n = min(images, len(source))
     indices = [i * len(source) // n for i in range(n)]
     found = []
@@ -149,8 +152,8 @@ def analyze(
         spec = Data.model_validate({"train": place, "image_size": subject.size, "channels": len(subject.stats[0])})
         augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
         chosen = Images(source, indices, eval_transform(spec, augment), None)
-        with explain_out_of_memory(device, f"Try a smaller --batch (now {batch}), or --device cpu."):
-            workers = spec.workers if n > 10 * batch else 0  # for a few images, not worth their start
+        with explain_out_of_memory(device, f"Try a smaller `batch` (now {batch}), or `device` cpu."):
+            workers = spec.workers if n > 10 * batch else 0  # few images: not worth starting workers
             pixels = (b.images for b in eval_batches(chosen, batch, workers, device.type == "cuda"))
             spectrum = spectrum_of(subject, pixels, device)
         known = {"model": subject.label, "weights": subject.source, "sha256": subject.sha256}
@@ -161,7 +164,7 @@ def analyze(
 
 @torch.no_grad()
 def spectrum_of(subject: Subject, batches: Iterable[Tensor], device: torch.device) -> dict[str, Any]:
-    """`Spectrum.result` over batches of pixels, (B, C, H, W) uint8. Raises `UserError` for a model without a map."""
+    """`Spectrum.result` over batches of pixels (B, C, H, W) uint8. Raises `UserError` for a model without stage maps."""
     model = subject.model.to(device).eval()
     try:
         view = StageView(model, name=subject.label, image_size=subject.size)
@@ -170,13 +173,13 @@ def spectrum_of(subject: Subject, batches: Iterable[Tensor], device: torch.devic
     if view.refusal or view.shapes.final is None:
         raise UserError(str(view.refusal))
     if view.shapes.final[1:] == (1, 1):
-        raise UserError(f"{subject.label}: its last map has one position, so it has no frequency but zero")
+        raise UserError(f"{subject.label}: its last map has a single position, so it has only frequency zero")
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in subject.stats)
     spectrum = Spectrum()
     try:
         for pixels in batches:
-            seen = resized(pixels.to(device).float() / 255, subject.size, model)
-            final = view((seen - mean) / std).final
+            inputs = resized(pixels.to(device).float() / 255, subject.size, model)
+            final = view((inputs - mean) / std).final
             assert final is not None
             spectrum.add(final)
     except ValueError as error:
@@ -185,7 +188,7 @@ def spectrum_of(subject: Subject, batches: Iterable[Tensor], device: torch.devic
 
 
 def _subject(text: str, random: bool) -> Subject:
-    """The model that a command line names, with its weights proved loaded. Raises `UserError`."""
+    """The model for `text`, a name, `NAME=FILE` or an exported student, with its weights. Raises `UserError`."""
     name, equals, file = text.partition("=")
     if not equals and Path(text).exists():
         model, card = load_student(Path(text))
@@ -196,7 +199,7 @@ def _subject(text: str, random: bool) -> Subject:
     size = usual_size(name)
     try:
         model, loaded, _ = timm_model(
-            name, weights, size, f"Weights in a file: {name}=FILE. Initial values, if you mean them: --random."
+            name, weights, size, f"Use {name}=FILE for weights in a file, or `random` for initial values."
         )
     except UserError as error:
         raise UserError(f"{shortened(text)}: {error}") from None
@@ -205,36 +208,34 @@ def _subject(text: str, random: bool) -> Subject:
     return Subject(text, model, loaded.source, loaded.sha256, size, stats, interpolation(model), own["crop_pct"])
 
 
-# ---------------------------------------------------------------- what is shown and written
+# ---------------------------------------------------------------- output
+
+
+COLUMNS = ("model", "map", "direct component", "least", "most", "ring 1", "direct : rest")
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    columns = ["model", "map", "direct component", "least", "most", "ring 1", "direct : rest"]
-    for column in columns:
-        is_name = column == "model"  # the one that gives way in a narrow terminal
-        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
+    rows = []
     for m in found["models"]:
         share = m["direct_share"]
         cells = [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f} %"]
         cells += [f"{100 * value:.1f} %" for value in (share["least"], share["most"], m["radial"][1]["energy_share"])]
-        table.add_row(m["model"], "x".join(map(str, m["grid"])), *cells, f"{_over_the_rest(m['magnitude']):.1f}")
-    console.print(table, markup=False, highlight=False)
-    told = [
-        "Shares of the energy, ± their standard deviation over images; direct : rest is of magnitudes.",
+        rows.append([m["model"], "x".join(map(str, m["grid"])), *cells, f"{_over_the_rest(m['magnitude']):.1f}"])
+    notes = [
+        "Shares of the energy, ± the standard deviation over images. direct : rest compares magnitudes.",
         f"{found['images']} of {found['of_images']} images of {found['data']}.",
     ]
-    console.print("", *told, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    print_table(console, COLUMNS, ("model",), rows, notes)
 
 
 def _over_the_rest(magnitude: list[list[float]]) -> float:
-    """The direct component's magnitude over the mean of all others."""
+    """The magnitude of the direct component divided by the mean of all others."""
     values = np.array(magnitude).ravel()
     return float(values[0] / max(values[1:].mean(), np.finfo(float).tiny))
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """frequency.json, .csv, .svg and .png in `folder`. Raises `UserError`."""
+    """Writes frequency.json, .csv, .svg and .png to `folder`. Raises `UserError`."""
     make_folder(folder)
     write_text(folder / "frequency.json", json.dumps(found, indent=2) + "\n")
     rows = (
@@ -247,7 +248,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
 
 
 def draw(models: Sequence[dict[str, Any]]) -> Any:
-    """A heat map per model above, the profiles below; readable in greyscale. Gives a matplotlib figure."""
+    """A matplotlib figure: a heat map per model above, their profiles below; readable in greyscale."""
     figure_of, colours = figure_class()
     columns = min(4, len(models))
     rows = math.ceil(len(models) / columns)

@@ -1,7 +1,7 @@
-"""`scalekd probe`: how much a frozen model's features tell of your classes, from few labels and from all.
+"""Evaluates frozen features with few or many labels: `scalekd probe`.
 
-Features -> a linear classifier and k nearest neighbours on sets of labelled images -> accuracy on the validation
-images. docs/how-to/transfer.md tells the protocol, ScaleKD's Table 12, and how to read the numbers.
+A linear classifier and k nearest neighbours are fitted on the features of sets of labelled images and tested on the
+validation images. docs/how-to/transfer.md has the protocol of ScaleKD's Table 12 and explains the numbers.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from scalekd.models.options import Model
 from .figures import figure_class, write_figure
 from .probe_page import ALL, Shots, drawing, markdown, show
 
-Set = tuple[Shots, int]  # labelled images: so many per class, of such a draw
-Fit = dict[str, Any]  # what came of one model on one set
+Set = tuple[Shots, int]  # a set of labelled images: (images per class, index of the draw)
+Fit = dict[str, Any]  # the result of one model on one set
 
 FILE = "results.json"
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k nearest neighbours, as in DINO
-NAMED = 3  # classes that a message names
+NAMED = 3  # classes listed in a message, at most
 
 
 def parse_shots(text: str) -> list[Shots]:
-    """'5,1,all' to [1, 5, "all"], from few to many. Raises `UserError`."""
+    """'5,1,all' -> [1, 5, "all"], sorted. Raises `UserError`."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     wrong = [word for word in words if word != ALL and not (word.isdecimal() and 0 < int(word) < 2**31)]
     if wrong or not words:
-        told = f"`{wrong[0]}` is neither a number from 1 on nor `all`" if wrong else "none are named"
-        raise UserError(f"`shots`: {told}; write such as 1,5,10,25,all")
+        problem = f"'{wrong[0]}' is neither a positive number nor 'all'" if wrong else "empty"
+        raise UserError(f"`shots`: {problem}; use for example 1,5,10,25,all")
     counts: list[Shots] = sorted({int(word) for word in words if word != ALL})
     return counts + [ALL] * (ALL in words)
 
@@ -71,27 +71,27 @@ def probe(
     cache: Path = FEATURES,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
-    """Probes the models, writes results.json, summary.md and the figure into `out`; returns what results.json holds.
+    """Probes the models, writes results.json, summary.md and the figure to `out`, and returns the results.
 
-    models: as `named_backbone` takes them; with several, each is compared with the first. data: `train`, `val` and
-    `seed` of a recipe. shots: labelled images per class. draws: so many sets of labelled images of each size, the same
-    for all models. image_size: for models given by name. val_limit: use only so many validation images. cache: where
-    features are kept. Fits that `out` holds already are not done again.
-    dry_run: check everything, tell what would be done, write nothing and return None. Raises `UserError`.
+    models: as for `named_backbone`; the others are compared with the first. data: `train`, `val` and `seed` of a recipe.
+    shots: labelled images per class. draws: number of sets of labelled images of each size, the same for all models.
+    image_size: for models given by name. val_limit: number of validation images to use. cache: folder for features.
+    Fits that are in `out` already are reused. dry_run: check everything and print what would be done, but write nothing
+    and return None. Raises `UserError`.
     """
     if double := [text for i, text in enumerate(models) if text in models[:i]]:
-        raise UserError(f"{double[0]} is named twice; name each model once")
+        raise UserError(f"{double[0]} is given twice; name each model once")
     known = _known(out)
     split = _split(data)
     sets = labelled_sets(split, shots, draws, data.seed)
     val = some(split.val, split.val_indices, val_limit, data.seed)
-    _tell_data(split, val, data, console)
+    _print_data(split, val, data, console)
     can_draw = _can_draw(console)
     backbones = {text: named_backbone(text, image_size, device) for text in models}
     keys = {text: _keys(backbone, split, val, sets, data, cache) for text, backbone in backbones.items()}
     missing = {text: [s for s in sets if keys[text][s] not in known] for text in models}
     for text, backbone in backbones.items():
-        _tell_model(text, backbone, len(missing[text]), len(sets), console)
+        _print_model(text, backbone, len(missing[text]), len(sets), console)
     if dry_run:
         return None
 
@@ -99,43 +99,22 @@ def probe(
     for text, backbone in backbones.items():
         todo = {s: sets[s] for s in missing[text]}
         for s, fitted in _fits(backbone, split, val, todo, data, cache, console) if todo else ():
-            known[keys[text][s]] = {
-                "key": keys[text][s],
-                "model": text,
-                "shots": s[0],
-                "seed": data.seed + s[1],
-            } | fitted
-            _write(out, {"fits": list(known.values())})  # the rest follows when all are done
+            name = {"key": keys[text][s], "model": text, "shots": s[0], "seed": data.seed + s[1]}
+            known[keys[text][s]] = name | fitted
+            _write(out, {"fits": list(known.values())})  # the other results are added when all fits are done
     fits = {text: {s: known[keys[text][s]] for s in sets} for text in models}
     results = {text: {"card": backbones[text].card} | _result(fits[text], shots) for text in models}
     found = {
-        "data": {
-            "train": data.train,
-            "val": data.val or f"{data.val_fraction:.0%} of the same images, held out",
-            "seed": data.seed,
-            "classes": len(split.classes),
-            "train_images": len(split.train_indices),
-            "val_images": len(val),
-        },
+        "data": _data_facts(data, split, val),
         "shots": list(shots),
         "draws": draws,
         "neighbours": {"k": NEIGHBOURS, "temperature": TEMPERATURE},
         "models": results,
         "against_first": {text: _differences(results[models[0]], results[text]) for text in models[1:]},
-        "provenance": {
-            "command": command_line(),
-            **versions(),
-            "machine": machine(device),
-            "git": git_state(),
-        },
+        "provenance": {"command": command_line(), **versions(), "machine": machine(device), "git": git_state()},
         "fits": list(known.values()),
     }
-    _write(out, found)
-    if can_draw:
-        write_figure(drawing(found), out, "probe")
-    write_text(out / "summary.md", markdown(found, "probe.svg" if can_draw else None))
-    show(found, console)
-    say(console, f"{out / 'summary.md'}  {out / FILE}" + f"  {out / 'probe.svg'}" * can_draw)
+    _write_all(found, out, can_draw, console)
     return found
 
 
@@ -155,7 +134,7 @@ def probe_named(
     device_name: str | None,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
-    """`probe` for plain values; `data` may stand for both parts of a source. Raises `UserError`."""
+    """`probe` with plain values. `data` may be a source with both a training and a validation part. Raises `UserError`."""
     for name, count in (("draws", draws), ("val_limit", val_limit)):
         if count is not None and count < 1:
             raise UserError(f"`{name}` {count}: must be 1 or more")
@@ -178,20 +157,22 @@ def probe_named(
         )
 
 
-# ---------------------------------------------------------------- which images
+# ---------------------------------------------------------------- images
 
 
 def _split(data: Data) -> Split:
     if data.val == data.train:
-        raise UserError(f"data.val is data.train, {data.val}: models would be tested on the images they learn from")
+        raise UserError(
+            f"data.val equals data.train, {data.val}: models would be tested on their training images; choose other images"
+        )
     return open_split(data)
 
 
 def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -> dict[Set, list[int]]:
-    """The images of every set: places in the training source, sorted. `all` has one draw.
+    """The images of every set as sorted indices of the training source. `all` has one draw.
 
-    Draw d is an order of all training images by `seed` + d, and n shots are the first n of each class in it: so the
-    images of 1 shot are among those of 5. Raises `UserError` where a class has fewer images than shots.
+    Draw d is an order of all training images, seeded with `seed` + d. n shots are the first n images of each class in
+    it, so the images of 1 shot are among those of 5. Raises `UserError` if a class has fewer images than shots.
     """
     targets = [split.train.targets[i] for i in split.train_indices]
     counted_by = Counter(targets)
@@ -199,9 +180,9 @@ def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -
     most = max([1, *(n for n in shots if isinstance(n, int))])
     if few := [f"{name} ({n})" for name, n in zip(split.classes, counts) if n < most]:
         names = ", ".join(few[:NAMED]) + ", ..." * (len(few) > NAMED)
-        remedy = f"ask for --shots {min(counts)} at most, or all" if min(counts) else "label some"
+        remedy = f"set `shots` to {min(counts)} at most, or all" if min(counts) else "add labelled images"
         raise UserError(
-            f"--data: {len(few)} of {len(counts)} classes have fewer than {counted(most, 'image')} to learn from: "
+            f"`data`: {len(few)} of {len(counts)} classes have fewer than {counted(most, 'training image')}: "
             f"{printable(names)}; {remedy}"
         )
     orders = [by_class(targets, seed + d) for d in range(draws)]
@@ -216,9 +197,9 @@ def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -
 def _keys(
     backbone: Backbone, split: Split, val: Sequence[int], sets: dict[Set, list[int]], data: Data, cache: Path
 ) -> dict[Set, str]:
-    """For each set a name of all that a fit depends on: weights, preprocessing, images, labels, seed, this version."""
-    places = [cache_folder(backbone, *source, cache).name for source in _sources(split, data)]
-    shared = seed_from(*places, *val, NEIGHBOURS, repr(TEMPERATURE), versions()["scalekd"])
+    """By set: a key of everything that a fit depends on: weights, preprocessing, images, labels, seed, version."""
+    folders = [cache_folder(backbone, *source, cache).name for source in _sources(split, data)]
+    shared = seed_from(*folders, *val, NEIGHBOURS, repr(TEMPERATURE), versions()["scalekd"])
     return {s: f"{seed_from(shared, data.seed + s[1], *images):016x}" for s, images in sets.items()}
 
 
@@ -238,12 +219,12 @@ def _fits(
     cache: Path,
     console: Console,
 ) -> Iterator[tuple[Set, Fit]]:
-    """What came of each set; tells how it goes."""
+    """The result of each set; prints the progress."""
     needed = sorted({i for images in sets.values() for i in images})
     train, test = _sources(split, data)
     say(console, f"{backbone.card['model']} from {backbone.card['weights']}")
     x, y = features(backbone, train[0], needed, train[1], cache, console)
-    asked, truth = (t.to(backbone.device) for t in features(backbone, test[0], val, test[1], cache, console))
+    queries, truth = (t.to(backbone.device) for t in features(backbone, test[0], val, test[1], cache, console))
     row = {image: k for k, image in enumerate(needed)}
     began = time.perf_counter()
     with console.status("") as status:
@@ -252,25 +233,28 @@ def _fits(
             status.update(f"{done} of {len(sets)} fits{left}")
             rows = torch.tensor([row[i] for i in images])
             known = x[rows].to(backbone.device), y[rows].to(backbone.device)
-            fitted = fit_and_score(*known, asked, truth, len(split.classes), seed_from("probe", data.seed + s[1]))
-            told = f"all {len(rows)} images" if s[0] == ALL else f"{s[0]} per class, draw {s[1] + 1}"
+            fitted = fit_and_score(*known, queries, truth, len(split.classes), seed_from("probe", data.seed + s[1]))
+            name = f"all {len(rows)} images" if s[0] == ALL else f"{s[0]} per class, draw {s[1] + 1}"
             top1 = f"linear {fitted['linear']['top1']:.2f} %, {NEIGHBOURS}-nn {fitted['knn']['top1']:.2f} %"
-            say(console, f"  {told}: {top1}, {fitted['seconds']:.1f} s")
+            say(console, f"  {name}: {top1}, {fitted['seconds']:.1f} s")
             yield s, fitted
 
 
-def fit_and_score(x: Tensor, y: Tensor, asked: Tensor, truth: Tensor, classes: int, seed: int) -> Fit:
-    """x: (N, D) features with labels y: (N,); asked: (M, D), scored against truth: (M,), which choose nothing."""
+def fit_and_score(x: Tensor, y: Tensor, queries: Tensor, truth: Tensor, classes: int, seed: int) -> Fit:
+    """Fits both classifiers on features x (N, D) with labels y (N,), and tests them on `queries` (M, D), `truth` (M,).
+
+    The test images choose no hyperparameter.
+    """
     began = time.perf_counter()
     choice = choose(x, y, classes, seed)
     linear = fit(x, y, classes, choice.strength)
-    votes = knn_predict(x, y, asked, k=NEIGHBOURS, temperature=TEMPERATURE, classes=classes)
+    votes = knn_predict(x, y, queries, k=NEIGHBOURS, temperature=TEMPERATURE, classes=classes)
     return {
         "images": len(x),
         "features": x.shape[1],
         "strength": choice.strength,
         "tried": choice.tried,
-        "linear": scores(linear(asked), truth),
+        "linear": scores(linear(queries), truth),
         "knn": {"top1": 100 * (votes.argmax(1) == truth).double().mean().item()},
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -280,7 +264,7 @@ def fit_and_score(x: Tensor, y: Tensor, asked: Tensor, truth: Tensor, classes: i
 
 
 def _result(fits: dict[Set, Fit], shots: Sequence[Shots]) -> dict[str, Any]:
-    """By shots: mean and interval over the draws, of the linear classifier and of the neighbours."""
+    """By shots: mean and interval over the draws, for the linear classifier and the nearest neighbours."""
     result: dict[str, Any] = {"features": next(iter(fits.values()))["features"], "shots": {}}
     for n in shots:
         drawn = [fitted for s, fitted in fits.items() if s[0] == n]
@@ -294,7 +278,7 @@ def _result(fits: dict[Set, Fit], shots: Sequence[Shots]) -> dict[str, Any]:
 
 
 def _differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """By shots, of `other` over `first` on the same labelled images."""
+    """By shots: `other` minus `first` on the same labelled images."""
     return {
         n: {
             kind: over_draws([b - a for a, b in zip(cell[kind]["top1"], other["shots"][n][kind]["top1"])])
@@ -309,40 +293,62 @@ def over_draws(top1: list[float]) -> dict[str, Any]:
 
 
 def _known(out: Path) -> dict[str, Fit]:
-    """The fits that are in `out`, by key. Raises `UserError` for a folder of something else."""
+    """The fits in `out`, by key. Raises `UserError` if `out` holds something else."""
     file = out / FILE
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
+        raise UserError(f"`out`: {out} is a file; choose a folder")
     if not file.exists():
         return {}
     try:
         return {fitted["key"]: fitted for fitted in json.loads(file.read_text())["fits"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not of `scalekd probe`: {first_line(error)}. Give --out another folder") from None
+        raise UserError(
+            f"{file} was not written by `scalekd probe` ({first_line(error)}); choose another folder with `out`"
+        ) from None
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:
     write_text(out / FILE, json.dumps(found, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------- what is told
+def _data_facts(data: Data, split: Split, val: Sequence[int]) -> dict[str, Any]:
+    return {
+        "train": data.train,
+        "val": data.val or f"{data.val_fraction:.0%} of the same images, held out",
+        "seed": data.seed,
+        "classes": len(split.classes),
+        "train_images": len(split.train_indices),
+        "val_images": len(val),
+    }
 
 
-def _tell_data(split: Split, val: Sequence[int], data: Data, console: Console) -> None:
-    held = "" if data.val else ", held out of --data"
+# ---------------------------------------------------------------- output
+
+
+def _write_all(found: dict[str, Any], out: Path, can_draw: bool, console: Console) -> None:
+    _write(out, found)
+    if can_draw:
+        write_figure(drawing(found), out, "probe")
+    write_text(out / "summary.md", markdown(found, "probe.svg" if can_draw else None))
+    show(found, console)
+    say(console, f"{out / 'summary.md'}  {out / FILE}" + f"  {out / 'probe.svg'}" * can_draw)
+
+
+def _print_data(split: Split, val: Sequence[int], data: Data, console: Console) -> None:
+    held = "" if data.val else " (held out)"
     images = counted(len(split.train_indices), "image")
-    say(console, f"{len(split.classes)} classes, {images} to learn from, {len(val)} to test on{held}")
-    seen = {split.val.targets[i] for i in val}
-    if unseen := [name for c, name in enumerate(split.classes) if c not in seen]:
-        names = ", ".join(unseen[:NAMED]) + ", ..." * (len(unseen) > NAMED)
-        say(console, f"{len(unseen)} classes have no image to test on: {names}; accuracy is over the others")
+    say(console, f"{len(split.classes)} classes, {images} for training, {len(val)} for testing{held}")
+    tested = {split.val.targets[i] for i in val}
+    if untested := [name for c, name in enumerate(split.classes) if c not in tested]:
+        names = ", ".join(untested[:NAMED]) + ", ..." * (len(untested) > NAMED)
+        say(console, f"{len(untested)} classes have no test image: {names}; accuracy is that of the others")
 
 
-def _tell_model(text: str, backbone: Backbone, missing: int, total: int, console: Console) -> None:
+def _print_model(text: str, backbone: Backbone, missing: int, total: int, console: Console) -> None:
     card = backbone.card
-    seen = "x".join(map(str, card["image_size"])) + (" in grey" if card["channels"] == 1 else "")
-    name = f"{text}: {card['model']}, sha256 {card['sha256'][:12]}, sees {seen}"
-    say(console, f"{name}; {counted(missing, 'fit')} to do, {total - missing} done before")
+    size = "x".join(map(str, card["image_size"])) + (", greyscale" if card["channels"] == 1 else "")
+    name = f"{text}: {card['model']}, sha256 {card['sha256'][:12]}, input {size}"
+    say(console, f"{name}; {counted(missing, 'fit')} to do, {total - missing} reused")
     for doubt in backbone.doubts:
         say(console, f"warn: {text}: {doubt}")
 
@@ -351,6 +357,6 @@ def _can_draw(console: Console) -> bool:
     try:
         figure_class()
     except UserError:
-        say(console, "no figure: that needs matplotlib, pip install 'scalekd[figures]'")
+        say(console, "no figure, because matplotlib is missing: pip install 'scalekd[figures]'")
         return False
     return True

@@ -1,4 +1,4 @@
-"""What `scalekd probe` shows and writes: a table on the screen, summary.md, a figure of accuracy over labels."""
+"""The output of `scalekd probe`: the table on the screen, summary.md, and the figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("linear", "knn")
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(model, classifier, a cell for each number of shots), then the differences from the first model."""
+    """(model, classifier, a cell per number of shots), then the differences from the first model."""
     k = found["neighbours"]["k"]
     names = {"linear": "linear", "knn": f"{k}-nn"}
     shots = [str(n) for n in found["shots"]]
@@ -30,7 +30,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
     two = len(found["models"]) == 2
     rows += [
         (
-            "the second less the first" if two else f"{text} less the first",
+            "second minus first" if two else f"{text} minus the first",
             names[kind],
             [_cell(by_shots[n][kind], "+") for n in shots],
         )
@@ -45,41 +45,41 @@ def _cell(over_draws: dict[str, Any], sign: str = "") -> str:
     return f"{over_draws['mean']:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
-def _told(found: dict[str, Any]) -> list[str]:
+def _notes(found: dict[str, Any]) -> list[str]:
     data, draws = found["data"], found["draws"]
     labels = f"{data['train_images']} labelled images of {data['classes']} classes, {data['train']}"
     lines = [f"Top-1 % on {data['val_images']} images, {data['val']}; {labels}."]
     if draws > 1 and found["shots"] != [ALL]:
         lines.append(
-            f"By labelled images per class: mean of {draws} draws ± half of the 95 % interval of the mean; "
-            "the same draws for every model."
+            f"Columns: labelled images per class. Mean of {draws} draws ± half of its 95 % interval; the draws are the same "
+            "for all models."
         )
     return lines
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("model", overflow="fold")  # the one that gives way in a narrow terminal
+    table.add_column("model", overflow="fold")  # folded in a narrow terminal
     table.add_column("", no_wrap=True)
     for n in found["shots"]:
         table.add_column(str(n), no_wrap=True, justify="right")
     for text, kind, cells in _rows(found):
         table.add_row(printable(text), kind, *cells)
-    console.print("", table, "", *_told(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print("", table, "", *_notes(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown(found: dict[str, Any], figure: str | None) -> str:
-    """summary.md. figure: its file beside it, if there is one."""
-    lines = ["# Probe", "", *_told(found), ""]
+    """The text of summary.md. figure: the file name of the figure, if there is one."""
+    lines = ["# Probe", "", *_notes(found), ""]
     lines += [f"| model | | {' | '.join(map(str, found['shots']))} |", f"|---|---|{'---:|' * len(found['shots'])}"]
     lines += [table_row([text, kind, *cells]) for text, kind, cells in _rows(found)]
     lines += ["", *([f"![Accuracy over labelled images per class]({figure})", ""] if figure else [])]
     for text, model in found["models"].items():
         card = model["card"]
         size = "x".join(map(str, card["image_size"]))
-        of = f"{card['model']}, weights {card['weights']} (sha256 {card['sha256'][:12]})"
+        source = f"{card['model']}, weights {card['weights']} (sha256 {card['sha256'][:12]})"
         lines.append(
-            f"- {escaped(text)}: {escaped(of)}, {model['features']} features, {size}, {card['channels']} channel(s)"
+            f"- {escaped(text)}: {escaped(source)}, {model['features']} features, {size}, {card['channels']} channel(s)"
         )
     made = found["provenance"]
     by = f"scalekd {made['scalekd']}, torch {made['torch']}, timm {made['timm']}, {made['machine']}"
@@ -87,21 +87,21 @@ def markdown(found: dict[str, Any], figure: str | None) -> str:
 
 
 def drawing(found: dict[str, Any]) -> Any:
-    """Accuracy over labelled images per class, with the intervals of the linear classifiers; a matplotlib figure."""
+    """A matplotlib figure: accuracy over labelled images per class, with the intervals of the linear classifiers."""
     classes, models = found["data"]["classes"], found["models"]
     figure = figure_class()[0](figsize=(7.0, 4.6), layout="constrained")
     axes = figure.subplots()
     ticks: dict[float, str] = {}
     for i, (text, model) in enumerate(models.items()):
         cells = model["shots"]
-        places = [cell["images"] / classes for cell in cells.values()]
-        ticks |= {at: f"all ({tick_text(round(at))})" if n == ALL else n for n, at in zip(cells, places)}
-        beside = [at * 1.025 ** (i - (len(models) - 1) / 2) for at in places]  # so that intervals do not hide others
+        counts = [cell["images"] / classes for cell in cells.values()]
+        ticks |= {at: f"all ({tick_text(round(at))})" if n == ALL else n for n, at in zip(cells, counts)}
+        shifted = [at * 1.025 ** (i - (len(models) - 1) / 2) for at in counts]  # so that intervals do not overlap
         style: dict[str, Any] = {"marker": MARKERS[i % 8], "markersize": 5, "color": COLOURS[i % 6]}
         linear, knn = ([cell[kind] for cell in cells.values()] for kind in KINDS)
         halves = [f["half_width_95"] or 0.0 for f in linear]
-        axes.errorbar(beside, [f["mean"] for f in linear], halves, label=short(text), capsize=3, **style)
-        axes.plot(places, [f["mean"] for f in knn], ls=":", alpha=0.7, **style)
+        axes.errorbar(shifted, [f["mean"] for f in linear], halves, label=short(text), capsize=3, **style)
+        axes.plot(counts, [f["mean"] for f in knn], ls=":", alpha=0.7, **style)
     axes.set(xscale="log", xlabel="labelled images per class", ylabel="top-1 %, linear (dotted: nearest neighbours)")
     axes.set_xticks(list(ticks), labels=list(ticks.values()))
     axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""Trained runs, rebuilt from their folders side by side: students, projectors, their one teacher, and the same images."""
+"""Opens several trained runs for an analysis: their students and projectors, their common teacher, and the images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from scalekd.common.errors import UserError, first_line
+from scalekd.common.errors import UserError
 from scalekd.common.files import is_file
 from scalekd.common.sections import height_and_width
 from scalekd.common.shortages import explain_out_of_memory
@@ -23,8 +23,7 @@ from scalekd.data.sources.open import open_source, pair_of
 from scalekd.data.sources.source import Source
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
-from scalekd.distill.build import build
-from scalekd.distill.rebuild import as_trained
+from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.fd import FD
 from scalekd.methods.scalekd import ScaleKD
@@ -37,21 +36,19 @@ SEED = 0  # of the order of the images, and of which of them are drawn
 
 @dataclass
 class Trained:
-    """A run's student and projectors as its last checkpoint has them, in eval mode."""
+    """A run's student and projectors with the weights of its last checkpoint, in eval mode."""
 
     label: str
     config: Config
     classes: list[str]
     student: Shown
     methods: nn.ModuleDict
-    weights: dict[
-        str, Any
-    ]  # of the student: "student", as trained, and "deployed", as exported (docs/how-to/analyze.md)
+    weights: dict[str, Any]  # of the student: "student", as trained, and "deployed", as exported
     step: int
     of_steps: int
 
     def use(self, which: Literal["student", "deployed"]) -> None:
-        """`student` goes with the projectors; `deployed` is the averaged one of a run with train.ema."""
+        """Loads the weights that the projectors were trained with, or the exported ones (averaged with train.ema)."""
         self.student.view.model.load_state_dict(self.weights[which])
 
     def known(self) -> dict[str, Any]:
@@ -65,6 +62,8 @@ class Trained:
 
 @dataclass
 class Runs:
+    """Runs with the same teacher, and the images to analyse them on."""
+
     trained: list[Trained]
     teacher: Shown
     images: Images
@@ -74,15 +73,15 @@ class Runs:
     device: torch.device
 
     def batches(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, C, H, W) in [0, 1] and classes (B,), on the device; of the first `most` images, or of all.
+        """Pixels (B, C, H, W) in [0, 1] and classes (B,), on the device, of all images or the first `most`.
 
         The images are in a seeded random order, so a batch is a sample of all classes.
         """
         images, spec = self.images, self.trained[0].config.data
         if most is not None:
             images = Images(images.source, images.indices[:most], images.transform, None)
-        workers = spec.workers if len(images) > 10 * self.batch else 0  # for a few images, not worth their start
-        with explain_out_of_memory(self.device, f"Try a smaller --batch (now {self.batch}), or --device cpu."):
+        workers = spec.workers if len(images) > 10 * self.batch else 0  # few images: not worth starting workers
+        with explain_out_of_memory(self.device, f"Try a smaller `batch` (now {self.batch}), or `device` cpu."):
             for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
                 yield b.images.to(self.device).float() / 255, b.targets.to(self.device)
 
@@ -100,16 +99,16 @@ class Runs:
 
 
 def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch: int, device: torch.device) -> Runs:
-    """The runs in `folders`, whose teacher, classes and validation pixels must be the same.
+    """Opens the runs in `folders`. They must have the same teacher, classes and validation pixels.
 
-    data: any source with their classes; the first run's validation images unless given. most: so many, spread evenly.
-    A run without a teacher may stand beside one that has one. Raises `UserError`.
+    At least one run must have a teacher. data: any source with their classes; by default the first run's validation
+    images. most: use this many images, spread evenly. Raises `UserError`.
     """
-    for name, value in (("--images", most), ("--batch", batch)):
+    for name, value in (("images", most), ("batch", batch)):
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: one or more")
+            raise UserError(f"`{name}` {value}: must be 1 or more")
     if double := [f for i, f in enumerate(folders) if f.resolve() in [other.resolve() for other in folders[:i]]]:
-        raise UserError(f"{double[0]} is named twice; name each run once")
+        raise UserError(f"{double[0]} is given twice; name each run once")
     trained: list[Trained] = []
     teacher: Shown | None = None
     teacher_of = ""
@@ -126,7 +125,7 @@ def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch
         trained.append(one)
         validation = validation or run.val_images
     if teacher is None or validation is None:
-        raise UserError("no run here has a teacher in its recipe; name at least one that has")
+        raise UserError("none of these runs has a teacher; name at least one that has")
     first = trained[0]
     place, source, indices = first.config.data.val or "data.train, held out", validation.source, validation.indices
     if data is not None:
@@ -143,17 +142,17 @@ def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch
 
 
 def _opened(place: str, run: Trained) -> Source:
-    source = open_source(place, "--data")
+    source = open_source(place, "`data`")
     if not same_classes(run.classes, source.classes):
         raise UserError(
-            f"--data: {place} has {len(source.classes)} classes ({', '.join(source.classes[:4])}, ...) and the runs "
+            f"`data`: {place} has {len(source.classes)} classes ({', '.join(source.classes[:4])}, ...) and the runs "
             f"{len(run.classes)} ({', '.join(run.classes[:4])}, ...); they must be the same"
         )
     return source
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The folders without what all paths begin with: `CAP/seed0` and `DFM/seed0`."""
+    """The folders without the beginning that all paths share, such as `CAP/seed0` and `DFM/seed0`."""
     parts = [folder.absolute().parts for folder in folders]
     common = 0
     while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
@@ -162,36 +161,23 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, DistillationRun]:
-    recipe, last = folder / "recipe.yaml", folder / "last.pt"
-    if not is_file(recipe):
-        raise UserError(f"{folder}: no run is there (no recipe.yaml); name a folder that `scalekd train` wrote")
+    if not is_file(folder / "recipe.yaml"):
+        raise UserError(f"{folder} has no recipe.yaml, so it is not a run; choose a folder that `scalekd train` wrote")
+    last = folder / "last.pt"
     if not is_file(last):
         raise UserError(
-            f"{folder} has no last.pt, which holds the run's projectors; was it removed, or did the run not get so far?"
+            f"{folder} has no last.pt, the checkpoint with the run's projectors: it was removed, or the run stopped "
+            "before its first checkpoint"
         )
-    config = as_trained(recipe)
-    # the checkpoint has the student's weights: those that it began with need not be there any more
-    plain = config.model_copy(
-        update={
-            "student": config.student.model_copy(update={"weights": None}),
-            "train": config.train.model_copy(update={"sync_batchnorm": False, "ema": None}),
-        }
-    )
+    config = read_recipe(folder)
     try:
-        run = build(plain, device)
+        run = rebuild(config, device)
     except UserError as error:
         raise UserError(f"{folder} cannot be rebuilt: {error}") from None
     state = checkpoint.load(last)
-    distiller = run.distiller
-    try:
-        weights = {"student": state["student"], "deployed": state["deployed"]}
-        distiller.student.load_state_dict(weights["deployed"])
-        distiller.student.load_state_dict(weights["student"])
-        distiller.methods.load_state_dict(state["methods"])
-        step = int(state["progress"]["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{last} does not fit {recipe}: {first_line(error)}") from None
-    distiller.eval()
+    step = load_trained(run, state, last)
+    distiller = run.distiller.eval()
+    weights = {"student": state["student"], "deployed": state["deployed"]}
     size = height_and_width(config.data.image_size)
     student = Shown(distiller.student_view, size, distiller.student_mean, distiller.student_std)
     trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)
@@ -202,65 +188,65 @@ def _teacher(run: DistillationRun, label: str) -> Shown | None:
     d = run.distiller
     try:
         view = d.teacher_view
-    except UserError as error:  # of several
+    except UserError as error:  # several teachers
         raise UserError(f"{label}: {error}") from None
     return None if view is None else Shown(view, d.teacher_size, d.teacher_mean, d.teacher_std)
 
 
 def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
-    """Of the same classes and pixels; `validated`: on the same images."""
+    """Raises `UserError` unless both have the same classes and pixels and, with `validated`, validation images."""
     if a.classes != b.classes:
-        raise UserError(f"{a.label} and {b.label} were trained for other classes; look at them apart")
+        raise UserError(f"{a.label} and {b.label} have different classes; analyse them separately")
     keys = ["data.image_size", "data.channels", "augment.crop_pct", "augment.interpolation"]
     if validated:  # else one may have been trained on what the other held out
         held_out = ["data.train", "data.val_fraction", "data.seed"]
         keys += ["data.val", *(held_out if a.config.data.val is None else [])]
     for key in keys:
         section, field = key.split(".")
-        mine, theirs = (getattr(getattr(t.config, section), field) for t in (a, b))
-        if mine != theirs:
-            remedy = ", or name --data" if field in ("train", "val", "val_fraction", "seed") else ""
+        one, other = (getattr(getattr(t.config, section), field) for t in (a, b))
+        if one != other:
+            remedy = ", or set `data`" if field in ("train", "val", "val_fraction", "seed") else ""
             raise UserError(
-                f"{a.label} and {b.label} were not validated on the same pixels ({key}: {mine} and {theirs}); "
-                f"look at them apart{remedy}"
+                f"{a.label} and {b.label} were validated on different pixels ({key}: {one} and {other}); analyse them "
+                f"separately{remedy}"
             )
 
 
 def _check_same_teacher(label: str, teacher: Shown, other_label: str, other: Shown) -> None:
-    """Of one name, size, statistics and weights: those that are loaded, as a recipe's file may not be the same file."""
+    """Raises `UserError` unless name, size, statistics and loaded weights are equal. Files are not compared: they may change."""
     a, b = (t.view.model.state_dict() for t in (teacher, other))
     same = teacher.view.name == other.view.name and teacher.size == other.size and a.keys() == b.keys()
     same = same and teacher.view.indices == other.view.indices
     same = same and torch.equal(teacher.mean, other.mean) and torch.equal(teacher.std, other.std)
     if not same or not all(torch.equal(a[key], b[key]) for key in a):
         raise UserError(
-            f"{label} and {other_label} have different teachers ({teacher.view.name} and {other.view.name}: another "
-            "model, size, mean or std, or other weights); look at them apart"
+            f"{label} and {other_label} have different teachers ({teacher.view.name} and {other.view.name}: they differ "
+            "in model, size, mean, std or weights); analyse them separately"
         )
 
 
-# ---------------------------------------------------------------- what a run's projectors do
+# ---------------------------------------------------------------- projectors
 
 
 class Call(NamedTuple):
-    """One call of a projector: what it was given, and its output (B, dt, H, W)."""
+    """One call of a projector, with its output (B, dt, H, W)."""
 
     projector: nn.Module
-    stage: int  # of the teacher, whose map the output is to be like
-    given: tuple[Tensor, ...]  # the student's map (B, ds, h, w); the queries, of a CAP that is handed some
+    stage: int  # the teacher's stage whose map is the target
+    inputs: tuple[Tensor, ...]  # the student's map (B, ds, h, w), and queries if a CAP gets some
     output: Tensor
 
 
 def projector_calls(methods: nn.ModuleDict, student: Features, teacher: Features) -> dict[str, Call]:
-    """What the projectors onto teacher maps do for these features; `METHOD.VIEW`, such as `scalekd.alt`, to `Call`.
+    """Calls the projectors onto teacher maps with these features; `METHOD.VIEW`, such as `scalekd.alt`, -> `Call`.
 
-    Of `cap`, `dfm`, `tpp` and `scalekd` the student path's, by view, and the proxy path's (`proxy_VIEW`, onto the
-    teacher's stage 3); of `fd` those of its stages, `fd.s4`. Other methods have none that can be compared so.
+    `cap`, `dfm`, `tpp` and `scalekd` have those of the student path, by view, and of the proxy path (`proxy_VIEW`, onto
+    the teacher's stage 3); `fd` has one per stage, such as `fd.s4`. The projectors of other methods are not comparable.
     """
     calls: dict[str, Call] = {}
 
-    def note(name: str, stage: int, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[name] = Call(module, stage, given, output)
+    def note(name: str, stage: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[name] = Call(module, stage, inputs, output)
 
     for name, method in methods.items():
         hooks = [
@@ -269,16 +255,16 @@ def projector_calls(methods: nn.ModuleDict, student: Features, teacher: Features
         ]
         try:
             if hooks:
-                method(student, teacher, torch.empty(0, dtype=torch.int64))  # these do not look at targets
+                method(student, teacher, torch.empty(0, dtype=torch.int64))  # these methods read no targets
         finally:
             for hook in hooks:
                 hook.remove()
     order = [f"{name}.{view}" for name, method in methods.items() for view, *_ in _projectors(method)]
-    return {name: calls[name] for name in order}  # proxies are called first, and come last
+    return {name: calls[name] for name in order}  # proxies are called first and listed last
 
 
 def _projectors(method: nn.Module) -> list[tuple[str, nn.Module, int]]:
-    """View, projector, and the teacher's stage that it projects onto."""
+    """(view, projector, the teacher's stage that it projects onto) of a method."""
     if isinstance(method, ScaleKD):
         proxied = method.cap_of.items() if method.proxy_caps else ()  # one projector may serve both views
         proxies = [(f"proxy_{view}", method.proxy_caps[key], 3) for view, key in proxied]

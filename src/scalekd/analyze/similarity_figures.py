@@ -1,4 +1,4 @@
-"""The pictures of `scalekd analyze similarity`; each function gives a matplotlib figure."""
+"""The figures of `scalekd analyze similarity`. Each function returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scalekd.common.text import shortened
 
 from .figures import figure_class, short
 
-MOST_CLASSES = 40  # in a picture; of more, those that gained most and least
+MOST_CLASSES = 40  # in a figure; with more classes, those with the largest and smallest gains
 
 
 def draw_cka(runs: Sequence[dict[str, Any]]) -> Any:
@@ -64,7 +64,7 @@ def draw_calibration(found: dict[str, Any], teacher: str) -> Any:
             label="mean confidence",
         )  # fmt: skip
         above.plot([0, 1], [0, 1], "--", color="#666666", linewidth=1)
-        above.set(ylim=(0, 1.02), xlim=(0, 1), ylabel="share right")
+        above.set(ylim=(0, 1.02), xlim=(0, 1), ylabel="accuracy")
         above.set_title(f"{short(m['run'])}\nECE {m['ece']:.2f} %, NLL {m['nll']:.3f}", fontsize=9)
         below.bar(middles, [b["images"] / found["images"] for b in filled], color="#bbbbbb", **style)
         below.set(xlabel="confidence", ylabel="images", ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75])
@@ -80,21 +80,21 @@ def draw_classes(gains: dict[str, list[dict[str, Any]]], baseline: str) -> Any:
     most = max(len(rows) for rows in shown.values())
     figure = figure_of(figsize=(5.4 * len(shown), 1.4 + 0.24 * most), layout="constrained")
     for axes, (run, rows) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):
-        places = range(len(rows) - 1, -1, -1)
+        heights = range(len(rows) - 1, -1, -1)
         values = [row["gain"] for row in rows]
         bars = axes.barh(
-            places, values, xerr=[row["half_width"] or 0.0 for row in rows], edgecolor="#333333", linewidth=0.8,
+            heights, values, xerr=[row["half_width"] or 0.0 for row in rows], edgecolor="#333333", linewidth=0.8,
             error_kw={"linewidth": 1.0, "ecolor": "black", "capsize": 2},
         )  # fmt: skip
         for bar, value in zip(bars, values):
             bar.set(facecolor="#0072b2" if value >= 0 else "#f6b26b", hatch="" if value >= 0 else "////")
-        axes.set_yticks(places, [f"{shortened(row['class'], 28)} ({row['images']})" for row in rows], fontsize=8)
+        axes.set_yticks(heights, [f"{shortened(row['class'], 28)} ({row['images']})" for row in rows], fontsize=8)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel("gain of top-1, points; line: 95 % interval over the images")
+        axes.set_xlabel("gain of top-1, points; line: 95 % interval")
         left = len(gains[run]) - len(rows)
-        told = f"\nof {len(gains[run])} classes, the {len(rows)} at the ends" if left else ""
-        axes.set_title(f"{short(run)} against {short(baseline)}{told}", fontsize=9)
+        note = f"\nthe {len(rows)} largest and smallest gains of {len(gains[run])} classes" if left else ""
+        axes.set_title(f"{short(run)} compared with {short(baseline)}{note}", fontsize=9)
         axes.grid(True, axis="x", color="#dddddd")
         axes.set_axisbelow(True)
     return figure
@@ -105,15 +105,15 @@ def _ends(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows if len(rows) <= MOST_CLASSES else rows[:half] + rows[-half:]
 
 
-def draw_attention(of_cap: dict[str, Any], titles: Sequence[str]) -> Any:
-    """A row for each image: the image, the mean over queries, single queries with a cross where each stands."""
+def draw_attention(attention: dict[str, Any], titles: Sequence[str]) -> Any:
+    """A row per image: the image, the mean over queries, and single queries, each with a cross at its position."""
     figure_of, _ = figure_class()
-    images, maps, grid = of_cap["pixels"], of_cap["maps"], of_cap["grid"]
+    images, maps, grid = attention["pixels"], attention["maps"], attention["grid"]
     columns = 1 + len(maps[0])
     figure = figure_of(figsize=(1.75 * columns, 0.7 + 1.95 * len(images)), layout="constrained")
     figure.suptitle(
-        f"{short(of_cap['run'])}, {of_cap['projector']}: attention over the student's map, mean over heads; "
-        "x: the query's place", fontsize=9,
+        f"{short(attention['run'])}, {attention['projector']}: attention over the student's map, mean over heads; "
+        "x: the query's position", fontsize=9,
     )  # fmt: skip
     rows = figure.subplots(len(images), columns, squeeze=False)
     for row, pixels, of_image, title in zip(rows, images, maps, titles):
@@ -123,10 +123,10 @@ def draw_attention(of_cap: dict[str, Any], titles: Sequence[str]) -> Any:
         for axes, (query, values) in zip(row[1:], of_image):
             height, width = len(values), len(values[0])
             axes.imshow(values, cmap="viridis", vmin=0)
-            told = "all queries" if query is None else f"query {query[0]},{query[1]}"
-            axes.set_title(f"{told}\nmost {np.max(values):.2f}", fontsize=7)
+            name = "all queries" if query is None else f"query {query[0]},{query[1]}"
+            axes.set_title(f"{name}\nmaximum {np.max(values):.2f}", fontsize=7)
             if query is not None:
-                x, y = ((place + 0.5) * n / of - 0.5 for place, n, of in zip(query[::-1], (width, height), grid[::-1]))
+                x, y = ((i + 0.5) * n / cells - 0.5 for i, n, cells in zip(query[::-1], (width, height), grid[::-1]))
                 axes.plot([x], [y], "x", color="black", markersize=9, markeredgewidth=4)
                 axes.plot([x], [y], "x", color="white", markersize=8, markeredgewidth=1.8)
         for axes in row:

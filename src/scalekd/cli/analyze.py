@@ -1,4 +1,4 @@
-"""`scalekd analyze`: frequency, distance, similarity. What is slow to import is imported inside."""
+"""`scalekd analyze`: frequency, distance, similarity. Slow imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Adds it to the sub-commands of `scalekd`."""
+    """Adds `analyze` to the sub-commands of `scalekd`."""
     sub = commands.add_parser(
-        "analyze", help="what models' features hold and how near a student is (docs/how-to/analyze.md)"
+        "analyze", help="analyse features, and how close students are to their teacher (docs/how-to/analyze.md)"
     )
     analyses = sub.add_subparsers(title="analyses", metavar="ANALYSIS", required=True)
 
     def analysis(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = analyses.add_parser(name, help=text, description=text)
         sub.set_defaults(run=function)
-        sub.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+        sub.add_argument("--batch", type=int, default=32, metavar="N", help="images per batch (default: 32)")
         sub.add_argument("--device", help="as for train")
-        sub.add_argument("--out", type=Path, metavar="DIR", help="also write the data and the figures there")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="also write figures and data to DIR")
         return sub
 
     sub = analysis("frequency", _frequency, "the frequencies of models' last maps")
     sub.add_argument("models", nargs="+", metavar="MODEL", help="a timm name, NAME=FILE, or an exported student")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
     sub.add_argument("--images", type=int, default=1600, metavar="N", help="how many (default: 1600)")
-    sub.add_argument("--random", action="store_true", help="initial values for models given by name alone")
+    sub.add_argument("--random", action="store_true", help="use initial values for models given by name")
 
     for name, function, text in (
-        ("distance", _distance, "how far students' alternative components are from their teacher's"),
-        ("similarity", _similarity, "students beside their teacher: CKA, agreement, calibration, attention"),
+        ("distance", _distance, "the distance of students' alternative components from their teacher's"),
+        ("similarity", _similarity, "students compared with their teacher: CKA, agreement, calibration, attention"),
     ):
         sub = analysis(name, function, text)
-        sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs with one teacher")
-        sub.add_argument("--data", metavar="SOURCE", help="other images than the first run's validation images")
-        sub.add_argument("--images", type=int, metavar="N", help="only so many, spread evenly (default: all)")
-    sub.add_argument("--baseline", type=Path, metavar="RUN", help="the run before: gains by class")
-    sub.add_argument("--pictures", type=int, default=4, metavar="N", help="images to draw attention for (default: 4)")
+        sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs with the same teacher")
+        sub.add_argument("--data", metavar="SOURCE", help="images to use instead of the first run's validation images")
+        sub.add_argument("--images", type=int, metavar="N", help="use N images, spread evenly (default: all)")
+    sub.add_argument("--baseline", type=Path, metavar="RUN", help="show gains by class over this run")
+    sub.add_argument(
+        "--pictures", type=int, default=4, metavar="N", help="images in the attention figures (default: 4)"
+    )
 
 
 def _frequency(args: argparse.Namespace) -> None:

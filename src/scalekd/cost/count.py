@@ -1,8 +1,8 @@
-"""What a recipe's training step costs, by part and beside plain feature distillation: `scalekd cost`, docs/how-to/cost.md.
+"""Counts the arithmetic and memory of a recipe's training step, by part, without computing it: `scalekd cost`.
 
-The counts come from the real models, and nothing is computed: parameters are made on PyTorch's meta device, then
-stand-ins on the CPU take their place (fake tensors: a shape, a dtype and a device, no values). So autograd, autocast
-and the choice of attention kernel go as in a real step. No weights are read and no images are opened.
+The models are built on PyTorch's meta device, then fake tensors on the CPU (shape, dtype and device, no values) replace
+their parameters. So autograd, autocast and the choice of attention kernel work as in a real step. No weights are read
+and no images are opened. docs/how-to/cost.md explains the figures.
 """
 
 from __future__ import annotations
@@ -29,31 +29,34 @@ from scalekd.distill.distiller import Distiller
 from .ledger import Ledger, charge_step
 from .peak import held_in_a_step
 
-BATCH = 32  # images counted: 256 on 8 GPUs, as in the paper's Table 15
+BATCH = 32  # images per device: 256 on 8 GPUs, as in the ScaleKD paper's Table 15
 NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-AGAIN = "held again, at most"  # the part for what checkpointed methods compute once more
+AGAIN = "held again, at most"  # the part for what methods with grad_checkpointing compute a second time
 
 
 def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> dict[str, Any]:
-    """Plain data: the recipe's step, the same pair's step with `fd`, and their ratios.
+    """The cost of the recipe's step, of a step of the same pair with `fd`, and their ratios, as plain data.
 
-    batch: images of a step on one device; 32, or the recipe's if that is smaller. Raises `UserError`.
+    classes: of the data. batch: images of a step on one device; by default 32, or the recipe's if that is smaller.
+    Raises `UserError`, also for a recipe with several teachers or an assistant.
     """
     batch = batch or min(BATCH, config.train.batch_size // config.train.accumulate)
     if batch < 2:
-        raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
+        raise UserError(f"`batch` {batch}: must be 2 or more, because of batch normalisation")
     if classes < 1:
-        raise UserError(f"--classes {classes}: one or more")
+        raise UserError(f"`classes` {classes}: must be 1 or more")
     if config.assistant is not None:
-        raise UserError("the cost is counted for one run, and an assistant's recipe is two; `scalekd plan` takes it")
+        raise UserError(
+            "a recipe with an assistant is two runs, and the cost is that of one; use `scalekd plan`, or set assistant=null"
+        )
     with torch.device("meta"):
         distiller = untrained(config, classes, config.losses)
-        fd, why_not = plain_distillation(config, classes)
+        fd, reason = plain_distillation(config, classes)
     projectors = _projectors(distiller)
     step = count_step(distiller, config, classes, batch)
     plain = count_step(fd, config, classes, batch) if fd is not None else None
@@ -74,14 +77,14 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
         "projectors": projectors,
         "step": step,
         "fd": plain,
-        "no_fd": why_not,
+        "no_fd": reason,
         "ratio": ratio,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
 
 
 def plain_distillation(config: Config, classes: int) -> tuple[Distiller | None, str | None]:
-    """The paper's FD: the recipe's task loss, and stage 4 through one linear layer. None, and why, where it cannot be."""
+    """FD of the ScaleKD paper: the recipe's task loss, and stage 4 through a linear layer. Or None and the reason."""
     if config.teacher is None:
         return None, "the recipe has no teacher"
     task = {name: options for name, options in config.losses.items() if name in ("ce", "bce")} or {"ce": {}}
@@ -92,25 +95,25 @@ def plain_distillation(config: Config, classes: int) -> tuple[Distiller | None, 
 
 
 def _projectors(distiller: Distiller) -> dict[str, dict[str, int]]:
-    """Method -> {projector or other part: parameters}, of those methods that have parameters of their own."""
-    found: dict[str, dict[str, int]] = {}
+    """Method -> {projector or other part: number of parameters}, for methods with parameters."""
+    sizes: dict[str, dict[str, int]] = {}
     for name, method in distiller.methods.items():
         parts: dict[str, int] = {}
         for key, parameter in method.named_parameters():
             first, *rest = key.split(".")
-            held = getattr(method, first)
-            if isinstance(held, (nn.ModuleDict, nn.ModuleList)):
+            if isinstance(getattr(method, first), (nn.ModuleDict, nn.ModuleList)):
                 first = f"{first}.{rest[0]}"
             parts[first] = parts.get(first, 0) + parameter.numel()
         if parts:
-            found[name] = parts
-    return found
+            sizes[name] = parts
+    return sizes
 
 
 def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -> dict[str, Any]:
-    """One step's parts, their total, and the memory of a device, without computing. Raises `UserError`.
+    """The parts of a step, their total, and the memory of a device. `distiller` then holds fake tensors.
 
-    GMACs and `saved_mb` are those of one image; `fixed_mb` and `memory_mb` those of a device. MB are 10^6 bytes.
+    GMACs (`forward`, `backward`, `gmacs`) and `saved_mb` are per image, `fixed_mb` and `memory_mb` per device. MB are
+    10^6 bytes. Raises `UserError` if the step depends on the values of its tensors.
     """
     teacher = distiller.teacher_view.model if distiller.teacher_view else None
     try:
@@ -125,8 +128,8 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
             fixed = fixed_bytes(distiller, config)
     except NEEDS_VALUES as error:
         raise UserError(
-            f"this recipe's step cannot be counted, as it goes by the values of its tensors: {first_line(error)}\n"
-            "--measure times real steps instead."
+            f"the step cannot be counted, because it depends on the values of its tensors: {first_line(error)}\n"
+            "Use `measure`, which times real steps."
         ) from None
     modules = {"student": distiller.student, **distiller.methods, **({"teacher": teacher} if teacher else {})}
     parts = {
@@ -149,14 +152,17 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
 
 
 def stand_ins(distiller: Distiller, config: Config, classes: int, batch: int) -> tuple[Tensor, Tensor]:
-    """A batch of the recipe's shapes, pixels and targets, for what reads no values."""
+    """Uninitialised pixels (B, C, H, W) and targets with the shapes of the recipe's batches.
+
+    targets: (B,), or (B, classes) with mixup or CutMix.
+    """
     pixels = torch.empty(batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size))
     mixed = config.augment.mixup or config.augment.cutmix
     return pixels, torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
 
 
 def _held_again(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> int | None:
-    """Bytes of the backward pass beyond those kept for it, where a method checkpoints; None where none does."""
+    """Bytes that the backward pass holds in addition to the saved ones; None if no method has grad_checkpointing."""
     if not any(getattr(method, "grad_checkpointing", False) for method in distiller.methods.values()):
         return None
     between, most = held_in_a_step(distiller, pixels, targets, half)
@@ -164,8 +170,10 @@ def _held_again(distiller: Distiller, pixels: Tensor, targets: Tensor, half: boo
 
 
 def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int | None]:
-    """What a device holds all the time: weights and buffers, gradients, the optimiser's state (None where it cannot be
-    counted), and averaged weights where the recipe has them."""
+    """Bytes that a device holds all the time: weights and buffers, gradients, optimiser state, averaged weights.
+
+    The optimiser state is None if it depends on the values of the gradients; `average` is 0 without train.ema.
+    """
     return {
         "weights": _bytes(distiller.held()),
         "gradients": _bytes(p for p in distiller.parameters() if p.requires_grad),
@@ -175,7 +183,7 @@ def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int | None]:
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
-    """What it holds after a step, per device; None for one that decides by the gradients' values."""
+    """Bytes of its state after a step; None if the step depends on the values of the gradients."""
     try:
         optimizer.step()
     except NEEDS_VALUES:

@@ -1,4 +1,4 @@
-"""The FLOP counter behind `scalekd cost`, `scalekd pairs` and the reports."""
+"""The FLOP counter of `scalekd cost`, `scalekd pairs` and the reports."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _backward(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-CPU_ATTENTION = {  # some releases of PyTorch (2.11 and 2.12, say) do not know it, and count a ViT's attention as nothing
+CPU_ATTENTION = {  # without these, some releases of PyTorch (such as 2.11 and 2.12) count no attention on a CPU
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's `FlopCounterMode`, silent, with attention on a CPU counted in every release."""
+    """PyTorch's `FlopCounterMode` that prints nothing and counts attention on a CPU in every release."""
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)

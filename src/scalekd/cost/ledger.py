@@ -1,4 +1,4 @@
-"""A training step taken apart: what each part computes, and what it keeps for the backward pass."""
+"""Charges the arithmetic and the saved tensors of a training step to its parts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from scalekd.models.stages import Features
 
 from .flops import flop_counter
 
-Crossing = tuple[Tensor, Tensor, Tensor, Tensor]  # a map before the teacher, what went in, what came out, what went on
+Crossing = tuple[Tensor, Tensor, Tensor, Tensor]  # (map, leaf given to the teacher, its result, leaf given on)
 
 
 class Ledger:
-    """Charges what is computed, and what autograd keeps for the backward pass, to the part that is on.
+    """Charges arithmetic, and the tensors that autograd saves for the backward pass, to the current part.
 
-    macs: part -> [forward, backward] in multiply-accumulates: half of what torch's FLOP counter finds, as in
+    macs: part -> [forward, backward] in multiply-accumulates, which are half of what torch's FLOP counter reports, as in
     `scalekd pairs`. saved: part -> bytes; a storage counts once, for the part that saved it first.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
-        """known: parameters and buffers, which are held anyway and cost nothing when saved."""
+        """known: parameters and buffers, which are in memory anyway and cost nothing when saved."""
         self.macs: dict[str, list[float]] = {}
         self.saved: dict[str, int] = {}
         self._at, self._read = ("", 0), 0
         self._flops = flop_counter()
-        # by address, and held: the address of a storage that is gone may be another's
+        # by address; holding the storages keeps their addresses from being used again
         self._held = {_address(t): t.untyped_storage() for t in known}
 
     @contextlib.contextmanager
@@ -46,7 +46,7 @@ class Ledger:
         return self._at[1] == 1
 
     def on(self, part: str, backward: bool = False) -> None:
-        """What comes from here on is this part's."""
+        """Charges everything from here on to `part`."""
         now = self._flops.get_total_flops()
         if self._at[0]:
             self.macs.setdefault(self._at[0], [0, 0])[self._at[1]] += (now - self._read) / 2
@@ -60,25 +60,25 @@ class Ledger:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # not data_ptr: stand-ins have no data
+    return tensor.untyped_storage()._cdata  # not data_ptr: fake tensors have no data
 
 
 def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: Ledger, half: bool) -> None:
-    """A forward and a backward pass as `Distiller.forward` has them, each part on its own account.
+    """Runs the forward and backward pass of `Distiller.forward`, and charges each part of it to `ledger`.
 
-    The graph is cut where one part hands over to another, so that the backward pass too can be taken part by part:
-    at what the student gives each method, and before and after the teacher's stages that a method runs. Those are
-    charged as `NAME: through the teacher`.
+    The graph is cut where one part passes its output to another, so that the backward pass can run part by part: at the
+    student's features for each method, and before and after the teacher's stages that a method runs. Those stages are
+    charged as `NAME: through the teacher`. half: under bf16 autocast.
     """
     with ledger.open():
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
             ledger.on("teacher")
             teacher = distiller.teacher_features(pixels)
             ledger.on("student")
-            seen = resized(pixels, distiller.image_size, distiller.student)
-            seen = (seen - distiller.student_mean) / distiller.student_std
-            student = distiller.student_view(seen, maps=distiller.needs_maps)
-            cuts: list[tuple[Tensor, Tensor]] = []  # in the student's graph, and the leaf that a method was given
+            inputs = resized(pixels, distiller.image_size, distiller.student)
+            inputs = (inputs - distiller.student_mean) / distiller.student_std
+            student = distiller.student_view(inputs, maps=distiller.needs_maps)
+            cuts: list[tuple[Tensor, Tensor]] = []  # (tensor of the student's graph, leaf that a method reads)
             losses: list[tuple[str, Tensor, list[Crossing]]] = []
             for name, method in distiller.methods.items():
                 crossings: list[Crossing] = []
@@ -88,18 +88,18 @@ def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: L
         for name, loss, crossings in losses:
             ledger.on(name, backward=True)
             loss.backward()
-            for before, given, result, handed in reversed(crossings):
+            for before, teacher_input, teacher_output, after in reversed(crossings):
                 ledger.on(_through(name), backward=True)
-                result.backward(handed.grad)
+                teacher_output.backward(after.grad)
                 ledger.on(name, backward=True)
-                before.backward(given.grad)
+                before.backward(teacher_input.grad)
         ledger.on("student", backward=True)
         reached = [(tensor, leaf.grad) for tensor, leaf in cuts if leaf.grad is not None]
         torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
 
 
 def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
-    """The student's features as leaves, which are noted in `cuts` beside what they stand for."""
+    """The student's features as leaves; adds (tensor, leaf) to `cuts` for each."""
 
     def leaf(tensor: Any) -> Any:
         if tensor is None or not tensor.requires_grad:
@@ -117,21 +117,21 @@ def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
 
 
 def _watched(teacher: Features | None, name: str, crossings: list[Crossing], ledger: Ledger) -> Features | None:
-    """The teacher's features with a `resume` that is charged on its own, and cut on both sides."""
+    """The teacher's features with a `resume` that is charged separately and cut on both sides."""
     if teacher is None or teacher.resume is None:
         return teacher
     run_on = teacher.resume
 
     def resume(k: int, x: Tensor) -> Tensor:
-        if ledger.in_backward:  # computed once more by a checkpointed method; the graph was cut the first time
+        if ledger.in_backward:  # recomputed by a method with grad_checkpointing; the graph is cut already
             return run_on(k, x)
         ledger.on(_through(name))
-        given = x.detach().requires_grad_()
-        result = run_on(k, given)
-        handed = result.detach().requires_grad_()
-        crossings.append((x, given, result, handed))
+        teacher_input = x.detach().requires_grad_()
+        teacher_output = run_on(k, teacher_input)
+        after = teacher_output.detach().requires_grad_()
+        crossings.append((x, teacher_input, teacher_output, after))
         ledger.on(name)
-        return handed
+        return after
 
     return replace(teacher, resume=resume)
 

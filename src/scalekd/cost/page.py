@@ -1,4 +1,4 @@
-"""What `scalekd cost` found, on the screen and as files."""
+"""The result of `scalekd cost` on the screen and as files."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def _cells(part: dict[str, float]) -> list[str]:
 
 
 def cost_lines(found: dict[str, Any]) -> list[str]:
-    """What is told beside the table."""
+    """The sentences below the table."""
     step, ratio = found["step"], found["ratio"]
     total, fixed = step["total"], step["fixed_mb"]
-    told = [f"A step takes {total['gmacs']:.2f} GMACs and keeps {total['saved_mb']:.1f} MB for each image."]
+    lines = [f"A step takes {total['gmacs']:.2f} GMACs and saves {total['saved_mb']:.1f} MB per image."]
     if ratio:
         times = f"{ratio['gmacs']:.2f} times the GMACs, {ratio['saved_mb']:.2f} times the saved activations"
-        told.append(f"Beside fd on stage 4 through a linear layer: {times}, {ratio['memory_mb']:.2f} times the memory.")
+        lines.append(f"Compared with fd (stage 4, linear layer): {times}, {ratio['memory_mb']:.2f} times the memory.")
     else:
-        told.append(f"No ratio to fd: {found['no_fd']}.")
+        lines.append(f"No comparison with fd: {found['no_fd']}.")
     held = ", ".join(f"{name} {'not counted' if mb is None else f'{mb:.0f}'}" for name, mb in fixed.items() if mb != 0)
-    told.append(f"Memory at {found['batch']} images a device: {step['memory_mb']:.0f} MB; of these {held} MB.")
+    lines.append(f"Memory at {found['batch']} images per device: {step['memory_mb']:.0f} MB, including {held} MB.")
     for method, parts in found["projectors"].items():
         sizes = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
-        told.append(f"{method} trains beside the student: {sizes}.")
+        lines.append(f"{method} trains, in addition to the student: {sizes}.")
     if measured := found.get("measured"):
-        told.append(
-            f"Measured on {measured['machine']}, {measured['batch']} images a step, {measured['rounds']} rounds:"
+        lines.append(
+            f"Measured on {measured['machine']}, {measured['batch']} images per step, {measured['rounds']} rounds:"
         )
         for name, (middle, least, most) in measured["ratio"].items():
-            told.append(f"the recipe's step takes {middle:.2f} times as long as {name} ({least:.2f} to {most:.2f})")
-    return told
+            lines.append(f"The recipe's step takes {middle:.2f} times as long as {name} ({least:.2f} to {most:.2f}).")
+    return lines
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """NAME.json and NAME.md in `folder`. Raises `UserError` when they cannot be written."""
+    """Writes NAME.json and NAME.md to `folder`. Raises `UserError` if they cannot be written."""
     lines = [f"# {_title(found)}", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in cost_rows(found)]
     lines += ["", *(f"- {line}" for line in cost_lines(found)), "", "Made by `scalekd cost` (docs/how-to/cost.md)."]

@@ -1,4 +1,4 @@
-"""The papers' teachers and students, measured on the real models and set beside what the papers print.
+"""Measures the papers' teachers and students and compares them with the figures in the papers: `scalekd pairs`.
 
 No weights are read and nothing is computed: the models are built on PyTorch's meta device, where a tensor has a
 shape and no values. The upper-case tables are the data; docs/reference/pairs.md explains the differences.
@@ -111,7 +111,7 @@ NOTES = {
     "ViT-S": ["timm's own, with a class token, unlike ScaleKD's ViT-S/16."],
 }
 
-# (where the pair stands, teacher, student)
+# (table of the paper, teacher, student)
 PAIRS = [
     *(("ScaleKD Table 3", "Swin-L", student) for student in ("MobileNet-V1", "ResNet-50", "ConvNeXt-T", "Mixer-S/16")),
     *(("ScaleKD Table 3", "Swin-L", student) for student in ("Mixer-B/16", "ViT-S/16", "Swin-T", "ViT-B/16")),
@@ -125,9 +125,10 @@ PAIRS = [
 
 
 def measure(model: PaperModel) -> dict[str, Any]:
-    """What the real model has: parameters, multiply-accumulates of one image in units of 10^9, stage maps.
+    """Parameters, multiply-accumulates of one image in units of 10^9, and stage maps of the model that timm builds.
 
-    Half of what torch's FLOP counter finds: matrix products, convolutions and attention; neither norms nor activations.
+    The multiply-accumulates are half of what torch's FLOP counter reports: matrix products, convolutions and attention,
+    but not norms and activations.
     """
     with torch.device("meta"):
         built = timm.create_model(model.name, **model.kwargs).eval()
@@ -140,14 +141,14 @@ def measure(model: PaperModel) -> dict[str, Any]:
         "params": sum(p.numel() for p in built.parameters()),
         "gmacs": counter.get_total_flops() / 2e9,
         "maps": [list(shape) for shape in view.shapes.maps],  # channels, height, width; the last two are n-1 and n
-        "blocks": list(view.indices) if plain else None,  # of a model without stages: where they end, from 0
+        "blocks": list(view.indices) if plain else None,  # for a model without stages: the last block of each, from 0
     }
 
 
 def pairs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The pairs that have all of `names` in their models' names, measured, each model once.
+    """The pairs whose models' names contain all of `names`, measured; all pairs by default.
 
-    Stage n-1 is a model's third map and stage n its fourth. Raises `UserError` for a name that no pair has.
+    Stage n-1 is a model's third map and stage n its fourth. Raises `UserError` for a name that no pair contains.
     """
     chosen = _chosen(names)
     configs = {name: load_recipe(name) for name in recipe_names()}
@@ -167,7 +168,7 @@ def pairs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
             "teacher": models[teacher],
             "student": models[student],
             "params_ratio": models[teacher]["params"] / models[student]["params"],
-            "recipes": [name for name, config in configs.items() if _is_for(config, teacher, student)],
+            "recipes": [name for name, config in configs.items() if builds(config, teacher, student)],
         }
         for source, teacher, student in chosen
     ]
@@ -181,20 +182,20 @@ def _chosen(names: Sequence[str]) -> list[tuple[str, str, str]]:
     for name in names:
         if not _plain(name) or not any(has(pair, name) for pair in PAIRS):
             known = [label.lower() for label in MODELS]
-            raise UserError(f"no teacher or student is called `{shortened(name)}`.{nearest(name.lower(), known)}")
+            raise UserError(f"no teacher or student is named `{shortened(name)}`.{nearest(name.lower(), known)}")
     chosen = [pair for pair in PAIRS if all(has(pair, name) for name in names)]
     if not chosen:
-        raise UserError(f"no pair has all of: {', '.join(shortened(name) for name in names)}")
+        raise UserError(f"no pair has all of these names: {', '.join(shortened(name) for name in names)}")
     return chosen
 
 
 def _plain(name: str) -> str:
-    """resnet50 for ResNet-50, swinl for swin_l: so that nobody has to remember how it is spelt."""
+    """resnet50 for ResNet-50, swinl for swin_l, so that spelling does not matter."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _is_for(config: Config, teacher: str, student: str) -> bool:
-    """Whether the recipe builds these two models, at these sizes."""
+def builds(config: Config, teacher: str, student: str) -> bool:
+    """Whether the recipe builds these two models of MODELS, at their sizes."""
     if config.teacher is None:
         return False
     for spec, paper in ((config.teacher, MODELS[teacher]), (config.student, MODELS[student])):
@@ -206,7 +207,7 @@ def _is_for(config: Config, teacher: str, student: str) -> bool:
 
 
 def _architecture(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without what acts in training only, and without the size, which a recipe gives elsewhere."""
+    """Without options that act only in training, and without the size, which a recipe sets elsewhere."""
     return {key: value for key, value in kwargs.items() if "drop" not in key and key != "img_size"}
 
 
@@ -217,7 +218,7 @@ PAIR_COLUMNS = ["source", "teacher", "student", "teacher n-1 -> n", "student n-1
 
 
 def _rows(listed: list[dict[str, Any]]) -> tuple[list[list[list[str]]], list[list[list[str]]], list[str]]:
-    """Rows of both tables, a cell being a list of lines, and the notes in the order of their numbers."""
+    """Rows of both tables, with a list of lines per cell, and the notes in the order of their numbers."""
     models = {m["label"]: m for pair in listed for m in (pair["teacher"], pair["student"])}
     notes = list(dict.fromkeys(note for m in models.values() for note in m["notes"]))
     model_rows, pair_rows = [], []
@@ -254,7 +255,7 @@ def _shape(shape: list[int]) -> str:
 
 
 def show(listed: list[dict[str, Any]], console: Console) -> None:
-    """Two tables and the notes, for a terminal of 120 columns; names are folded in a narrower one."""
+    """Prints two tables and the notes, for a terminal of 120 columns; names are folded in a narrower one."""
     model_rows, pair_rows, notes = _rows(listed)
     for columns, rows in ((MODEL_COLUMNS, model_rows), (PAIR_COLUMNS, pair_rows)):
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -268,7 +269,7 @@ def show(listed: list[dict[str, Any]], console: Console) -> None:
 
 
 def markdown(listed: list[dict[str, Any]]) -> str:
-    """What docs/results/pairs.md holds."""
+    """The text of docs/results/pairs.md."""
     model_rows, pair_rows, notes = _rows(listed)
     lines = ["# The papers' models, measured", "", "```sh", "scalekd pairs --markdown > docs/results/pairs.md", "```"]
     for columns, rows in ((MODEL_COLUMNS, model_rows), (PAIR_COLUMNS, pair_rows)):

@@ -1,4 +1,4 @@
-"""The most memory that is held at once, followed storage by storage; with stand-ins (fake tensors) too."""
+"""Measures the peak memory of tensors, storage by storage; works with fake tensors too."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from scalekd.distill.distiller import Distiller
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows what is made while it is on: `now` bytes are alive, `most` were at once.
+    """Follows the tensors that are created while it is active: `now` bytes are alive, `most` is the peak.
 
-    A storage counts from the operation that makes it to its last reference; what an operation holds inside itself is
-    not seen.
+    A storage counts from the operation that creates it to its last reference. Workspace inside an operation is not seen.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         """known: tensors whose storages are not counted."""
         super().__init__()
         self.now = self.most = 0
-        self._known = [t.untyped_storage() for t in known]  # held, so that no address is used again
+        self._known = [t.untyped_storage() for t in known]  # kept alive, so that no address is used again
         self._seen = {storage._cdata for storage in self._known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,10 +48,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_in_a_step(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> tuple[int, int]:
-    """Bytes beyond weights and gradients: those between the forward and the backward pass, and the most in either.
+    """Bytes in addition to weights and gradients: between forward and backward pass, and at the peak of the step.
 
-    The gradients are there before the step begins, as DDP has them in its buckets, and stay. half: under bf16 autocast.
-    What the teacher gave is counted, and fake tensors are as good as real ones.
+    The gradients exist before the step and stay, as in DDP's buckets. The teacher's outputs count. Works with fake
+    tensors too. half: under bf16 autocast.
     """
     trained = [p for p in distiller.parameters() if p.requires_grad]
     for p in trained:

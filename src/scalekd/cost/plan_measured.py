@@ -1,4 +1,4 @@
-"""The measured part of `scalekd plan`: a recipe's own steps on random pixels, and its own reading of images."""
+"""The measured part of `scalekd plan`: times a recipe's steps on random pixels and the loading of its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.batches import Batch, Images, load_batch, training_images, validation_images
 from scalekd.data.split import Split
 from scalekd.data.transforms import make_mixup
-from scalekd.distill.build import make_optimizer, untrained
+from scalekd.distill.build import untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
 from scalekd.distill.run import DistillationRun
@@ -27,21 +27,21 @@ from scalekd.train.engine import looks_at_every_step, train_step
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import scaler_and_average
 
-from .seconds import ROUNDS, spread
+from .seconds import ROUNDS, ready_for_steps, spread
 
-MOST = 64  # images of a timed step unless given
-ROUND_SECONDS = 1.0  # at least, so that a round of a small model is no accident of the scheduler's
-WARM, MOST_READ = 8, 400  # images read before the rounds, and at most in one
+MOST = 64  # images of a timed step by default, at most
+ROUND_SECONDS = 1.0  # at least: shorter rounds of a small model depend on the scheduler
+WARM, MOST_READ = 8, 400  # images loaded before the rounds, and at most in one
 
 
 def probe(
     config: Config, device: torch.device, classes: int, micro: int, batch: int | None, split: Split | None
 ) -> dict[str, Any]:
-    """Seconds an image, [least, most] of ROUNDS: `train`, `validate`, and with data `read` and `read_validation`.
+    """Seconds per image, [least, most] of ROUNDS: `train`, `validate`, and with data `read` and `read_validation`.
 
-    Whole training steps at two batch sizes, with initial weights and a learning rate of 0. micro: the run's images per
-    step and device; batch: the larger size, `micro` up to MOST unless given. `rounds` holds what was timed, in seconds
-    a step or validation batch, [median, least, most]. Raises `UserError`, also when the memory does not suffice.
+    Times whole training steps at two batch sizes, with initial weights and a learning rate of 0. micro: the run's images
+    per step and device. batch: the larger batch size; by default `micro`, at most MOST. `rounds` has the seconds per step
+    or validation batch, [median, least, most]. Raises `UserError`, also if the memory does not suffice.
     """
     large = max(4, batch or min(micro, MOST))
     large -= large % 2
@@ -49,8 +49,8 @@ def probe(
     rounds: dict[str, list[float]] = {}
     peaks: dict[int, float] = {}
     if device.type == "cpu":
-        keep_freed_memory()  # as a run has it
-    with explain_out_of_memory(device, f"Try a smaller --batch (now {large})."):
+        keep_freed_memory()  # as in a run
+    with explain_out_of_memory(device, f"Try a smaller `batch` (now {large})."):
         run = _run(config, device, classes)
         for size in (small, large):
             if device.type == "cuda":
@@ -59,39 +59,36 @@ def probe(
             peaks[size] = _peak_mb(device)
         many = min(256, 4 * large)
         rounds[f"validate {many}"] = _rounds(_validation(run.distiller, config, device, many), device)
-    found = {
+    result = {
         "machine": machine(device),
         "cores": os.cpu_count() or 1,
         "batches": [small, large],
         "rounds": rounds,
-        "train": an_image(rounds[f"train {small}"], rounds[f"train {large}"], small, large, micro),
+        "train": seconds_per_image(rounds[f"train {small}"], rounds[f"train {large}"], small, large, micro),
         "validate": [seconds / many for seconds in rounds[f"validate {many}"][1:]],
         "memory": _memory(peaks, small, large, device),
     }
     if split is not None:
-        found |= _reading(config, run.distiller, split)
-    return found
+        result |= _reading(config, run.distiller, split)
+    return result
 
 
-def an_image(of_small: list[float], of_large: list[float], small: int, large: int, micro: int) -> list[float]:
-    """Seconds a step at two batch sizes, [median, least, most], to seconds an image [least, most] at a third.
+def seconds_per_image(at_small: list[float], at_large: list[float], small: int, large: int, micro: int) -> list[float]:
+    """Seconds per image, [least, most], at batch size `micro`, from the seconds per step at batch sizes small and large.
 
-    What was seen at the larger one, and what the line through both medians gives at `micro`.
+    at_small, at_large: [median, least, most]. The interval holds the measured values at `large` and the value at `micro`
+    of the line through both medians.
     """
-    slope = (of_large[0] - of_small[0]) / (large - small)
-    on_the_line = (of_large[0] + slope * (micro - large)) / micro
-    seen = [of_large[1] / large, of_large[2] / large]
-    return seen if on_the_line <= 0 else [min(seen[0], on_the_line), max(seen[1], on_the_line)]
+    slope = (at_large[0] - at_small[0]) / (large - small)
+    on_the_line = (at_large[0] + slope * (micro - large)) / micro
+    measured = [at_large[1] / large, at_large[2] / large]
+    return measured if on_the_line <= 0 else [min(measured[0], on_the_line), max(measured[1], on_the_line)]
 
 
 def _run(config: Config, device: torch.device, classes: int) -> DistillationRun:
-    """A run as far as a step goes: untrained, without images."""
-    distiller = untrained(config, classes, config.losses).to(device).train()
-    if config.train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(config, distiller)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
+    """An untrained run without images, complete enough for `train_step`."""
+    distiller = untrained(config, classes, config.losses)
+    optimizer = ready_for_steps(distiller, config, device)
     return DistillationRun(
         config=config,
         device=device,
@@ -131,7 +128,7 @@ def _validation(distiller: Distiller, config: Config, device: torch.device, size
 
 
 def _rounds(step: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds a call, [median, least, most] of ROUNDS; the first two calls do not count."""
+    """Seconds per call, [median, least, most] of ROUNDS, after two calls for warming up."""
     step()
     times = max(1, math.ceil(ROUND_SECONDS / _seconds(step, 1, device)))
     return spread([_seconds(step, times, device) for _ in range(ROUNDS)])
@@ -149,7 +146,7 @@ def _seconds(step: Callable[[], object], times: int, device: torch.device) -> fl
 
 
 def _peak_mb(device: torch.device) -> float:
-    """The most that was held: by tensors on a GPU, by the whole process on a CPU."""
+    """Peak memory in MB: of the tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -157,7 +154,7 @@ def _peak_mb(device: torch.device) -> float:
 
 
 def _memory(peaks: dict[int, float], small: int, large: int, device: torch.device) -> dict[str, float | None]:
-    """The line through two batch sizes, `fixed_mb + images * image_mb`; on a CPU the process's peak alone."""
+    """`fixed_mb` and `image_mb`: memory by batch size, a line through two sizes; on a CPU only the process's peak."""
     if device.type == "cpu":
         return {"fixed_mb": peaks[large], "image_mb": 0.0, "gpu_mb": None}
     slope = (peaks[large] - peaks[small]) / (large - small)
@@ -166,7 +163,7 @@ def _memory(peaks: dict[int, float], small: int, large: int, device: torch.devic
 
 
 def _reading(config: Config, distiller: Distiller, split: Split) -> dict[str, Any]:
-    """Seconds an image in this process, as one worker has it, of training and of validation images."""
+    """Seconds per training and validation image in this process, as in one worker."""
     size = tuple(map(max, distiller.image_size, distiller.teacher_size))
     data = config.data.model_copy(update={"image_size": size})
     mean, std = (tuple(values.flatten().tolist()) for values in (distiller.student_mean, distiller.student_std))
@@ -176,7 +173,7 @@ def _reading(config: Config, distiller: Distiller, split: Split) -> dict[str, An
 
 
 def _read(images: Images) -> list[float]:
-    """Seconds an image, [least, most] of ROUNDS of different images, each round spread over all; a first one warms up."""
+    """Seconds per image, [least, most] of ROUNDS, after a warm-up. Rounds have different images, spread over the source."""
     warm = _seconds_an_image(images, 0, min(WARM, len(images)))
     count = max(1, min(MOST_READ, math.ceil(ROUND_SECONDS / warm), len(images) // ROUNDS))
     seconds = [_seconds_an_image(images, start, count) for start in range(ROUNDS)]

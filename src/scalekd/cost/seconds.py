@@ -1,4 +1,4 @@
-"""How long real steps of a recipe take, beside plain feature distillation and the models alone: `--measure`, docs/how-to/cost.md."""
+"""Times real steps of a recipe, plain feature distillation and the models alone: `scalekd cost --measure`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from scalekd.common.errors import UserError
 from scalekd.common.provenance import machine
@@ -20,18 +21,19 @@ from scalekd.train.run import AUTOCAST
 
 from .count import plain_distillation
 
-ROUNDS = 5  # of `--measure`, after one that does not count
+ROUNDS = 5  # after one for warming up
 
 
 def measure(config: Config, device: torch.device, *, classes: int = 1000, batch: int = 4) -> dict[str, Any]:
-    """Real steps on random pixels, in turns: the recipe, `fd`, the student alone, the teacher's forward pass alone.
+    """Times steps on random pixels, in turns: the recipe, `fd`, the student alone, the teacher's forward pass alone.
 
-    Seconds a step, `[median, least, most]` of ROUNDS, and the recipe's seconds over those of the others, taken round by
-    round. With initial weights and a learning rate of 0. Raises `UserError`, also when the memory does not suffice.
+    `seconds` per step and `ratio`, the recipe's seconds divided by the others' within each round, are `[median, least,
+    most]` of ROUNDS. The weights are initial values and the learning rate is 0. docs/how-to/cost.md. Raises `UserError`,
+    also if the memory does not suffice.
     """
     if batch < 2:
-        raise UserError(f"a batch of {batch}: batch normalisation needs two images or more; --batch 2")
-    with explain_out_of_memory(device, f"Try a smaller --batch (now {batch})."):
+        raise UserError(f"`batch` {batch}: must be 2 or more, because of batch normalisation")
+    with explain_out_of_memory(device, f"Try a smaller `batch` (now {batch})."):
         distillers: dict[str, Distiller | None] = {"recipe": untrained(config, classes, config.losses)}
         distillers["fd"] = plain_distillation(config, classes)[0]
         distillers["student alone"] = untrained(config, classes, {"ce": {}}, teacher=False)
@@ -48,27 +50,27 @@ def measure(config: Config, device: torch.device, *, classes: int = 1000, batch:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name].append(time.perf_counter() - began)
-    counted = {name: values[1:] for name, values in seconds.items()}
-    ratios = {
-        name: spread([a / b for a, b in zip(counted["recipe"], values, strict=True)])
-        for name, values in counted.items()
-        if name != "recipe"
+    timed = {name: values[1:] for name, values in seconds.items()}
+    recipe = timed["recipe"]
+    return {
+        "machine": machine(device),
+        "batch": batch,
+        "rounds": ROUNDS,
+        "seconds": {name: spread(values) for name, values in timed.items()},
+        "ratio": {
+            name: spread([a / b for a, b in zip(recipe, values, strict=True)])
+            for name, values in timed.items()
+            if name != "recipe"
+        },
     }
-    seconds_told = {name: spread(values) for name, values in counted.items()}
-    return {"machine": machine(device), "batch": batch, "rounds": ROUNDS, "seconds": seconds_told, "ratio": ratios}
 
 
 def _real_step(
     distiller: Distiller, config: Config, device: torch.device, classes: int, batch: int
 ) -> Callable[[], None]:
-    distiller.to(device).train()
-    if config.train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    optimizer = ready_for_steps(distiller, config, device)
     if config.train.compile:
         compile_step(distiller, batch)
-    optimizer = make_optimizer(config, distiller)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # so that no weight runs off, whatever the recipe's rate
     pixels = torch.rand(
         batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size), device=device
     )
@@ -81,6 +83,17 @@ def _real_step(
         optimizer.zero_grad()
 
     return step
+
+
+def ready_for_steps(distiller: Distiller, config: Config, device: torch.device) -> Optimizer:
+    """Moves an untrained `distiller` to the device, in training mode; returns an optimiser that changes no weight."""
+    distiller.to(device).train()
+    if config.train.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(config, distiller)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the recipe's rate could make the weights diverge on random pixels
+    return optimizer
 
 
 def _in_precision(config: Config, device: torch.device, function: Callable[[], Any]) -> Any:

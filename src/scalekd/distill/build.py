@@ -70,8 +70,7 @@ def build(config: Config, device: torch.device) -> DistillationRun:
     # pixels for the largest of all, so that none sees a blown-up image
     pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *sizes.values())))})
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
-    mix = mix_of(config, len(images), split.labelled)
-    _check_batch(config, len(images), mix)
+    steps_per_epoch, mix = steps_of_an_epoch(config, len(images), split.labelled)
     if train.sync_batchnorm and device.type == "cpu":
         raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
     if train.sync_batchnorm:
@@ -95,10 +94,6 @@ def build(config: Config, device: torch.device) -> DistillationRun:
     if train.compile:
         compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
     optimizer = make_optimizer(config, distiller)
-    steps_per_epoch = len(images) // train.batch_size
-    if mix is not None:  # until both were gone through
-        rest = len(images) - mix.labelled
-        steps_per_epoch = max(1, mix.labelled // mix.per_batch, rest // (train.batch_size - mix.per_batch))
     return DistillationRun(
         config=config,
         device=device,
@@ -137,9 +132,25 @@ def _check_backbone(student: nn.Module, name: str) -> None:
         )
 
 
-def mix_of(config: Config, images: int, labelled: int) -> Mix | None:
-    """How labelled and unlabelled images share a batch, if there are both. Raises `UserError`."""
-    train, parts = config.train, config.train.accumulate * parallel.world()
+def steps_of_an_epoch(
+    config: Config, images: int, labelled: int, processes: int | None = None
+) -> tuple[int, Mix | None]:
+    """Steps of an epoch, and how labelled and unlabelled images share its batches if the data have both.
+
+    images: training images, of which the first `labelled` have labels. processes: of the run; those of the current one
+    by default. Raises `UserError` for a batch size that does not fit.
+    """
+    batch_size, processes = config.train.batch_size, processes or parallel.world()
+    mix = _mix_of(config, images, labelled, processes)
+    _check_batch(config, images, mix, processes)
+    if mix is None:
+        return images // batch_size, None
+    # an epoch lasts until both kinds of images were used
+    return max(1, labelled // mix.per_batch, (images - labelled) // (batch_size - mix.per_batch)), mix
+
+
+def _mix_of(config: Config, images: int, labelled: int, processes: int) -> Mix | None:
+    train, parts = config.train, config.train.accumulate * processes
     if labelled in (0, images):
         return None
     share, part = config.data.unlabelled_share, train.batch_size // parts
@@ -162,9 +173,9 @@ def _check_head(folder: str, classes: list[str], where: str) -> None:
         )
 
 
-def _check_batch(config: Config, images: int, mix: Mix | None) -> None:
-    train, parts = config.train, config.train.accumulate * parallel.world()
-    check_batch_size(train, images if mix is None else None)
+def _check_batch(config: Config, images: int, mix: Mix | None, processes: int) -> None:
+    train, parts = config.train, config.train.accumulate * processes
+    check_batch_size(train, images if mix is None else None, processes)
     if train.batch_size == parts:
         raise UserError("one image per process and step: batch normalisation needs two or more; raise train.batch_size")
     labelled = mix.per_batch if mix else 0

@@ -1,4 +1,4 @@
-"""Sections on what was answered: accuracy, classes, confusions, examples, calibration."""
+"""Sections of the page on predictions: accuracy, classes, confusions, examples, calibration."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from .svg import (
     value_axis,
 )
 
-MOST_CLASSES = 40  # of the table: of more, the worst and the best
-MATRIX, NUMBERED = 30, 12  # classes of the matrix, and of one with numbers in its cells
+MOST_CLASSES = 40  # rows of a table; with more classes, the worst and the best
+MATRIX, NUMBERED = 30, 12  # most classes of a confusion matrix, and of one with numbers in its cells
 PAIRS = 12
-FEW = 10  # images of a class
+FEW = 10  # images per class below which a note says so
 LEAST_IN_BIN = 10  # images of a bin that is drawn
 
 
 def answer_sections(seen: Seen) -> list[str]:
-    of = f"{seen.images:,} of {seen.of_images:,}" if seen.images < seen.of_images else f"{seen.images:,}"
+    count = f"{seen.images:,} of {seen.of_images:,}" if seen.images < seen.of_images else f"{seen.images:,}"
     return [
-        _accuracy(seen, f"On {of} validation images, the same for all. {' '.join(seen.notes)}".rstrip()),
+        _accuracy(seen, f"On {count} validation images, the same for all models. {' '.join(seen.notes)}".rstrip()),
         _classes(seen),
         _confusions(seen),
         _examples(seen.examples),
@@ -61,18 +61,20 @@ def _accuracy(seen: Seen, note: str) -> str:
     head = [
         "model",
         "top-1 (%)",
-        "the student has more (points)",
+        "student's gain (points)",
         "agrees with the teacher (%)",
         "KL",
         "NLL",
         "ECE (%)",
     ]
     note += (
-        " Brackets and ±: 95 % intervals that come from the number of images; that of a difference is over the pairs. "
-        "KL from the teacher and NLL in nats; ECE: expected calibration error."
+        " Brackets and ±: 95 % intervals, which depend on the number of images; the interval of a gain is over paired "
+        "images. KL (from the teacher) and NLL are in nats. ECE: expected calibration error."
     )
     return section(
-        "Beside the teacher" if TEACHER in seen.columns else "Answers", table(head, rows, "numbers"), escape(note)
+        "Comparison with the teacher" if TEACHER in seen.columns else "Accuracy",
+        table(head, rows, "numbers"),
+        escape(note),
     )
 
 
@@ -80,9 +82,9 @@ COLUMNS = {"agreement": ".2f", "kl": ".4f", "nll": ".4f", "ece": ".2f"}
 
 
 def _classes(seen: Seen) -> str:
-    rows, note = worst_and_best(by_class(seen), "The student's worst first.")
+    rows, note = worst_and_best(by_class(seen), "Sorted by the student's accuracy, the worst first.")
     if seen.images < FEW * len(seen.classes):
-        note += f" {seen.images / len(seen.classes):.1f} images of a class tell little; `scalekd report --images` looks at more."
+        note += f" {seen.images / len(seen.classes):.1f} images per class are few; `scalekd report --images` uses more."
     others = [label for label in seen.columns if label != STUDENT]
     head = ["class", "images", "this student", *others]
     cells = [
@@ -92,30 +94,33 @@ def _classes(seen: Seen) -> str:
     return section("Top-1 by class (%)", table(head, cells, "numbers"), note)
 
 
-def worst_and_best(rows: list[Any], order: str = "The worst first.") -> tuple[list[Any], str]:
-    """Of rows by class, the worst first, those that a table shows, and the sentence that says which."""
+def worst_and_best(rows: list[Any], order: str = "Sorted, the worst first.") -> tuple[list[Any], str]:
+    """The rows that a table shows, and a sentence that says which. rows: by class, the worst first."""
     if len(rows) <= MOST_CLASSES:
         return rows, order
     half, left = MOST_CLASSES // 2, len(rows) - MOST_CLASSES
-    return [*rows[:half], *rows[-half:]], f"The worst {half} and the best {half}; {left} between them are left out."
+    return [
+        *rows[:half],
+        *rows[-half:],
+    ], f"The worst {half} and the best {half}; the {left} between them are not shown."
 
 
 def _confusions(seen: Seen) -> str:
     pairs = confusions(seen, PAIRS)
     if not pairs:
-        return section("Confusions", "<p>The student got every image right.</p>")
-    head = ["it is", "taken for", "images", "of the class"]
+        return section("Confusions", "<p>The student classifies every image correctly.</p>")
+    head = ["class", "predicted as", "images", "of the class"]
     rows = [[name(p["class"]), name(p["taken_for"]), str(p["images"]), f"{p['images'] / p['of']:.1%}"] for p in pairs]
     if TEACHER in seen.columns:
         head.append("by the teacher")
         for row, pair in zip(rows, pairs):
             row.append(str(pair["teacher"]))
-    found = [table(head, rows, "numbers names")]
-    note = "The pairs that the student confuses most often."
+    content = [table(head, rows, "numbers names")]
+    note = "The student's most frequent confusions."
     if len(seen.classes) <= MATRIX:
-        found.append(f"<figure>{_matrix(seen)}</figure>")
-        note += " The matrix: rows are what an image is, columns what the student says; the stronger the shade, the larger the share of the row."
-    return section("Confusions", "".join(found), note)
+        content.append(f"<figure>{_matrix(seen)}</figure>")
+        note += " Matrix: rows are the true class, columns the student's prediction; darker cells are a larger share of their row."
+    return section("Confusions", "".join(content), note)
 
 
 def _matrix(seen: Seen) -> str:
@@ -150,19 +155,19 @@ def _examples(examples: Sequence[Example]) -> str:
     figures = []
     for e in examples:
         data = base64.b64encode(e.picture).decode()
-        told = f"{name(e.target)} (teacher, {e.teacher_confidence:.0%}); the student says {name(e.student)}, {e.student_confidence:.0%}"
+        text = f"{name(e.target)} (teacher, {e.teacher_confidence:.0%}); student: {name(e.student)}, {e.student_confidence:.0%}"
         small = ' class="small"' if e.small else ""
         figures.append(
-            f'<figure><img{small} src="data:image/{e.kind};base64,{data}" alt="{escape(told)}" title="{escape(shortened(e.name, 120))}">'
-            f"<figcaption><b>{escape(name(e.target))}</b> ({e.teacher_confidence:.0%})<br>says {escape(name(e.student))} "
+            f'<figure><img{small} src="data:image/{e.kind};base64,{data}" alt="{escape(text)}" title="{escape(shortened(e.name, 120))}">'
+            f"<figcaption><b>{escape(name(e.target))}</b> ({e.teacher_confidence:.0%})<br>student: {escape(name(e.student))} "
             f"({e.student_confidence:.0%})</figcaption></figure>"
         )
     note = (
-        "Those that the teacher is surest of, at most three of a class, cropped as the models see them. Bold: what it is, "
-        "and the teacher's confidence; below: what the student says, and its confidence. The file's name is in the tooltip."
+        "The images with the teacher's highest confidence, at most three per class, cropped as the models see them. Bold: the true "
+        "class and the teacher's confidence. Below: the student's prediction and confidence. The tooltip has the file name."
     )
     return section(
-        "What the teacher gets and the student does not", f'<div class="pictures">{"".join(figures)}</div>', note
+        "Correct by the teacher, wrong by the student", f'<div class="pictures">{"".join(figures)}</div>', note
     )
 
 
@@ -173,12 +178,12 @@ def _calibration(seen: Seen) -> str:
         points = [(100 * b["confidence"], 100 * b["accuracy"]) for b in filled]
         if points:
             curves.append(Curve(points, f"{label}: ECE {result['ece']:.2f} %", i))
-    diagonal = Curve([(0.0, 0.0), (100.0, 100.0)], "as sure as right", INK)
+    diagonal = Curve([(0.0, 0.0), (100.0, 100.0)], "perfect calibration", INK)
     x = Axis(nice_ticks(0, 100), LEFT, RIGHT)
-    figure = chart([*curves, diagonal], x, value_axis([0.0, 100.0]), "mean confidence (%)", "right (%)")
+    figure = chart([*curves, diagonal], x, value_axis([0.0, 100.0]), "mean confidence (%)", "accuracy (%)")
     note = (
-        "Fifteen bins of the largest probability; a point is a bin's images. Below the straight line a model is surer than it is right. "
-        f"Bins of fewer than {LEAST_IN_BIN} images are not drawn, and count in the ECE."
+        "Each point is one of fifteen bins of the largest probability. Below the diagonal a model is overconfident. "
+        f"Bins of fewer than {LEAST_IN_BIN} images are not drawn but count in the ECE."
     )
     return section("Calibration", panels([f"<figure>{figure}{legend([*curves, diagonal])}</figure>"]), note)
 

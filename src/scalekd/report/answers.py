@@ -1,4 +1,4 @@
-"""What the answers of several models to the same images come to: shares with intervals, classes, confusions."""
+"""Compares the predictions of several models on the same images: accuracy with intervals, by class, confusions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .look import STUDENT, TEACHER, Seen
 
 
 def accuracies(seen: Seen) -> list[dict[str, Any]]:
-    """For each model: top-1 with its interval; what the student has more, over the same images, with its interval."""
-    mine = seen.columns[STUDENT]["right"].astype(float)
+    """For each model: top-1 with its interval, and the student's gain over it on the same images, with its interval."""
+    student = seen.columns[STUDENT]["right"].astype(float)
     rows = []
     for label, columns in seen.columns.items():
         result = seen.results[label]
@@ -22,20 +22,20 @@ def accuracies(seen: Seen) -> list[dict[str, Any]]:
         row["interval"] = list(share_interval(result["top1"], seen.images))
         row |= {key: result.get(key) for key in ("nll", "ece", "agreement", "kl")}
         if label != STUDENT:
-            row |= difference(columns["right"].astype(float), mine)
+            row |= difference(columns["right"].astype(float), student)
         rows.append(row)
     return rows
 
 
 def difference(before: Any, after: Any) -> dict[str, float | None]:
-    """Points that `after` (N,) of 0 and 1 has more than `before`; half_width: 1.96 standard errors of the pairs' mean."""
+    """The gain of `after` over `before`, both (N,) of 0 and 1, in points; half_width: 1.96 standard errors of its mean."""
     gains = 100 * (after - before)
     half = 1.96 * float(gains.std(ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else None
     return {"gain": float(gains.mean()), "half_width": half}
 
 
 def by_class(seen: Seen) -> list[dict[str, Any]]:
-    """Images and top-1 in % of every class that was seen, by model, the student's worst class first."""
+    """Images, and top-1 in % by model, of every class with images, the student's worst class first."""
     target = seen.columns[STUDENT]["target"]
     counts = np.bincount(target, minlength=len(seen.classes))
     right = {
@@ -51,28 +51,28 @@ def by_class(seen: Seen) -> list[dict[str, Any]]:
 
 
 def confusion_matrix(columns: dict[str, Any], classes: int) -> Any:
-    """(classes, classes) counts: row: what it is; column: what it was taken for."""
+    """Counts (classes, classes): rows are true classes, columns predictions."""
     return np.bincount(columns["target"] * classes + columns["predicted"], minlength=classes**2).reshape(classes, -1)
 
 
 def confusions(seen: Seen, most: int) -> list[dict[str, Any]]:
-    """The pairs of classes that the student confuses most often; the teacher's mistakes of the same pair beside them."""
+    """The student's `most` most frequent pairs of true and predicted class, with the teacher's count of the same pair."""
     student, teacher = seen.columns[STUDENT], seen.columns.get(TEACHER)
     counts = _wrong_pairs(student)
-    of_teacher = _wrong_pairs(teacher) if teacher else Counter()
+    teacher_counts = _wrong_pairs(teacher) if teacher else Counter()
     return [
         {
             "class": seen.classes[i],
             "taken_for": seen.classes[j],
             "images": n,
             "of": int((student["target"] == i).sum()),
-            "teacher": of_teacher[i, j] if teacher else None,
+            "teacher": teacher_counts[i, j] if teacher else None,
         }
         for (i, j), n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
     ]
 
 
 def _wrong_pairs(columns: dict[str, Any]) -> Counter[tuple[int, int]]:
-    """(what it is, what it was taken for) -> images. Not by a matrix, which many classes would make too large."""
+    """(true class, predicted class) -> images. A matrix would be too large with many classes."""
     wrong = ~columns["right"]
     return Counter(zip(columns["target"][wrong].tolist(), columns["predicted"][wrong].tolist()))

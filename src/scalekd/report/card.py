@@ -1,4 +1,4 @@
-"""The model card that goes with an exported student: README.md, with the front matter that the Hugging Face Hub reads."""
+"""Writes the model card of an exported student: README.md, with the front matter that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from .look import STUDENT, Seen
 from .page import NONE
 from .svg import finite
 
-OURS = "<!-- Written by scalekd, and written anew by the next report. Remove this line to keep your changes. -->"
+MARK = "<!-- Written by scalekd"
+OURS = f"{MARK}. The next report overwrites this file; remove this line to keep your changes. -->"
 
 
 def write_card(folder: Path, text: str) -> None:
-    """README.md in a run's folder, beside its weights, unless a person has made it theirs. Raises `UserError`."""
+    """Writes README.md to a run's folder, unless someone edited it and removed the mark. Raises `UserError`."""
     path = folder / "README.md"
-    if not is_file(path) or OURS in path.read_text(encoding="utf-8", errors="replace"):
+    if not is_file(path) or MARK in path.read_text(encoding="utf-8", errors="replace"):
         write_text(path, text)
 
 
@@ -37,27 +38,27 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
     blocks = [
         front(front_matter(folder)),
         f"# {marked(folder.recipe.get('name', card['model']))}",
-        f"{marked(card['model'] + taught)}. Trained with scalekd; a plain timm model, with nothing of scalekd in it.",
+        f"{marked(card['model'] + taught)}. Trained with scalekd. It is a plain timm model and does not need scalekd.",
         "## Use",
         f"```python\n{load_lines(card)}\n```",
         "## Results",
         _results(folder, seen),
         "## Training",
         facts_list({"losses": losses_text(card["losses"])} | dict(facts)),
-        "`recipe.yaml` has every setting, `report.html` the curves, classes and mistakes.",
+        "`recipe.yaml` has all settings; `report.html` has the curves and the errors by class.",
     ]
     if classes:
         blocks += ["## Classes", classes_line(classes, "student.json")]
     limits = (
-        "Measured on the validation images above and nowhere else. It knows these classes only and names one of them for any "
-        "image. What the teacher gets wrong, it may have learned. No licence is stated here: those of the images and of the "
-        "teacher's weights may bind you."
+        "Measured only on the validation images above. The model predicts one of these classes for any image. It may have "
+        "learned the teacher's errors. This card states no licence; the licences of the images and of the teacher's weights may "
+        "apply."
     )
     return "\n\n".join([*blocks, "## Limits", limits, OURS]) + "\n"
 
 
-def front(told: Mapping[str, Any]) -> str:
-    return f"---\n{yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True)}---"
+def front(fields: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True)}---"
 
 
 def facts_list(facts: Mapping[str, str]) -> str:
@@ -71,7 +72,7 @@ def classes_line(classes: list[str], file: str) -> str:
 
 
 def model_index(name: str, tag: str, place: str, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Hub's. place: the name of the validation images."""
+    """The Hub's `model-index`. place: the name of the validation images."""
     kind = re.sub(r"[^\w.-]+", "-", place).strip("-") or "images"
     data = {"name": place, "type": kind, "split": "validation"}
     return [{"name": name, "results": [{"task": {"type": tag}, "dataset": data, "metrics": metrics}]}]
@@ -80,7 +81,7 @@ def model_index(name: str, tag: str, place: str, metrics: list[dict[str, Any]]) 
 def front_matter(folder: RunFolder) -> dict[str, Any]:
     card, score = folder.card, folder.score
     task = "image-classification" if card["classes"] else "image-feature-extraction"
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": task,
         "tags": [task, "timm", "knowledge-distillation", "scalekd"],
@@ -93,15 +94,15 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
             "value": round(score, 2),
             "name": f"{next(iter(folder.figures.values()))} (%)",
         }
-        told |= {
+        fields |= {
             "metrics": ["accuracy"],
             "model-index": model_index(str(folder.recipe.get("name")), task, place, [measured]),
         }
-    return told
+    return fields
 
 
 def load_lines(card: Mapping[str, Any]) -> str:
-    """Python that loads the student beside it and takes an image, with timm alone."""
+    """Python code that loads the student with timm alone and runs it on an image."""
     given = "".join(f", {key}={value!r}" for key, value in card["kwargs"].items())
     size = (len(card["mean"]), *card["image_size"])
     mode = "L" if len(card["mean"]) == 1 else "RGB"
@@ -123,10 +124,10 @@ def _results(folder: RunFolder, seen: Seen | None) -> str:
     last = folder.last_validation
     for key, name in folder.figures.items():
         value, images = last.get(key), last.get("images")
-        told = f"{value:.2f}" if finite(value) else NONE
+        text = f"{value:.2f}" if finite(value) else NONE
         if key == "top1" and finite(value) and images:
-            told += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
-        lines.append(f"| {name} | {told} |")
+            text += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
+        lines.append(f"| {name} | {text} |")
     if seen is not None:
         lines += ["", f"| on {seen.images:,} of them, top-1 | % | ECE % |", "|---|--:|--:|"]
         for row in accuracies(seen):
@@ -134,11 +135,11 @@ def _results(folder: RunFolder, seen: Seen | None) -> str:
             low, high = row["interval"]
             lines.append(f"| {name} | {row['top1']:.2f} [{low:.2f}, {high:.2f}] | {row['ece']:.2f} |")
     if any("[" in line for line in lines):
-        lines += ["", "Brackets: 95 % intervals that come from the number of images."]
+        lines += ["", "Brackets: 95 % intervals, which depend on the number of images."]
     return "\n".join(lines)
 
 
 def marked(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """`text` on one line, escaped for Markdown."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     return re.sub(r"[\\`*\[\]|<>~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)

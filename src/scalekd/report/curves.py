@@ -1,4 +1,4 @@
-"""What every run has, of one run or of several side by side: scores, curves, where the time went. From their logs alone."""
+"""Sections of the page made from the logs of one or several runs: scores, curves, time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ReportRun:
 
 
 def scores_table(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
-    """Gains only where there are several runs, losses only where a recipe names some."""
+    """The table of final scores. Gains are shown for several runs, losses if the recipes have any."""
     key, name = next(iter(figures.items()))
     head = ["run", f"{name} (%)", "gain (points)", "time", "images/s", "seeds"]
     several, named = len(runs) > 1, any(run.losses for run in runs)
@@ -70,7 +70,7 @@ def scores_table(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_
         measured = run is not runs[0] and run.score and runs[0].score
         gain = f"{statistics.fmean(run.score) - statistics.fmean(runs[0].score):+.2f}" if measured else NONE
         speed = f"{1 / use[0]:,.{0 if use[0] < 0.1 else 2}f}" if use else NONE
-        # losses last: on a phone the numbers are in sight
+        # losses last, so that a phone shows the numbers first
         row = [run.label, _score_text(run, key), gain, time, speed, str(len(run.score))]
         rows.append(row + [losses_text(run.losses)] * named)
     head += ["losses"] * named
@@ -81,11 +81,11 @@ def scores_table(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_
     notes = {
         f"Validation {name} at the end.": True,
         "± is the sample standard deviation over seeds.": seeds,
-        "Brackets: of one seed, the 95 % interval that comes from the number of validation images.": any(
+        "Brackets: the 95 % interval of one seed, which depends on the number of validation images.": any(
             "[" in row[1] for row in rows
         ),
-        "Gains are over the first run.": several,
-        f"Time is a whole run with its validations{', the mean over seeds' * seeds}; images/s is training alone.": True,
+        "Gains are relative to the first run.": several,
+        f"Time is that of the whole run with its validations{', the mean over seeds' * seeds}; images/s is for training only.": True,
     }
     note = " ".join(line for line, holds in notes.items() if holds)
     return table(head, rows, "" if named else "numbers") + f'<p class="note">{escape(note)}</p>'
@@ -97,10 +97,10 @@ def _score_text(run: ReportRun, key: str) -> str:
     if not run.score:
         return NONE
     images = [e.get("images") for e in events_of(run.events, "validation")][-1:]
-    told = f"{run.score[0]:.2f}"
-    if key != "top1" or not images or not images[0]:  # other figures are no shares of images
-        return told
-    return f"{told} [{bounds(run.score[0], images[0])}]"
+    score = f"{run.score[0]:.2f}"
+    if key != "top1" or not images or not images[0]:  # other figures are not shares of images
+        return score
+    return f"{score} [{bounds(run.score[0], images[0])}]"
 
 
 def bounds(share: float, count: float) -> str:
@@ -108,14 +108,14 @@ def bounds(share: float, count: float) -> str:
 
 
 def losses_text(losses: Mapping[str, Any]) -> str:
-    """{"ce": {}, "kd": {"temperature": 2.0}} -> "ce, kd (temperature 2.0)"; what is as by default is left out."""
-    told = [apart_from_defaults(name, options or {}) for name, options in losses.items()]
-    texts = [", ".join(f"{k} {v}" for k, v in options.items()) for options in told]
+    """{"ce": {}, "kd": {"temperature": 2.0}} -> "ce, kd (temperature 2.0)"; defaults are left out."""
+    changed = [apart_from_defaults(name, options or {}) for name, options in losses.items()]
+    texts = [", ".join(f"{k} {v}" for k, v in options.items()) for options in changed]
     return ", ".join(f"{name} ({text})" if text else name for name, text in zip(losses, texts))
 
 
 def figure_curves(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
-    """A chart for each figure; the teacher's score is one of the first."""
+    """A chart for each figure; the first one shows the teacher's score."""
     drawn: list[str] = []
     for key, name in figures.items():
         most = max(20, MOST_POINTS // max(1, 8 * len(runs)))
@@ -127,7 +127,7 @@ def figure_curves(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher
         if not curves:
             continue
         level = None if teacher_score is None or drawn else (teacher_score, f"teacher {teacher_score:.2f} %")
-        # the first epochs would press the rest together: the axis is made for the last three quarters of each curve
+        # the first epochs would compress the rest, so the axis covers the last three quarters of each curve
         shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]] + ([level[0]] if level else [])
         x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points), least_step=1), LEFT, RIGHT)
         figure = chart(curves, x, value_axis(shown), "epoch", f"{name} (%)", level)
@@ -148,33 +148,35 @@ def loss_curves(runs: Sequence[ReportRun]) -> str:
             figure = chart(curves, x, value_axis([y for c in curves for _, y in c.points]), "step", "loss")
             drawn.append(f"<figure><h3>{escape(run.label)}</h3>{figure}{legend(curves)}</figure>")
     content = panels(drawn) if drawn else "<p>No training step was logged.</p>"
-    note = "Weighted, as they are added up, and averaged over log intervals. Each panel has its own vertical axis."
+    note = (
+        "Terms are weighted as in the total loss and averaged over log intervals. Each panel has its own vertical axis."
+    )
     return section("Loss terms", content, f"{note} One seed per run.")
 
 
 def time_bars(runs: Sequence[ReportRun], more: str = "") -> str:
-    """more: a sentence for the note."""
+    """Bars of the time per image by part. more: a sentence for the note."""
     uses = [(run.label, use) for run in runs if (use := time_use(run.events))]
     if not uses:
-        return section("Where the time went", "<p>No training step was logged.</p>")
+        return section("Time per image", "<p>No training step was logged.</p>")
     taught = any("teacher_share" in event for run in runs for event in run.events)
-    told = PARTS if taught else UNTAUGHT
+    names = PARTS if taught else UNTAUGHT
     x = Axis(nice_ticks(0, max(1000 * seconds for _, (seconds, _) in uses)), 12, RIGHT)
     row = 72
     bottom = row * len(uses) + 4
     parts = x_axis(x, 4, bottom, "milliseconds per training image")
     for i, (label, (seconds, shares)) in enumerate(uses):
         short = label if len(label) <= 44 else label[:43] + "…"
-        of_part = {name: share for name, share in zip(PARTS, shares) if name in told}
+        of_part = {name: share for name, share in zip(PARTS, shares) if name in names}
         parts += [
             text_at(12, row * i + 20, short),
             *_bar(x, row * i + 27, seconds, of_part),
             text_at(12, row * i + 64, ", ".join(f"{name} {share:.1%}" for name, share in of_part.items())),
         ]
-    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in told.items())
+    colours = keys((_rectangle(name, 1, 1, 42, 12), text) for name, text in names.items())
     drawing = svg_figure([HATCH, *parts], bottom + 48, "Training time per image")
-    note = f"Training steps alone, without validation. One seed per run. {escape(more)}".rstrip()
-    return section("Where the time went", f"<figure>{drawing}{colours}</figure>", note)
+    note = f"Training steps only, without validation. One seed per run. {escape(more)}".rstrip()
+    return section("Time per image", f"<figure>{drawing}{colours}</figure>", note)
 
 
 def _bar(x: Axis, top: float, seconds: float, shares: Mapping[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sections on features and costs: frequencies of the last maps, likeness of the stages, distances, what a step costs."""
+"""Sections of the page on features and costs: frequencies, similarity of the stages, distances, cost of a step."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _frequency(seen: Seen) -> str:
     x = Axis(nice_ticks(0, max(c.points[-1][0] for c in curves), least_step=1), LEFT, RIGHT)
     figure = chart(curves, x, y, "half waves over the map", "magnitude, direct component 1")
     note = (
-        f"DCT of the last maps, {seen.map_images} images. The direct component is each channel's mean over positions; its share of the energy "
-        "is given with its standard deviation over images. ScaleKD starts from that share being large in teachers; docs/how-to/analyze.md."
+        f"DCT of the last maps, {seen.map_images} images. The direct component is each channel's mean over positions. Its share of the energy "
+        "is shown ± the standard deviation over images. ScaleKD assumes that this share is large in teachers; docs/how-to/analyze.md."
     )
     head = ["model", "map", "direct component (% of the energy)"]
     content = panels([f"<figure>{figure}{legend(curves)}</figure>"]) + table(head, rows, "numbers")
@@ -49,8 +49,8 @@ def _likeness(seen: Seen) -> str:
         for s, row in enumerate(seen.cka, 1)
     ]
     head = ["student", *(f"teacher's {t}" for t in (1, 2, 3, 4))]
-    note = f"Linear CKA, {seen.map_images} images: 1 is the same up to rotation and scale, 0 unrelated."
-    return section("How alike the stages are", table(head, rows, "numbers"), note)
+    note = f"Linear CKA on {seen.map_images} images. 1: equal up to rotation and scale, 0: unrelated."
+    return section("Similarity of the stages", table(head, rows, "numbers"), note)
 
 
 def _distances(seen: Seen) -> str:
@@ -58,27 +58,29 @@ def _distances(seen: Seen) -> str:
         return ""
     rows = [[name, *(f"{d[key]:.3f}" for key in ("median", "q05", "q95"))] for name, d in seen.distances.items()]
     note = (
-        "Of the projectors' outputs from the teacher's maps, both without their direct component: squared distance of unit vectors, averaged "
-        "over positions. 0: the same directions, 2: unrelated, 4: opposite. The middle image, and those at 5 % and 95 %."
+        "Squared distance of unit vectors between the projectors' outputs and the teacher's maps, both without direct component, averaged "
+        "over positions. 0: the same directions, 2: unrelated, 4: opposite. Median, 5 % and 95 % quantile over images."
     )
-    return section("How far the projectors are", table(["projector", "median", "5 %", "95 %"], rows, "numbers"), note)
+    return section(
+        "Distance of the projectors' outputs from the teacher",
+        table(["projector", "median", "5 %", "95 %"], rows, "numbers"),
+        note,
+    )
 
 
 def cost_section(cost: dict[str, Any] | None) -> str:
-    """cost: of `scalekd cost`."""
+    """cost: the result of `scalekd cost`."""
     if cost is None:
         return ""
     notes = "".join(f"<li>{escape(line)}</li>" for line in cost_lines(cost))
-    note = "Counted, not measured; GMACs and saved activations are those of one image (docs/how-to/cost.md)."
+    note = "Counted, not measured. GMACs and saved activations are per image (docs/how-to/cost.md)."
     return section(
-        "What a step costs", table(COLUMNS, cost_rows(cost), "numbers") + f'<ul class="note">{notes}</ul>', note
+        "Cost of a step", table(COLUMNS, cost_rows(cost), "numbers") + f'<ul class="note">{notes}</ul>', note
     )
 
 
 def parts_section(parts: list[dict[str, Any]]) -> str:
-    """parts: `count_parts`."""
+    """parts: the result of `count_parts`."""
     rows = [[p["part"], f"{p['params'] / 1e6:.2f}", NONE if p["gmacs"] is None else f"{p['gmacs']:.3g}"] for p in parts]
-    note = (
-        "GMACs of one image's forward pass. `scalekd report` counts the whole step, backward pass and memory, by part."
-    )
-    return section("What it costs", table(["part", "params (M)", "GMACs"], rows, "numbers"), note)
+    note = "GMACs of the forward pass of one image. `scalekd report` counts the whole step by part, with backward pass and memory."
+    return section("Size and cost", table(["part", "params (M)", "GMACs"], rows, "numbers"), note)

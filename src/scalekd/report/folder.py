@@ -1,4 +1,4 @@
-"""A run as its folder tells it, whatever its task and whether it is finished; and built again from there."""
+"""Reads a run's folder, of any task and finished or not, and rebuilds the run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from scalekd.common.files import is_file
 from scalekd.common.provenance import made_by
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.recipe import Config, check_config
+from scalekd.config.recipe import Config
 from scalekd.data.sources.open import pair_of
-from scalekd.distill.build import build
+from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
 from scalekd.models.shown import Shown
@@ -38,6 +38,8 @@ NAMES = TOP1 | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 @dataclass
 class RunFolder:
+    """The files of a run's folder."""
+
     path: Path
     recipe: dict[str, Any]
     recipe_text: str
@@ -45,7 +47,7 @@ class RunFolder:
     summary: dict[str, Any]  # empty unless finished
     made: dict[str, Any]  # provenance.json
     known: dict[str, Any]  # report.json of an earlier report
-    card: dict[str, Any]  # of the student, detector or segmenter, once it is there
+    card: dict[str, Any]  # of the student, detector or segmenter; empty until it is written
 
     @property
     def task(self) -> TaskName | None:
@@ -54,7 +56,7 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """What is deployed; there once the run is finished."""
+        """The file of the deployed model, which exists once the run is finished."""
         return self.path / weights_name(self.task)
 
     @property
@@ -63,14 +65,14 @@ class RunFolder:
 
     @property
     def figures(self) -> dict[str, str]:
-        """Those that its validations logged, the first one first."""
+        """The figures that its validations logged, key -> name, the main one first."""
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         return {key: neighbours * (key == "top1") + name for key, name in NAMES.items() if key in logged} or TOP1
 
     @property
     def step(self) -> tuple[int, int | None]:
-        """The last one logged, and of how many."""
+        """The last logged step and the number of steps."""
         steps = events_of(self.events, "step")
         return (steps[-1]["step"], steps[-1].get("steps")) if steps else (0, None)
 
@@ -95,27 +97,27 @@ class RunFolder:
         )
 
     def facts(self) -> dict[str, str]:
-        """What an earlier report knew of the run as it was built, or what recipe and provenance tell."""
+        """The facts in the report.json of an earlier report, or else those from the recipe and the provenance."""
         if isinstance(self.known.get("facts"), dict):
             return {str(k): str(v) for k, v in self.known["facts"].items()}
-        told: dict[str, str] = {}
+        facts: dict[str, str] = {}
         data = self.recipe.get("data") or {}
         if parts := [
             f"{key} {data[key]}" for key in ("train", "val", "unlabelled", "annotations", "root") if data.get(key)
         ]:
-            told["data"] = ", ".join(parts)
+            facts["data"] = ", ".join(parts)
         if self.task:
-            told["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
+            facts["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
-            place = (
+            model = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
             )
-            told[role] = f"{place.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
+            facts[role] = f"{model.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
         train, optim = self.recipe.get("train") or {}, self.recipe.get("optim") or {}
         if unit := next((unit for unit in ("epoch", "iteration") if f"{unit}s" in train), None):
             budget = [counted(train[f"{unit}s"], unit), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]
-            told["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
-        return told | made_by(self.made)
+            facts["budget"] = ", ".join([*budget, f"lr {optim.get('lr')}", f"seed {self.recipe.get('seed')}"])
+        return facts | made_by(self.made)
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -123,8 +125,8 @@ def read_run(folder: Path) -> RunFolder:
     recipe = folder / "recipe.yaml"
     if not is_file(recipe):
         raise UserError(
-            f"{folder}: neither a run nor a comparison is there (no recipe.yaml, no summary.json of `scalekd compare`); "
-            "name a folder that `scalekd train` or `scalekd compare` wrote"
+            f"{folder} is neither a run nor a comparison (no recipe.yaml, no summary.json of `scalekd compare`); choose a "
+            "folder that `scalekd train` or `scalekd compare` wrote"
         )
     try:
         text = recipe.read_text(encoding="utf-8")
@@ -133,7 +135,7 @@ def read_run(folder: Path) -> RunFolder:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
     values = parse_yaml(text, str(recipe))
     if not isinstance(values, dict):
-        raise UserError(f"{recipe} is no recipe: it must be a mapping with data, student, ...")
+        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, ...")
     card = str(Path(weights_name(task_of(values))).with_suffix(".json"))
     files = ("summary.json", "provenance.json", "report.json", card)
     return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
@@ -144,75 +146,79 @@ def weights_name(task: TaskName | None) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Empty if it is not there, or no JSON object: a report tells what there is."""
+    """The JSON object in `file`; empty if there is none, because a report shows what is available."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[DistillationRun, nn.Module]:
-    """The run as its last checkpoint has it, and the student that is deployed; with its own data, or with `data`.
+    """The run with the weights of its last checkpoint, and the student that is deployed.
 
-    Raises `UserError`: without a checkpoint, and when data or teacher are not there any more.
+    data: a source to use instead of the recipe's. Without last.pt the exported student is used, without methods.
+    Raises `UserError` if there is neither, or if the data or the teacher cannot be opened.
     """
-    config = check_config(parse_yaml(folder.recipe_text, "recipe.yaml"), str(folder.path / "recipe.yaml"))
-    run = build(_as_it_stands(config, data), device)
-    if folder.card.get("classes") and data is not None and list(folder.card["classes"]) != list(run.classes):
+    config = read_recipe(folder.path)
+    run = rebuild(config if data is None else _with_data(config, data), device)
+    classes = folder.card.get("classes")
+    if classes and data is not None and list(classes) != list(run.classes):
         raise UserError(
-            f"--data: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
-            f"{len(folder.card['classes'])} ({', '.join(folder.card['classes'][:4])}, ...); they must be the same"
+            f"`data`: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
+            f"{len(classes)} ({', '.join(classes[:4])}, ...); they must be the same"
         )
-    exported = folder.path / "student.safetensors"
+    student, last = run.distiller.student, folder.path / "last.pt"
     try:
-        try:
-            state = checkpoint.load(folder.path / "last.pt")
-        except UserError:
-            if not is_file(exported):
-                raise UserError(f"{folder.path} has no checkpoint to read and no exported student") from None
-            run.distiller.student.load_state_dict(load_file(exported))
-            run.distiller.methods = nn.ModuleDict()  # untrained: nothing to look at
-            return run, run.distiller.student
-        run.distiller.student.load_state_dict(state["student"])
-        run.distiller.methods.load_state_dict(state["methods"])
-        deployed = copy.deepcopy(run.distiller.student)
-        deployed.load_state_dict(state["deployed"])
-        same = all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values()))
-        return run, run.distiller.student if same else deployed
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder.path}: its weights do not fit its recipe: {first_line(error)}") from None
+        state = checkpoint.load(last)
+    except UserError:
+        _load_exported(student, folder.path / "student.safetensors")
+        run.distiller.methods = nn.ModuleDict()  # untrained, so there is nothing to analyse
+        return run, student
+    load_trained(run, state, last)
+    if all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values())):
+        return run, student
+    deployed = copy.deepcopy(student)
+    deployed.load_state_dict(state["deployed"])
+    return run, deployed
 
 
-def _as_it_stands(config: Config, data: str | None) -> Config:
-    """To build what was trained: the student's weights come from the checkpoint."""
-    student = config.student.model_copy(update={"weights": None, "prefix": None})
-    train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
-    spec = config.data
-    if data is not None:
-        place = (pair_of(data) or ("", data))[1]
-        other = {"train": place, "val": place, "limit": None, "unlabelled": None, "unlabelled_limit": None}
-        spec = spec.model_copy(update=other)
-        train = train.model_copy(update={"batch_size": 2, "accumulate": 1})  # it need not be large enough to train on
-    return config.model_copy(update={"student": student, "train": train, "data": spec})
+def _load_exported(student: nn.Module, weights: Path) -> None:
+    if not is_file(weights):
+        raise UserError(
+            f"{weights.parent} has no checkpoint that can be read (last.pt) and no exported student"
+        ) from None
+    try:
+        student.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{weights} does not fit {weights.parent / 'recipe.yaml'}: {first_line(error)}") from None
 
 
-def baseline_looker(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
-    """Another run's student, as exported or else as its last checkpoint has it. Raises `UserError`."""
+def _with_data(config: Config, data: str) -> Config:
+    source = (pair_of(data) or ("", data))[1]
+    other = {"train": source, "val": source, "limit": None, "unlabelled": None, "unlabelled_limit": None}
+    small = {"batch_size": 2, "accumulate": 1}  # the source may be too small for a training batch
+    return config.model_copy(
+        update={"data": config.data.model_copy(update=other), "train": config.train.model_copy(update=small)}
+    )
+
+
+def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
+    """Another run's student, the exported one or else that of its last checkpoint. Raises `UserError`."""
     if is_file(folder.path / "student.safetensors"):
         model, card = load_student(folder.path)
     else:
         card_file, last = folder.path / "student.json", folder.path / "last.pt"
         if not is_file(card_file) or not is_file(last):
-            raise UserError(f"--baseline: {folder.path} has no student yet")
+            raise UserError(f"`baselines`: {folder.path} has no student yet")
         card = read_card(card_file)
         model = create_student(card, card_file)
         try:
             model.load_state_dict(checkpoint.load(last)["deployed"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"--baseline: {last} does not fit {card_file}: {first_line(error)}") from None
+            raise UserError(f"`baselines`: {last} does not fit {card_file}: {first_line(error)}") from None
     if card["classes"] != classes:
-        raise UserError(f"--baseline: {folder.path} was trained for other classes")
+        raise UserError(f"`baselines`: {folder.path} was trained for other classes; choose a run with the same classes")
     size = (card["image_size"][0], card["image_size"][1])
     view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))

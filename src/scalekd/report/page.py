@@ -1,4 +1,4 @@
-"""The frame of every page: one HTML file without scripts or anything from elsewhere; light and dark, wide and narrow."""
+"""Builds a page: one HTML file without scripts or external resources, for light and dark themes and any width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NONE = "\N{EN DASH}"  # an empty cell of a table
 
 
 def page(title: str, sections: Sequence[str], style: str = "") -> str:
-    """The whole file; title and sections are HTML, `style` goes after the report's own."""
+    """The whole file. Title and sections are HTML; `style` is appended to the report's own CSS."""
     body = "\n".join(section for section in sections if section)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!doctype html>
@@ -24,7 +24,7 @@ def page(title: str, sections: Sequence[str], style: str = "") -> str:
 
 
 def section(title: str, content: str, note: str = "") -> str:
-    """All HTML."""
+    """A section; all arguments are HTML."""
     return f"<section><h2>{title}</h2>{content}" + (f'<p class="note">{note}</p>' if note else "") + "</section>"
 
 
@@ -37,7 +37,7 @@ def definitions(facts: Mapping[str, str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells as text; the first of a row is its heading. kind: classes of the style, `numbers` where the last column is one too."""
+    """A table. Cells are text, the first of a row is its heading. kind: CSS classes; `numbers` if the last column has numbers too."""
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
@@ -55,12 +55,12 @@ def panels(figures: Iterable[str]) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """What few readers want to see; both are HTML."""
+    """Content that is closed until clicked. Both arguments are HTML."""
     return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def code(text: str) -> str:
-    """Lines as they are."""
+    """`text` as preformatted lines."""
     return (
         f'<pre class="scroll" tabindex="0"><code>{"&#10;".join(map(escape, text.rstrip().split(chr(10))))}</code></pre>'
     )

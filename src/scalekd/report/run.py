@@ -1,4 +1,4 @@
-"""The report of one run, finished or not: `scalekd report` and the end of every run. docs/how-to/report.md."""
+"""Writes the report of one run, finished or not: `scalekd report` and the end of every run. docs/how-to/report.md."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from scalekd.common.files import make_folder, write_text
 from scalekd.common.parallel import pick_device
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import duration, printable
-from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.recipe import check_config
 from scalekd.cost.count import cost
 from scalekd.cost.flops import flop_counter
+from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
 from scalekd.models.shown import Shown
 
@@ -29,7 +28,7 @@ from .answer_sections import answer_sections, numbers
 from .card import load_lines, model_card, write_card
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
 from .feature_sections import cost_section, feature_sections, parts_section
-from .folder import RunFolder, baseline_looker, read_run, rebuilt
+from .folder import RunFolder, load_baseline, read_run, rebuilt
 from .look import MOST_IMAGES, TEACHER, Seen, look
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
@@ -44,10 +43,10 @@ FILE, DATA = "report.html", "report.json"
 def write_run_report(
     folder: Path, summary: Mapping[str, Any], facts: Mapping[str, str], run: DistillationRun | None = None
 ) -> None:
-    """At the end of a run: report.html, report.json and README.md, a model card, in its folder.
+    """Writes report.html, report.json and the model card README.md to the folder, at the end of a run.
 
-    run: of a distillation, whose student is to be looked at while it answers validation images; without, the log alone.
-    It never raises: a run that went well does not fail because its report did. What went wrong is told on stderr.
+    run: a distillation whose student is evaluated on validation images; without it the report has the log only. Errors
+    are printed to stderr and not raised, so a finished run does not fail because of its report.
     """
     try:
         seen, left_out = None, ""
@@ -57,14 +56,14 @@ def write_run_report(
             try:
                 seen = look(run, run.deployed)
             except Exception as error:
-                left_out = f"The images could not be looked at: {first_line(error)}"
+                left_out = f"The evaluation on images failed: {first_line(error)}"
         else:
-            left_out = "The student has no classifier, so there are no answers to look at."
+            left_out = "The student has no classifier, so it makes no predictions."
         found = replace(read_run(folder), summary=dict(summary))
         _write(found, folder / FILE, facts, seen, [left_out], parts=count_parts(run) if run else None)
     except Exception as error:  # a full disk, a log that was removed, ...
-        told = f"no report: {first_line(error)}. The run is finished; `scalekd report {folder}` makes it again."
-        print(printable(told), file=sys.stderr)
+        message = f"no report: {first_line(error)}. The run is finished; `scalekd report {folder}` writes the report."
+        print(printable(message), file=sys.stderr)
 
 
 def report(
@@ -77,17 +76,17 @@ def report(
     analyses: Sequence[Path] = (),
     out: Path | None = None,
 ) -> tuple[Path, list[str]]:
-    """The report of a run's or a comparison's folder, and what was left out of it. Where data or teacher are gone, the page says so.
+    """Writes the report of a run's folder; returns its path and what was left out, such as costs or missing data.
 
-    device: to look at images on; a GPU if there is one unless given. baselines: folders of other runs on the same classes.
-    data: any source with the run's classes, in place of its validation images. images: how many to look at, at most; 2,000 unless given.
-    analyses: folders that `scalekd analyze ... --out` wrote. out: report.html in the folder unless given. A comparison and a
-    run of another task than distillation take the last two alone. Raises `UserError`.
+    device: by default a GPU if there is one. baselines: folders of other runs with the same classes. data: any source with
+    the run's classes, instead of its validation images. images: how many to use at most; 2,000 by default. analyses:
+    folders that `scalekd analyze ... --out` wrote. out: the file; report.html in the folder by default. A detector or
+    segmenter takes only the last two. Raises `UserError`.
     """
     if images is not None and images < 1:
-        raise UserError(f"--images {images}: one or more")
-    given = {"--baseline": baselines, "--data": data is not None, "--images": images is not None, "--device": device}
-    unused = " and ".join(flag for flag, there in given.items() if there)
+        raise UserError(f"`images` {images}: must be 1 or more")
+    given = {"baselines": baselines, "data": data is not None, "images": images is not None, "device": device}
+    unused = " and ".join(f"`{name}`" for name, is_given in given.items() if is_given)
     path = out or folder / FILE
     make_folder(path.parent)
     pictures = analysis_sections(analyses)
@@ -97,39 +96,40 @@ def report(
     counted = None
     if found.task:
         if unused:
-            raise UserError(f"{folder} is a run of {found.task}, whose page is made of its log: leave out {unused}")
+            raise UserError(
+                f"{folder} is a run of {found.task}, whose report is made from its log only; leave out {unused}"
+            )
     else:
-        seen, why_not = _look_again(found, others, data, images or MOST_IMAGES, pick_device(device))
+        seen, why_not = _evaluated(found, others, data, images or MOST_IMAGES, pick_device(device))
         left_out += [why_not] if why_not else []
         try:
             classes = len(seen.classes if seen else found.card.get("classes") or []) or 1000
-            config = check_config(parse_yaml(found.recipe_text, "recipe.yaml"), str(folder / "recipe.yaml"))
-            counted = cost(config, classes=classes)
+            counted = cost(read_recipe(folder), classes=classes)
         except UserError as error:
             left_out.append(f"No costs: {first_line(error)}")
     _write(found, path, found.facts(), seen, left_out, others=others, counted=counted, more=pictures)
     return path, left_out
 
 
-def _look_again(
+def _evaluated(
     found: RunFolder, others: Mapping[str, RunFolder], data: str | None, images: int, device: torch.device
 ) -> tuple[Seen | None, str]:
-    """The images as the run's models see them now; or why not, where only the run's own data or teacher are missing."""
+    """Evaluates the rebuilt run on images, or returns the reason why its own data or teacher cannot be used."""
     try:
         run, deployed = rebuilt(found, data, device)
     except UserError as error:
         if data is not None:
             raise
-        return None, f"No images were looked at: {first_line(error)} `scalekd report --data SOURCE` takes others."
+        return None, f"No evaluation on images: {first_line(error)} `scalekd report --data SOURCE` uses others."
     if not run.has_classifier:
-        return None, "The student has no classifier, so there are no answers to look at."
-    lookers: dict[str, Shown] = {label: baseline_looker(of, run.classes, device) for label, of in others.items()}
-    with explain_out_of_memory(device, "Try --device cpu, or close what else uses it."):
-        return look(run, deployed, lookers, most=images, seconds=float("inf")), ""
+        return None, "The student has no classifier, so it makes no predictions."
+    students: dict[str, Shown] = {label: load_baseline(other, run.classes, device) for label, other in others.items()}
+    with explain_out_of_memory(device, "Try `device` cpu, or close other programs that use it."):
+        return look(run, deployed, students, most=images, seconds=float("inf")), ""
 
 
 def count_parts(run: DistillationRun) -> list[dict[str, Any]]:
-    """Parameters of models and methods; GMACs of the models' forward pass on one image, counted while it is done."""
+    """Parameters of models and methods, and the GMACs of each model's forward pass on one image."""
     d = run.distiller
     models = {"student": (run.deployed, d.image_size)}
     models |= {place: (d.teachers[name].view.model, d.teachers[name].size) for name, place in _places(run).items()}
@@ -156,7 +156,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _write(
-    found: RunFolder,
+    folder: RunFolder,
     path: Path,
     facts: Mapping[str, str],
     seen: Seen | None,
@@ -167,51 +167,51 @@ def _write(
     counted: dict[str, Any] | None = None,
     more: Sequence[str] = (),
 ) -> None:
-    name = str(found.recipe.get("name") or found.path.name)
-    facts = dict(facts) | (teacher_fact(found) if found.task else {})
-    runs = [*(of.row(label) for label, of in (others or {}).items()), found.row(name)]
-    figures = found.figures
-    teacher = (found.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
+    name = str(folder.recipe.get("name") or folder.path.name)
+    facts = dict(facts) | (teacher_fact(folder) if folder.task else {})
+    runs = [*(other.row(label) for label, other in (others or {}).items()), folder.row(name)]
+    figures = folder.figures
+    teacher = (folder.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
     if not finite(teacher):
         measured = seen is not None and TEACHER in seen.results and seen.images == seen.of_images
         teacher = seen.results[TEACHER]["top1"] if seen is not None and measured else None
     sections = [
-        _opening(found, facts, left_out),
+        _opening(folder, facts, left_out),
         scores_table(runs, figures, teacher),
-        *(figure_sections(found) if found.task else []),
+        *(figure_sections(folder) if folder.task else []),
         figure_curves(runs, figures, teacher),
         loss_curves(runs),
         *(answer_sections(seen) if seen else []),
-        time_bars(runs, _where_the_rest_went(found)),
+        time_bars(runs, _other_time(folder)),
         cost_section(counted) if counted else parts_section(parts) if parts else "",
         *(feature_sections(seen) if seen else []),
         *more,
-        use_section(found) if found.task else _use(found),
+        use_section(folder) if folder.task else _use(folder),
         facts_section(facts),
-        _recipe(found),
+        _recipe(folder),
     ]
     write_text(path, page(escape(name), sections))
     known = {"facts": dict(facts), "left_out": [line for line in left_out if line], "parts": parts, "cost": counted}
-    if found.task:
-        known |= {"validation": found.last_validation}
+    if folder.task:
+        known |= {"validation": folder.last_validation}
     if seen:
         known |= numbers(seen) | {"frequency": seen.spectra, "cka": seen.cka, "distances": seen.distances}
-    if path == found.path / FILE:
-        write_text(found.path / DATA, json.dumps(known, indent=1) + "\n")
-        if found.card.get("kwargs") is not None and found.weights.is_file():
-            write_card(found.path, transfer_card(found, facts) if found.task else model_card(found, facts, seen))
+    if path == folder.path / FILE:
+        write_text(folder.path / DATA, json.dumps(known, indent=1) + "\n")
+        if folder.card.get("kwargs") is not None and folder.weights.is_file():
+            write_card(folder.path, transfer_card(folder, facts) if folder.task else model_card(folder, facts, seen))
 
 
-def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
-    """What was trained from what, how it ended, and what is missing here, in a few sentences."""
-    lines = [f"{trained_line(found, facts) if found.task else _taught_line(found.recipe)}."]
-    key, name = next(iter(found.figures.items()))
-    if finite(found.score):
-        images = [e.get("images") for e in events_of(found.events, "validation")][-1:]
-        interval = f" [{bounds(found.score, images[0])}]" if key == "top1" and images and images[0] else ""
-        lines.append(f"{name}: {found.score:.2f} %{interval}.")
-    if not found.summary:
-        step, steps = found.step
+def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
+    """Models, final result, and what is missing on the page, in a few sentences."""
+    lines = [f"{trained_line(folder, facts) if folder.task else _taught_line(folder.recipe)}."]
+    key, name = next(iter(folder.figures.items()))
+    if finite(folder.score):
+        images = [e.get("images") for e in events_of(folder.events, "validation")][-1:]
+        interval = f" [{bounds(folder.score, images[0])}]" if key == "top1" and images and images[0] else ""
+        lines.append(f"{name}: {folder.score:.2f} %{interval}.")
+    if not folder.summary:
+        step, steps = folder.step
         lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))
     missing = "".join(f'<p class="note">{escape(line)}</p>' for line in left_out if line)
     return "".join(f"<p>{escape(line)}</p>" for line in lines) + missing
@@ -219,39 +219,39 @@ def _opening(found: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]
 
 def _taught_line(recipe: Mapping[str, Any]) -> str:
     teachers = [recipe["teacher"]] if recipe.get("teacher") else [*(recipe.get("teachers") or {}).values()]
-    told = f"{(recipe.get('student') or {}).get('model', 'The student')} "
-    told += f"taught by {' + '.join(t.get('model', '') for t in teachers)}" if teachers else "without a teacher"
+    text = f"{(recipe.get('student') or {}).get('model', 'The student')} "
+    text += f"taught by {' + '.join(t.get('model', '') for t in teachers)}" if teachers else "without a teacher"
     losses = losses_text(recipe.get("losses") or {})
-    return f"{told}, with {losses}" if losses else told
+    return f"{text}, with {losses}" if losses else text
 
 
-def _where_the_rest_went(found: RunFolder) -> str:
-    """The share of a run's wall clock that was not training steps."""
-    use, seconds = time_use(found.events), found.row("").seconds
-    batch = (found.recipe.get("train") or {}).get("batch_size")
-    step, _ = found.step
+def _other_time(folder: RunFolder) -> str:
+    """A sentence on the share of a run's time that was not training steps."""
+    use, seconds = time_use(folder.events), folder.row("").seconds
+    batch = (folder.recipe.get("train") or {}).get("batch_size")
+    step, _ = folder.step
     if use is None or not seconds or not isinstance(batch, int):
         return ""
     training = min(use[0] * step * batch, seconds[0])
     return (
-        f"Of {duration(seconds[0])} in all, {duration(training)} were training steps; the rest, {1 - training / seconds[0]:.0%}, "
-        "validation, checkpoints and starts."
+        f"Training steps took {duration(training)} of {duration(seconds[0])}; the rest, {1 - training / seconds[0]:.0%}, was "
+        "validation, checkpoints and start-up."
     )
 
 
-def _use(found: RunFolder) -> str:
-    if found.card.get("kwargs") is None:
+def _use(folder: RunFolder) -> str:
+    if folder.card.get("kwargs") is None:
         return ""
-    note = "In the run's folder, with timm alone. README.md there is a model card; `scalekd export --onnx` writes ONNX."
-    if not found.weights.is_file():
+    note = "Run this in the run's folder; it needs timm only. README.md is a model card; `scalekd export --onnx` writes ONNX."
+    if not folder.weights.is_file():
         note = "`scalekd export` writes student.safetensors from a checkpoint first."
-    return section("Use the student", code(load_lines(found.card)), note)
+    return section("Use the student", code(load_lines(folder.card)), note)
 
 
-def _recipe(found: RunFolder) -> str:
-    made = json.dumps(found.made, indent=1)
-    parts = [folded("recipe.yaml", code(_cut(found.recipe_text)))]
-    parts += [folded("provenance.json", code(_cut(made)))] if found.made else []
+def _recipe(folder: RunFolder) -> str:
+    made = json.dumps(folder.made, indent=1)
+    parts = [folded("recipe.yaml", code(_cut(folder.recipe_text)))]
+    parts += [folded("provenance.json", code(_cut(made)))] if folder.made else []
     return section("Settings and provenance", "".join(parts))
 
 

@@ -1,4 +1,4 @@
-"""Pages about runs: `write_report` puts the logs of several side by side, `report.run` tells all there is of one."""
+"""Writes a page that compares the logs of several runs; `report.run` writes the page of one run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_report(
     figures: Mapping[str, str] = TOP1,
     teacher_top1: float | None = None,
 ) -> None:
-    """Writes one self-contained HTML file; the first run is the baseline that gains are measured against.
+    """Writes one self-contained HTML file. Gains are relative to the first run.
 
-    figures: what validations find, in %: key in the log -> name for people; `ReportRun.score` and `teacher_top1` are of
-    the first. Raises `UserError` when it cannot be written.
+    figures: metrics of the validations, in %: key in the log -> name on the page. `ReportRun.score` and `teacher_top1` are
+    values of the first. Raises `UserError` if the file cannot be written.
     """
     teacher_score = teacher_top1 if finite(teacher_top1) else None
     sections = [

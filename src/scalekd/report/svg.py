@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes with round ticks, curves told apart without colour, legends."""
+"""Draws line charts as inline SVG: axes with round ticks, legends, and curves that differ without colour."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TypeGuard
 from scalekd.common.text import tick_text
 
 Point = tuple[float, float]
-INK = -1  # the style of what is no run and no single term: the teacher, the total loss
-# Dash patterns and markers tell curves apart in greyscale. Six colours against five dashes: 30 styles before one repeats.
+INK = -1  # the style of curves that are neither a run nor a single term: the teacher, the total loss
+# Dash patterns and markers distinguish curves in greyscale. Six colours against five dashes: 30 styles before one repeats.
 DASHES = ("", "8 3", "2 3", "9 3 2 3", "5 2")
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -79,7 +79,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def value_axis(values: Sequence[float]) -> Axis:
-    """Vertical; logarithmic where positive values lie more than a factor of 30 apart."""
+    """A vertical axis, logarithmic if positive values differ by more than a factor of 30."""
     low, high = min(values), max(values)
     log = low > 0 and high / low > 30
     return Axis(log_ticks(low, high) if log else nice_ticks(low, high), BOTTOM, TOP, log)
@@ -120,7 +120,7 @@ def line(points: Sequence[Point], style: int, marked: Iterable[int]) -> str:
         name, dash, shape = f"s{style % len(PALETTE)}", DASHES[style % len(DASHES)], MARKERS[style % len(MARKERS)]
     where = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     line = f'<polyline class="line {name}" points="{where}"' + (f' stroke-dasharray="{dash}"/>' if dash else "/>")
-    shape = shape or (MARKERS[0] if len(points) == 1 else "")  # a lone point would not show as a line
+    shape = shape or (MARKERS[0] if len(points) == 1 else "")  # a single point is invisible as a line
     marks = [
         f'<path class="mark {name}" transform="translate({x:.1f} {y:.1f})" d="{shape}"/>'
         for x, y in (points[i] for i in marked)
@@ -132,7 +132,7 @@ def line(points: Sequence[Point], style: int, marked: Iterable[int]) -> str:
 def chart(
     curves: Sequence[Curve], x: Axis, y: Axis, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> str:
-    """Curves over axes; `level` is a horizontal line and its text. What lies outside the axes is cut off."""
+    """Curves over axes. `level` is a horizontal line and its text. Curves are clipped to the axes."""
     parts = chart_parts(curves, x, y, x_label, y_label, level)
     return svg_figure(parts, HEIGHT, f"{y_label} against {x_label}: {', '.join(c.label for c in curves)}")
 
@@ -140,7 +140,7 @@ def chart(
 def chart_parts(
     curves: Sequence[Curve], x: Axis, y: Axis, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> list[str]:
-    """What `chart` puts into its figure, WIDTH x HEIGHT."""
+    """The parts of the figure of `chart`, WIDTH x HEIGHT."""
     parts = x_axis(x, TOP, BOTTOM, x_label) + y_axis(y, y_label)
     box = f"{LEFT - 6} {TOP - 6} {RIGHT - LEFT + 12} {BOTTOM - TOP + 12}"
     left, top, width, height = box.split()
@@ -175,13 +175,13 @@ def keys(keys: Iterable[tuple[str, str]]) -> str:
 
 
 def drawing_style() -> str:
-    """Style rules of everything drawn here, in light and dark; for a page as for an SVG file of its own."""
+    """The CSS of the drawings, light and dark, for a page or a separate SVG file."""
     light, dark = (" ".join(f".s{i} {{ --c: {c} }}" for i, c in enumerate(p)) for p in (PALETTE, PALETTE_DARK))
     return STYLE.replace("%LIGHT%", light).replace("%DARK%", dark)
 
 
 def svg_file(parts: Iterable[str], width: float, height: float, label: str, style: str) -> str:
-    """A file of its own: with the style of drawings and `style`, on the page's colour in light and dark."""
+    """A separate SVG file with the CSS of the drawings and `style`, on the page's background colour."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{1.25 * width:g}" height="{1.25 * height:g}" '
         f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'

@@ -1,4 +1,4 @@
-"""The model card that goes with a detector or segmenter: README.md, as `card` has it for students."""
+"""Writes the model card of a detector or segmenter: README.md, as `card.py` does for students."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
     head, rows = figure_rows(task, folder.last_validation)
     table = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     limits = (
-        "Measured on the validation images above and nowhere else. It knows these classes only. No licence is stated here: those "
-        "of the images and of the backbone's weights may bind you."
+        "Measured only on the validation images above. The model knows only these classes. This card states no licence; the "
+        "licences of the images and of the backbone's weights may apply."
     )
     blocks = [
         front(front_matter(folder)),
@@ -39,10 +39,10 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
         GIVES[task],
         "## Results",
         "\n".join(map(table_row, table)),
-        "In %, on all validation images; `report.html` has them by class.",
+        "In %, on all validation images. `report.html` has the values by class.",
         "## Training",
         facts_list(facts),
-        f"`recipe.yaml` has every setting, `{card}` what is needed to build the model.",
+        f"`recipe.yaml` has all settings; `{card}` describes how to build the model.",
         "## Classes",
         classes_line([str(label) for label in folder.card["classes"]], card),
         "## Limits",
@@ -54,7 +54,7 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
 
 def front_matter(folder: RunFolder) -> dict[str, Any]:
     tag, more = HUB[str(folder.task)]
-    told: dict[str, Any] = {"library_name": "scalekd", "pipeline_tag": tag, "tags": [tag, more, "timm", "scalekd"]}
+    fields: dict[str, Any] = {"library_name": "scalekd", "pipeline_tag": tag, "tags": [tag, more, "timm", "scalekd"]}
     last = folder.last_validation
     metrics = [
         {"type": key, "value": round(last[key], 2), "name": f"{name} (%)"}
@@ -64,6 +64,6 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
     if metrics:
         data = folder.recipe.get("data") or {}
         place = Path(str(data.get("val_annotations") or data.get("root"))).stem or "validation images"
-        told |= {"metrics": [m["type"] for m in metrics]}
-        told |= {"model-index": model_index(str(folder.recipe.get("name")), tag, place, metrics)}
-    return told
+        fields |= {"metrics": [m["type"] for m in metrics]}
+        fields |= {"model-index": model_index(str(folder.recipe.get("name")), tag, place, metrics)}
+    return fields

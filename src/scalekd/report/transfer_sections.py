@@ -1,4 +1,4 @@
-"""A detector's or segmenter's part of the page: its backbone, what its last validation found, and how it is used."""
+"""Sections of the page of a detector or segmenter: backbone, last validation, and how to use the model."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from .svg import escape, finite
 
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "S", "ap_medium": "M", "ap_large": "L"}
 SHARES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
-NAMED = 10  # classes without a figure
-TEACHER = "backbone's teacher"  # the fact that says whose student the backbone is
+NAMED = 10  # classes without a value that are listed, at most
+TEACHER = "backbone's teacher"  # the name of a fact
 
 
-def teacher_fact(found: RunFolder) -> dict[str, str]:
-    """Who taught the backbone, if its weights are those of a run's folder that is still there."""
-    weights = (found.recipe.get("backbone") or {}).get("weights")
+def teacher_fact(folder: RunFolder) -> dict[str, str]:
+    """The teacher of the backbone, if its weights are the student of a run whose folder still exists."""
+    weights = (folder.recipe.get("backbone") or {}).get("weights")
     if not isinstance(weights, str) or weights in ("pretrained", "random"):
         return {}
     card = read_json(Path(weights).expanduser().parent / "student.json")
-    loaded = (found.made.get("weights") or {}).get("backbone") or {}
+    loaded = (folder.made.get("weights") or {}).get("backbone") or {}
     if Path(weights).name == "student.safetensors" and loaded.get("sha256") != card.get("sha256"):
-        return {}  # another student has taken its place
+        return {}  # the folder has another student now
     if not card.get("teacher"):
         return {}
     losses = losses_text(card.get("losses") or {})
     return {TEACHER: f"{card['teacher']}, with {losses}" if losses else str(card["teacher"])}
 
 
-def trained_line(found: RunFolder, facts: Mapping[str, str]) -> str:
+def trained_line(folder: RunFolder, facts: Mapping[str, str]) -> str:
     """Such as: Mask R-CNN on resnet18, weights: runs/kd/student.safetensors, the student of vit_small_patch14_dinov2."""
-    backbone = facts.get("backbone") or (found.recipe.get("backbone") or {}).get("model", "a backbone")
+    backbone = facts.get("backbone") or (folder.recipe.get("backbone") or {}).get("model", "a backbone")
     taught = f", the student of {facts[TEACHER]}" if TEACHER in facts else ""
-    return f"{TASKS[str(found.task)].model} on {backbone}{taught}"
+    return f"{TASKS[str(folder.task)].model} on {backbone}{taught}"
 
 
 # ---------------------------------------------------------------- figures
 
 
-def figure_sections(found: RunFolder) -> list[str]:
-    """Of the last validation; none without one."""
-    last = found.last_validation
+def figure_sections(folder: RunFolder) -> list[str]:
+    """Sections on the last validation; empty without one."""
+    last = folder.last_validation
     if not last:
         return []
-    return _detection(last) if found.task == "detection" else _segmentation(last)
+    return _detection(last) if folder.task == "detection" else _segmentation(last)
 
 
 def figure_rows(task: str | None, last: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of figures, in %; a dash where there are none."""
+    """Head and rows of the table of metrics, in %; a dash for missing values."""
     if task == "detection":
         rows = [[kind, *(shown(last.get(f"{kind}_{key}")) for key in AP)] for kind in ("box", "mask")]
         return ["%", *AP.values()], rows
-    return ["figure", "%"], [[told, shown(last.get(key))] for key, told in SHARES.items()]
+    return ["figure", "%"], [[name, shown(last.get(key))] for key, name in SHARES.items()]
 
 
 def shown(value: Any) -> str:
@@ -69,24 +69,26 @@ def shown(value: Any) -> str:
 
 def _detection(last: Mapping[str, Any]) -> list[str]:
     note = (
-        "COCO's figures. AP: precision averaged over recalls, classes and overlaps (IoU) from 0.50 to 0.95; AP50 and AP75: at "
-        "that overlap alone; S, M, L: objects of less than 32x32 pixels, of up to 96x96, and larger ones. A dash: there are none."
+        "COCO's metrics. AP: precision averaged over recalls, classes and overlaps (IoU) from 0.50 to 0.95. AP50 and AP75: at IoU "
+        "0.50 and 0.75. S, M, L: objects of less than 32x32 pixels, up to 96x96, and larger. A dash: no such objects."
     )
     classes = last.get("classes") or {}
     rows = [[label, shown(ap)] for label, ap in sorted(classes.items(), key=_worst) if finite(ap)]
     without = [label for label, ap in classes.items() if not finite(ap)]
     return [
         section(f"At the end{_on(last)}", table(*figure_rows("detection", last), "numbers"), note),
-        _by_class("Mask AP by class", ["class", "mask AP (%)"], rows, without, "for there was no object to find"),
+        _by_class(
+            "Mask AP by class", ["class", "mask AP (%)"], rows, without, "because the images have no such object"
+        ),
     ]
 
 
 def _segmentation(last: Mapping[str, Any]) -> list[str]:
     classes = last.get("per_class") or []
     note = (
-        f"mIoU: the mean of {last.get('classes_counted')} of {len(classes)} classes, those that are in the "
-        "masks or were found in an image. Mean accuracy: of those in the masks. Pixel accuracy: the share of "
-        f"{last.get('pixels', 0):,} pixels that were called what they are."
+        f"mIoU: the mean over {last.get('classes_counted')} of {len(classes)} classes, those that are in the "
+        "masks or were predicted. Mean accuracy: over the classes in the masks. Pixel accuracy: the share of "
+        f"{last.get('pixels', 0):,} pixels that were classified correctly."
     )
     counted_classes = sorted((c for c in classes if finite(c.get("iou"))), key=lambda c: (c["iou"], c["class"]))
     rows = [[c["class"], shown(c["iou"]), shown(c["accuracy"]), f"{c['pixels']:,}"] for c in counted_classes]
@@ -94,7 +96,7 @@ def _segmentation(last: Mapping[str, Any]) -> list[str]:
     head = ["class", "IoU (%)", "accuracy (%)", "pixels"]
     return [
         section(f"At the end{_on(last)}", table(*figure_rows("segmentation", last), "numbers"), note),
-        _by_class("IoU by class", head, rows, without, "as they are neither in the masks nor found"),
+        _by_class("IoU by class", head, rows, without, "because they are neither in the masks nor predicted"),
     ]
 
 
@@ -110,38 +112,38 @@ def _by_class(title: str, head: list[str], rows: list[list[str]], without: list[
     kept, note = worst_and_best(rows)
     if without:
         more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
-        note += f" Without a figure, {why}: {', '.join(map(name, without[:NAMED]))}{more}."
+        note += f" Without a value, {why}: {', '.join(map(name, without[:NAMED]))}{more}."
     return section(title, table(head, [[name(row[0]), *row[1:]] for row in kept], "numbers"), escape(note))
 
 
 # ---------------------------------------------------------------- use
 
 
-def use_section(found: RunFolder) -> str:
-    task = str(found.task)
-    if not found.weights.is_file():
+def use_section(folder: RunFolder) -> str:
+    task = str(folder.task)
+    if not folder.weights.is_file():
         return section(
             "Use the model",
             "",
-            f"{found.weights.name} is written at the end: the same `{TASKS[task].command} train` goes on.",
+            f"{folder.weights.name} is written at the end of the run; the same `{TASKS[task].command} train` resumes it.",
         )
     note = (
-        f"With scalekd[{task}] installed. {GIVES[task]} README.md in the run's folder is a model card, `{found.weights.stem}.json` "
-        "says how the weights are used."
+        f"This needs scalekd[{task}]. {GIVES[task]} README.md in the run's folder is a model card; `{folder.weights.stem}.json` "
+        "describes how to use the weights."
     )
-    content = code(predict_line(task, found.path)) + code(load_lines(task, found.path))
+    content = code(predict_line(task, folder.path)) + code(load_lines(task, folder.path))
     return section("Use the model", content, escape(note))
 
 
 GIVES = {
     "detection": (
-        "The model takes a list of uint8 images (C, H, W) of any sizes, resizes and normalises them itself, and gives for each "
-        "one, by falling score: boxes (N, 4) left, top, right, bottom in the image's pixels; labels (N,) from 1; scores (N,); "
+        "The model takes a list of uint8 images (C, H, W) of any size, resizes and normalises them, and returns for each one, "
+        "sorted by score: boxes (N, 4) left, top, right, bottom in the image's pixels; labels (N,) from 1; scores (N,); "
         "masks (N, 1, H, W), probabilities."
     ),
     "segmentation": (
-        "classes_in resizes and normalises an image as in validation and gives the class of each pixel (H, W), from 0. The model "
-        "itself takes normalised images (B, C, H, W) and gives logits (B, classes, H, W)."
+        "classes_in resizes and normalises an image as in validation and returns the class of each pixel (H, W), from 0. The model "
+        "itself takes normalised images (B, C, H, W) and returns logits (B, classes, H, W)."
     ),
 }
 
@@ -151,7 +153,7 @@ def predict_line(task: str, folder: Path) -> str:
 
 
 def load_lines(task: str, folder: Path, channels: int = 3) -> str:
-    """Python that loads the model of a run's folder and takes an image."""
+    """Python code that loads the model of a run's folder and runs it on an image."""
     mode = "L" if channels == 1 else "RGB"
     if task == "detection":
         imports = (

@@ -160,17 +160,19 @@ def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> 
     }
 
 
-def check_batch_size(train: Any, images: int | None) -> None:
+def check_batch_size(train: Any, images: int | None, processes: int | None = None) -> None:
     """Raises `UserError` if `train.batch_size` exceeds the data or does not divide among processes and accumulated steps.
 
-    images: the number of training images; None if a batch may hold an image more than once.
+    images: the number of training images; None if a batch may hold an image more than once. processes: this run's by
+    default.
     """
-    parts = train.accumulate * parallel.world()
+    processes = processes or parallel.world()
+    parts = train.accumulate * processes
     if images is not None and images < train.batch_size:
         raise UserError(f"train.batch_size {train.batch_size} is more than the {images} training images; lower it")
     if train.batch_size % parts:
         raise UserError(
-            f"train.batch_size {train.batch_size} cannot be divided among {parallel.world()} processes x "
+            f"train.batch_size {train.batch_size} cannot be divided among {processes} processes x "
             f"{train.accumulate} accumulated steps; make it a multiple of {parts}"
         )
 
