@@ -20,7 +20,7 @@ KEYS = re.compile(
     r"(?<![\w./-])(?:teacher\.(weights|prefix|kwargs|mean|std|image_size)|data\.(channels|limit|seed|train|val)"
     r"|augment\.(crop_pct))\b"
 )
-PARAMETER = re.compile(r"(?<!mean )(?<! or )`([a-z_]+)`")  # not the suggestions of a message
+PARAMETER = re.compile(r"Did you mean [^?]*\?|`([a-z_]+)`")  # suggestions stay as they are
 CALLED = {"analyses": "analysis", "baselines": "baseline"}  # repeatable options are singular
 
 
@@ -28,7 +28,7 @@ def with_options(message: str, args: argparse.Namespace) -> str:
     """`message` with the parameters of Python functions that it names in backticks as this command's options."""
 
     def shown(found: re.Match[str]) -> str:
-        name = CALLED.get(found[1], found[1])
+        name = CALLED.get(found[1] or "", found[1] or "")
         return f"`{_option(name)}`" if name in POSSIBLE and hasattr(args, name) else found[0]
 
     return PARAMETER.sub(shown, message)
