@@ -1,14 +1,14 @@
-"""Kills real runs at random points, starts them again, and compares what is left with runs that were never killed.
+"""Kills real runs at random points, resumes them, and compares them with runs that were never killed.
 
     python benchmarks/faults.py --kills 50 --jobs 2 --out docs/results/faults
 
-Each run is the demo's ScaleKD (ViT teacher, small CNN, embedded images) in short: 3 epochs of 10 steps, with mixup,
-averaged weights and a checkpoint after every step. It is killed (SIGKILL) five times, once in each of: start-up, a
-step, the writing of a checkpoint, the end of an epoch, validation; in an order and at moments that follow from
---seed. Then it runs to its end. The last line is `K/N bit-identical, M samples or files lost`.
+Each run is a short version of the demo's ScaleKD (ViT teacher, small CNN, embedded images): 3 epochs of 10 steps, with
+mixup, averaged weights and a checkpoint after every step. It is killed with SIGKILL five times, once in each of
+start-up, a step, the writing of a checkpoint, the end of an epoch, and validation. Order and moments follow from --seed.
+Then it runs to its end. The last line of the output is `K/N bit-identical, M samples or files lost`.
 
-Equal means: every tensor of the exported student and of last.pt and best.pt (weights, methods, optimiser, average),
-the history of validations, and every logged loss of every step.
+Two runs are equal if these are: every tensor of the exported student and of last.pt and best.pt (weights, methods,
+optimiser, average), the history of validations, and every logged loss of every step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def start(variant: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def to_the_end(variant: str, folder: Path) -> float:
-    """Seconds until the first step of a run that is left alone."""
+    """Runs without a kill; returns the seconds until the first step."""
     began, first = time.monotonic(), None
     child = start(variant, folder)
     while child.poll() is None:
@@ -77,7 +77,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return read_log(folder) if (folder / "log.jsonl").is_file() else []
 
 
-READ: dict[Path, tuple[int, int]] = {}  # a log's size, and the last step in it: it is asked for all the time
+READ: dict[Path, tuple[int, int]] = {}  # a log's size and its last step, cached because it is read very often
 
 
 def last_step(folder: Path) -> int:
@@ -89,7 +89,7 @@ def last_step(folder: Path) -> int:
 
 
 def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: random.Random) -> str | None:
-    """Starts or goes on with a run and kills it. Where the kill fell, as the folder shows; None if the run was done first."""
+    """Starts or resumes a run and kills it. Returns where the kill fell, from its folder; None if the run ended first."""
     before = last_step(folder)
     child = start(variant, folder)
     moment = chance.random()
@@ -115,7 +115,7 @@ def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: ran
                 f"{folder}: exit code {child.returncode}\n{folder.with_suffix('.txt').read_text()[-8000:]}"
             )
         return None
-    for pid in [child.pid, *descendants(child.pid)]:  # at once and all of them, as when a machine dies
+    for pid in [child.pid, *descendants(child.pid)]:  # all at the same time, as when a machine fails
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     child.wait()
@@ -124,7 +124,7 @@ def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: ran
 
 
 def descendants(pid: int) -> list[int]:
-    """torchrun gives its workers sessions of their own, so their group is not the launcher's."""
+    """All processes below this one. torchrun gives its workers their own sessions, so the launcher's group is not enough."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -139,7 +139,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def where(folder: Path, before: int) -> str:
-    """What a killed run was doing, told from what it left."""
+    """What a killed run was doing, from the files it left."""
     if (folder / "last.pt.part").exists() or (folder / "best.pt.part").exists():
         return "in a checkpoint"
     step, found = last_step(folder), events(folder)
@@ -173,7 +173,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def lost(folder: Path, reference: Path) -> int:
-    """Samples of steps that were not logged exactly once, and files that the reference has and this run has not."""
+    """Samples of steps that were not logged exactly once, and files that only the reference run has."""
     counted = Counter(e["step"] for e in events(folder) if e["event"] == "step")
     samples = BATCH * sum(counted[step] != 1 for step in range(1, STEPS * EPOCHS + 1))
     return samples + len({p.name for p in reference.iterdir()} - {p.name for p in folder.iterdir()})
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, help="where to write faults.json")
+    parser.add_argument("--out", type=Path, help="folder for faults.json")
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,7 @@
-"""The table and the pictures of lab/transfer.sh's runs: `lab/transfer.py runs/transfer docs/results/transfer`."""
+"""Makes the table and the figures of lab/transfer.sh's runs.
+
+    python lab/transfer.py runs/transfer docs/results/transfer
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ PICTURES, TILE = 4, 256
 
 
 def figures(runs: Path, task: str) -> dict[str, Any]:
-    """start -> figure -> its values by seed, and for those with weights the gains over scratch of the same seed."""
+    """start -> figure -> its values by seed; for starts with weights also the gains over scratch with the same seed."""
     found: dict[str, Any] = {}
     for start in STARTS:
         files = sorted(runs.glob(f"{task}-{start}-*/summary.json"))
@@ -62,7 +65,7 @@ def table(found: dict[str, Any], task: str) -> list[str]:
 
 @torch.no_grad()
 def pictures(runs: Path, task: str, out: Path) -> None:
-    """What the first seed's models find in a few validation scenes: a row for each start, and the truth below."""
+    """Predictions of the first seed's models in a few validation scenes: one row per start, the ground truth below."""
     scenes = runs / "scenes"
     rows: list[list[Image.Image]] = []
     if task == "segment":
@@ -96,7 +99,7 @@ def pictures(runs: Path, task: str, out: Path) -> None:
 
 
 def coloured(image: Image.Image, classes: Any, names: Any) -> Image.Image:
-    """Without the legend that stands beside."""
+    """Without the legend at the side."""
     return overlay(image, classes, names, without=["background"]).crop((0, 0, TILE, TILE))
 
 

@@ -176,9 +176,9 @@ def finish(process):
 def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path):
     out = tmp_path / "out"
     file = ladder_file()
-    code, told, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
-    assert told.count("top-1") == 3 and "3 of 3 runs finished" in told
+    assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())
     for method in METHODS:
         folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
@@ -190,8 +190,8 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     assert not (out / "outputs").exists()
 
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
-    code, told, err = finish(compare(file, "--out", out, "--seeds", "1"))
-    assert code == 0 and "3 of them already finished" in told
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "1"))
+    assert code == 0 and "3 of them already finished" in text
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == before
 
     # the records replace deleted folders; a record with another recipe does not count
@@ -208,10 +208,10 @@ def test_a_run_fails_and_the_others_finish(ladder_file, tmp_path, image_folder):
     methods = METHODS | {
         "broken": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}
     }
-    code, told, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
+    code, text, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
     assert code == 1, err
-    assert "failed: test_resnet broken seed 0" in told and "none.safetensors" in told
-    assert "3 of 4 runs finished" in told
+    assert "failed: test_resnet broken seed 0" in text and "none.safetensors" in text
+    assert "3 of 4 runs finished" in text
     (failed,) = json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
     assert failed["method"] == "broken"
 
@@ -226,17 +226,17 @@ def test_a_stopped_comparison_resumes(ladder_file, tmp_path):
     while time.monotonic() < end and not any('"step"' in log.read_text() for log in runs.rglob("log.jsonl")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    code, told, err = finish(process)
-    assert code == 75 and "stopped" in err, (told, err)
-    code, told, err = finish(compare(*options))
-    assert code == 0 and "2 of 2 runs finished" in told
+    code, text, err = finish(process)
+    assert code == 75 and "stopped" in err, (text, err)
+    code, text, err = finish(compare(*options))
+    assert code == 0 and "2 of 2 runs finished" in text
     assert any('"resumed"' in log.read_text() for log in runs.rglob("log.jsonl"))
 
 
 def test_torchrun_is_rejected(ladder_file, tmp_path):
     command = [sys.executable, "-m", "scalekd", "compare", ladder_file(), "--out", str(tmp_path / "out")]
-    told = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert told.returncode == 2 and "without torchrun" in told.stderr and not (tmp_path / "out").exists()
+    done = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "without torchrun" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_files_is_rejected(ladder_file, tmp_path):
@@ -312,15 +312,15 @@ def test_equal_gains_are_not_tested(ladder):
 def test_curves_are_means_at_the_samples_that_all_seeds_have(ladder):
     planned = [j for j in jobs(ladder) if j.method == "KD" and j.seed < 2]
     curves = {0: [(8, 10.0), (16, 20.0)], 1: [(8, 20.0), (16, 40.0), (24, 50.0)]}
-    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.seed]) for j in planned})
-    assert told["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
+    rows = summary(ladder, planned, {j: record(j, 1.0, curves[j.seed]) for j in planned})
+    assert rows["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
 
 
 def test_samples_to_reach_the_baselines_final_top1(ladder):
     curves = {"none": [(10, 20.0), (20, 40.0)], "KD": [(10, 30.0), (20, 50.0)], "FD (s4)": [(10, 10.0), (20, 39.0)]}
     planned = [j for j in jobs(ladder) if j.seed == 0]
-    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.method]) for j in planned})["students"]["test_resnet"]
-    assert told["none"]["reach"] == 1 and told["KD"]["reach"] == 0.75 and told["FD (s4)"]["reach"] is None
+    rows = summary(ladder, planned, {j: record(j, 1.0, curves[j.method]) for j in planned})["students"]["test_resnet"]
+    assert rows["none"]["reach"] == 1 and rows["KD"]["reach"] == 0.75 and rows["FD (s4)"]["reach"] is None
 
 
 def test_records_of_other_methods_stay(ladder, tmp_path):
@@ -354,11 +354,11 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
 def test_1_equals_1_0_and_large_seeds_stay_distinct(ladder_file, tmp_path):
     methods = {"none": METHODS["none"], "KD": {"losses": {"ce": {}, "kd": {"weight": 2}}}}
     planned = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62])))
-    there = {j: record(j, 1.0) for j in planned}
-    for told in there.values():
-        told["recipe"]["losses"].get("kd", {})["weight"] = 2
+    records = {j: record(j, 1.0) for j in planned}
+    for record_ in records.values():
+        record_["recipe"]["losses"].get("kd", {})["weight"] = 2
     (tmp_path / "a").mkdir()
-    write_records(tmp_path / "a", there)
+    write_records(tmp_path / "a", records)
     assert set(known_records(tmp_path / "b", planned, [tmp_path / "a"])) == set(planned)
     next_one = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62 + 1])))
     assert known_records(tmp_path / "b", next_one, [tmp_path / "a"]) == {}

@@ -61,4 +61,3 @@ def parser() -> argparse.ArgumentParser:
     for group in COMMANDS:
         group.add_commands(commands)
     return command_line
-

@@ -13,7 +13,9 @@ from .options import add_bad_images, command, names, overrides, recipe_overrides
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "compare", _compare, "compare methods x students x seeds on your data; the same command resumes")
+    sub = command(
+        commands, "compare", _compare, "compare methods x students x seeds on your data; the same command resumes"
+    )
     sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/how-to/compare.md)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run, such as train.epochs=20")
     sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these methods and the baseline")
@@ -35,7 +37,9 @@ def add_commands(commands: Any) -> None:
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
     sub.add_argument(
-        "--share-teacher", action="store_true", help="run the teacher once for all runs of a seed; keeps its outputs on disk until they are done"
+        "--share-teacher",
+        action="store_true",
+        help="run the teacher once for all runs of a seed; keeps its outputs on disk until they are done",
     )
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
     sub.add_argument("--dry-run", action="store_true", help="check and list all runs; write nothing")

@@ -19,7 +19,10 @@ def add_commands(commands: Any) -> None:
 
 def _add_head(commands: Any) -> None:
     sub = command(
-        commands, "head", _head, "fit a linear classifier for your classes on a frozen teacher (docs/how-to/any-teacher.md)"
+        commands,
+        "head",
+        _head,
+        "fit a linear classifier for your classes on a frozen teacher (docs/how-to/any-teacher.md)",
     )
     sub.add_argument("model", metavar="MODEL", help="the teacher's timm name, or its folder")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
@@ -30,14 +33,24 @@ def _add_head(commands: Any) -> None:
     sub.add_argument("--kwargs", metavar="YAML", help="teacher.kwargs of a recipe: '{global_pool: avg}'")
     sub.add_argument("--image-size", metavar="N", help="pixels, such as 98 or '[98, 126]' (default: timm's own)")
     sub.add_argument("--channels", type=int, choices=[1, 3], help="as data.channels (default: 3)")
-    sub.add_argument("--mean", metavar="YAML", help="mean of the pixels, such as '[0.5, 0.5, 0.5]' (default: timm's own)")
+    sub.add_argument(
+        "--mean", metavar="YAML", help="mean of the pixels, such as '[0.5, 0.5, 0.5]' (default: timm's own)"
+    )
     sub.add_argument("--std", metavar="YAML", help="standard deviation of the pixels, as --mean")
     sub.add_argument("--crop-pct", type=float, metavar="X", help="as augment.crop_pct (default: timm's own)")
     sub.add_argument("--limit", type=int, metavar="N", help="use only N labels, the same number per class")
     sub.add_argument("--seed", type=int, help="as data.seed: chooses the labels and the held-out part (default: 0)")
-    sub.add_argument("--draws", type=int, default=1, metavar="K", help="fit on K sets of labels; keep the head of the first (default: 1)")
+    sub.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        metavar="K",
+        help="fit on K sets of labels; keep the head of the first (default: 1)",
+    )
     sub.add_argument("--val-limit", type=int, metavar="N", help="use only N validation images")
-    sub.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps the features (default: runs/features)")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder that keeps the features (default: runs/features)"
+    )
     sub.add_argument("--device", help=DEVICE)
 
 
@@ -50,13 +63,25 @@ def _add_probe(commands: Any) -> None:
     )
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train: the labelled images")
     sub.add_argument("--val", metavar="SOURCE", help="as for train: the images to test on")
-    sub.add_argument("--shots", default="1,5,10,25,all", metavar="N,N,..", help="labels per class (default: 1,5,10,25,all)")
-    sub.add_argument("--draws", type=int, default=5, metavar="K", help="sets of labelled images for each number (default: 5)")
-    sub.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="DIR", help="folder for the results (default: runs/probe)")
+    sub.add_argument(
+        "--shots", default="1,5,10,25,all", metavar="N,N,..", help="labels per class (default: 1,5,10,25,all)"
+    )
+    sub.add_argument(
+        "--draws", type=int, default=5, metavar="K", help="sets of labelled images for each number (default: 5)"
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/probe"),
+        metavar="DIR",
+        help="folder for the results (default: runs/probe)",
+    )
     sub.add_argument("--image-size", metavar="N", help="for timm names: pixels, such as 98 or '[98, 126]'")
     sub.add_argument("--seed", type=int, help="seed of the draws, and of the held-out part without --val (default: 0)")
     sub.add_argument("--val-limit", type=int, metavar="N", help="test on N images only")
-    sub.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps the features (default: runs/features)")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder that keeps the features (default: runs/features)"
+    )
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument("--dry-run", action="store_true", help="check data and models, show the plan, write nothing")
 

@@ -28,7 +28,9 @@ def add_recipe(sub: argparse.ArgumentParser) -> None:
 
 def add_models(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--teacher", metavar="MODEL", help="a timm name (pre-trained, unless teacher.weights is set) or the folder of a run or head"
+        "--teacher",
+        metavar="MODEL",
+        help="a timm name (pre-trained, unless teacher.weights is set) or the folder of a run or head",
     )
     sub.add_argument("--student", metavar="MODEL", help="a timm name, or the folder of a run")
 
@@ -44,7 +46,9 @@ def add_sources(sub: argparse.ArgumentParser, *, required: bool = False) -> None
 
 
 def add_bad_images(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--on-bad-image", choices=["error", "skip"], help="what to do if an image cannot be read (default: error)")
+    sub.add_argument(
+        "--on-bad-image", choices=["error", "skip"], help="what to do if an image cannot be read (default: error)"
+    )
 
 
 def add_json_or_markdown(sub: argparse.ArgumentParser) -> None:

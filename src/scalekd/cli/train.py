@@ -45,14 +45,21 @@ def _add_train(commands: Any) -> None:
     sub = command(commands, "train", _train, "train a student from a recipe; the same command resumes a stopped run")
     add_recipe(sub)
     add_sources(sub)
-    sub.add_argument("--unlabelled", metavar="SOURCE", help="more training images without labels; `rest`: those left out by data.limit")
+    sub.add_argument(
+        "--unlabelled",
+        metavar="SOURCE",
+        help="more training images without labels; `rest`: those left out by data.limit",
+    )
     add_bad_images(sub)
     add_models(sub)
     sub.add_argument("--teacher-random", action="store_true", help="use a teacher with random initial weights")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument(
-        "--teacher-outputs", type=Path, metavar="DIR", help="a folder where runs with the same inputs share the teacher's outputs"
+        "--teacher-outputs",
+        type=Path,
+        metavar="DIR",
+        help="a folder where runs with the same inputs share the teacher's outputs",
     )
     sub.add_argument("--dry-run", action="store_true", help="build everything and run the pre-flight; write nothing")
     sub.add_argument("--no-preflight", action="store_true", help="train without the checks before step 1")
@@ -67,7 +74,12 @@ def _add_report(commands: Any) -> None:
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run or of a comparison")
     sub.add_argument(
-        "--baseline", type=Path, action="append", default=[], metavar="RUN", help="another run to compare with; repeatable"
+        "--baseline",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="another run to compare with; repeatable",
     )
     sub.add_argument("--data", metavar="SOURCE", help="images to use instead of the run's validation images")
     sub.add_argument("--images", type=int, metavar="N", help="use this many images (default: 2000)")
@@ -84,13 +96,17 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_import(commands: Any) -> None:
-    sub = command(commands, "import", _import, "convert weights released by the papers' authors into an exported student")
+    sub = command(
+        commands, "import", _import, "convert weights released by the papers' authors into an exported student"
+    )
     sub.add_argument("file", type=Path, metavar="FILE", help="a local .pth, .pt or .safetensors file")
     sub.add_argument("--model", required=True, metavar="TIMM_NAME", help="the timm model that the weights belong to")
     sub.add_argument(
         "--kwargs", default="{}", metavar="YAML", help="as student.kwargs in a recipe, such as '{class_token: false}'"
     )
-    sub.add_argument("--classes", metavar="SOURCE", help="a source with the classes of the head (default: ImageNet-1K's)")
+    sub.add_argument(
+        "--classes", metavar="SOURCE", help="a source with the classes of the head (default: ImageNet-1K's)"
+    )
     sub.add_argument("--no-ema", action="store_true", help="use the plain weights if the file also has averaged ones")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the student's folder (default: runs/NAME_OF_FILE)")
 
@@ -142,7 +158,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result)))
     else:
-        print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images")
+        print(
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
+        )
 
 
 def _export(args: argparse.Namespace) -> None:
