@@ -289,7 +289,7 @@ def test_a_comparison(cli, tmp_path):
     page = (tmp_path / "pages" / "all.html").read_text()
     assert escape(compared["title"]) in page and 'href="../runs/R%2018/KD/seed-0/report.html"' in page
     told = cli("report", tmp_path, "--baseline", tmp_path, "--images", "5")
-    assert told.code == 2 and "leave out --baseline and --images" in told.err
+    assert told.code == 2 and "leave out `--baseline` and `--images`" in told.err
 
 
 def test_figures_of_an_analysis(cli, runs, tmp_path, without_costs):

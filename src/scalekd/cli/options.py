@@ -71,8 +71,8 @@ def recipe_overrides(args: argparse.Namespace) -> list[str]:
     """All overrides of a command line: options that set recipe keys, then `key=value`."""
     from scalekd.config.arguments import overrides_of
 
-    unlabelled = getattr(args, "unlabelled", None)
-    return overrides_of(args.data, args.val, unlabelled, args.teacher, args.student, overrides(args))
+    arguments = (getattr(args, name, None) for name in ("data", "val", "unlabelled", "teacher", "student"))
+    return overrides_of(*arguments, overrides(args))
 
 
 def names(text: str) -> list[str]:
