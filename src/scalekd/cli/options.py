@@ -71,8 +71,10 @@ def recipe_overrides(args: argparse.Namespace) -> list[str]:
     """All overrides of a command line: options that set recipe keys, then `key=value`."""
     from scalekd.config.arguments import overrides_of
 
-    arguments = (getattr(args, name, None) for name in ("data", "val", "unlabelled", "teacher", "student"))
-    return overrides_of(*arguments, overrides(args))
+    data, val, unlabelled, teacher, student = (
+        getattr(args, name, None) for name in ("data", "val", "unlabelled", "teacher", "student")
+    )
+    return overrides_of(data, val, unlabelled, teacher, student, overrides(args))
 
 
 def names(text: str) -> list[str]:
