@@ -1,10 +1,10 @@
-"""Where the time of `scalekd detect evaluate` goes, on 5,000 COCO-sized annotations.
+"""Measures where the time of `scalekd detect evaluate` goes, on 5,000 annotations of COCO's size.
 
     python benchmarks/ap_cost.py --out docs/results/ap-cost.json
 
-700 images of 640x480 with polygons, made from a seed; as many detections as COCO counts (100 an image, the objects and
-noise). What is bookkeeping is done for all of them: annotations read, masks encoded, AP of boxes and masks. The model, a
-Mask R-CNN on a ResNet-50 with initial weights, is timed on a few images at 800x1333 and counted for all.
+Uses 700 images of 640x480 with random polygons and as many detections as COCO counts (100 per image: the objects and
+noise). Reading annotations, encoding masks and computing box and mask AP are measured on all of them. The model, a Mask
+R-CNN on a ResNet-50 with random weights, is timed on a few images at 800x1333; the result is scaled to all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGES, ANNOTATIONS, HEIGHT, WIDTH, CLASSES, DETECTIONS = 700, 5000, 480, 640, 8
 
 
 def polygon(random: np.random.Generator) -> tuple[list[float], list[float]]:
-    """A shape of 24 corners within the image, and its box."""
+    """A random shape with 24 corners inside the image, and its box."""
     size = random.uniform(15, 200, 2)
     x, y = random.uniform(0, (WIDTH, HEIGHT) - size)
     angles = np.linspace(0, 2 * math.pi, 24, endpoint=False)

@@ -1,10 +1,12 @@
-"""Three costs of running on a CPU that docs/log.md speaks of, each measured beside its alternative.
+"""Measures three costs of running on a CPU that docs/log.md describes, each against its alternative.
 
     python benchmarks/cpu_costs.py --out docs/results/cpu-costs.json
 
-Seeding: `torch.manual_seed` against the CPU generator alone. Memory: page faults and CPU seconds of a training step
-before and after `scalekd.memory.keep_freed_memory`. Precision: images/s of a ViT in float32 and under bf16 autocast.
-One thread; medians of several rounds, in turns.
+- Seeding: `torch.manual_seed` against seeding the CPU generator alone.
+- Memory: page faults and CPU seconds of a training step before and after `scalekd.common.malloc.keep_freed_memory`.
+- Precision: images per second of a ViT in float32 and under bf16 autocast.
+
+One thread; medians of several alternating rounds.
 """
 
 from __future__ import annotations

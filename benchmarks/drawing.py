@@ -1,4 +1,4 @@
-"""The pictures of docs/explanation/performance.md, drawn from the JSON files of docs/results/performance; tables.py has them drawn."""
+"""Draws the figures of docs/explanation/performance.md from the JSON files of docs/results/performance, for tables.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Drawing = tuple[str, list[str], float]  # title, SVG elements height
 
 
 def parts(found: dict[str, Any], pair: str) -> str:
-    """Bars: the floor's parts, ScaleKD's own, and in outline the literal loss, which no step here runs."""
+    """Bars: the parts of the floor, the parts of ScaleKD, and in outline the literal loss, which no step here computes."""
     own = {name: values for name, values in found["parts"].items() if name != LITERAL}
     groups = {
         f"The floor, {pair}, batch {found['batch']}": found["floor"],
@@ -47,7 +47,7 @@ def parts(found: dict[str, Any], pair: str) -> str:
 
 
 def bars(rows: dict[str, list[float]], axis: Axis, kind: str) -> list[str]:
-    """Medians as bars, with their values in ms, and quartiles as a line through their ends."""
+    """Medians as bars with their values in ms; a line through the end of each bar spans the quartiles."""
     drawn = [f'<path class="grid" d="M{axis.at(t):.1f} 0V{ROW * len(rows)}"/>' for t in axis.ticks]
     for i, (name, values) in enumerate(rows.items()):
         y = ROW * i + ROW / 2
@@ -65,7 +65,7 @@ def bars(rows: dict[str, list[float]], axis: Axis, kind: str) -> list[str]:
 
 
 def growth(found: dict[str, Any]) -> str:
-    """Arithmetic over the floor's by what grows, and memory over that of `fd`."""
+    """Multiply-adds relative to the floor's, by what grows, and memory relative to that of `fd`."""
     forms = list(found["forms"])
     drawings = []
     for part in found["growth"]:
@@ -78,7 +78,7 @@ def growth(found: dict[str, Any]) -> str:
 
 
 def panel(part: dict[str, Any], key: str, base: str, names: Sequence[str]) -> Drawing:
-    """Points at equal distances, joined; the axis begins at 1, which is `base`."""
+    """Connected points at equal distances. The axis starts at 1, which is `base`."""
     at, forms = part["at"], [name for name in names if name != "fd"]
     step = (RIGHT - LEFT) / len(at)
     places = [LEFT + step * (i + 0.5) for i in range(len(at))]
@@ -102,7 +102,7 @@ def style_of(name: str, forms: Sequence[str]) -> int:
 
 
 def file(drawings: Sequence[Drawing], keys: Sequence[tuple[str, str]], label: str, width: float = WIDTH) -> str:
-    """An SVG file: drawings with titles below each other, keys below all, on the page's colour in light and dark."""
+    """An SVG file of drawings with titles below each other and a legend at the end, for light and dark pages."""
     placed, top = [], 10.0
     for title, drawn, height in drawings:
         placed.append(f'<g class="title">{text_at(8, top + 14, title)}</g>')

@@ -1,10 +1,10 @@
-"""What cheaper forms of ScaleKD save, counted as `scalekd cost` counts: nothing is computed, no machine matters.
+"""Counts what cheaper forms of ScaleKD save, as `scalekd cost` does. Computes nothing, so the machine does not matter.
 
     python benchmarks/forms.py --out docs/results/performance
 
-The floor is the teacher's forward pass, the student's forward and backward pass with the task loss, and the
-optimiser's state; a form's extra is what its step has beyond that. A pair is built and stepped once: all forms stand
-side by side in one distiller, each on an account of its own, and a form's step is the sum of its accounts.
+The floor is the teacher's forward pass, the student's forward and backward pass with the task loss, and the optimiser's
+state. The extra of a form is what its step has in addition. Each pair is built and stepped once: one distiller holds
+all forms, each with its own account, and the step of a form is the sum of its accounts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Step = dict[str, float]
 
 
 class Apart(Ledger):
-    """Charges each method as if it were the only one: what two of them keep for the backward pass is each one's."""
+    """Charges each method as if it were the only one: tensors that two methods keep for the backward pass count for both."""
 
     def __init__(self, known: Sequence[Tensor], methods: Sequence[str]) -> None:
         super().__init__(known)
@@ -57,11 +57,11 @@ class Apart(Ledger):
 def count(
     config: Config, forms: Mapping[str, Mapping[str, Any]], batches: Sequence[int] = (32,)
 ) -> dict[int, dict[str, Step]]:
-    """Batch -> `floor`, `kd`, `fd` and ScaleKD's forms -> `gmacs` of an image and `memory_mb` of a device.
+    """Batch -> `floor`, `kd`, `fd` and the forms of ScaleKD -> `gmacs` per image and `memory_mb` per device.
 
-    forms: name -> options beside those of the recipe's `scalekd`. Their steps have `kd` too, as the recipes have.
-    batches: the first is counted. For the others what autograd saves is taken in proportion, as in `scalekd cost`;
-      the learned queries, projected once a batch, make that wrong by less than a thousandth.
+    forms: name -> options in addition to those of the recipe's `scalekd`. Their steps include `kd`, as the recipes do.
+    batches: the first is counted. For the others, the memory that autograd saves is scaled, as in `scalekd cost`; the
+      learned queries, projected once per batch, make that wrong by less than a thousandth.
     Raises `UserError` as `scalekd cost` does.
     """
     task = {name: options for name, options in config.losses.items() if name in ("ce", "bce")}
@@ -87,7 +87,7 @@ def count(
 
 
 def charged(distiller: Distiller, config: Config, batch: int) -> Ledger:
-    """A step's ledger. Leaves gradients behind, for the optimiser to make its state of."""
+    """The ledger of one step. Leaves gradients on the parameters, for the optimiser to create its state."""
     pixels, targets = stand_ins(distiller, config, CLASSES, batch)
     ledger = Apart(distiller.held(), list(distiller.methods))
     charge_step(distiller.train(), pixels, targets, ledger, half=False)
@@ -95,7 +95,7 @@ def charged(distiller: Distiller, config: Config, batch: int) -> Ledger:
 
 
 def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int]:
-    """Part -> weights, gradients, the optimiser's state and averaged weights: what does not grow with the batch."""
+    """Part -> bytes of weights, gradients, optimiser state and averaged weights: what does not grow with the batch."""
     optimizer = make_optimizer(config, distiller)
     optimizer.step()
 
@@ -110,7 +110,7 @@ def fixed_bytes(distiller: Distiller, config: Config) -> dict[str, int]:
 
 
 def summed(ledger: Ledger, fixed: Mapping[str, int], counted: int, batch: int, parts: set[str]) -> Step:
-    """The step that has these parts, and what they run through the teacher; the ledger is of `counted` images."""
+    """The step with these parts and with what they run through the teacher. The ledger is of `counted` images."""
     macs = [sum(both) for name, both in ledger.macs.items() if name.partition(":")[0] in parts]
     saved = [count for name, count in ledger.saved.items() if name.partition(":")[0] in parts]
     memory = sum(saved) * batch / counted + sum(fixed[part] for part in parts)
@@ -137,7 +137,7 @@ def lines_of(recipe: str, steps: dict[str, Step]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32, help="images of a step on one device")
+    parser.add_argument("--batch", type=int, default=32, help="images per step on one device (default: 32)")
     parser.add_argument("--out", type=Path, metavar="DIR")
     args = parser.parse_args()
     recipes = {

@@ -1,9 +1,9 @@
-"""How a step's cost grows with the teacher, the image and the batch, counted as benchmarks/forms.py counts.
+"""Counts how the cost of a step grows with the teacher, the image size and the batch, as forms.py does.
 
     python benchmarks/growth.py --out docs/results/performance
 
-GMACs of an image beside the floor's, and the memory of a device beside that of plain feature distillation (`fd`).
-Nothing is computed and no second is claimed. `python benchmarks/tables.py` draws the picture.
+Reports multiply-adds per image relative to the floor's, and memory per device relative to plain feature distillation
+(`fd`). Computes and times nothing. `python benchmarks/tables.py` draws the figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scalekd.config.recipe import load_recipe
 
 FORMS = {name: OPTIONS[name] for name in ("published form", "tokens=reduced, shared")}
 TO_RESNET, TO_VIT = "imagenet-swin-s-resnet50-traditional", "imagenet-swin-l-vit-small-traditional"
-BATCH = 32  # where it is not what grows: 256 on 8 GPUs, as in the paper
+BATCH = 32  # unless the batch grows: 256 on 8 GPUs, as in the paper
 BATCHES = (8, 16, 32, 64, 128, 256)
 SIZES = (128, 224, 384)
 EVA = "{model: eva_large_patch14_196, image_size: 224, cuts: [5, 11, 21, 23]}"
@@ -42,7 +42,7 @@ def steps(recipe: str, overrides: list[str], batches: Sequence[int] = (BATCH,)) 
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    """What grows, of which pair, and the steps at each point; again with each point that is added to `at`."""
+    """What grows, of which pair, and the steps at each point; yields again after each point added to `at`."""
     swin_s = steps(TO_RESNET, [], (BATCH, *BATCHES))
     at = {str(batch): swin_s[batch] for batch in BATCHES}
     yield {"grows": "batch", "of": "Swin-S to ResNet-50, 224 pixels, SGD", "at": at}
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR")
     args = parser.parse_args()
     found: dict[str, Any] = about(torch.device("cpu")) | {"forms": FORMS, "growth": []}
-    for part in measure():  # written point by point: the whole takes a minute or more
+    for part in measure():  # written after every point, as all of them take a minute or more
         if part not in found["growth"]:
             found["growth"].append(part)
         write(args.out, "growth", found, lines_of(found))

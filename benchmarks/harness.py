@@ -1,7 +1,7 @@
-"""What the benchmarks share: functions timed in turns, a step's memory, results as JSON and as a table.
+"""Shared by the benchmarks: timing functions in turns, the memory of a step, and results as JSON and tables.
 
-On a CPU with one thread seconds are those of the processor (`time.process_time`), which other programs on the machine
-disturb less than the clock on the wall; else they are the wall's, and a GPU is waited for.
+On a CPU with one thread, times are CPU seconds (`time.process_time`), which other programs on the machine disturb less
+than wall-clock time. Otherwise they are wall-clock seconds, with synchronisation on a GPU.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Quartiles = list[float]  # lower quartile, median, upper quartile
 
 
 def parser(text: str, rounds: int) -> argparse.ArgumentParser:
-    """The options of every benchmark here."""
+    """The options that all benchmarks here share."""
     made = argparse.ArgumentParser(description=text.splitlines()[0])
     made.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    made.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
-    made.add_argument("--rounds", type=int, default=rounds, help="counted calls of each function")
+    made.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU (default: 1)")
+    made.add_argument("--rounds", type=int, default=rounds, help="timed calls of each function (default: %(default)s)")
     made.add_argument("--out", type=Path, metavar="DIR", help="a folder for NAME.json and NAME.md")
     return made
 
 
 def prepare(args: argparse.Namespace) -> torch.device:
-    """Threads, seed and memory as a run has them."""
+    """Sets threads, seed and memory as a run does."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
 def in_turns(
     functions: dict[str, Callable[[], object]], device: torch.device, rounds: int, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call. A round calls each function once, beginning with another one each time."""
+    """Seconds of each call. A round calls each function once, starting with a different one each time."""
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-warm, rounds):
@@ -84,7 +84,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> Quartiles:
-    """Quartiles of the quotients, taken round by round."""
+    """Quartiles of the ratios, taken round by round."""
     return quartiles([a / b for a, b in zip(of, to, strict=True)])
 
 
@@ -98,16 +98,16 @@ def memory_mb(
     state: Callable[[], Iterable[Tensor]],
     device: torch.device,
 ) -> dict[str, float]:
-    """What a step that has run before holds, in MB of 10^6 bytes: `weights`, `gradients`, `optimizer`, `activations`.
+    """Memory of a step that has run before, in MB of 10^6 bytes: `weights`, `gradients`, `optimizer`, `activations`.
 
     trained, frozen: parameters and buffers; the trained parameters have no gradient before and after the step.
     state: the optimiser's tensors. `activations` on a CPU: what autograd saves for the backward pass, each storage
-    once; what lives within an operation or between two is not seen. On a GPU: the allocator's peak during the step
-    less what was there before it and less the gradients, so it is all that comes and goes.
+    once, without memory that lives only within or between operations. On a GPU: the allocator's peak during the step,
+    less what was allocated before it and less the gradients.
     """
     held = [*trained, *frozen]
     known = {t.untyped_storage().data_ptr() for t in held}
-    saved: dict[int, torch.UntypedStorage] = {}  # held until the step ends: an address is used again
+    saved: dict[int, torch.UntypedStorage] = {}  # kept until the step ends, since addresses are reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -153,19 +153,19 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; the first column holds names, the others numbers."""
+    """Lines of a Markdown table; the first column holds names, the others numbers."""
     head = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def told(values: Quartiles, digits: int = 2) -> str:
-    """Median, and the quartiles in brackets."""
+def median_text(values: Quartiles, digits: int = 2) -> str:
+    """The median, with the quartiles in brackets."""
     low, middle, high = (f"{v:.{digits}f}" for v in values)
     return f"{middle} ({low} to {high})"
 
 
 def write(out: Path | None, name: str, found: dict[str, Any], lines: Sequence[str]) -> None:
-    """Prints the lines; with `out` they become NAME.md, and `found` NAME.json."""
+    """Prints the lines. With `out`, also writes them to NAME.md and `found` to NAME.json."""
     print("\n".join(lines))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""ScaleKD word for word as its paper describes it (Fan et al., NeurIPS 2024, arXiv:2411.06786), and no faster.
+"""ScaleKD word for word as its paper describes it (Fan et al., NeurIPS 2024, arXiv:2411.06786), not optimised.
 
-The opponent of the benchmarks, and the slow reference of tests/distill/test_literal.py. In float32 and eager mode: learned
-queries are copied for every sample and projected there, attention is spelled out, each view goes through the teacher's
-last stage alone, phi (eq. 2) is a two-dimensional DCT whose matrices are made at each call, and the distance is that
-of normalised copies. Parameters have the names of `scalekd.methods.scalekd.ScaleKD`, so that they can be copied.
+The benchmarks compare against it, and tests/distill/test_literal.py uses it as a slow reference. It runs in float32 and
+eager mode: learned queries are copied for every sample and projected there, attention is written out, each view goes
+through the teacher's last stage separately, phi (eq. 2) is a 2-d DCT whose matrices are computed at each call, and the
+distance is that of normalised copies. Parameters have the names of `scalekd.methods.scalekd.ScaleKD`, so that weights
+can be copied.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def distance(a: Tensor, t: Tensor) -> Tensor:
 
 
 class LiteralProjector(nn.Module):
-    """CAP of eq. 1, `(B, ds, h, w)` to `(B, dt, H, W)`; `queries`, `(B, dt, H, W)`, in place of learned ones."""
+    """CAP of eq. 1: (B, ds, h, w) to (B, dt, H, W). `queries`, (B, dt, H, W), replace the learned ones."""
 
     def __init__(self, student: MapShape, teacher: MapShape, heads: int, learned: bool) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class LiteralProjector(nn.Module):
 
 
 class LiteralScaleKD(nn.Module):
-    """CAP, DFM and TPP (eq. 5 without its task and KD terms); a method as scalekd's own, for a `Distiller`.
+    """CAP, DFM and TPP (eq. 5 without its task and KD terms), as a method for a `Distiller`.
 
     heads: of the projectors at (stage 3, stage 4).
     """

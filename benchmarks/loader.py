@@ -1,11 +1,11 @@
-"""Training images a second, from JPEG files to uint8 batches, beside timm's own loader with the same transforms.
+"""Measures training images per second, from JPEG files to uint8 batches, against timm's loader with the same transforms.
 
     python benchmarks/loader.py --out docs/results/performance
-    python benchmarks/loader.py --workers 16 --images 4096 --out docs/results/performance     # by the wall's clock
+    python benchmarks/loader.py --workers 16 --images 4096 --out docs/results/performance     # in wall-clock time
 
-Both read the same files, cut a random part of each, flip it, and change it by RandAugment where named. timm's is
-`create_loader` with its prefetcher, up to the batch that the prefetcher would normalise: scalekd normalises for each
-model on its own device too. The files are scenes of Fashion-MNIST items, saved as JPEG of about a photo's size.
+Both read the same files, take a random crop of each, flip it, and apply RandAugment where named. timm's loader is
+`create_loader` with its prefetcher, up to the batch that the prefetcher would normalise, as scalekd too normalises for
+each model on its device. The files are scenes of Fashion-MNIST items, saved as JPEG of about the size of a photo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
+from harness import about, in_turns, median_text, parser, prepare, quartiles, ratio, table, write
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def photos(folder: Path, count: int) -> None:
-    """Two classes of JPEG files; a few hundred scenes, each as often as it takes."""
+    """Two classes of JPEG files: a few hundred scenes, repeated as often as needed."""
     scenes = folder.parent / "scenes"
     drawn = min(count, 256)
     options = ["--train", str(drawn), "--val", "1", "--size", str(PIXELS), "--background", "textured", "--rgb"]
@@ -112,15 +112,15 @@ def main() -> None:
     args_parser = parser(__doc__, rounds=7)
     args_parser.add_argument("--images", type=int, default=128)
     args_parser.add_argument("--batch", type=int, default=32)
-    args_parser.add_argument("--workers", type=int, default=0, help="processes; 0: this one, by its processor's time")
+    args_parser.add_argument("--workers", type=int, default=0, help="worker processes; 0: load in this one and measure CPU time")
     args = args_parser.parse_args()
     if args.workers:
-        args.threads = max(args.threads, 2)  # the harness takes the wall's clock
+        args.threads = max(args.threads, 2)  # makes the harness use wall-clock time
     device = prepare(args)
     found = about(device) | {"images": args.images, "batch": args.batch, "workers": args.workers}
     found |= {"rounds": args.rounds, "recipes": measure(args.images, args.batch, args.workers, args.rounds)}
     rows = [
-        [recipe, *(told(v["images a second"][of], 0) for of in ("scalekd", "timm")), told(v["scalekd / timm"])]
+        [recipe, *(median_text(v["images a second"][loader], 0) for loader in ("scalekd", "timm")), median_text(v["scalekd / timm"])]
         for recipe, v in found["recipes"].items()
     ]
     clock = "of the clock" if args.workers else "of the processor"

@@ -1,9 +1,9 @@
-"""The loss part alone, both views, forward and backward: ours beside the paper's DCT taken literally.
+"""Measures the loss of ScaleKD alone, both views, forward and backward, against the paper's DCT taken literally.
 
     python benchmarks/loss.py --out docs/results/performance
 
-`made` stands for what a projector gives, with its layout in memory; two of them for each view, one of each path, as
-ScaleKD's step has them. Values and gradients are compared too.
+`made` stands for the output of a projector, with its memory layout; there are two for each view, one per path, as in a
+step of ScaleKD. Values and gradients are compared too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import literal
 import torch
-from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
+from harness import about, in_turns, median_text, parser, prepare, quartiles, ratio, table, write
 from torch import Tensor
 
 from scalekd.methods.distance import normalized_distance, remove_direct
@@ -64,9 +64,9 @@ def main() -> None:
     rows = [
         [
             f"{g['grid']}x{g['grid']}",
-            *(told([1000 * s for s in g["seconds"][name]], 1) for name in ("ours", "literal")),
-            told(g["literal / ours"]),
-            *(f"{g[f'difference of {of}']:.0e}" for of in ("values", "gradients")),
+            *(median_text([1000 * s for s in g["seconds"][name]], 1) for name in ("ours", "literal")),
+            median_text(g["literal / ours"]),
+            *(f"{g[f'difference of {what}']:.0e}" for what in ("values", "gradients")),
         ]
         for g in grids
     ]

@@ -1,11 +1,11 @@
-"""Peak memory of a step of ScaleKD's forms over that of plain feature distillation, counted: no machine matters.
+"""Counts the peak memory of a step of ScaleKD's forms relative to plain feature distillation, on no particular machine.
 
     python benchmarks/memory.py --out docs/results/performance
 
-A step is run on fake tensors, which have shapes and no values, and every storage is followed from the operation that makes
-it to its last reference (scalekd.peak). Gradients are there all the time, as DDP has them in its buckets; so the paper's
-8 GPUs had them. What an operation needs inside itself, such as a convolution's workspace, is not seen. The recipe's
-optimiser is used; the papers have 32 images a GPU.
+The step runs on fake tensors, which have shapes but no values. `scalekd.cost.peak` follows every storage from the
+operation that creates it to its last reference. Gradients exist all the time, as in the buckets of DDP, which the
+paper's 8 GPUs used. Memory inside an operation, such as the workspace of a convolution, is not counted. The optimiser
+is the recipe's; the papers use 32 images per GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scalekd.cost.peak import held_in_a_step
 from scalekd.distill.build import untrained
 from scalekd.distill.distiller import Distiller
 
-RECIPES = {  # and the memory of ScaleKD over that of FD in the paper's Table 15, where it has the pair
+RECIPES = {  # with the memory of ScaleKD relative to FD from the paper's Table 15, if it has the pair
     "imagenet-swin-s-resnet50-traditional": 6.65 / 3.66,
     "imagenet-swin-b-resnet50-traditional": 7.26 / 3.66,
     "imagenet-swin-l-resnet50-traditional": 9.11 / 4.72,
@@ -48,11 +48,11 @@ FORMS: dict[str, dict[str, Any] | None] = {  # options of scalekd; None: without
     "reduced-shared, checkpointed": CHEAPER | AGAIN,
 }
 SETTINGS = (("float32", 32), ("float32", 128), ("bf16", 32), ("bf16", 128))  # precision, images a GPU
-IMAGES = 2  # for the arithmetic of one
+IMAGES = 2  # enough to count multiply-adds per image
 
 
 def losses_of(form: str, recipe: Config) -> dict[str, dict[str, Any]]:
-    """The floor's are those that read logits: the recipe's task loss and KD."""
+    """Losses of a form. The floor has those that read logits: the recipe's task loss and KD."""
     if form == "fd":
         return {name: options for name, options in recipe.losses.items() if name in ("ce", "bce")} | {"fd": {}}
     options = FORMS[form]
@@ -61,7 +61,7 @@ def losses_of(form: str, recipe: Config) -> dict[str, dict[str, Any]]:
 
 
 def count(name: str) -> dict[str, Any]:
-    """Form -> GMACs of an image, and its peaks in MB of 10^6 bytes by setting."""
+    """Form -> multiply-adds (G) per image, and its peaks in MB of 10^6 bytes by setting."""
     recipe = load_recipe(name)
     found = {}
     for form in FORMS:
@@ -71,7 +71,7 @@ def count(name: str) -> dict[str, Any]:
             distiller._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
             distiller.train()
             peaks = [peak(distiller, precision, batch) for precision, batch in SETTINGS]
-            with flop_counter() as counter:  # apart: it holds on to tensors that are computed again
+            with flop_counter() as counter:  # separately: the counter keeps references to recomputed tensors
                 peak(distiller, "float32", IMAGES)
             # after a backward pass, as the optimiser's state is that of a step
             fixed = sum(value or 0 for value in fixed_bytes(distiller, recipe).values())
@@ -96,11 +96,11 @@ def lines_of(recipe: str, forms: dict[str, Any]) -> list[str]:
     rows = []
     for form, found in forms.items():
         ratios = [f"{mb / forms['fd']['peak_mb'][key]:.2f}" for key, mb in found["peak_mb"].items()]
-        told = f"{paper:.2f}" if paper and form == "published" else ""
+        paper_text = f"{paper:.2f}" if paper and form == "published" else ""
         rows.append(
             [form, f"{found['gmacs']:.1f}", f"{found['fixed_mb'] / 1e3:.2f}"]
             + [f"{mb / 1e3:.2f}, {times}" for mb, times in zip(found["peak_mb"].values(), ratios, strict=True)]
-            + [told]
+            + [paper_text]
         )
     settings = [f"{precision}, {batch} images: GB, of FD's" for precision, batch in SETTINGS]
     return [recipe, "", *table(["form", "GMACs an image", "fixed GB", *settings, "paper, of FD's"], rows), ""]

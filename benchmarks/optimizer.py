@@ -1,8 +1,8 @@
-"""The optimiser's step alone, for the parameters that ScaleKD trains: fused, and as PyTorch has it when nothing is said.
+"""Measures the optimiser's step alone, for the parameters that ScaleKD trains: fused, and with PyTorch's default.
 
     python benchmarks/optimizer.py --out docs/results/performance
 
-Of a pair's student, with the projectors of ScaleKD's published form; gradients are random.
+The parameters are those of a pair's student and of the projectors in ScaleKD's published form; gradients are random.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
+from harness import about, in_turns, median_text, parser, prepare, quartiles, ratio, table, write
 from steps import PAIRS, Pair, losses_of, make_optimizer
 from torch import nn
 
@@ -49,8 +49,8 @@ def main() -> None:
             name,
             of["optimizer"],
             f"{of['parameters'] / 1e6:.1f}",
-            *(told([1000 * s for s in of["seconds"][way]], 1) for way in ("plain", "fused")),
-            told(of["plain / fused"]),
+            *(median_text([1000 * s for s in of["seconds"][way]], 1) for way in ("plain", "fused")),
+            median_text(of["plain / fused"]),
         ]
         for name, of in found["pairs"].items()
     ]

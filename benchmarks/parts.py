@@ -1,10 +1,10 @@
-"""Where a step's time goes, part by part, and what cheaper student branches cost.
+"""Measures where the time of a step goes, part by part, and what cheaper student branches cost.
 
     python benchmarks/parts.py swin-s-resnet50 --out docs/results/performance
 
-Each part alone. The floor: the plain timm models on random pixels. ScaleKD's own parts: both views and both paths on
-random maps of the pair's shapes, forward and backward. GMACs are those of one image, from PyTorch's FLOP counter, as in
-`scalekd cost`.
+Each part runs alone. The floor is the plain timm models on random pixels. ScaleKD's own parts are both views and both
+paths on random maps of the pair's shapes, forward and backward. Multiply-adds (G) are per image, from PyTorch's FLOP
+counter, as in `scalekd cost`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from harness import about, in_turns, parser, prepare, quartiles, table, told, write
+from harness import about, in_turns, median_text, parser, prepare, quartiles, table, write
 from literal import LiteralScaleKD
 from loss import as_in_the_paper, ours
 from steps import PAIRS, PUBLISHED, Pair, make_optimizer
@@ -26,7 +26,7 @@ from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import scalekd
 from scalekd.models.stages import Features, StageView
 
-CHEAPER: dict[str, dict[str, Any]] = {  # what differs from the published form
+CHEAPER: dict[str, dict[str, Any]] = {  # changes to the published form
     "tokens=separable": {"tokens": "separable"},
     "tokens=pointwise": {"tokens": "pointwise"},
     "tokens=reduced": {"tokens": "reduced"},
@@ -77,7 +77,7 @@ def after_attention(cap: CrossAttentionProjector, y: Tensor) -> Callable[[], Non
 
 
 def parts_of(method: nn.Module, resume: Callable[[int, Tensor], Tensor], batch: int) -> dict[str, list[Callable]]:
-    """Part -> what is to be run for it, on leaves of its own."""
+    """Part -> the function to time, on its own leaf tensors."""
     found: dict[str, list[Callable[[], None]]] = {}
     caps = [*method.student_caps.values(), *method.proxy_caps.values()]
     device = next(method.parameters()).device
@@ -110,7 +110,7 @@ def parts_of(method: nn.Module, resume: Callable[[int, Tensor], Tensor], batch: 
 
 
 def floor_of(pair: Pair, student: nn.Module, teacher: nn.Module, device: torch.device) -> dict[str, list[Callable]]:
-    """What any distillation pays: part -> what is to be run for it."""
+    """The cost of any distillation: part -> the function to time."""
     pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
     targets = torch.randint(student.num_classes, (pair.batch,), device=device)
     student.train()
@@ -149,7 +149,7 @@ def measure(pair: Pair, device: torch.device, rounds: int) -> dict[str, Any]:
     steps = {name: method_step(method) for name, method in methods.items()}
     steps["literal"] = method_step(LiteralScaleKD(*shapes, heads=pair.heads))
     gmacs = {}
-    for name, step in steps.items():  # these calls warm up, too
+    for name, step in steps.items():  # these calls are also the warm-up
         with flop_counter() as counter:
             step()
         gmacs[name] = counter.get_total_flops() / 2e9 / pair.batch
@@ -173,13 +173,13 @@ def lines_of(found: dict[str, Any], name: str) -> list[str]:
     published = found["forms"]["published form"][1]
     floor = sum(v[1] for v in found["floor"].values())
     alone = found["floor"] | found["parts"]
-    parts = [[part, told([1000 * s for s in v], 0), f"{v[1] / floor:.0%}"] for part, v in alone.items()]
+    parts = [[part, median_text([1000 * s for s in v], 0), f"{v[1] / floor:.0%}"] for part, v in alone.items()]
     forms = []
     for form, v in found["forms"].items():
         count = found["parameters"].get(form)
         size = f"{count / 1e6:.1f}" if count else ""
         forms.append(
-            [form, told([1000 * s for s in v], 0), f"{v[1] / published:.2f}", f"{found['gmacs'][form]:.3g}", size]
+            [form, median_text([1000 * s for s in v], 0), f"{v[1] / published:.2f}", f"{found['gmacs'][form]:.3g}", size]
         )
     return [
         f"{name}, batch {found['batch']}, float32: the floor's three parts, then those of ScaleKD's published form",

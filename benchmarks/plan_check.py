@@ -1,11 +1,11 @@
-"""`scalekd plan --measure` against real runs on this machine: predict, run, compare.
+"""Compares `scalekd plan --measure` with real runs on this machine.
 
     python benchmarks/plan_check.py --out docs/results/plan
 
-Each run is predicted and made by the command line, in processes of their own, one after the other, on the embedded
-Fashion-MNIST images. What is compared: the seconds of training and validation, which a run's summary.json has, and the
-most memory that the training process held. `no-teacher`, `convnext-dfm-64px` and `two-readers-augmented` were
-tried, at another size, before the intervals were given their width; the others were not.
+The command line predicts and makes each run, in separate processes one after the other, on the embedded Fashion-MNIST
+images. Compared are the seconds of training and validation (from the run's summary.json) and the peak memory of the
+training process. `no-teacher`, `convnext-dfm-64px` and `two-readers-augmented` were tried, at another size, before the
+width of the intervals was chosen; the other runs were not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scalekd.common.text import printable
 from scalekd.cost.plan_page import between
 
 VIT = "{model: vit_tiny_patch16_224, weights: random, kwargs: {patch_size: 4, embed_dim: 96, depth: 6, num_heads: 3}}"
-# name: what differs from the recipe `demo`, a small ViT that teaches a small ResNet 28-pixel images with ScaleKD
+# name: overrides of the recipe `demo` (a small ViT and a small ResNet, ScaleKD, images of 28 pixels)
 RUNS: dict[str, list[str]] = {
     "demo": [],
     "demo-kd": ["losses.scalekd=off"],
@@ -67,7 +67,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def scalekd(*words: str) -> tuple[str, float, float]:
-    """Runs a command; its output, the seconds it took, and the most GB that its process held."""
+    """Runs a command. Returns its output, its seconds, and the peak memory of its process in GB."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "scalekd", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -128,7 +128,7 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/plan-check"), help="where the runs go; must be new")
+    parser.add_argument("--work", type=Path, default=Path("runs/plan-check"), help="folder for the runs; must not exist")
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--limit", type=int, default=1000, help="training images")

@@ -1,9 +1,9 @@
-"""Processor time of `scalekd --help`, and what `scalekd train` adds before the first step to imports and models.
+"""Measures CPU time of `scalekd --help`, and what `scalekd train` adds to imports and models before the first step.
 
     python benchmarks/startup.py --out docs/results/performance
 
-The second: the recipe `demo` without pre-flight, stopped when `train_step` is called first, less what its imports,
-the making of its models and the reading of their weights take in the same process.
+For the second, the recipe `demo` runs without pre-flight until the first call of `train_step`. The time of its imports,
+of building its models and of reading their weights, measured in the same process, is subtracted.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import about, quartiles, table, told, write
+from harness import about, median_text, quartiles, table, write
 
-# run in a process of its own; prints {"imports": s, "models": s, "before the first step": s}, all of the processor
+# runs in its own process; prints {"imports": s, "models": s, "before the first step": s}, in CPU time
 PROBE = """
 import json, sys, time
 from pathlib import Path
@@ -47,7 +47,7 @@ app.main(["train", "demo", "--no-preflight", "--out", sys.argv[1], "--device", "
 
 
 def help_seconds() -> float:
-    """User seconds of the processor."""
+    """CPU seconds in user mode."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, "-m", "scalekd", "--help"], check=True, stdout=subprocess.DEVNULL)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
@@ -80,7 +80,7 @@ def main() -> None:
         ),
     }
     found = about(torch.device("cpu")) | {"rounds": args.rounds, "seconds": seconds}
-    rows = [[name, told(v)] for name, v in seconds.items()]
+    rows = [[name, median_text(v)] for name, v in seconds.items()]
     foot = f"{found['machine']}; {args.rounds} rounds; medians (quartiles) of the processor's seconds."
     write(args.out, "startup", found, [*table(["what", "seconds"], rows), "", foot])
 

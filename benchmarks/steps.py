@@ -1,17 +1,18 @@
-"""Training steps of every method beside the floor that any distillation pays, and beside the paper taken literally.
+"""Measures training steps of every method against the floor of any distillation and against the paper taken literally.
 
     python benchmarks/steps.py swin-s-resnet50 --out docs/results/performance
 
-The floor: the teacher's forward pass without gradients, the student's forward and backward pass with cross-entropy,
-and the optimiser's step, on the plain timm models. All steps share one student and one teacher with initial weights,
-see the same random pixels, and have a learning rate of 0. `literal` is benchmarks/literal.py in place of `scalekd`; those
-after it are `scalekd` with options that make it cheaper than the published form.
+The floor is the teacher's forward pass without gradients, the student's forward and backward pass with cross entropy,
+and the optimiser's step, on the plain timm models. All steps use the same student and teacher with random weights, the
+same random pixels, and a learning rate of 0. `literal` is benchmarks/literal.py in place of `scalekd`; the methods after
+it are `scalekd` with options that make it cheaper than the published form.
 
-`--precision bf16` runs the floor and our steps under autocast, `--compile` puts them through torch.compile as `train.compile`
-does. `literal` stays eager and in float32; `literal-bf16` is the same under autocast. The JSON then has the graph breaks and
-how far each step's losses and gradients are from the plain ones in float32. Compiled, memory is told on a GPU only.
+`--precision bf16` runs the floor and our steps under autocast; `--compile` uses torch.compile as `train.compile` does.
+`literal` stays eager and in float32; `literal-bf16` is the same under autocast. The JSON then also has the graph breaks
+and the differences of each step's losses and gradients from the plain ones in float32. For compiled steps, memory is
+reported on a GPU only.
 
-The optimiser is fused, as in training; that of `literal` is what PyTorch gives when nothing is said.
+The optimiser is fused, as in training. `literal` uses PyTorch's default.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from harness import about, in_turns, memory_mb, parser, prepare, quartiles, ratio, table, told, write
+from harness import about, in_turns, median_text, memory_mb, parser, prepare, quartiles, ratio, table, write
 from literal import LiteralScaleKD
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def make_optimizer(parameters: Iterable[Tensor], name: str, fused: bool = True) 
 def make_step(
     trained: nn.Module, losses: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device, half: bool
 ) -> Callable[[], None]:
-    """As training has it: forward under autocast, backward, the optimiser's step."""
+    """A training step: forward under autocast, backward, the optimiser's step."""
     trained.train()
 
     def step() -> None:
@@ -125,8 +126,9 @@ def make_step(
 
 
 def differences(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool, compiled: bool) -> dict[str, float]:
-    """Compiles the step where asked to, and tells how far it is from the plain one in float32: the largest of a loss
-    relative to itself, and of a gradient's value relative to the largest of all."""
+    """Compiles the step if asked to, and returns its largest differences from the plain step in float32: of a loss
+    relative to itself, and of a gradient value relative to the largest gradient value.
+    """
     found = []
     for as_measured in (False, True):
         if as_measured and compiled:
@@ -150,7 +152,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds, ratios and memory of the floor and of the named methods."""
     if compiled:
-        torch._dynamo.config.recompile_limit = 2 * len(losses_of(pair.heads))  # each step is one of the same function
+        torch._dynamo.config.recompile_limit = 2 * len(losses_of(pair.heads))  # every step is a version of the same function
     student = timm.create_model(pair.student, **pair.student_kwargs).to(device)
     teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs).to(device).eval().requires_grad_(False)
     pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
@@ -183,7 +185,7 @@ def measure(
         steps[name] = make_step(trained, forward, optimizer, device, half and name != "literal")
         steps[name]()
         if compiled and device.type == "cpu":
-            continue  # what compiled code keeps for the backward pass is not what autograd's hooks see
+            continue  # autograd's hooks do not see what compiled code keeps for the backward pass
         memory[name] = memory_mb(
             steps[name],
             [*trained.parameters(), *trained.buffers()],
@@ -219,8 +221,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         columns += ["memory MB"] + ["memory vs fd"] * ("vs fd" in found)
     rows = []
     for name, seconds in found["seconds"].items():
-        row = [name, told(seconds, 3)]
-        row += [told(found[c][name]) for c in ("vs floor", "vs fd", "vs literal") if c in found]
+        row = [name, median_text(seconds, 3)]
+        row += [median_text(found[c][name]) for c in ("vs floor", "vs fd", "vs literal") if c in found]
         if memory:
             mb = memory[name]["total"]
             row += [f"{mb:.0f}"] + [f"{mb / memory['fd']['total']:.2f}"] * ("vs fd" in found)
@@ -236,12 +238,12 @@ def main() -> None:
     args_parser.add_argument("pair", choices=PAIRS)
     args_parser.add_argument("--batch", type=int)
     args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), help="all by default")
-    args_parser.add_argument("--compile", action="store_true", help="the floor and our steps through torch.compile")
+    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), help="the steps to measure (default: all)")
+    args_parser.add_argument("--compile", action="store_true", help="compile the floor and our steps with torch.compile")
     args = args_parser.parse_args()
     half = args.precision == "bf16"
     if not half and "literal-bf16" in (args.steps or ()):
-        args_parser.error("literal-bf16 goes with --precision bf16")
+        args_parser.error("literal-bf16 needs --precision bf16")
     steps = args.steps or [name for name in names if half or name != "literal-bf16"]
     device = prepare(args)
     pair = PAIRS[args.pair]

@@ -1,9 +1,9 @@
-"""Puts the tables of docs/results into docs/explanation/performance.md and docs/explanation/laboratory.md, and draws the pictures of the first.
+"""Copies the tables of docs/results into docs/explanation/performance.md and laboratory.md, and redraws the figures.
 
     python benchmarks/tables.py
 
-A marker is a line `<!-- table NAME -->`; what stands between it and the next `<!-- end -->` becomes NAME.md, of a page
-with a title its first table. A picture stands beside the JSON file that it is drawn from, as NAME.svg.
+The text between a marker line `<!-- table NAME -->` and the next `<!-- end -->` is replaced by NAME.md, or by its first
+table if NAME.md has a title. Figures are written next to their JSON file as NAME.svg.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ TABLE = re.compile(r"^\|(?:.*\n\|)*.*\n", re.MULTILINE)
 
 
 def filled(text: str, folder: Path) -> str:
-    """`text` with every block replaced by its file in `folder`; one without a file says so."""
+    """`text` with every block replaced by its file in `folder`; a block without a file says so."""
 
     def shown(block: re.Match[str]) -> str:
         file = folder / f"{block[2]}.md"
-        return f"{block[1]}\n{told(file.read_text()) if file.is_file() else 'Not measured yet.'}\n{block[3]}"
+        return f"{block[1]}\n{shown_part(file.read_text()) if file.is_file() else 'Not measured yet.'}\n{block[3]}"
 
     return BLOCK.sub(shown, text)
 
 
-def told(text: str) -> str:
-    """What a page shows of a file: of one with a title its first table, else all."""
+def shown_part(text: str) -> str:
+    """The part of a result file that a page shows: its first table if it has a title, otherwise all of it."""
     table = TABLE.search(text)
     return table[0] if table and text.startswith("# ") else text
 
 
 def pictures(folder: Path) -> dict[Path, str]:
-    """SVG file -> what is to be in it."""
+    """SVG file -> its content."""
     found = {}
     for file in sorted(folder.glob("parts-*.json")):
         pair = file.stem.removeprefix("parts-")

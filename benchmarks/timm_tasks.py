@@ -1,10 +1,10 @@
-"""`kd` and `fd` beside timm's own distillation tasks: same pair, batch, precision and optimiser.
+"""Measures `kd` and `fd` against timm's own distillation tasks with the same pair, batch, precision and optimiser.
 
     python benchmarks/timm_tasks.py demo --out docs/results/performance
 
-timm's tasks get what its loader gives, pixels under the student's mean and std, so that normalisation is part of both
-steps. The two `fd` differ in what they compare: timm the pooled features, by their squared difference; scalekd the
-whole maps, position by position.
+timm's tasks get what timm's loader returns, pixels normalised with the student's mean and std, and the normalisation is
+part of both steps. The two `fd` differ: timm compares the pooled features by their squared difference, scalekd the maps
+position by position.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from harness import about, in_turns, parser, prepare, quartiles, ratio, table, told, write
+from harness import about, in_turns, median_text, parser, prepare, quartiles, ratio, table, write
 from steps import PAIRS, TASK, Pair, make_step
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask
@@ -74,7 +74,7 @@ def main() -> None:
     found = about(device) | {"batch": pair.batch, "precision": args.precision, "rounds": args.rounds}
     found |= measure(pair, device, args.rounds, args.precision == "bf16")
     rows = [
-        [name, *(told(found["seconds"][f"{of} {name}"], 3) for of in ("scalekd", "timm")), told(v)]
+        [name, *(median_text(found["seconds"][f"{package} {name}"], 3) for package in ("scalekd", "timm")), median_text(v)]
         for name, v in found["timm / scalekd"].items()
     ]
     head = f"{args.pair}: {pair.teacher} -> {pair.student}, batch {pair.batch}, {args.precision}"

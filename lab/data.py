@@ -2,17 +2,17 @@
 
     python lab/data.py /usr/share/datasets/fashion-mnist runs/lab/data
 
-A canvas is 40x40 pixels with two items of 24x24, one at the upper left, one at the lower right, both moved by up to
-5 pixels and mirrored at random; where they overlap the brighter pixel is seen. Its class is 10 * upper left + lower
-right. Ten classes leave little for features to tell that logits do not; a hundred that share their parts leave more.
+A canvas is 40x40 pixels with two items of 24x24 pixels, one at the upper left and one at the lower right, each moved by
+up to 5 pixels and mirrored at random. Where they overlap, the brighter pixel is visible. The class is 10 * upper left +
+lower right. With ten classes, features tell little more than logits; a hundred classes that share parts leave more.
 
-No item is in two parts of different purpose:
+No item is used for two purposes:
 
-    teach    150,000 canvases of the training items 10,000 to 59,999: what teachers are trained on
-    search     4,000 canvases of the same items: what options are chosen on; no student is trained on it
-    train      8,000 canvases of the training items 0 to 9,999: what students are trained on
+    teach    150,000 canvases of the training items 10,000 to 59,999: for training teachers
+    search     4,000 canvases of the same items: for choosing options; no student is trained on them
+    train      8,000 canvases of the training items 0 to 9,999: for training students
     probe      4,000 and 4,000 single items (10 classes) of the test set: for linear probes of the features
-    test       5,000 canvases of the test items: what is reported
+    test       5,000 canvases of the test items: for the reported figures
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(fashion: str, target: str) -> None:
 def canvases(
     images: np.ndarray, labels: np.ndarray, count: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """images (N, 24, 24), labels (N,) of 10 classes -> (count, 40, 40) and (count,) of 100 classes, all equally often."""
+    """images (N, 24, 24), labels (N,) of 10 classes -> (count, 40, 40) and (count,) of 100 equally frequent classes."""
     of_class = [np.flatnonzero(labels == c) for c in range(10)]
     classes = random.permutation(np.arange(count) % 100)
     made = np.zeros((count, CANVAS, CANVAS), np.uint8)
@@ -68,8 +68,8 @@ def canvases(
 
 def _place(canvas: np.ndarray, item: np.ndarray, random: np.random.Generator, low: int, high: int) -> np.ndarray:
     y, x = random.integers(low, high + 1, size=2)
-    seen = canvas[y : y + ITEM, x : x + ITEM]
-    np.maximum(seen, item[:, ::-1] if random.random() < 0.5 else item, out=seen)
+    region = canvas[y : y + ITEM, x : x + ITEM]
+    np.maximum(region, item[:, ::-1] if random.random() < 0.5 else item, out=region)
     return canvas
 
 

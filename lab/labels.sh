@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real DINOv2 ViT-S/14 teaches with 10, 100 and 1,000 labels and with none. What is finished is not run again.
+# Distils a real DINOv2 ViT-S/14 with 10, 100, 1,000 and no labels. Skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 weights=$(realpath "${DINOV2:?the file of vit_small_patch14_dinov2, DINOV2=dinov2.safetensors lab/labels.sh}")
@@ -21,7 +21,7 @@ done
 import json
 from pathlib import Path
 
-# what each head reached on its 1,000 validation images
+# the accuracy of each head on its 1,000 validation images
 heads = {p.parent.name: json.loads(p.read_text())["validation"]["after"] for p in sorted(Path("runs/labels").glob("head-*/head.json"))}
 Path("docs/results/labels").mkdir(exist_ok=True)
 Path("docs/results/labels/heads.json").write_text(json.dumps(heads, indent=2) + "\n")

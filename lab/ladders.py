@@ -1,101 +1,50 @@
-"""Writes the laboratory's ladder files: first the search's, then, with what the search found, the others.
+"""Writes the laboratory's ladder files: first those of the search, then, from its results, all others.
 
-    python lab/ladders.py      writes lab/rates.yaml and lab/vit-rates.yaml; once docs/results/lab/rates and vit-rates are
-                               there, lab/search.yaml; once docs/results/lab/search is, lab/edges.yaml and the others
+    python lab/ladders.py
 
-Every method has one number that is searched, and four tries for it: the factor on its loss weight, or for KD its
-weight and temperature. A try is one run of the CNN with seed 100, validated on images that no student is trained on
-and that are in no reported figure. The best of the four by top-1 is taken for all students and seeds. Where a method that
-ScaleKD is compared with is best at an end of its four, it has two more tries beyond that end (lab/edges.yaml).
+writes lab/rates.yaml and lab/vit-rates.yaml; when docs/results/lab/rates and vit-rates exist, also lab/search.yaml; when
+docs/results/lab/search exists, also lab/edges.yaml and all others.
+
+The search tunes one number per method with four tries: a factor on its loss weight, or for KD a pair of weight and
+temperature. A try is one run of the CNN with seed 100, validated on images that no student is trained on and that are
+in no reported figure. The best of the four by top-1 is used for all students and seeds. If a method that ScaleKD is
+compared with is best at an end of its four, it gets two more tries beyond that end (lab/edges.yaml).
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rows import (
+    BEYOND,
+    EVERY_STUDENT,
+    FACTORS,
+    FORMS,
+    KD,
+    LADDER,
+    LONG,
+    NARROW,
+    NO_TEACHER,
+    OTHERS,
+    OWN_RATE,
+    PITFALL,
+    RATES,
+    STUDENTS,
+    TEACHERS,
+    VARIANTS,
+    Losses,
+)
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results" / "lab"
-Losses = dict[str, Any]
-
-HEADS = [3, 3]
-RATES = (1e-3, 3e-3, 9e-3, 2.7e-2)
-OWN_RATE = 3e-3
-FACTORS = (0.3, 1, 3, 10)
-BEYOND = {FACTORS[0]: (0.03, 0.1), FACTORS[-1]: (30, 100)}
-KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
-NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
-
-PUBLISHED = {"shared": False, "expansion": 4}
-LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the method's term at factor 1
-    "FD (s4)": {"fd": {"stages": [4], "projector": "linear"}},
-    "FD (s3+s4)": {"fd": {"stages": [3, 4], "projector": "linear"}},
-    "Conv": {"fd": {"stages": [4], "projector": "conv"}},
-    "CAP": {"cap": {"heads": 3}},
-    "Dual-Path CAP": {"dfm": {"heads": 3, "views": "dual_path"}},
-    "DFM": {"dfm": {"heads": 3}},
-    "DFM (Dir + Alt)": {"dfm": {"heads": 3, "views": "dir_alt"}},
-    "TPP own queries": {"tpp": {"heads": HEADS, "adaptive_queries": False}},
-    "TPP": {"tpp": {"heads": HEADS}},
-    "DFM + TPP": {"scalekd": {"heads": HEADS} | PUBLISHED},
-}
-OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
-    "BKD": {"bkd": {}},
-    "DKD": {"dkd": {}},
-    "DIST": {"dist": {}},
-    "AT": {"at": {}},
-    "OFD": {"ofd": {}},
-    "RKD": {"rkd": {}},
-    "CRD": {"crd": {"negatives": 2048}},
-    "CC": {"cc": {}},
-    "SRRL": {"srrl": {}},
-    "ReviewKD": {"reviewkd": {"width": 96}},
-    "MGD": {"mgd": {}},
-    "DiffKD": {"diffkd": {}},
-    "OFA": {"ofa": {}},
-}
-
-EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # Table 7's, and what is best known
-VARIANTS = ("KD", "DKD", "DIST")  # what vanillaKD compares over the amount of data
-
-FORMS: dict[str, Losses] = {  # cheaper projectors: docs/explanation/performance.md
-    "shared": {"shared": True},
-    "shared, narrow": {"shared": True, "expansion": 1},
-    "separable, shared": {"tokens": "separable", "shared": True},
-    "reduced, shared": {"tokens": "reduced", "shared": True},
-    "reduced, shared, narrow": {"tokens": "reduced", "shared": True, "expansion": 1},
-}
-NARROW = "shared, narrow"  # level with the published form in `forms`: more seeds decide
-
-STUDENTS: dict[str, Any] = {
-    "CNN": {},
-    "MLP": {
-        "student": {
-            "model": "mlp_mixer",
-            "kwargs": {"patch_size": 8, "embed_dim": 64, "num_blocks": 4},
-            "mean": [0.25],
-            "std": [0.33],
-        }
-    },
-    "ViT": {
-        "student": {
-            "model": "vit_tiny_patch16_224",
-            "kwargs": {
-                "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "class_token": False, "global_pool": "avg"
-            },
-            "mean": [0.25],
-            "std": [0.33],
-        }
-    },
-}  # fmt: skip
-LONG = {"ViT": STUDENTS["ViT"] | {"data": {"limit": 8000}}}  # four times as many samples: with fewer it hardly learns
 
 
 def weighted(losses: Losses, factor: float) -> Losses:
-    """A method's term at a factor, beside cross entropy."""
+    """A method's losses with weight `factor`, in addition to cross entropy."""
     return {"losses": {"ce": {}} | {name: {"weight": factor} | options for name, options in losses.items()}}
 
 
@@ -104,25 +53,27 @@ def kd(setting: str) -> Losses:
     return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature}}}
 
 
-def rates(name: str, title: str, of: dict[str, Any]) -> dict[str, Any]:
+def rates(name: str, title: str, by_label: dict[str, Any]) -> dict[str, Any]:
+    """The ladder that tries every learning rate. by_label: student -> sections."""
     return {
         "name": name,
         "title": title,
         "recipe": "base.yaml",
         "set": {"data": {"val": "idx:runs/lab/data/search"}},
-        "students": of,
+        "students": by_label,
         "methods": {f"lr {lr:g}": NO_TEACHER | {"optim": {"lr": lr}} for lr in RATES},
         "baseline": f"lr {RATES[1]:g}",
         "seeds": [100],
     }
 
 
-def students(of: dict[str, Any], lrs: dict[str, float]) -> dict[str, Any]:
-    return {label: sections | {"optim": optim(lrs[label])} for label, sections in of.items()}
+def students(by_label: dict[str, Any], lrs: dict[str, float]) -> dict[str, Any]:
+    """Students with their best learning rates."""
+    return {label: sections | {"optim": optim(lrs[label])} for label, sections in by_label.items()}
 
 
 def optim(lr: float) -> dict[str, float]:
-    """The methods' own parameters have one rate, whatever the student's."""
+    """Parameters of the methods have the same learning rate for every student."""
     return {"lr": lr, "projector_lr": round(OWN_RATE / lr, 2)}
 
 
@@ -142,12 +93,12 @@ def search(lrs: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def edges(found: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]:
-    """The search goes on beyond its ends, for the methods that were best there."""
-    of_four = {label: float(best(found, f"{label} x")) for label in OTHERS}
+def edges(top1: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]:
+    """The search beyond its ends, for the methods that were best there."""
+    best_of_four = {label: float(best(top1, f"{label} x")) for label in OTHERS}
     tries = {
         f"{label} x{factor:g}": weighted(OTHERS[label], factor)
-        for label, end in of_four.items()
+        for label, end in best_of_four.items()
         for factor in BEYOND.get(end, ())
     }
     return search(lrs) | {
@@ -157,76 +108,89 @@ def edges(found: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def best(found: dict[str, float], prefix: str) -> str:
-    """What follows `prefix` in the label of the best try."""
-    return max((label for label in found if label.startswith(prefix)), key=lambda label: found[label])[len(prefix) :]
+def best(top1: dict[str, float], prefix: str) -> str:
+    """The label of the best try that starts with `prefix`, without `prefix`."""
+    return max((label for label in top1 if label.startswith(prefix)), key=lambda label: top1[label])[len(prefix) :]
 
 
-PITFALL = {  # label -> what is seen, 24,000 samples in all of them
-    f"{images} {strength}": {
-        "data": {"limit": images},
-        "train": {"epochs": 24000 // images},
-        "augment": augment,
-    }
-    for images in (500, 2000, 8000)
-    for strength, augment in (
-        ("weak", {}),
-        ("strong", {"crop": "random_resized", "scale": [0.6, 1.0], "pad": 4, "erase": 0.25, "mixup": 0.2}),
-    )
-}
-TEACHERS = {  # beside base.yaml's, the large one; each is cut so that its last stage is its last block
-    "small": {"kwargs": {"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 3}, "cuts": [0, 1, 2, 3]},
-    "middle": {"kwargs": {"patch_size": 2, "embed_dim": 66, "depth": 5, "num_heads": 3}, "cuts": [0, 2, 3, 4]},
-}
+@dataclass
+class Tuned:
+    """The losses of every method at its best try."""
+
+    kd: Losses
+    ladder: dict[str, Losses]
+    compared: dict[str, Losses]  # KD, FitNet and the methods of OTHERS
+
+    @property
+    def scalekd(self) -> Losses:
+        return self.ladder["DFM + TPP"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """ScaleKD's own term."""
+        return self.scalekd["losses"]["scalekd"]
+
+    @property
+    def with_kd(self) -> Losses:
+        """ScaleKD in addition to KD, both at their best tries."""
+        return {"losses": self.kd["losses"] | {"scalekd": self.options}}
+
+    def form(self, options: dict[str, Any]) -> dict[str, Any]:
+        """ScaleKD with other options."""
+        return {"losses": self.scalekd["losses"] | {"scalekd": self.options | options}}
 
 
-def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float]) -> list[dict[str, Any]]:
-    best_kd = kd(best(found, "KD "))
-    factors = {label: float(best(found, f"{label} x")) for label in LADDER | OTHERS}
+def tuned(top1: dict[str, float]) -> Tuned:
+    """top1: of every try of the search, by its label."""
+    factors = {label: float(best(top1, f"{label} x")) for label in LADDER | OTHERS}
     ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
-    scalekd = ladder["DFM + TPP"]["losses"]["scalekd"]
-    with_kd = {"losses": best_kd["losses"] | {"scalekd": scalekd}}
-    by_label = students(STUDENTS, lrs)
-    cnn = {"CNN": by_label["CNN"]}
-    shared = {"recipe": "base.yaml", "students": by_label, "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    best_kd = kd(best(top1, "KD "))
     compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
-    compared = {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared
-    both = {"ScaleKD": ladder["DFM + TPP"], "ScaleKD with KD": with_kd}
+    return Tuned(best_kd, ladder, {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared)
 
-    def form(options: dict[str, Any]) -> dict[str, Any]:
-        return {"losses": ladder["DFM + TPP"]["losses"] | {"scalekd": scalekd | options}}
 
-    betas = {
-        f"beta {beta:g}": {"losses": best_kd["losses"] | {"scalekd": scalekd | {"beta": beta}}}
-        for beta in (0, 0.2, 0.4, 0.6, 0.8, 1)
-    }
+def others(top1: dict[str, float], lrs: dict[str, float], long: dict[str, float]) -> list[dict[str, Any]]:
+    """Every ladder after the search. lrs, long: student -> its best learning rate."""
+    by_label = students(STUDENTS, lrs)
+    shared = {"recipe": "base.yaml", "students": by_label, "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
+    cnn = {"CNN": by_label["CNN"]}
+    cnn_and_mlp = cnn | {"MLP": by_label["MLP"]}
+    pitfall = {label: sections | {"optim": optim(lrs["CNN"])} for label, sections in PITFALL.items()}
+    methods = tuned(top1)
     return [
-        shared
-        | {
-            "name": "ladder",
-            "title": "The paper's ladder (Tables 1 and 9)",
-            "methods": {"no teacher": NO_TEACHER} | ladder | {"KD": best_kd, "ScaleKD with KD": with_kd},
-        },
+        *form_ladders(shared, methods, cnn_and_mlp),
+        *method_ladders(shared, methods, cnn, students(LONG, long)),
+        *setting_ladders(shared, methods, cnn, pitfall),
+    ]
+
+
+def form_ladders(shared: dict[str, Any], methods: Tuned, few: dict[str, Any]) -> list[dict[str, Any]]:
+    """Forms of ScaleKD's projectors. few: the students of the ladders with 15 seeds."""
+    published, narrow = methods.form({}), methods.form(FORMS[NARROW])
+    return [
         shared
         | {
             "name": "forms",
             "title": "Cheaper forms of ScaleKD's projectors beside the published one",
-            "methods": {"published": form({})} | {label: form(options) for label, options in FORMS.items()},
+            "methods": {"published": published} | {label: methods.form(options) for label, options in FORMS.items()},
             "baseline": "published",
         },
         shared
         | {
             "name": "grouped",
             "title": "A 3x3 convolution in groups of channels, beside the published form",
-            "methods": {"published": form({}), f"grouped, {NARROW}": form(FORMS[NARROW] | {"tokens": "grouped"})},
+            "methods": {
+                "published": published,
+                f"grouped, {NARROW}": methods.form(FORMS[NARROW] | {"tokens": "grouped"}),
+            },
             "baseline": "published",
         },
         shared
         | {
             "name": "narrow",
             "title": "The cheaper form that was level with the published one, beside it, on 15 seeds",
-            "students": cnn | {"MLP": by_label["MLP"]},
-            "methods": {"published": form({}), NARROW: form(FORMS[NARROW])},
+            "students": few,
+            "methods": {"published": published, NARROW: narrow},
             "baseline": "published",
             "seeds": list(range(15)),
         },
@@ -234,37 +198,71 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
         | {
             "name": "precision",
             "title": "bf16 autocast beside float32, on 15 seeds",
-            "students": cnn | {"MLP": by_label["MLP"]},
-            "methods": {
-                "float32": form(FORMS[NARROW]),
-                "bf16": form(FORMS[NARROW]) | {"train": {"precision": "bf16"}},
-            },
+            "students": few,
+            "methods": {"float32": narrow, "bf16": narrow | {"train": {"precision": "bf16"}}},
             "baseline": "float32",
             "seeds": list(range(15)),
+        },
+    ]
+
+
+def method_ladders(
+    shared: dict[str, Any], methods: Tuned, cnn: dict[str, Any], vit: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """ScaleKD's parts and the methods that it is compared with."""
+    both = {"ScaleKD": methods.scalekd, "ScaleKD with KD": methods.with_kd}
+    without_fitnet = [label for label in EVERY_STUDENT if label != "FitNet"]  # FitNet is FD (s4)
+    return [
+        shared
+        | {
+            "name": "ladder",
+            "title": "The paper's ladder (Tables 1 and 9)",
+            "methods": {"no teacher": NO_TEACHER}
+            | methods.ladder
+            | {"KD": methods.kd, "ScaleKD with KD": methods.with_kd},
         },
         shared
         | {
             "name": "methods",
             "title": "ScaleKD and the methods it is compared with, three students (Table 7)",
-            "methods": {"no teacher": NO_TEACHER} | {label: compared[label] for label in EVERY_STUDENT} | both,
+            "methods": {"no teacher": NO_TEACHER}
+            | {label: methods.compared[label] for label in EVERY_STUDENT}
+            | both,
         },
         shared
         | {
             "name": "cnn-methods",
             "title": "ScaleKD and the methods made for CNNs (Table 13)",
             "students": cnn,
-            "methods": {"no teacher": NO_TEACHER} | compared | both,
+            "methods": {"no teacher": NO_TEACHER} | methods.compared | both,
         },
         shared
         | {
             "name": "vit",
             "title": "The ViT on 8,000 canvases: the ladder and the methods (Tables 1, 7 and 9)",
-            "students": students(LONG, long),
+            "students": vit,
             "methods": {"no teacher": NO_TEACHER}
-            | ladder
-            | {label: compared[label] for label in EVERY_STUDENT if label != "FitNet"}  # FD (s4)
-            | {"ScaleKD with KD": with_kd},
+            | methods.ladder
+            | {label: methods.compared[label] for label in without_fitnet}
+            | {"ScaleKD with KD": methods.with_kd},
         },
+    ]
+
+
+def setting_ladders(
+    shared: dict[str, Any], methods: Tuned, cnn: dict[str, Any], pitfall: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """ScaleKD's weight beta, the size of the teacher, and the amount of data."""
+    betas = {
+        f"beta {beta:g}": {"losses": methods.kd["losses"] | {"scalekd": methods.options | {"beta": beta}}}
+        for beta in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    }
+    sizes = {
+        f"{method} {size}": {"teacher": teacher(size)} | losses
+        for method, losses in (("KD", methods.kd), ("ScaleKD", methods.scalekd), ("ScaleKD with KD", methods.with_kd))
+        for size in ("small", "middle", "large")
+    }
+    return [
         shared
         | {
             "name": "beta",
@@ -277,19 +275,14 @@ def others(found: dict[str, float], lrs: dict[str, float], long: dict[str, float
             "name": "sizes",
             "title": "Teachers of 0.13, 0.29 and 0.71 M parameters (Table 2)",
             "students": cnn,
-            "methods": {"no teacher": NO_TEACHER}
-            | {
-                f"{method} {size}": {"teacher": teacher(size)} | losses
-                for method, losses in (("KD", best_kd), ("ScaleKD", ladder["DFM + TPP"]), ("ScaleKD with KD", with_kd))
-                for size in ("small", "middle", "large")
-            },
+            "methods": {"no teacher": NO_TEACHER} | sizes,
         },
         shared
         | {
             "name": "pitfall",
             "title": "KD and its variants over the number of images and augmentation (vanillaKD's small-data pitfall)",
-            "students": {label: sections | {"optim": optim(lrs["CNN"])} for label, sections in PITFALL.items()},
-            "methods": {"no teacher": NO_TEACHER} | {label: compared[label] for label in VARIANTS},
+            "students": pitfall,
+            "methods": {"no teacher": NO_TEACHER} | {label: methods.compared[label] for label in VARIANTS},
         },
     ]
 
@@ -311,7 +304,7 @@ def write(ladder: dict[str, Any]) -> None:
 
 
 def teacher(size: str) -> dict[str, Any]:
-    """What differs from the teacher of base.yaml; its accuracy is left to the pre-flight."""
+    """Changes to the teacher of base.yaml. The pre-flight measures its top-1."""
     if size == "large":
         return {}
     return TEACHERS[size] | {"weights": f"runs/lab/teacher-{size}/student.safetensors", "top1": None}
@@ -322,12 +315,12 @@ def records(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def best_rates(name: str, of: dict[str, Any]) -> dict[str, float]:
-    """Student -> its best rate; empty until all are tried."""
+def best_rates(name: str, by_label: dict[str, Any]) -> dict[str, float]:
+    """Student -> its best learning rate; empty until all are tried."""
     tried = records(name)
-    if len(tried) < len(of) * len(RATES):
+    if len(tried) < len(by_label) * len(RATES):
         return {}
-    by_student = {student: {r["method"]: r["top1"] for r in tried if r["student"] == student} for student in of}
+    by_student = {student: {r["method"]: r["top1"] for r in tried if r["student"] == student} for student in by_label}
     return {student: float(best(top1, "lr ")) for student, top1 in by_student.items()}
 
 
@@ -338,12 +331,12 @@ def main() -> None:
     if not lrs or not long:
         return
     write(search(lrs))
-    found = {r["method"]: r["top1"] for r in records("search")}
-    if not set(found) >= set(search(lrs)["methods"]):
+    searched = {r["method"]: r["top1"] for r in records("search")}
+    if not set(searched) >= set(search(lrs)["methods"]):
         return
-    write(edges(found, lrs))
+    write(edges(searched, lrs))
     beyond = {r["method"]: r["top1"] for r in records("edges")}
-    for ladder in others(found | beyond, lrs, long):
+    for ladder in others(searched | beyond, lrs, long):
         write(ladder)
 
 

@@ -1,18 +1,18 @@
-"""Beside top-1: what the features of the students of a finished ladder learnt.
+"""Measures what the features of a finished ladder's students have learnt, in addition to top-1.
 
     python lab/measure.py docs/results/lab/ladder
 
-For each run whose folder is there, on the CPU, without gradients:
+For each run whose folder exists, on the CPU, without gradients:
 
-    agreement   % of the test canvases on which student and teacher name the same class
-    probe       % right of a linear classifier on the pooled final map, on other images: single items of 10 classes,
-                anywhere on the canvas; ridge regression to one-hot labels, its strength chosen on a quarter held out
-    distance    of the alternative components: both final maps without their mean over positions, the student's through
-                a linear map fitted by ridge regression on 2,000 canvases of the search part; 2 - 2 cos, averaged over
-                the positions of the test canvases. 0: the same directions; 2: unrelated
+    agreement   % of the test canvases on which student and teacher predict the same class
+    probe       top-1 in % of a linear classifier on the pooled final map, on other images: single items of 10 classes,
+                anywhere on the canvas. Ridge regression to one-hot labels; its strength is chosen on a held-out quarter
+    distance    of the alternative components: both final maps without their mean over positions, the student's after a
+                linear map fitted by ridge regression on 2,000 canvases of the search part; 2 - 2 cos, averaged over
+                the positions of the test canvases. 0: same directions; 2: unrelated
 
-Writes measures.jsonl (a line per run; runs that are in it are not measured again), measures.json and measures.md. Runs
-that the comparison took from another one (`compare --known`) keep what was measured there; measure that one first.
+Writes measures.jsonl (one line per run; runs in it are not measured again), measures.json and measures.md. Runs that
+the comparison reused from another one (`compare --known`) take their measures from there, so measure that one first.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measured_in(out: Path) -> list[dict]:
 
 
 def borrowed(out: Path, known: list[dict]) -> list[dict]:
-    """The measures of the runs that `out` took from other comparisons, under the names that they have here."""
+    """The measures of runs that `out` reused from other comparisons, with the labels they have in `out`."""
     have = {(m["student"], m["method"], m["seed"]) for m in known}
     records = [r for r in read_records(out) if "from" in r and (r["student"], r["method"], r["seed"]) not in have]
     found = []
@@ -116,7 +116,7 @@ def measure(view: StageView, parts: dict, seen: dict) -> dict[str, float]:
 
 
 def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Top-1 in % on the test part; the strength chosen on the last quarter of the training part."""
+    """Top-1 in % on the test part; the strength is chosen on the last quarter of the training part."""
     centre, scale = x.mean(0), x.std(0) + 1e-6
     x, test_x = (torch.cat([(v - centre) / scale, torch.ones(len(v), 1)], 1).double() for v in (x, test_x))
     target = F.one_hot(y, 10).double()

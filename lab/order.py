@@ -1,10 +1,10 @@
-"""Where the papers' order holds: each claim of theirs as a paired difference between two rows of a finished ladder.
+"""Tests the papers' claims on a finished ladder, each as a paired difference between two of its rows.
 
     python lab/order.py docs/results/lab/ladder
 
-A difference is taken seed by seed, with half the width of its 95 % interval by Student's t. It holds if the interval lies
-above zero, is against the paper if it lies below, and is open otherwise; ◆ marks p < 0.05 in a paired t-test after
-Holm's correction for the claims about one student. Writes order.json and order.md.
+Differences are taken seed by seed, with half the width of their 95 % interval (Student's t). A claim holds if the
+interval lies above zero, is contradicted if it lies below, and is open otherwise. ◆ marks p < 0.05 in a paired t-test
+after Holm's correction for the claims about one student. Writes order.json and order.md.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def page(out: Path, claims: list[Claim], found: dict[str, Rows]) -> list[str]:
     lines = [f"# {out.name}: where the paper's order holds", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for claim in claims:
         paper = [f"{claim.paper[s]:+.2f}" if s in claim.paper else "" for s in of_paper]
-        here = [told(rows[str(claim)]) for rows in found.values()]
+        here = [cell_text(rows[str(claim)]) for rows in found.values()]
         lines.append(f"| {' | '.join([str(claim), *paper, *here])} |")
     seeds = {row["pairs"] for rows in found.values() for row in rows.values()}
     lines += [
@@ -135,7 +135,7 @@ def page(out: Path, claims: list[Claim], found: dict[str, Rows]) -> list[str]:
     return [*lines, "", f"Command: `python lab/order.py {out}`.", ""]
 
 
-def told(row: dict[str, Any]) -> str:
+def cell_text(row: dict[str, Any]) -> str:
     low, high = row["gain"] - row["gain_ci95"], row["gain"] + row["gain_ci95"]
     verdict = "holds" if low > 0 else "against" if high < 0 else "open"
     sure = " ◆" if row["p_holm"] is not None and row["p_holm"] < 0.05 else ""

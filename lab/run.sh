@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the laboratory: what is finished is not run again. Each line is a command of its own.
+# Runs the laboratory; skips what is finished. Each line is a separate command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fashion=${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}
@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE=1
 
 test -d runs/lab/data || "$python" lab/data.py "$fashion" runs/lab/data
 (cd runs/lab/data && sha256sum --check --quiet ../../../lab/data.sha256)
-for teacher in teacher teacher-small teacher-middle; do # remove one in lab/ to train it anew
+for teacher in teacher teacher-small teacher-middle; do # delete a folder in lab/ to train that teacher again
     out=runs/lab/$teacher
     test -d "$out" || ! test -d "lab/$teacher" || cp -r "lab/$teacher" "$out"
     test -f "$out/summary.json" || "$run" train "lab/$teacher.yaml" --out "$out"

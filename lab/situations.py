@@ -1,9 +1,10 @@
-"""The screens that docs/tutorials/few-labels.md, docs/tutorials/only-images.md and docs/how-to/fine-tuned-teacher.md show, as text files.
+"""Saves the program output that three docs pages show: few-labels.md, only-images.md and fine-tuned-teacher.md.
 
     DINOV2=dinov2.safetensors python lab/situations.py runs/situations docs/results/situations
 
-Fashion-MNIST as a person would have it: `photos` with 50 labelled images of each class and 300 to judge by,
-`more-photos` with 1,000 without labels, 28 pixels, PNG; and the demo's teacher as timm's `train.py` saves a model.
+Makes a typical user's data from Fashion-MNIST, as PNG files of 28 pixels: `photos` with 50 labelled images of each class
+and 300 for validation, and `more-photos` with 1,000 unlabelled images. The demo's teacher is saved as timm's `train.py`
+saves a model.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ COMMANDS = {
     "only-images": f"{ONLY} teacher.weights=dino.safetensors {SMALL}",
     "fine-tuned-teacher": "train demo teacher.weights=output/train/model_best.pth.tar --dry-run",
 }
-OF_THE_MACHINE = re.compile(r"^ ok +(memory|time) |about .* left$")  # another time each time
+OF_THE_MACHINE = re.compile(r"^ ok +(memory|time) |about .* left$")  # these lines differ in every run
 
 
 def photos(train: Source, val: Source) -> None:
-    """`photos` and `more-photos`, from the first images of both parts."""
+    """Writes `photos` and `more-photos`, from the first images of both parts."""
     taken = dict.fromkeys(range(len(train.classes)), 0)
     others = 0
     for i in range(len(train)):
@@ -73,7 +74,7 @@ def save(image, path: Path) -> None:
 
 
 def fine_tuned() -> None:
-    """The demo's teacher in `output/train`, as train.py's saver writes the best model and its average."""
+    """Writes the demo's teacher to `output/train`, as train.py's saver writes the best model and its average."""
     demo = resources.files("scalekd") / "demo"
     card = json.loads((demo / "teacher.json").read_text())
     model = timm.create_model(card["model"], **card["kwargs"])

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A distilled, a supervised and an untrained backbone inside a segmenter and a detector, equal budgets, three seeds.
-# What is finished is not run again.
+# Trains a segmenter and a detector on a distilled, a supervised and an untrained backbone: equal budgets, three seeds.
+# Skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${SCALEKD:-.venv/bin/scalekd}
 python=$(dirname "$run")/python
 export HF_HUB_OFFLINE=1
 
-# backbones: the demo's students of the same seeds, ScaleKD's and those without a teacher
+# backbones: the demo's students with the same seeds, from ScaleKD and without a teacher
 demo=${DEMO:-runs/demo-5-seeds}
 test -f "$demo/summary.json" || "$run" demo --seeds 5 --out "$demo"
 test -f runs/transfer/scenes/scenes.json || "$python" -m scalekd.transfer.scenes runs/transfer/scenes \
@@ -18,7 +18,7 @@ for seed in 0 1 2; do
             case $start in
                 distilled) backbone=(--backbone "$demo/scalekd-seed$seed") ;;
                 supervised) backbone=(--backbone "$demo/baseline-seed$seed") ;;
-                # the same architecture, named without its weights
+                # the same architecture with random weights
                 scratch) backbone=(backbone.model="$demo/baseline-seed$seed" backbone.weights=random) ;;
             esac
             out=runs/transfer/$task-$start-$seed

@@ -1,8 +1,8 @@
-"""Makes src/scalekd/demo/data from the whole Fashion-MNIST: all test images and 10,000 of the training images.
+"""Makes src/scalekd/demo/data from the full Fashion-MNIST: all test images and 10,000 training images.
 
     python tools/embed_demo_data.py /usr/share/datasets/fashion-mnist
 
-The training part is 1,000 images of each class, chosen by a fixed seed, in their original order.
+The training part has 1,000 images of each class, chosen by a fixed seed, in their original order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PER_CLASS = 1000
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    # no file name and no time in the header, so that the same images give the same bytes
+    # no file name or time in the header, so that equal images give equal bytes
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         file.write(header + array.tobytes())
 

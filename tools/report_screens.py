@@ -1,7 +1,8 @@
-"""Opens a page in headless Chromium, wide and narrow, light and dark, and writes a picture of each; fails where the page
-asks for anything from elsewhere, writes to the console, lacks a picture or is wider than the screen.
+"""Opens an HTML page in headless Chromium, wide and narrow, light and dark, and saves a screenshot of each.
 
     python tools/report_screens.py runs/own-data/report.html runs/screens
+
+Fails if the page loads anything from elsewhere, writes to the console, lacks an image or is wider than the screen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ LOOK = """({missing: [...document.images].filter(i => !i.naturalWidth).length,
 
 
 class Browser:
-    """Chromium on a pipe: its DevTools protocol, JSON that ends in a zero byte. `events` has what it told on its own."""
+    """Chromium, controlled through pipes with its DevTools protocol: JSON messages that end with a zero byte.
+
+    `events` holds the messages that Chromium sent on its own.
+    """
 
     def __init__(self, profile: str):
         chromium = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("no chromium on this machine")
@@ -64,7 +68,7 @@ class Browser:
 
 
 def look(browser: Browser, url: str, width: int, scheme: str, picture: Path) -> list[str]:
-    """What is wrong with the page at this width and in these colours; its picture goes into a file."""
+    """Saves a screenshot at this width and colour scheme; returns what is wrong with the page."""
     browser.events.clear()
     browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])

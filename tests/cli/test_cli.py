@@ -88,7 +88,7 @@ def test_doctor(cli):
     assert result.code == 0 and "a run can start" in result.out
 
 
-def test_doctor_knows_a_cpu_with_bf16(tmp_path):
+def test_doctor_reads_the_bf16_instructions_of_a_cpu(tmp_path):
     info = tmp_path / "cpuinfo"
     assert bf16_instructions(info) == "unknown"
     info.write_text("processor : 0\nflags\t\t: fpu avx512f amx_bf16 avx512_bf16\nprocessor : 1\nflags : fpu\n")
@@ -101,7 +101,7 @@ def test_doctor_knows_a_cpu_with_bf16(tmp_path):
     assert bf16_instructions(info) == "unknown"
 
 
-def test_doctor_tells_what_fails(cli, monkeypatch):
+def test_doctor_reports_a_failing_step(cli, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: 1 / 0)
     result = cli("doctor", "--json")
     assert result.code == 1
@@ -115,8 +115,8 @@ def test_a_dry_run_writes_nothing(cli, recipe_file, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     result = cli("train", recipe_file, "--dry-run")
     assert result.code == 0 and sorted(tmp_path.rglob("*")) == before
-    for told in ("test_resnet <- test_vit", "teacher weights", "classes", "one step", "memory", "time"):
-        assert told in result.out
+    for text in ("test_resnet <- test_vit", "teacher weights", "classes", "one step", "memory", "time"):
+        assert text in result.out
 
 
 def test_train_evaluate_export(cli, recipe_file, image_folder, tmp_path):
@@ -190,7 +190,7 @@ def test_overrides_may_follow_options_and_win_over_shortcuts(cli, recipe_file, t
     assert cli("doctor", "a=b").code == 2
 
 
-def test_a_pipe_that_closes_and_a_mistake_as_processes(tmp_path: Path):
+def test_a_closed_pipe_and_an_error_in_processes(tmp_path: Path):
     scalekd = f"{sys.executable} -m scalekd"
     done = subprocess.run(f"{scalekd} recipes | head -1", shell=True, capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
@@ -198,10 +198,10 @@ def test_a_pipe_that_closes_and_a_mistake_as_processes(tmp_path: Path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("scalekd: no recipe `dmo`")
 
 
-def test_ctrl_c_says_how_to_go_on(cli, recipe_file, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_resume(cli, recipe_file, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "train_step", interrupted)
     result = cli("train", recipe_file, "--out", tmp_path / "run")
-    assert result.code == 130 and "The same command goes on from the last checkpoint" in result.err
+    assert result.code == 130 and "The same command resumes from the last checkpoint" in result.err

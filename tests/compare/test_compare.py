@@ -1,4 +1,4 @@
-"""`scalekd compare`: which runs a ladder stands for, what is run and what is not run again, and the statistics."""
+"""`scalekd compare`: the runs of a ladder, which of them are run or reused, and the statistics."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def test_every_combination_seed_by_seed(ladder_file):
     assert len({str(j.folder) for j in planned}) == 12
 
 
-def test_runs_that_cannot_stand_in_one_table_are_told(ladder_file):
+def test_runs_that_cannot_be_compared_are_rejected(ladder_file):
     features = METHODS | {"features": {"losses": {"fd": {}}}}
     with pytest.raises(UserError, match=r"features: 1 problem\n  - losses: none reads the student's logits"):
         jobs(load_ladder(ladder_file(methods=features)))
     chain = METHODS | {"chain": {"assistant": {"student": {"model": "test_vit"}}, "losses": {"ce": {}, "kd": {}}}}
-    with pytest.raises(UserError, match=r"chain: 1 problem\n  - assistant: a comparison is of single runs"):
+    with pytest.raises(UserError, match=r"chain: 1 problem\n  - assistant: a comparison trains no assistants"):
         jobs(load_ladder(ladder_file(methods=chain)))
 
 
-def test_the_seed_stands_where_a_ladder_names_it(ladder_file):
+def test_the_seed_replaces_its_placeholder(ladder_file):
     file = ladder_file(
         set={"data": {"seed": "{seed}", "limit": 6}, "student": {"weights": "w-{seed}.pt"}}, seeds=[4, 7]
     )
@@ -88,7 +88,7 @@ def test_a_part_of_a_ladder_keeps_its_baseline(ladder_file):
     for students, methods, seeds, message in (
         ([], ["KDD"], None, "`KDD`. Did you mean `KD`"),
         (["A"], [], None, "no student `A`"),
-        ([], [], 0, "one or more"),
+        ([], [], 0, "`seeds` 0: must be 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             chosen(ladder, students, methods, seeds)
@@ -98,8 +98,11 @@ def test_a_part_of_a_ladder_keeps_its_baseline(ladder_file):
     ("fields", "message"),
     [
         ({"baseline": "nonee"}, "no method `nonee`. Did you mean `none`"),
-        ({"methods": {"a": {"lossses": {}}}, "baseline": "a"}, "`lossses` is no section.*Did you mean `losses`"),
-        ({"methods": {"a": {"seed": 3}}, "baseline": "a"}, "`seed` is no section"),
+        (
+            {"methods": {"a": {"lossses": {}}}, "baseline": "a"},
+            "`lossses` is not a recipe section.*Did you mean `losses`",
+        ),
+        ({"methods": {"a": {"seed": 3}}, "baseline": "a"}, "`seed` is not a recipe section"),
         ({"seeds": [1, 1]}, "each once"),
         ({"seeds": []}, "one or more"),
         ({"basline": "none"}, "basline: unknown. Did you mean `baseline`"),
@@ -107,12 +110,12 @@ def test_a_part_of_a_ladder_keeps_its_baseline(ladder_file):
         ({"methods": {"a b": {}, "a_b": {}}, "baseline": "a b"}, "the same folder name"),
     ],
 )
-def test_mistakes_in_a_ladder_are_told(ladder_file, fields, message):
+def test_errors_in_a_ladder(ladder_file, fields, message):
     with pytest.raises(UserError, match=message):
         load_ladder(ladder_file(**fields))
 
 
-def test_mistakes_of_every_run_are_told_at_once(ladder_file):
+def test_errors_of_all_runs_are_reported_together(ladder_file):
     methods = METHODS | {"x": {"losses": {"kdd": {}}}, "y": {"losses": {"kd": {"temprature": 2}}}}
     with pytest.raises(UserError) as error:
         jobs(load_ladder(ladder_file(methods=methods)))
@@ -121,7 +124,7 @@ def test_mistakes_of_every_run_are_told_at_once(ladder_file):
 
 
 @pytest.mark.parametrize("override", ["losses.kd.temperature=2", "losses.ce.weight=2", "train.epochs=9"])
-def test_an_override_that_the_ladder_would_undo_is_refused(ladder_file, override):
+def test_an_override_that_the_ladder_would_undo_is_rejected(ladder_file, override):
     methods = {k: v | {"train": {"epochs": 3}} for k, v in METHODS.items()}
     with pytest.raises(UserError, match="has no effect: the ladder sets"):
         jobs(load_ladder(ladder_file(methods=methods)), [override])
@@ -152,11 +155,11 @@ def test_the_ladder_in_the_docs_loads(tmp_path):
 def test_places():
     assert [p.device for p in places(3, "cpu")] == ["cpu"] * 3
     assert places(1, "cpu")[0].threads == len(os.sched_getaffinity(0))
-    with pytest.raises(UserError, match="--jobs 0"):
+    with pytest.raises(UserError, match="`jobs` 0: must be 1 or more"):
         places(0, "cpu")
 
 
-# what is run, and what is not run again
+# which runs are started, and which are reused
 
 
 def compare(*options, env=None):
@@ -170,12 +173,12 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladder_file, tmp_path):
+def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path):
     out = tmp_path / "out"
     file = ladder_file()
-    code, told, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
-    assert told.count("top-1") == 3 and "3 of 3 runs finished" in told
+    assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())
     for method in METHODS:
         folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
@@ -187,11 +190,11 @@ def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladd
     assert not (out / "outputs").exists()
 
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
-    code, told, err = finish(compare(file, "--out", out, "--seeds", "1"))
-    assert code == 0 and "3 of them finished before" in told
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "1"))
+    assert code == 0 and "3 of them already finished" in text
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == before
 
-    # the records stand for the folders, and another recipe's record for nothing
+    # the records replace deleted folders; a record with another recipe does not count
     (out / "runs").rename(tmp_path / "away")
     ladder = load_ladder(file)
     assert len(known_records(out, jobs(chosen(ladder, [], [], 1)))) == 3
@@ -200,21 +203,21 @@ def test_a_comparison_from_start_to_end_and_what_a_second_call_leaves_alone(ladd
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_told_and_the_others_finish(ladder_file, tmp_path, image_folder):
+def test_a_run_fails_and_the_others_finish(ladder_file, tmp_path, image_folder):
     weights = tmp_path / "none.safetensors"
     methods = METHODS | {
         "broken": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}
     }
-    code, told, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
+    code, text, err = finish(compare(ladder_file(methods=methods, seeds=[0]), "--out", tmp_path / "out", "--jobs", "2"))
     assert code == 1, err
-    assert "failed: test_resnet broken seed 0" in told and "none.safetensors" in told
-    assert "3 of 4 runs finished" in told
+    assert "failed: test_resnet broken seed 0" in text and "none.safetensors" in text
+    assert "3 of 4 runs finished" in text
     (failed,) = json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
     assert failed["method"] == "broken"
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_goes_on(ladder_file, tmp_path):
+def test_a_stopped_comparison_resumes(ladder_file, tmp_path):
     file = ladder_file(methods={k: METHODS[k] for k in ("none", "KD")}, seeds=[0])
     options = (file, "train.epochs=15", "--out", tmp_path / "out", "--jobs", "1")
     process = compare(*options)
@@ -223,20 +226,20 @@ def test_a_stopped_comparison_goes_on(ladder_file, tmp_path):
     while time.monotonic() < end and not any('"step"' in log.read_text() for log in runs.rglob("log.jsonl")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    code, told, err = finish(process)
-    assert code == 75 and "stopped" in err, (told, err)
-    code, told, err = finish(compare(*options))
-    assert code == 0 and "2 of 2 runs finished" in told
+    code, text, err = finish(process)
+    assert code == 75 and "stopped" in err, (text, err)
+    code, text, err = finish(compare(*options))
+    assert code == 0 and "2 of 2 runs finished" in text
     assert any('"resumed"' in log.read_text() for log in runs.rglob("log.jsonl"))
 
 
-def test_torchrun_is_refused(ladder_file, tmp_path):
+def test_torchrun_is_rejected(ladder_file, tmp_path):
     command = [sys.executable, "-m", "scalekd", "compare", ladder_file(), "--out", str(tmp_path / "out")]
-    told = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert told.returncode == 2 and "without torchrun" in told.stderr and not (tmp_path / "out").exists()
+    done = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "without torchrun" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_is_refused(ladder_file, tmp_path):
+def test_a_folder_with_other_files_is_rejected(ladder_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     code, _, err = finish(compare(ladder_file(), "--out", tmp_path / "full"))
@@ -281,7 +284,7 @@ def test_means_intervals_and_tests_are_those_of_scipy(ladder):
     assert "gain" not in rows["none"]
 
 
-def test_gains_are_of_the_seeds_that_both_have(ladder):
+def test_gains_use_the_seeds_that_both_have(ladder):
     planned = [j for j in jobs(ladder) if (j.method, j.seed) not in {("none", 0), ("KD", 3)}]
     rows = summary(ladder, planned, {j: record(j, TOP1[j.method][j.seed]) for j in planned})["students"]["test_resnet"]
     assert rows["KD"]["pairs"] == 2 and math.isclose(rows["KD"]["gain"], ((52.5 - 52) + (52 - 51)) / 2)
@@ -309,15 +312,15 @@ def test_equal_gains_are_not_tested(ladder):
 def test_curves_are_means_at_the_samples_that_all_seeds_have(ladder):
     planned = [j for j in jobs(ladder) if j.method == "KD" and j.seed < 2]
     curves = {0: [(8, 10.0), (16, 20.0)], 1: [(8, 20.0), (16, 40.0), (24, 50.0)]}
-    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.seed]) for j in planned})
-    assert told["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
+    rows = summary(ladder, planned, {j: record(j, 1.0, curves[j.seed]) for j in planned})
+    assert rows["students"]["test_resnet"]["KD"]["curve"] == [[8, 15.0], [16, 30.0]]
 
 
-def test_samples_to_reach_the_baseline_s_end(ladder):
+def test_samples_to_reach_the_baselines_final_top1(ladder):
     curves = {"none": [(10, 20.0), (20, 40.0)], "KD": [(10, 30.0), (20, 50.0)], "FD (s4)": [(10, 10.0), (20, 39.0)]}
     planned = [j for j in jobs(ladder) if j.seed == 0]
-    told = summary(ladder, planned, {j: record(j, 1.0, curves[j.method]) for j in planned})["students"]["test_resnet"]
-    assert told["none"]["reach"] == 1 and told["KD"]["reach"] == 0.75 and told["FD (s4)"]["reach"] is None
+    rows = summary(ladder, planned, {j: record(j, 1.0, curves[j.method]) for j in planned})["students"]["test_resnet"]
+    assert rows["none"]["reach"] == 1 and rows["KD"]["reach"] == 0.75 and rows["FD (s4)"]["reach"] is None
 
 
 def test_records_of_other_methods_stay(ladder, tmp_path):
@@ -345,17 +348,17 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     assert known_records(tmp_path / "b", jobs(load_ladder(ladder_file()), ["optim.lr=0.7"]), [tmp_path / "a"]) == {}
     (tmp_path / "b").mkdir()
     write_records(tmp_path / "b", found)
-    assert known_records(tmp_path / "b", second) == found  # once taken, they are known without the other one
+    assert known_records(tmp_path / "b", second) == found  # reused records are known without the other comparison
 
 
-def test_one_is_1_0_and_no_large_number_is_another(ladder_file, tmp_path):
+def test_1_equals_1_0_and_large_seeds_stay_distinct(ladder_file, tmp_path):
     methods = {"none": METHODS["none"], "KD": {"losses": {"ce": {}, "kd": {"weight": 2}}}}
     planned = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62])))
-    there = {j: record(j, 1.0) for j in planned}
-    for told in there.values():
-        told["recipe"]["losses"].get("kd", {})["weight"] = 2
+    records = {j: record(j, 1.0) for j in planned}
+    for record_ in records.values():
+        record_["recipe"]["losses"].get("kd", {})["weight"] = 2
     (tmp_path / "a").mkdir()
-    write_records(tmp_path / "a", there)
+    write_records(tmp_path / "a", records)
     assert set(known_records(tmp_path / "b", planned, [tmp_path / "a"])) == set(planned)
     next_one = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62 + 1])))
     assert known_records(tmp_path / "b", next_one, [tmp_path / "a"]) == {}

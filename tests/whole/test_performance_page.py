@@ -1,4 +1,4 @@
-"""docs/explanation/performance.md and docs/explanation/laboratory.md show the tables of docs/results and no others."""
+"""docs/explanation/performance.md and laboratory.md show exactly the tables of docs/results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from tables import BLOCK, PAGES, filled, pictures  # noqa: E402
 
 
-def test_the_tables_are_those_of_the_results():
+def test_every_result_is_shown_and_drawn():
     page = (ROOT / "docs" / "explanation" / "performance.md").read_text()
     folder = ROOT / "docs" / "results" / "performance"
     assert {file.stem for file in folder.glob("*.md")} <= {block[2] for block in BLOCK.finditer(page)}
@@ -21,12 +21,12 @@ def test_the_tables_are_those_of_the_results():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_shows_what_is_there(page):
+def test_a_page_shows_the_current_tables(page):
     assert filled(page.read_text(), PAGES[page]) == page.read_text()
     assert "Not measured yet" not in page.read_text()
 
 
-def test_a_block_is_replaced_and_nothing_else(tmp_path):
+def test_only_the_block_is_replaced(tmp_path):
     (tmp_path / "a.md").write_text("| new |\n")
     text = "before\n<!-- table a -->\n| old |\n<!-- end -->\nafter\n"
     assert filled(text, tmp_path) == "before\n<!-- table a -->\n\n| new |\n\n<!-- end -->\nafter\n"

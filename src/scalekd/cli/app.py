@@ -19,8 +19,11 @@ COMMANDS = (train, compare, heads, transfer, analyze, cost, lists)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failed check, 2 for a mistake of the user's, 75 for a run that a
-    scheduler stopped and may start again, 130 for Ctrl-C."""
+    """Runs a command and returns the exit code.
+
+    0: success. 1: a check or a run failed. 2: an error in the input. 75: a scheduler stopped the run and may start the
+    same command again. 130: Ctrl-C.
+    """
     args = parse(argv)
     try:
         return args.run(args) or 0
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scalekd: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("\nscalekd: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nscalekd: stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `scalekd recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads a command line; overrides may stand before, between and after the options."""
+    """Parses a command line. Overrides (`key=value`) may come before, between and after the options."""
     command_line = parser()
-    args, rest = command_line.parse_known_args(argv)  # argparse leaves over what follows an option
+    args, rest = command_line.parse_known_args(argv)  # argparse does not assign overrides that follow an option
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         command_line.error(f"unrecognized arguments: {' '.join(rest)}; `scalekd COMMAND --help` lists the options")
     if rest:
@@ -51,13 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     command_line = argparse.ArgumentParser(prog="scalekd", description="Distil vision transformers into small models.")
     command_line.add_argument("--version", action="version", version=f"scalekd {__version__}")
     commands = command_line.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in COMMANDS:
         group.add_commands(commands)
     return command_line
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,17 +13,19 @@ from .options import add_bad_images, command, names, overrides, recipe_overrides
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "compare", _compare, "methods x students x seeds on your data; the same command resumes")
+    sub = command(
+        commands, "compare", _compare, "compare methods x students x seeds on your data; the same command resumes"
+    )
     sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/how-to/compare.md)")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as train.epochs=20")
-    sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these, beside the baseline")
-    sub.add_argument("--students", type=names, default=[], metavar="A,B", help="only these")
-    sub.add_argument("--seeds", type=int, help="how many (default: the ladder's)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run, such as train.epochs=20")
+    sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these methods and the baseline")
+    sub.add_argument("--students", type=names, default=[], metavar="A,B", help="only these students")
+    sub.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the ladder's)")
     sub.add_argument("--data", metavar="SOURCE", help="as for train")
     sub.add_argument("--val", metavar="SOURCE", help="as for train")
     add_bad_images(sub)
     sub.add_argument("--teacher", metavar="MODEL", help="as for train")
-    sub.add_argument("--student", metavar="MODEL", help="as for train; for a ladder without students of its own")
+    sub.add_argument("--student", metavar="MODEL", help="as for train; only for a ladder that sets no students")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the comparison's folder (default: runs/compare-NAME)")
     sub.add_argument(
         "--known",
@@ -31,14 +33,16 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="another comparison; its equal runs count",
+        help="folder of another comparison; reuse its runs with the same recipe; repeatable",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or per CPU core)")
     sub.add_argument(
-        "--share-teacher", action="store_true", help="one teacher pass for all runs of a seed, kept on disk meanwhile"
+        "--share-teacher",
+        action="store_true",
+        help="run the teacher once for all runs of a seed; keeps its outputs on disk until they are done",
     )
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
-    sub.add_argument("--dry-run", action="store_true", help="check every run's recipe, list them, write nothing")
+    sub.add_argument("--dry-run", action="store_true", help="check and list all runs; write nothing")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -46,7 +50,7 @@ def _compare(args: argparse.Namespace) -> int:
         if args.dry_run:
             _list(args)
             return 0
-        found = api.compare(
+        result = api.compare(
             args.ladder,
             data=args.data,
             val=args.val,
@@ -64,7 +68,7 @@ def _compare(args: argparse.Namespace) -> int:
             stop=stop,
             verbose=True,
         )
-    return 1 if found.failed else 0
+    return 1 if result.failed else 0
 
 
 def _list(args: argparse.Namespace) -> None:

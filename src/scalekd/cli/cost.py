@@ -13,12 +13,12 @@ from .options import DEVICE, add_json_or_markdown, add_models, add_recipe, comma
 
 def add_commands(commands: Any) -> None:
     sub = command(
-        commands, "cost", _cost, "what a recipe's step costs, by part and beside plain feature distillation; no data"
+        commands, "cost", _cost, "count what a training step costs, by part and against plain feature distillation"
     )
     add_recipe(sub)
     add_models(sub)
-    sub.add_argument("--classes", type=int, default=1000, metavar="N", help="of the data (default: 1000)")
-    sub.add_argument("--batch", type=int, metavar="N", help="images per device (default: 32 counted, 4 measured)")
+    sub.add_argument("--classes", type=int, default=1000, metavar="N", help="classes of the data (default: 1000)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images per device (default: 32; 4 with --measure)")
     sub.add_argument("--measure", action="store_true", help="also time real steps on random pixels")
     sub.add_argument("--device", help=f"for --measure: {DEVICE}")
     sub.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
@@ -27,25 +27,25 @@ def add_commands(commands: Any) -> None:
     _add_plan(commands)
 
     sub = command(
-        commands, "pairs", _pairs, "the papers' teachers and students, measured: parameters, multiply-adds, stage maps"
+        commands, "pairs", _pairs, "parameters, multiply-adds and stage maps of the papers' teachers and students"
     )
-    sub.add_argument("names", nargs="*", metavar="NAME", help="only the pairs that have all of these in a model's name")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="only pairs whose model names contain all of these")
     add_json_or_markdown(sub)
 
 
 def _add_plan(commands: Any) -> None:
     sub = command(
-        commands, "plan", _plan, "before a big run: hours, GPU-hours and memory as intervals, and the bottleneck"
+        commands, "plan", _plan, "estimate hours, GPU-hours, memory and the bottleneck of a run, as intervals"
     )
     add_recipe(sub)
     sub.add_argument("--data", metavar="SOURCE", help="as for train")
     sub.add_argument("--val", metavar="SOURCE", help="as for train")
     add_models(sub)
     sub.add_argument("--images", type=int, metavar="N", help="training images (default: the data's, or ImageNet-1K's)")
-    sub.add_argument("--classes", type=int, metavar="N", help="of the data (default: the data's, or 1000)")
-    sub.add_argument("--gpu", metavar="KIND", help="v100, a100, h100, l4, rtx4090, ... (default: a100)")
-    sub.add_argument("--gpus", type=int, default=1, metavar="K", help="how many (default: 1)")
-    sub.add_argument("--measure", action="store_true", help="time real steps and the reading of images on this machine")
+    sub.add_argument("--classes", type=int, metavar="N", help="classes of the data (default: the data's, or 1000)")
+    sub.add_argument("--gpu", metavar="KIND", help="the GPU: v100, a100, h100, l4, rtx4090, ... (default: a100)")
+    sub.add_argument("--gpus", type=int, default=1, metavar="K", help="number of GPUs (default: 1)")
+    sub.add_argument("--measure", action="store_true", help="time real steps and image loading on this machine")
     sub.add_argument("--batch", type=int, metavar="N", help="for --measure: images per step (default: up to 64)")
     sub.add_argument("--device", help=f"for --measure: {DEVICE}")
     add_json_or_markdown(sub)
@@ -54,7 +54,7 @@ def _add_plan(commands: Any) -> None:
 def _cost(args: argparse.Namespace) -> None:
     from scalekd.cost.page import show
 
-    found = api.cost(
+    result = api.cost(
         args.recipe,
         teacher=args.teacher,
         student=args.student,
@@ -65,13 +65,13 @@ def _cost(args: argparse.Namespace) -> None:
         out=args.out,
         overrides=overrides(args),
     )
-    print_result(args, found.details, show)
+    print_result(args, result.details, show)
 
 
 def _plan(args: argparse.Namespace) -> None:
     from scalekd.cost.plan_page import markdown, show
 
-    found = api.plan(
+    result = api.plan(
         args.recipe,
         data=args.data,
         val=args.val,
@@ -86,8 +86,8 @@ def _plan(args: argparse.Namespace) -> None:
         device=args.device,
         overrides=overrides(args),
     )
-    plain = {"runs": found.runs, "hours": list(found.hours), "gpu_hours": list(found.gpu_hours)}
-    print_result(args, plain, show, markdown)
+    values = {"runs": result.runs, "hours": list(result.hours), "gpu_hours": list(result.gpu_hours)}
+    print_result(args, values, show, markdown)
 
 
 def _pairs(args: argparse.Namespace) -> None:

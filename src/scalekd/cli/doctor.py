@@ -1,4 +1,4 @@
-"""What this machine has, and whether the parts that a run needs work on it."""
+"""Reports versions and devices of this machine, and whether a distillation step works on them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ OPTIONAL |= {"matplotlib": "figures", "faster_coco_eval": "detection", "segmenta
 
 
 def examine(as_json: bool) -> int:
-    """Prints what is there; returns 1 if a run could not start."""
-    found: dict[str, Any] = {
+    """Prints versions, devices and problems. Returns 1 if a run could not start, otherwise 0."""
+    report: dict[str, Any] = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_bf16": bf16_instructions(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
     }
-    found |= {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
-    found["torch"] = torch.__version__  # with the build: +cpu, +cu126, ...
-    found["gpus"] = [
+    report |= {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    report["torch"] = torch.__version__  # with the build: +cpu, +cu126, ...
+    report["gpus"] = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
         for i in range(torch.cuda.device_count())
     ]
-    found["problems"] = problems = _problems()
+    report["problems"] = problems = _problems()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        for key, value in found.items():
+        for key, value in report.items():
             if key != "problems":
                 print(f"{key:14} {', '.join(value) or 'none' if isinstance(value, list) else value or _absent(key)}")
         for problem in problems:
             print(f"problem        {problem}")
-        print("a run can start" if not problems else "a run cannot start before that is mended")
+        print("a run can start" if not problems else "a run cannot start until this is fixed")
     return 1 if problems else 0
 
 
 def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The bf16 instructions of this CPU, by Linux's names; without them `train.precision=bf16` is slower than float32."""
+    """The bf16 instructions of this CPU, as Linux names them. Without any, `train.precision=bf16` is slower than float32."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    has = next((line.split() for line in lines if line.startswith(("flags", "Features"))), None)
-    if has is None:
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), None)
+    if flags is None:
         return "unknown"
-    return ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in has) or "none"
+    return ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags) or "none"
 
 
 def _version(package: str) -> str | None:
@@ -67,19 +67,19 @@ def _absent(package: str) -> str:
 
 
 def _problems() -> list[str]:
-    """A small distillation step on every device, with weights and gradients looked at."""
+    """Runs a small distillation step on every device and checks its gradients; returns a line for each failure."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     problems = []
     for device in devices:
         try:
             _smallest_step(torch.device(device))
-        except Exception as error:  # whatever it is, it is what the person came for
+        except Exception as error:  # any failure is a finding of this command
             problems.append(f"{device}: a distillation step fails: {type(error).__name__}: {error}")
     return problems
 
 
 def _smallest_step(device: torch.device) -> None:
-    """ScaleKD between two tiny models; raises if the loss or a gradient is not finite."""
+    """A ScaleKD step between two tiny models. Raises if a gradient is missing or not finite."""
     import timm
 
     from scalekd.checks.step import dead_parameters

@@ -1,4 +1,4 @@
-"""Names of recipe keys and Python parameters in messages, as the options of the command line."""
+"""Rewrites error messages for the command line: recipe keys and Python parameters become its options."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 from scalekd.common.errors import UserError
 
-# options whose values have no recipe key
+# parameters of the Python functions that have an option but no recipe key
 POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "data", "device", "draws", "gpu",
     "gpus", "images", "inference", "jobs", "kwargs", "known", "measure", "out", "pictures", "random", "seeds",
     "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
 }  # fmt: skip
-OPTIONS = {"train": "data"}  # recipe keys whose option has another name
+OPTIONS = {"train": "data"}  # recipe key -> option, where the names differ
 KEYS = re.compile(
     r"(?<![\w./-])(?:teacher\.(weights|prefix|kwargs|mean|std|image_size)|data\.(channels|limit|seed|train|val)"
     r"|augment\.(crop_pct))\b"
 )
 PARAMETER = re.compile(r"Did you mean [^?]*\?|`([a-z_]+)`")  # suggestions stay as they are
-CALLED = {"analyses": "analysis", "baselines": "baseline"}  # repeatable options are singular
+CALLED = {"analyses": "analysis", "baselines": "baseline"}  # parameter -> option: repeatable options are singular
 
 
 def with_options(message: str, args: argparse.Namespace) -> str:
-    """`message` with the parameters of Python functions that it names in backticks as this command's options."""
+    """`message` with parameter names in backticks replaced by this command's options: "`out`" becomes "`--out`"."""
 
-    def shown(found: re.Match[str]) -> str:
-        name = CALLED.get(found[1] or "", found[1] or "")
-        return f"`{_option(name)}`" if name in POSSIBLE and hasattr(args, name) else found[0]
+    def replaced(match: re.Match[str]) -> str:
+        name = CALLED.get(match[1] or "", match[1] or "")
+        return f"`{_option(name)}`" if name in POSSIBLE and hasattr(args, name) else match[0]
 
-    return PARAMETER.sub(shown, message)
+    return PARAMETER.sub(replaced, message)
 
 
 def as_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, for a command that has options in place of recipe keys: its errors name those."""
+    """`function` for a command with options instead of recipe keys: its errors name the options."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:

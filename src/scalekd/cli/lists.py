@@ -13,27 +13,27 @@ from .options import add_json_or_markdown, command, print_result
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "methods", _methods, "the distillation methods with their options")
+    sub = command(commands, "methods", _methods, "list the distillation methods with their options")
     sub.add_argument("--json", action="store_true")
 
     sub = command(
-        commands, "teachers", _teachers, "which methods a timm model serves as a teacher; without names, the families"
+        commands, "teachers", _teachers, "which methods timm models can teach; without names, one model per family"
     )
     sub.add_argument("models", nargs="*", metavar="MODEL", help="timm names")
     add_json_or_markdown(sub)
 
     sub = command(
-        commands, "recipes", _recipes, "the shipped recipes; `recipes show NAME` writes one out and explains it"
+        commands, "recipes", _recipes, "list the shipped recipes; `recipes show NAME` prints and explains one"
     )
     sub.add_argument("show", nargs="*", metavar="show NAME")
     sub.add_argument("--json", action="store_true")
 
-    sub = command(commands, "doctor", _doctor, "what this machine has, and whether it works")
+    sub = command(commands, "doctor", _doctor, "check this machine: versions, devices, a small distillation step")
     sub.add_argument("--json", action="store_true")
 
 
 def _methods(args: argparse.Namespace) -> None:
-    found = api.methods()
+    listed = api.methods()
     if args.json:
         plain = [
             {
@@ -42,11 +42,11 @@ def _methods(args: argparse.Namespace) -> None:
                 "needs": {"teacher": method.needs_teacher, "targets": method.needs_targets},
                 "options": method.options,
             }
-            for method in found
+            for method in listed
         ]
         print(json.dumps(plain, indent=2))
         return
-    for method in found:
+    for method in listed:
         print(f"{method.name:9} {method.summary}{' Reads labels.' * method.needs_targets}")
         if method.options:
             print(f"{'':9} {', '.join(f'{key}={value!r}' for key, value in method.options.items())}")
@@ -64,7 +64,7 @@ def _recipes(args: argparse.Namespace) -> None:
     from scalekd.config.recipe import load_recipe
 
     if args.show and (len(args.show) != 2 or args.show[0] != "show"):
-        raise UserError("write `scalekd recipes` or `scalekd recipes show NAME`")
+        raise UserError("use `scalekd recipes` or `scalekd recipes show NAME`")
     if args.show and args.json:
         name = args.show[1]
         more = {"amount": amount(load_recipe(name)), "recipe": recipe_values(name)}

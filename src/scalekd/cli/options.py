@@ -1,4 +1,4 @@
-"""What several commands share: adding a sub-command, common options, printing a result."""
+"""Shared by several commands: adding a sub-command, common options, printing a result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def add_recipe(sub: argparse.ArgumentParser) -> None:
 
 def add_models(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--teacher", metavar="MODEL", help="a timm name, pre-trained unless teacher.weights says otherwise; or a folder"
+        "--teacher",
+        metavar="MODEL",
+        help="a timm name (pre-trained, unless teacher.weights is set) or the folder of a run or head",
     )
     sub.add_argument("--student", metavar="MODEL", help="a timm name, or the folder of a run")
 
@@ -40,11 +42,13 @@ def add_sources(sub: argparse.ArgumentParser, *, required: bool = False) -> None
         metavar="SOURCE",
         help="a folder with train/ and val/ or one folder per class, tar:, wds:, hf:, ...",
     )
-    sub.add_argument("--val", metavar="SOURCE", help="validation images (default: those of --data, or a part held out)")
+    sub.add_argument("--val", metavar="SOURCE", help="validation images (default: those of --data, or a held-out part)")
 
 
 def add_bad_images(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--on-bad-image", choices=["error", "skip"], help="an image that cannot be read (default: error)")
+    sub.add_argument(
+        "--on-bad-image", choices=["error", "skip"], help="what to do if an image cannot be read (default: error)"
+    )
 
 
 def add_json_or_markdown(sub: argparse.ArgumentParser) -> None:
@@ -54,7 +58,7 @@ def add_json_or_markdown(sub: argparse.ArgumentParser) -> None:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """Those of the options that stand for a key of the recipe and of no argument of the Python function, then `key=value`."""
+    """The overrides of options that set a recipe key and are no parameter of the Python function, then `key=value`."""
     texts = []
     if getattr(args, "on_bad_image", None):
         texts.append(f"data.on_bad_image={args.on_bad_image}")
@@ -64,27 +68,29 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def recipe_overrides(args: argparse.Namespace) -> list[str]:
-    """All overrides that a command line stands for."""
+    """All overrides of a command line: options that set recipe keys, then `key=value`."""
     from scalekd.config.arguments import overrides_of
 
-    data, val, unlabelled = (getattr(args, name, None) for name in ("data", "val", "unlabelled"))
-    return overrides_of(data, val, unlabelled, args.teacher, args.student, overrides(args))
+    data, val, unlabelled, teacher, student = (
+        getattr(args, name, None) for name in ("data", "val", "unlabelled", "teacher", "student")
+    )
+    return overrides_of(data, val, unlabelled, teacher, student, overrides(args))
 
 
 def names(text: str) -> list[str]:
-    """A list with commas."""
+    """Splits a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def print_result(
-    args: argparse.Namespace, found: Any, show: Callable[..., None], markdown: Callable[[Any], str] | None = None
+    args: argparse.Namespace, result: Any, show: Callable[..., None], markdown: Callable[[Any], str] | None = None
 ) -> None:
-    """In the form that was asked for: --json, --markdown where there is one, or on the screen."""
+    """Prints `result` as JSON with --json, as Markdown with --markdown, otherwise with `show`."""
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     elif markdown and args.markdown:
-        print(markdown(found), end="")
+        print(markdown(result), end="")
     else:
         from rich.console import Console
 
-        show(found, Console(emoji=False))
+        show(result, Console(emoji=False))

@@ -20,7 +20,7 @@ from .options import DEVICE, add_bad_images, add_models, add_recipe, add_sources
 def add_commands(commands: Any) -> None:
     _add_train(commands)
 
-    sub = command(commands, "evaluate", _evaluate, "top-1 and top-5 of an exported student")
+    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
     sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
@@ -28,34 +28,41 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument("--json", action="store_true")
 
-    sub = command(commands, "export", _export, "the student of a run as safetensors for timm, and as ONNX")
-    sub.add_argument("run_folder", type=Path)
-    sub.add_argument("--checkpoint", choices=["best", "last"], default="last")
+    sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
+    sub.add_argument("run_folder", type=Path, help="the run's folder")
+    sub.add_argument("--checkpoint", choices=["best", "last"], default="last", help="(default: last)")
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
 
     _add_report(commands)
     _add_import(commands)
 
-    sub = command(commands, "demo", _demo, "a ViT teaches a small CNN on embedded real images, offline, in minutes")
-    sub.add_argument("--seeds", type=int, default=1, help="seeds per method")
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    sub = command(commands, "demo", _demo, "distil a ViT into a small CNN on embedded real images; offline, in minutes")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds per method (default: 1)")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: runs/demo)")
 
 
 def _add_train(commands: Any) -> None:
     sub = command(commands, "train", _train, "train a student from a recipe; the same command resumes a stopped run")
     add_recipe(sub)
     add_sources(sub)
-    sub.add_argument("--unlabelled", metavar="SOURCE", help="more training images, without labels; or `rest`")
+    sub.add_argument(
+        "--unlabelled",
+        metavar="SOURCE",
+        help="more training images without labels; `rest`: those left out by data.limit",
+    )
     add_bad_images(sub)
     add_models(sub)
-    sub.add_argument("--teacher-random", action="store_true", help="a teacher with initial weights, on purpose")
+    sub.add_argument("--teacher-random", action="store_true", help="use a teacher with random initial weights")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument(
-        "--teacher-outputs", type=Path, metavar="DIR", help="read the teacher's outputs of another run, or keep them"
+        "--teacher-outputs",
+        type=Path,
+        metavar="DIR",
+        help="a folder where runs with the same inputs share the teacher's outputs",
     )
-    sub.add_argument("--dry-run", action="store_true", help="build everything, run the pre-flight, write nothing")
-    sub.add_argument("--no-preflight", action="store_true", help="start without checks")
+    sub.add_argument("--dry-run", action="store_true", help="build everything and run the pre-flight; write nothing")
+    sub.add_argument("--no-preflight", action="store_true", help="train without the checks before step 1")
 
 
 def _add_report(commands: Any) -> None:
@@ -63,13 +70,18 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _report,
-        "one HTML page about a run or a comparison, finished or not (docs/how-to/report.md)",
+        "write an HTML page about a run or a comparison, finished or not (docs/how-to/report.md)",
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run or of a comparison")
     sub.add_argument(
-        "--baseline", type=Path, action="append", default=[], metavar="RUN", help="another run beside it; repeatable"
+        "--baseline",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="another run to compare with; repeatable",
     )
-    sub.add_argument("--data", metavar="SOURCE", help="other images than the run's validation images")
+    sub.add_argument("--data", metavar="SOURCE", help="images to use instead of the run's validation images")
     sub.add_argument("--images", type=int, metavar="N", help="use this many images (default: 2000)")
     sub.add_argument(
         "--analysis",
@@ -77,26 +89,30 @@ def _add_report(commands: Any) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="written by `analyze --out`; repeatable",
+        help="a folder written by `analyze ... --out`; repeatable",
     )
     sub.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the folder)")
     sub.add_argument("--device", help=DEVICE)
 
 
 def _add_import(commands: Any) -> None:
-    sub = command(commands, "import", _import, "weights that the papers' authors released, as an exported student")
-    sub.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt or .safetensors, on this disk")
-    sub.add_argument("--model", required=True, metavar="TIMM_NAME")
-    sub.add_argument(
-        "--kwargs", default="{}", metavar="YAML", help="student.kwargs of a recipe: '{class_token: false}'"
+    sub = command(
+        commands, "import", _import, "convert weights released by the papers' authors into an exported student"
     )
-    sub.add_argument("--classes", metavar="SOURCE", help="source with the head's classes (default: ImageNet-1K's)")
-    sub.add_argument("--no-ema", action="store_true", help="the plain weights where the file has averaged ones too")
+    sub.add_argument("file", type=Path, metavar="FILE", help="a local .pth, .pt or .safetensors file")
+    sub.add_argument("--model", required=True, metavar="TIMM_NAME", help="the timm model that the weights belong to")
+    sub.add_argument(
+        "--kwargs", default="{}", metavar="YAML", help="as student.kwargs in a recipe, such as '{class_token: false}'"
+    )
+    sub.add_argument(
+        "--classes", metavar="SOURCE", help="a source with the classes of the head (default: ImageNet-1K's)"
+    )
+    sub.add_argument("--no-ema", action="store_true", help="use the plain weights if the file also has averaged ones")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the student's folder (default: runs/NAME_OF_FILE)")
 
 
 def _train(args: argparse.Namespace) -> None:
-    with StopRequest() as stop:  # before the slow imports, so that a scheduler's signal counts during them too
+    with StopRequest() as stop:  # before the slow imports, so that signals are handled during them too
         if args.dry_run:
             _check(args)
             return
@@ -138,22 +154,24 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    found = api.evaluate(args.student, data=args.data, device=args.device)
+    result = api.evaluate(args.student, data=args.data, device=args.device)
     if args.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(result)))
     else:
-        print(f"top-1 {found.top1:.2f} %  top-5 {found.top5:.2f} %  loss {found.loss:.4f}  on {found.images} images")
+        print(
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
+        )
 
 
 def _export(args: argparse.Namespace) -> None:
-    found = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
-    for file, difference in found.differences.items():
-        reader = "onnxruntime" if file == found.onnx else "timm loads it back"
+    result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
+    for file, difference in result.differences.items():
+        reader = "onnxruntime" if file == result.onnx else "timm loads it back"
         print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
 
 
 def _report(args: argparse.Namespace) -> None:
-    found = api.report(
+    result = api.report(
         args.folder,
         baselines=args.baseline,
         data=args.data,
@@ -162,7 +180,7 @@ def _report(args: argparse.Namespace) -> None:
         out=args.out,
         device=args.device,
     )
-    for line in [*found.left_out, f"report {found.path}"]:
+    for line in [*result.left_out, f"report {result.path}"]:
         print(printable(line))
 
 
@@ -172,7 +190,7 @@ def _import(args: argparse.Namespace) -> None:
 
     kwargs = parse_yaml(args.kwargs, "--kwargs")
     if not isinstance(kwargs, dict):
-        raise UserError("--kwargs: a mapping such as '{class_token: false}'")
+        raise UserError("--kwargs: write a mapping such as '{class_token: false}'")
     out = args.out or Path("runs") / args.file.stem
     for line in import_student(args.file, args.model, kwargs, out, args.classes, ema=not args.no_ema):
         print(printable(line))
@@ -182,5 +200,5 @@ def _demo(args: argparse.Namespace) -> None:
     from scalekd.demo.demo import demo
 
     if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: one or more")
+        raise UserError(f"--seeds {args.seeds}: must be 1 or more")
     demo(args.out, range(args.seeds))

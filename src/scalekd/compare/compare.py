@@ -1,29 +1,25 @@
-"""`scalekd compare`: methods x students x seeds on one data set, into a folder that a second call goes on with."""
+"""Runs a ladder's comparison into a folder; a second call resumes it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
-from scalekd.common.text import duration, printable
+from scalekd.common.text import duration, say
 from scalekd.distill.teacher_outputs import SUFFIX
 
+from .board import Board
 from .ladder import Job, Ladder, jobs, ladder_text
 from .page import markdown
 from .plot import curve_plot, gain_plot
@@ -37,95 +33,108 @@ def compare(
     source: str,
     overrides: Sequence[str],
     out: Path,
-    at: Sequence[Place],
+    places: Sequence[Place],
     *,
     share: bool,
     known: Sequence[Path] = (),
     stop: StopRequest,
     console: Console,
 ) -> dict[str, Any]:
-    """Runs what is not there yet and writes results.jsonl, summary.json and .md, report.html and its plots into `out`.
+    """Runs every job of `ladder` that is not finished; writes results, summary, page and plots into `out`.
 
-    source: the ladder's name or file, whose header is shown. share: one teacher pass for the runs of a seed.
-    known: folders of other comparisons whose finished runs count where the recipe is the same.
-    Returns what summary.json holds. Raises `UserError`, and `Stopped` with everything saved.
+    The files are results.jsonl, summary.json, summary.md, report.html, gain.svg and curves.svg.
+
+    Args:
+        source: the ladder's name or file; its header is shown on the page.
+        places: the devices that runs are distributed over, one run at a time on each.
+        share: one teacher pass for the runs of a seed, kept in `out`/outputs until the seed is done.
+        known: folders of other comparisons; their finished runs are reused where the recipe is the same.
+
+    Returns the content of summary.json. Raises `UserError`, and `Stopped` after all runs saved a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare starts its runs itself, one process each; start it without torchrun")
+        raise UserError("compare starts one process for each run itself; start it without torchrun")
     planned = jobs(ladder, overrides)
     for folder in known:
         if not (folder / FILE).is_file():
-            raise UserError(f"--known: {folder} holds no comparison ({FILE} is not there)")
-    _open(out)
+            raise UserError(f"`known`: {folder} is not the folder of a comparison: it has no {FILE}")
+    _check_out(out)
     with in_use(out):
         records = known_records(out, planned, known)
-        board = Board(ladder, planned, records, out, console)
         missing = [job for job in planned if job not in records]
-        console.print(
-            f"{ladder.title or ladder.name}: {len(planned)} runs, {len(records)} of them finished before; "
-            f"{len(at)} at a time on {at[0].device}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        counts = f"{len(planned)} runs, {len(records)} of them already finished"
+        where = f"{len(places)} at a time on {places[0].device}"
+        say(console, f"{ladder.title or ladder.name}: {counts}; {where}")
         began = time.monotonic()
         failed: dict[Job, str] = {}
-
-        def ended(job: Job, code: int) -> None:
-            folder = out / "runs" / job.folder
-            record = record_of(job, folder) if code == FINISHED else None
-            if record:
-                records[job] = record
-                write_records(out, _in_order(planned, records))
-            elif code in (FINISHED, FAILED) or code < 0:
-                failed[job] = _last_words(folder, code)
-            board.ended(job, record, failed.get(job), code)
-            if share and not any(j.seed == job.seed and j not in records and j not in failed for j in planned):
-                _remove_outputs(out, job.seed)  # nobody will read them
-
-        def told(records: dict[Job, Record]) -> dict[str, Any]:
-            return summary(
+        try:
+            stop.wait_for_step = True
+            _run_missing(missing, Board(ladder, planned, records, out, console), places, stop, failed, share)
+        finally:
+            ordered = _in_order(planned, records)
+            write_records(out, ordered)
+            result = summary(
                 ladder,
                 planned,
-                _in_order(planned, records),
-                about=_about(source),
+                ordered,
+                about=_header(source),
                 command=command_line(),
                 versions=versions(),
                 teacher_top1=_teacher_top1(planned),
-                wall_seconds=_wall(out, time.monotonic() - began, bool(missing)),
+                wall_seconds=_total_wall_seconds(out, time.monotonic() - began if missing else 0.0),
                 failed=[_failure(job, error) for job, error in failed.items()],
             )
+            _write_pages(out, result, console)
+    return result
 
-        try:
-            stop.wait_for_step = True
-            with board:
-                outputs = out / "outputs" if share else None
-                run_all(missing, lambda job: out / "runs" / job.folder, outputs, at, ended, board.show, stop)
-            if len(records) == len(planned):
-                shutil.rmtree(out / "outputs", ignore_errors=True)
-        finally:
+
+def _run_missing(
+    missing: Sequence[Job],
+    board: Board,
+    places: Sequence[Place],
+    stop: StopRequest,
+    failed: dict[Job, str],
+    share: bool,
+) -> None:
+    """Runs `missing`; adds what finishes to `board.records`, and the error of what fails to `failed`."""
+    out, planned, records = board.out, board.planned, board.records
+
+    def ended(job: Job, code: int) -> None:
+        folder = out / "runs" / job.folder
+        record = record_of(job, folder) if code == FINISHED else None
+        if record:
+            records[job] = record
             write_records(out, _in_order(planned, records))
-            found = told(records)
-            _write_pages(out, found, console)
-    return found
+        elif code in (FINISHED, FAILED) or code < 0:
+            failed[job] = _error_of(folder, code)
+        board.ended(job, record, failed.get(job))
+        if share and not any(j.seed == job.seed and j not in records and j not in failed for j in planned):
+            _remove_outputs(out, job.seed)  # all runs of this seed are done
+
+    with board:
+        outputs = out / "outputs" if share else None
+        run_all(missing, lambda job: out / "runs" / job.folder, outputs, places, ended, board.show, stop)
+    if len(records) == len(planned):
+        shutil.rmtree(out / "outputs", ignore_errors=True)
 
 
-def _open(out: Path) -> None:
-    """Refuses a folder that holds something else."""
+def _check_out(out: Path) -> None:
+    """Raises `UserError` if `out` cannot be read or holds something other than a comparison."""
     try:
         inside = [p.name for p in out.iterdir()] if out.exists() else []
     except OSError as error:
-        raise UserError(f"cannot use {out}: {error}. Give --out a folder that you may read and write.") from None
+        raise UserError(f"cannot use {out}: {error}. Choose a readable and writable folder with `out`.") from None
     known = {"results.jsonl", "runs", "outputs", ".lock"}
     if inside and not known & set(inside):
-        raise UserError(f"{out} is not empty and holds no comparison; give --out another folder")
+        raise UserError(f"{out} is not empty and holds no comparison; choose another folder with `out`")
 
 
 def _in_order(planned: Sequence[Job], records: dict[Job, Record]) -> dict[Job, Record]:
     return {job: records[job] for job in planned if job in records}
 
 
-def _about(source: str) -> list[str]:
+def _header(source: str) -> list[str]:
+    """The comment lines of a ladder file."""
     lines = ladder_text(source).splitlines()
     return [line.lstrip("# ").rstrip() for line in lines if line.startswith("#")]
 
@@ -135,27 +144,28 @@ def _teacher_top1(planned: Iterable[Job]) -> float | None:
     return known.pop() if len(known) == 1 else None
 
 
-def _wall(out: Path, seconds: float, ran: bool) -> float:
-    """All sessions of this comparison together."""
+def _total_wall_seconds(out: Path, seconds: float) -> float:
+    """`seconds` plus the wall time of earlier calls into the same folder."""
     try:
         before = float(json.loads((out / "summary.json").read_text())["wall_seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         before = 0.0
-    return round(before + (seconds if ran else 0.0), 1)
+    return round(before + seconds, 1)
 
 
 def _failure(job: Job, error: str) -> dict[str, Any]:
     return {"student": job.student, "method": job.method, "seed": job.seed, "error": error}
 
 
-def _last_words(folder: Path, code: int) -> str:
+def _error_of(folder: Path, code: int) -> str:
+    """Why the run in `folder` ended: the signal, or the last error in its log."""
     if code < 0:
         return f"ended by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     log = folder.with_name(folder.name + ".log")
     lines = [line for line in log.read_text().splitlines() if line.strip()] if log.is_file() else []
-    told = [i for i, line in enumerate(lines) if line.startswith("scalekd: ")]
-    words = " ".join(lines[told[-1] :]) if told else (lines or ["no message"])[-1]
-    return f"{words.removeprefix('scalekd: ')}  ({log})"
+    errors = [i for i, line in enumerate(lines) if line.startswith("scalekd: ")]
+    text = " ".join(lines[errors[-1] :]) if errors else (lines or ["no message"])[-1]
+    return f"{text.removeprefix('scalekd: ')}  ({log})"
 
 
 def _remove_outputs(out: Path, seed: int) -> None:
@@ -163,97 +173,14 @@ def _remove_outputs(out: Path, seed: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def _write_pages(out: Path, told: dict[str, Any], console: Console) -> None:
-    write_text(out / "summary.json", json.dumps(told, indent=1) + "\n")
-    write_text(out / "summary.md", markdown(told))
-    write_comparison(out, out / "report.html", told)
-    write_text(out / "gain.svg", gain_plot(told))
-    if curves := curve_plot(told):
+def _write_pages(out: Path, result: dict[str, Any], console: Console) -> None:
+    write_text(out / "summary.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / "summary.md", markdown(result))
+    write_comparison(out, out / "report.html", result)
+    write_text(out / "gain.svg", gain_plot(result))
+    if curves := curve_plot(result):
         write_text(out / "curves.svg", curves)
-    for failure in told["failed"]:
-        words = f"failed: {failure['student']} {failure['method']} seed {failure['seed']}: {failure['error']}"
-        console.print(printable(words), highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"{told['finished']} of {told['planned']} runs finished ({duration(told['wall_seconds'])}).  "
-        f"table {out / 'summary.md'}  page {out / 'report.html'}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _progress(folder: Path) -> str:
-    """How far the run in `folder` is, by the end of its log: '62/744'."""
-    try:
-        with open(folder / "log.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4000))
-            steps = re.findall(rb'"step": (\d+), "steps": (\d+)', file.read())
-    except OSError:
-        steps = []
-    return "step {}/{}".format(*(n.decode() for n in steps[-1])) if steps else "starts"
-
-
-class Board:
-    """The live table on a terminal; elsewhere one line for each run that ends."""
-
-    def __init__(self, ladder: Ladder, planned: Sequence[Job], records: dict[Job, Record], out: Path, console: Console):
-        self.ladder, self.planned, self.records, self.out, self.console = ladder, planned, records, out, console
-        self.students = list(dict.fromkeys(job.student for job in planned))
-        self.live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
-        self.began, self.before = time.monotonic(), len(records)
-
-    def __enter__(self) -> Board:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.update(Group(*self.table()), refresh=True)
-            self.live.stop()
-
-    def ended(self, job: Job, record: Record | None, failure: str | None, code: int) -> None:
-        if self.live:
-            return
-        told = f"top-1 {record['top1']:.2f} %  {duration(record['seconds'])}" if record else failure or "stopped, saved"
-        self.console.print(
-            printable(f"[{len(self.records)}/{len(self.planned)}] {job}: {told}{self._left()}"),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-
-    def show(self, running: dict[Job, float]) -> None:
-        if self.live:
-            now = time.monotonic()
-            lines = [
-                Text(f"  {job}  {_progress(self.out / 'runs' / job.folder)}  {duration(now - since)}")
-                for job, since in running.items()
-            ]
-            self.live.update(Group(*self.table(), *lines), refresh=True)
-
-    def table(self) -> list[RenderableType]:
-        table = Table(box=None, padding=(0, 2))
-        table.add_column("method")
-        for student in self.students:
-            table.add_column(printable(student), justify="right")
-        for method in self.ladder.methods:
-            cells = [self._cell(student, method) for student in self.students]
-            table.add_row(Text(method), *cells)
-        return [table, Text(f"  {len(self.records)} of {len(self.planned)} runs{self._left()}")]
-
-    def _cell(self, student: str, method: str) -> str:
-        values = [r["top1"] for job, r in self.records.items() if (job.student, job.method) == (student, method)]
-        if not values:
-            return "-"
-        spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        few = f" ({len(values)})" if len(values) < len(self.ladder.seeds) else ""
-        return f"{statistics.mean(values):.2f}{spread}{few}"
-
-    def _left(self) -> str:
-        """By the runs that ended so far; one that takes longer than most makes it wrong."""
-        done = len(self.records) - self.before
-        if not done or len(self.records) == len(self.planned):
-            return ""
-        seconds = (time.monotonic() - self.began) / done * (len(self.planned) - len(self.records))
-        return f"  about {duration(seconds)} left"
+    for failure in result["failed"]:
+        say(console, f"failed: {failure['student']} {failure['method']} seed {failure['seed']}: {failure['error']}")
+    finished = f"{result['finished']} of {result['planned']} runs finished ({duration(result['wall_seconds'])})."
+    say(console, f"{finished}  table {out / 'summary.md'}  page {out / 'report.html'}")

@@ -1,4 +1,4 @@
-"""What a ladder ends in: Markdown and one self-contained HTML page, both from the same plain summary."""
+"""A comparison's summary as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ from .plot import (
     Panel,
     by_seed,
     curve_panels,
-    curve_plot,
     gain_label,
     gain_panels,
-    gain_plot,
-    is_told_apart,
+    is_significant,
 )
 
-__all__ = ["curve_plot", "gain_plot", "html", "markdown"]
-
-MARK = "◆"  # the plot has the same
+MARK = "◆"  # marks a significant gain, in tables as in the plot
 
 
 @dataclass
 class Table:
-    """Cells as text; `note` says what the columns are where their names do not."""
+    """Cells as text. `note` explains columns whose names do not."""
 
     title: str
     head: list[str]
@@ -41,6 +37,7 @@ class Table:
 
 
 def markdown(summary: dict[str, Any]) -> str:
+    """The page as Markdown. summary: from `compare.results.summary`."""
     main, *details = _tables(summary)
     blocks = [f"# {_escaped(summary['title'])}", *map(_escaped, _about(summary)), _escaped(_what_was_run(summary))]
     blocks += [*_markdown_table(main), "\n".join(f"- {_escaped(line)}" for line in _legend(summary))]
@@ -54,7 +51,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def html(summary: dict[str, Any], more: Sequence[str] = ()) -> str:
-    """more: sections to stand before the facts."""
+    """The page as HTML. more: HTML sections to add before the facts."""
     main, *details = _tables(summary)
     intro = [*_about(summary), _what_was_run(summary)]
     legend = f'<ul class="note">{"".join(f"<li>{escape(line)}</li>" for line in _legend(summary))}</ul>'
@@ -76,11 +73,11 @@ def html(summary: dict[str, Any], more: Sequence[str] = ()) -> str:
     return page(escape(summary["title"]), sections, STYLE + PAGE_STYLE)
 
 
-# ---------------------------------------------------------------- what both say
+# ---------------------------------------------------------------- text and tables of both formats
 
 
 def _about(summary: dict[str, Any]) -> list[str]:
-    """The ladder's header as paragraphs: an empty line ends one."""
+    """The ladder's header as paragraphs, separated by empty lines."""
     paragraphs = re.split(r"\n\s*\n", "\n".join(str(line).strip() for line in summary["about"]))
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
@@ -106,7 +103,7 @@ def _methods(summary: dict[str, Any]) -> list[str]:
 
 
 def _tables(summary: dict[str, Any]) -> list[Table]:
-    """All students side by side, then each of them seed by seed."""
+    """One table with all students side by side, then one per student with every seed."""
     head, rows = ["method"], [[name] for name in _methods(summary)]
     for student, methods in summary["students"].items():
         head += [student, f"{student}, gain"]
@@ -123,11 +120,11 @@ def _top1_text(cell: Cell, summary: dict[str, Any]) -> str:
 
 def _gain_text(cell: Cell, summary: dict[str, Any]) -> str:
     text = _measured(cell, "gain", "gain_ci95", "+", cell.get("pairs") or 0, summary)
-    return f"{text} {MARK}" if is_told_apart(cell) else text
+    return f"{text} {MARK}" if is_significant(cell) else text
 
 
 def _measured(cell: Cell, mean: str, half: str, sign: str, seeds: int, summary: dict[str, Any]) -> str:
-    """'55.10 ± 0.60', with the number of seeds where some are missing."""
+    """'55.10 ± 0.60', with the number of seeds if some are missing."""
     if not finite(cell.get(mean)):
         return NONE
     text = f"{cell[mean]:{sign}.2f}"
@@ -137,7 +134,7 @@ def _measured(cell: Cell, mean: str, half: str, sign: str, seeds: int, summary: 
 
 
 def _details(student: str, methods: dict[str, Cell], summary: dict[str, Any]) -> Table:
-    """Top-1 of every seed, the test, and what a run took."""
+    """Top-1 of every seed, the test, and the steps and seconds of a run."""
     extra = (seed for cell in methods.values() for seed in cell["seeds"])
     seeds = list(dict.fromkeys([*summary["seeds"], *extra]))
     tested = any(finite(cell.get("p")) for cell in methods.values())
@@ -153,7 +150,9 @@ def _details(student: str, methods: dict[str, Cell], summary: dict[str, Any]) ->
     head = ["method", *(f"seed {seed}" for seed in seeds), *(["p", "p, Holm"] if tested else [])]
     head += ["reaches", "steps", "seconds"]
     note = f"{summary['metric']} of every seed. reaches: the share of the baseline's samples after which the mean over "
-    note += "seeds is where the baseline ends (straight lines between validations). A run's steps; median seconds."
+    note += (
+        "seeds reaches the baseline's final value, linear between validations. steps: of a run. seconds: the median."
+    )
     return Table(f"{student}, seed by seed", head, rows, note)
 
 
@@ -164,7 +163,7 @@ def _p_text(p: object) -> str:
 
 
 def _legend(summary: dict[str, Any]) -> list[str]:
-    """What the signs of the first table mean, in plain words, and only those that can occur."""
+    """The meaning of the signs in the first table, of those that can occur."""
     cells = [cell for methods in summary["students"].values() for cell in methods.values()]
     wanted = len(summary["seeds"])
     gain = (
@@ -172,10 +171,10 @@ def _legend(summary: dict[str, Any]) -> list[str]:
         f"the baseline of the same student and seed."
     )
     if any(finite(cell.get("ci95")) for cell in cells):
-        lines = ["± is half the width of the 95 % interval of the mean, by Student's t over seeds."]
-        lines.append(f"{gain} Its ± is that of these differences.")
+        lines = ["± is half the width of the 95 % confidence interval of the mean (Student's t over seeds)."]
+        lines.append(f"{gain} Its ± is for the mean of these differences.")
     else:
-        lines = ["No method has two finished seeds: no interval and no test can be given.", gain]
+        lines = ["No method has two finished seeds, so there is no interval and no test.", gain]
     if any(finite(cell.get("p_holm")) for cell in cells):
         lines.append(
             f"{MARK} marks p < 0.05 in a paired t-test, after Holm's correction for the number of methods of that student."
@@ -184,14 +183,14 @@ def _legend(summary: dict[str, Any]) -> list[str]:
             f"With few seeds (here {wanted}) the test is weak: a method without the mark may still differ from the baseline."
         )
     if any(len(cell["top1"]) not in (0, wanted) or cell.get("pairs") not in (None, 0, wanted) for cell in cells):
-        lines.append("n is the number of seeds, or of pairs of seeds, behind a cell that lacks some.")
+        lines.append("n is the number of seeds (for a gain, pairs of runs) where some are missing.")
     if any(not cell["top1"] for cell in cells):
-        lines.append(f"{NONE} stands for a number that there is not, or not yet.")
+        lines.append(f"{NONE} means no value, or none yet.")
     return lines
 
 
 def _failed(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """(which run, its error in one line)."""
+    """(run, its error on one line)."""
     return [
         (f"{f['student']}, {f['method']}, seed {f['seed']}", " ".join(str(f["error"]).split()) or "no message")
         for f in summary["failed"]
@@ -211,24 +210,24 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _escaped(text: object) -> str:
-    """Text that Markdown shows as it is. Underscores inside words are no emphasis and stay readable."""
+    """`text` escaped for Markdown. Underscores inside words are not emphasis and stay as they are."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     plain = re.sub(r"[\\`*\[\]|&~$]|<(?=[^\s\d])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
-    # what would start a heading, a quote or a list
+    # a heading, a quote or a list at the start of a line
     return re.sub(r"^(\s*)([#>+=-])|^(\s*\d+)([.)])(?!\S)", r"\1\3\\\2\4", plain)
 
 
 def _code(text: str) -> str:
-    """One line as a code span, fenced by more backticks than it has in a row."""
+    """`text` as a code span on one line, fenced by more backticks than it has in a row."""
     plain = "".join(c if c.isprintable() else " " for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     return f"{fence} {plain} {fence}" if "`" in plain else f"`{plain}`"
 
 
 def _markdown_table(table: Table) -> list[str]:
-    """Title, note and table; columns are padded, so that it reads well as text too.
+    """Title, note and table, with padded columns so that the source is readable too.
 
-    Names are from outside and escaped: the head and the first column. The other cells are numbers made here.
+    The header and the first column are names from outside and are escaped. All other cells are numbers.
     """
     lines = [list(map(_escaped, table.head)), *([_escaped(row[0]), *row[1:]] for row in table.rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
@@ -269,7 +268,7 @@ def _legend_of(pairs: Iterable[tuple[str, str]]) -> str:
     return keys((drawing, escape(text)) for drawing, text in pairs)
 
 
-# the first column stays in sight while a table is scrolled; three plots fit side by side
+# the first column stays visible while a table is scrolled; three plots fit side by side
 PAGE_STYLE = """
 body { max-width: 1240px } p, ul.note { max-width: 44rem } ul.note { padding-left: 1.2rem }
 .legend svg { overflow: visible }

@@ -1,4 +1,4 @@
-"""Plots of a ladder: the gain of every method over the baseline, and accuracy over samples seen, as SVG."""
+"""Plots of a comparison as SVG: the gain of every method over the baseline, and accuracy over samples seen."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from scalekd.report.svg import (
 Cell = dict[str, Any]  # one method on one student: summary["students"][student][method]
 
 ROW = 30  # height of a method's row in the gain plot
-LONGEST = 18  # letters of a method's name beside its row
-BEST = 4  # methods in a plot of curves, besides the baseline
+LONGEST = 18  # characters of a method's name next to its row
+BEST = 4  # methods in a plot of curves, in addition to the baseline
 
 
 @dataclass
 class Panel:
-    """One student's drawing, WIDTH x height, and its legend as (drawing of 44 x 14, text)."""
+    """One student's plot, WIDTH x height pixels, and its legend as (drawing of 44 x 14 pixels, text)."""
 
     title: str
     parts: list[str]
@@ -46,12 +46,12 @@ class Panel:
 
 
 def gain_plot(summary: dict[str, Any]) -> str:
-    """An SVG file: dots and intervals of the gains, the students' panels below each other."""
+    """An SVG file with the gains and their intervals, one panel per student below each other."""
     return _file([*gain_panels(summary), Panel("", [], 0, GAIN_KEYS)], gain_label(summary), key_columns=1)
 
 
 def curve_plot(summary: dict[str, Any]) -> str | None:
-    """An SVG file: accuracy over samples seen of the baseline and the best few. None where there are no curves."""
+    """An SVG file with accuracy over samples seen, of the baseline and the best methods. None without curves."""
     panels = curve_panels(summary)
     return _file(panels, f"{summary['metric']} over samples seen", key_columns=2) if panels else None
 
@@ -60,8 +60,8 @@ def gain_label(summary: dict[str, Any]) -> str:
     return f"gain over {summary['baseline']} (points)"
 
 
-def is_told_apart(cell: Cell) -> bool:
-    """Whether the test, corrected for the number of methods, tells the method from the baseline."""
+def is_significant(cell: Cell) -> bool:
+    """Whether p < 0.05 in the paired t-test against the baseline, after Holm's correction."""
     return finite(cell.get("p_holm")) and cell["p_holm"] < 0.05
 
 
@@ -76,7 +76,7 @@ def by_seed(cell: Cell) -> dict[int, float]:
 class _Row:
     label: str
     cell: Cell
-    seeds: list[float]  # the gain of every seed that the baseline has too
+    seeds: list[float]  # the gain of every seed that has a baseline run too
 
     @property
     def gain(self) -> float | None:
@@ -88,7 +88,7 @@ class _Row:
 
 
 def gain_panels(summary: dict[str, Any]) -> list[Panel]:
-    """One panel per student, all with the same axis, so that students can be compared."""
+    """One panel per student, all with the same axis so that students can be compared."""
     students = {name: _rows(methods, summary["baseline"]) for name, methods in summary["students"].items()}
     rows = [row for rows in students.values() for row in rows]
     start = 14 + 8.3 * max((min(len(row.label), LONGEST) for row in rows), default=0)
@@ -107,11 +107,11 @@ def _rows(methods: dict[str, Cell], baseline: str) -> list[_Row]:
 
 
 def _gain_ticks(rows: Sequence[_Row]) -> list[float]:
-    """Ticks around zero, every mean, every seed and, as far as they leave these readable, the intervals.
+    """Ticks that cover zero, every mean, every seed and, while these stay readable, the intervals.
 
-    One method that fell apart would press all others together: losses of more than three times the largest
-    gain (or the median size of all means, if that is more) may lie outside. So may the ends of wide intervals;
-    with two seeds they are six times as wide as with five.
+    One method that failed would squeeze all others: losses of more than three times the largest gain (or the median
+    absolute mean, if that is larger) may lie outside. So may the ends of wide intervals, which are six times as wide
+    with two seeds as with five.
     """
     gains = [row.gain for row in rows if row.gain is not None]
     points = [0.0, *gains, *(gain for row in rows for gain in row.seeds)]
@@ -141,8 +141,8 @@ def _gain_marks(row: _Row, y: float, axis: Axis) -> list[str]:
     if row.gain is None:
         why = "no seed in common with the baseline" if by_seed(row.cell) else "no finished run"
         zero = axis.at(0)
-        beside = zero + 8 if zero < (axis.start + axis.end) / 2 else axis.start + 6  # where there is more room
-        return [text_at(beside, y + 5, why)]
+        left = zero + 8 if zero < (axis.start + axis.end) / 2 else axis.start + 6  # the side with more room
+        return [text_at(left, y + 5, why)]
     ends = (row.gain - row.half, row.gain + row.half)
     parts = [f'<path class="seed" d="M{axis.at(gain):.1f} {y + 6:g}v7"/>' for gain in row.seeds if low <= gain <= high]
     if min(*ends, *row.seeds) < low:
@@ -155,20 +155,20 @@ def _gain_marks(row: _Row, y: float, axis: Axis) -> list[str]:
         left, right = (axis.at(min(max(end, low), high)) for end in ends)
         parts.append(f'<path class="range" d="M{left:.1f} {y:g}H{right:.1f}"/>')
         parts += [f'<path class="range" d="M{axis.at(e):.1f} {y - 4:g}v8"/>' for e in ends if low <= e <= high]
-    shape = TOLD_APART if is_told_apart(row.cell) else NOT_TOLD_APART
+    shape = SIGNIFICANT if is_significant(row.cell) else NOT_SIGNIFICANT
     return [*parts, f'<g transform="translate({axis.at(row.gain):.1f} {y:g})">{shape}</g>']
 
 
-# shape and filling tell the two apart without colour
-TOLD_APART = '<path class="mark s0" d="M0-7l7 7l-7 7l-7-7z"/>'
-NOT_TOLD_APART = '<path class="hollow" d="M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"/>'
+# shape and fill differ, so that no colour is needed
+SIGNIFICANT = '<path class="mark s0" d="M0-7l7 7l-7 7l-7-7z"/>'
+NOT_SIGNIFICANT = '<path class="hollow" d="M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"/>'
 
 GAIN_KEYS = [
-    (f'<g transform="translate(22 7)">{TOLD_APART}</g>', "mean gain, p < 0.05 (Holm)"),
-    (f'<g transform="translate(22 7)">{NOT_TOLD_APART}</g>', "mean gain, not told apart or not tested"),
+    (f'<g transform="translate(22 7)">{SIGNIFICANT}</g>', "mean gain, p < 0.05 (Holm)"),
+    (f'<g transform="translate(22 7)">{NOT_SIGNIFICANT}</g>', "mean gain, p ≥ 0.05 or not tested"),
     ('<path class="range" d="M4 7H40M4 3v8M40 3v8"/>', "95 % interval of the mean gain"),
     ('<path class="seed" d="M12 3v7M22 3v7M29 3v7"/>', "one seed each"),
-    ('<path class="mark ink" d="M18 7l7-5v10z"/>', "goes on beyond the axis"),
+    ('<path class="mark ink" d="M18 7l7-5v10z"/>', "continues beyond the axis"),
 ]
 
 
@@ -176,7 +176,7 @@ GAIN_KEYS = [
 
 
 def curve_panels(summary: dict[str, Any]) -> list[Panel]:
-    """One panel per student that has curves: the same methods with the same lines in all of them."""
+    """One panel per student that has curves, with the same methods and line styles in all of them."""
     styles = {summary["baseline"]: INK} | {name: i for i, name in enumerate(_best(summary))}
     panels = []
     for student, methods in summary["students"].items():
@@ -184,9 +184,9 @@ def curve_panels(summary: dict[str, Any]) -> list[Panel]:
         curves = [Curve(thin(some, 200), name, styles[name]) for name, some in points.items() if some]
         if curves:
             x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points)), LEFT, RIGHT)
-            # the first half would press the rest together
-            shown = [y for c in curves for _, y in c.points[len(c.points) // 2 :]]
-            y = Axis(nice_ticks(min(shown), max(shown)), BOTTOM, TOP)
+            # the axis fits the second half: the first half would squeeze it
+            late = [y for c in curves for _, y in c.points[len(c.points) // 2 :]]
+            y = Axis(nice_ticks(min(late), max(late)), BOTTOM, TOP)
             parts = chart_parts(curves, x, y, "samples seen", summary["metric"])
             panels.append(Panel(student, parts, HEIGHT, [(curve_key(c), c.label) for c in curves]))
     return panels
@@ -212,7 +212,7 @@ def _points(cell: Cell) -> list[tuple[float, float]]:
 
 
 def _file(panels: Sequence[Panel], label: str, key_columns: int) -> str:
-    """Panels with titles and legends below each other, with a style of its own and the page's colour behind."""
+    """An SVG file of panels with titles and legends below each other, with its own style and background."""
     parts: list[str] = []
     top = 12.0
     for panel in panels:
@@ -223,8 +223,8 @@ def _file(panels: Sequence[Panel], label: str, key_columns: int) -> str:
         top += panel.height
         for i, (drawing, text) in enumerate(panel.keys):
             x, y = 12 + i % key_columns * 214, top + 4 + i // key_columns * 22
-            words = text_at(54, 12, _short(text, 20 if key_columns > 1 else 50))
-            parts.append(f'<g transform="translate({x} {y:g})">{drawing}{words}</g>')
+            label_text = text_at(54, 12, _short(text, 20 if key_columns > 1 else 50))
+            parts.append(f'<g transform="translate({x} {y:g})">{drawing}{label_text}</g>')
         top += 22 * -(-len(panel.keys) // key_columns) + 16
     return svg_file(parts, WIDTH, top, label, STYLE)
 

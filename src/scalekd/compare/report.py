@@ -1,4 +1,4 @@
-"""The page of a comparison: what `scalekd compare` ends in, with the way to the reports of its runs."""
+"""Writes a comparison's HTML page, with links to the reports of its runs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,26 @@ def is_comparison(folder: Path) -> bool:
 
 
 def write_comparison(folder: Path, path: Path, summary: dict[str, Any] | None = None, more: Sequence[str] = ()) -> None:
-    """summary: as `compare.results.summary` makes it; read from the folder unless given. Raises `UserError`."""
+    """Writes the page of the comparison in `folder` to `path`.
+
+    summary: from `compare.results.summary`; by default read from the folder.
+    more: HTML sections to add before the facts.
+    Raises `UserError` if summary.json lacks a key.
+    """
     try:
         text = html(summary or read_json(folder / "summary.json"), [*more, run_links(folder, path.parent)])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / 'summary.json'} is not what this version writes (no {error}); `scalekd compare` with the same "
-            "--out makes it anew"
+            f"{folder / 'summary.json'} was not written by this version (no {error}); run `scalekd compare` again with "
+            "the same `out` to rewrite it"
         ) from None
     write_text(path, text)
 
 
 def report_comparison(folder: Path, analyses: Sequence[Path] = (), out: Path | None = None) -> Path:
-    """Writes the page of a finished comparison anew. Raises `UserError`.
+    """Writes the page of a finished comparison again and returns its path. Raises `UserError`.
 
-    analyses: folders that `scalekd analyze ... --out` wrote. out: report.html in the folder unless given.
+    analyses: folders that `scalekd analyze ... --out` wrote. out: by default report.html in `folder`.
     """
     path = out or folder / "report.html"
     make_folder(path.parent)
@@ -56,21 +61,24 @@ def report_any(
     analyses: Sequence[Path] = (),
     out: Path | None = None,
 ) -> tuple[Path, list[str]]:
-    """`report` for a run's folder, `report_comparison` for a comparison's. Raises `UserError`."""
+    """`report` for the folder of a run, `report_comparison` for that of a comparison. Raises `UserError`.
+
+    Returns the path of the page, and a line for each section that is missing from it.
+    """
     if not is_comparison(folder):
         return report(folder, device, baselines=baselines, data=data, images=images, analyses=analyses, out=out)
     given = {"baselines": baselines, "data": data, "images": images, "device": device}
     if unused := " and ".join(f"`{name}`" for name, value in given.items() if value):
-        raise UserError(f"{folder} is a comparison, whose page is made of its results: leave out {unused}")
+        raise UserError(f"{folder} is a comparison and its page shows its results alone; leave out {unused}")
     return report_comparison(folder, analyses, out), []
 
 
-def run_links(folder: Path, at: Path) -> str:
-    """A section with the reports of the runs, as seen from a page in the folder `at`."""
+def run_links(folder: Path, page_folder: Path) -> str:
+    """An HTML section that links to the reports of the runs, relative to `page_folder`."""
     reports = sorted(folder.glob("runs/*/*/seed-*/report.html"))
     items = "".join(
-        f'<li><a href="{quote(Path(os.path.relpath(file, at)).as_posix())}">'
+        f'<li><a href="{quote(Path(os.path.relpath(file, page_folder)).as_posix())}">'
         f"{escape(' '.join(file.parent.relative_to(folder / 'runs').parts))}</a></li>"
         for file in reports
     )
-    return section("Its runs", folded(f"{len(reports)} reports", f"<ul>{items}</ul>")) if reports else ""
+    return section("Runs", folded(f"{len(reports)} reports", f"<ul>{items}</ul>")) if reports else ""

@@ -1,4 +1,4 @@
-"""What a comparison knows of its runs: one line of results.jsonl for each that is finished, and the summary of all."""
+"""Records of a comparison's finished runs, one line of results.jsonl each, and their statistics."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ FILE = "results.jsonl"
 
 
 def record_of(job: Job, folder: Path) -> Record | None:
-    """The record of the finished run in `folder`; None if there is none, or it is of another recipe."""
+    """The record of the finished run in `folder`; None if it is unfinished or has another recipe."""
     recipe, summary = folder / "recipe.yaml", folder / "summary.json"
     if not summary.is_file() or not recipe.is_file() or recipe_difference(recipe.read_text(), job.config):
         return None
-    told, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+    result, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
     batch = job.config.train.batch_size
     validations = [e for e in read_log(folder) if e["event"] == "validation"]
-    curve = {e["step"] * batch: e["top1"] for e in validations}  # a step that was done twice counts once
+    curve = {e["step"] * batch: e["top1"] for e in validations}  # a validation repeated after a resume counts once
     return {
         "student": job.student,
         "method": job.method,
         "seed": job.seed,
-        "top1": told["top1"],
-        "seconds": told["seconds"],
-        "steps": told["steps"],
+        "top1": result["top1"],
+        "seconds": result["seconds"],
+        "steps": result["steps"],
         "curve": sorted(curve.items()),
         "made": {key: made.get(key) for key in ("machine", "scalekd", "torch", "timm", "git")},
         "recipe": recipe_of(job),
@@ -47,53 +47,57 @@ def record_of(job: Job, folder: Path) -> Record | None:
 
 
 def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -> dict[Job, Record]:
-    """The finished runs among `jobs`: from results.jsonl, which may outlive the runs' folders, or from the folders.
+    """The records of the finished runs among `jobs`.
 
-    others: folders of other comparisons; a run of theirs counts if its recipe is the same, whatever it is called there.
+    They come from results.jsonl (the runs' folders may be deleted), from the runs' folders, or from `others`, the
+    folders of other comparisons. A run of another comparison counts if its recipe is the same, whatever its labels.
     """
-    of_label = {(job.student, job.method, job.seed): job for job in jobs}
-    found: dict[Job, Record] = {}
+    by_label = {(job.student, job.method, job.seed): job for job in jobs}
+    records: dict[Job, Record] = {}
     for record in read_records(out):
-        job = of_label.get((record["student"], record["method"], record["seed"]))
+        job = by_label.get((record["student"], record["method"], record["seed"]))
         if job is not None and _same_recipe(record["recipe"], job):
-            found[job] = record
-    for job in of_label.values():
-        if job not in found and (of_folder := record_of(job, out / "runs" / job.folder)):
-            found[job] = of_folder
+            records[job] = record
+    for job in by_label.values():
+        if job not in records and (from_folder := record_of(job, out / "runs" / job.folder)):
+            records[job] = from_folder
     elsewhere = {_key(r["recipe"]): (r, folder) for folder in others for r in read_records(folder)}
-    for job in of_label.values():
-        if job not in found and (there := elsewhere.get(_key(recipe_of(job)))):
-            record, folder = there
-            found[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
-    return found
+    for job in by_label.values():
+        if job not in records and (equal := elsewhere.get(_key(recipe_of(job)))):
+            record, folder = equal
+            records[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
+    return records
 
 
 def recipe_of(job: Job) -> dict[str, Any]:
-    """As a record keeps it: what is not as by default, and every option of the losses."""
+    """The recipe in a record: every key that differs from its default, and every option of the losses."""
     return job.config.model_dump(mode="json", exclude_defaults=True) | {"losses": written_out(job.config.losses)}
 
 
 def _key(recipe: dict[str, Any]) -> str:
-    """Equal for recipes that differ in their names only, or in how a number is written: 1 and 1.0."""
+    """A key for a recipe. Equal for recipes that differ only in name or in how a number is written (1 and 1.0)."""
     text = json.dumps({k: v for k, v in recipe.items() if k != "name"}, sort_keys=True)
-    return json.dumps(json.loads(text, parse_float=_as_short_as_it_gets))
+    return json.dumps(json.loads(text, parse_float=_integer_if_whole))
 
 
-def _as_short_as_it_gets(number: str) -> float:
+def _integer_if_whole(number: str) -> float:
     value = float(number)
     return int(value) if value.is_integer() else value
 
 
 def read_records(out: Path) -> list[Record]:
+    """The lines of results.jsonl in `out`; empty without the file. Raises `UserError` if it is broken."""
     file = out / FILE
     try:
         return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Move it away; finished runs are found again.") from None
+        raise UserError(
+            f"{file} cannot be read: {error}. Move it away; finished runs are then read from their folders."
+        ) from None
 
 
 def write_records(out: Path, records: dict[Job, Record]) -> None:
-    """results.jsonl anew, in the ladder's order, with the records that are of no job of this comparison kept behind."""
+    """Rewrites results.jsonl in the ladder's order; records of other jobs in the file are kept at its end."""
     ours = {(job.student, job.method, job.seed) for job in records}
     others = [r for r in read_records(out) if (r["student"], r["method"], r["seed"]) not in ours]
     lines = [json.dumps(r) + "\n" for r in (*records.values(), *others)]
@@ -101,18 +105,21 @@ def write_records(out: Path, records: dict[Job, Record]) -> None:
 
 
 def _same_recipe(recipe: dict[str, Any], job: Job) -> bool:
-    named = recipe | {"name": job.config.name}  # of a run taken from another comparison it is the one there
+    named = recipe | {"name": job.config.name}  # a run from another comparison has that comparison's name
     try:
         return not recipe_difference(to_yaml(check_config(named, "record")), job.config)
-    except UserError:  # of another version
+    except UserError:  # written by another version
         return False
 
 
 # ---------------------------------------------------------------- the summary
 
 
-def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **told: Any) -> dict[str, Any]:
-    """Means, intervals and paired tests of all finished runs; told: what else the page shows."""
+def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **facts: Any) -> dict[str, Any]:
+    """Means, 95 % intervals and paired t-tests of all finished runs.
+
+    facts: added to the summary, for the page: about, command, versions, teacher_top1, wall_seconds, failed.
+    """
     students = list(dict.fromkeys(job.student for job in jobs))
     result: dict[str, Any] = {
         "name": ladder.name,
@@ -126,7 +133,7 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **t
         "commits": sorted({r["made"]["git"] for r in records.values() if r["made"]["git"]}),
         "machine": "; ".join(sorted({r["made"]["machine"] for r in records.values()})),
         "students": {},
-    } | told
+    } | facts
     for student in students:
         by_method = {
             method: {job.seed: r for job, r in records.items() if (job.student, job.method) == (student, method)}
@@ -145,6 +152,7 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **t
 
 
 def _alone(by_seed: dict[int, Record]) -> dict[str, Any]:
+    """A method's row of the summary without its difference to the baseline. Seed -> record."""
     top1 = [r["top1"] for r in by_seed.values()]
     samples = [dict(r["curve"]) for r in by_seed.values()]
     shared = sorted(set.intersection(*(set(s) for s in samples))) if samples else []
@@ -160,7 +168,7 @@ def _alone(by_seed: dict[int, Record]) -> dict[str, Any]:
 
 
 def against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
-    """The differences between two rows' runs of the same seeds, their mean, and a t-test of it. Seed -> record."""
+    """Differences in top-1 (points) between runs of the same seed, their mean, and its paired t-test. Seed -> record."""
     from scipy.stats import ttest_1samp
 
     gains = [r["top1"] - base[seed]["top1"] for seed, r in by_seed.items() if seed in base]
@@ -176,9 +184,9 @@ def against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, An
 
 
 def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
-    """The samples after which a mean curve is where the baseline ends, as a share of the baseline's; None if it never is.
+    """The share of the baseline's samples after which `curve` reaches the baseline's final top-1; None if never.
 
-    On straight lines between validations; with the first one, if it is there already.
+    Linear between validations. A curve that is there at its first validation gets that validation's share.
     """
     if not curve or not base["curve"]:
         return None
@@ -192,7 +200,7 @@ def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
 
 
 def correct(rows: dict[str, dict[str, Any]]) -> None:
-    """Holm's correction over the tests of all rows, in place."""
+    """Sets `p_holm` of all rows in place: `p` with Holm's correction for the number of tests."""
     tested = sorted((row for row in rows.values() if row.get("p") is not None), key=lambda row: row["p"])
     highest = 0.0
     for i, row in enumerate(tested):

@@ -1,4 +1,4 @@
-"""Runs of a comparison, several at a time, each in a process of its own."""
+"""Runs the jobs of a comparison, several at a time, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from scalekd.common.stop import Stopped, StopRequest
 from .ladder import Job
 
 FINISHED, FAILED, STOPPED = 0, 1, 75
-SERVER = multiprocessing.get_context("forkserver")  # its processes start with torch imported and nothing else done
+SERVER = multiprocessing.get_context("forkserver")  # processes start with torch already imported, in no other state
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run computes."""
+    """The device of a run."""
 
     device: str
-    threads: int  # on a CPU
+    threads: int  # of the CPU
 
 
 def places(jobs: int | None, device: str | None) -> list[Place]:
-    """One for each run at a time. By default one per GPU, or one per CPU core: small models gain little from more.
+    """One place for each of `jobs` simultaneous runs.
 
-    Raises `UserError` for a number below one.
+    By default one per GPU, or one per CPU core, as small models gain little from more cores.
+    Raises `UserError` if `jobs` is below 1.
     """
     if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs {jobs}: one or more")
+        raise UserError(f"`jobs` {jobs}: must be 1 or more")
     kind = pick_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if kind.type != "cuda":
@@ -54,19 +55,23 @@ def run_all(
     jobs: Sequence[Job],
     folder_of: Callable[[Job], Path],
     outputs: Path | None,
-    at: Sequence[Place],
+    places: Sequence[Place],
     ended: Callable[[Job, int], None],
-    shown: Callable[[dict[Job, float]], None],
+    show: Callable[[dict[Job, float]], None],
     stop: StopRequest,
 ) -> None:
-    """Starts every job, as many at a time as there are places. Raises `Stopped` with all of them saved.
+    """Runs every job, one at a time on each place. Raises `Stopped` after all running jobs saved a checkpoint.
 
-    ended: told each job's exit code. shown: told about every second which jobs run, and since when.
+    Args:
+        folder_of: the folder of a job's run.
+        outputs: a folder where the runs of a seed share their teacher's outputs, or None.
+        ended: called with a job and its exit code when it ends.
+        show: called about every second with the running jobs and when they started, by `time.monotonic`.
     """
     SERVER.set_forkserver_preload(["scalekd.compare.runner", "scalekd.runs.distillation", "timm"])
-    waiting, free = list(jobs), list(at)
+    waiting, free = list(jobs), list(places)
     running: dict[Job, tuple[ForkServerProcess, Place, float]] = {}
-    checked = {(job.student, job.method): job for job in reversed(jobs)}  # the first of each is pre-flighted
+    checked = {(job.student, job.method): job for job in reversed(jobs)}  # the first run of each pair gets a pre-flight
     try:
         while waiting or running:
             while waiting and free and not stop.number:
@@ -83,10 +88,10 @@ def run_all(
                     ended(job, process.exitcode)
             if stop.number:
                 break
-            shown({job: since for job, (_, _, since) in running.items()})
+            show({job: since for job, (_, _, since) in running.items()})
     finally:
         for process, _, _ in running.values():
-            process.terminate()  # they save and end
+            process.terminate()  # SIGTERM: the run saves a checkpoint and ends
         for job, (process, _, _) in running.items():
             process.join()
             ended(job, FINISHED if process.exitcode == FINISHED else STOPPED)
@@ -95,17 +100,18 @@ def run_all(
 
 
 def _run(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> None:
-    """In a process of its own: one run, its screen in run.log beside its folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which sends SIGTERM
+    """The main function of a run's process. Its output goes to FOLDER.log next to the run's folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent sends SIGTERM
     log = folder.with_name(folder.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", buffering=1) as screen:
         os.dup2(screen.fileno(), sys.stdout.fileno())
         os.dup2(screen.fileno(), sys.stderr.fileno())
-        sys.exit(_run_told(job, folder, outputs, place, check))
+        sys.exit(_exit_code(job, folder, outputs, place, check))
 
 
-def _run_told(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> int:
+def _exit_code(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool) -> int:
+    """Trains `job` in this process; prints an error instead of raising it."""
     from scalekd.runs.distillation import execute
 
     torch.set_num_threads(place.threads)

@@ -1,1 +1,1 @@
-"""`scalekd demo`: embedded images, an embedded teacher, and the demo."""
+"""The demo with its embedded images and teacher."""

@@ -1,7 +1,6 @@
-"""`scalekd demo`: a ViT teaches a small CNN on real images that come with the package.
+"""Runs `scalekd demo`: distils a ViT into a small CNN on images that come with the package.
 
-One recipe, `demo`, three ways: without a teacher, with its logits (KD), and with ScaleKD. All get the
-same images, steps and schedule.
+The recipe `demo` runs three times with the same images, steps and schedule: without a teacher, with KD, with ScaleKD.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from scalekd.common.files import write_text
 from scalekd.common.parallel import pick_device
-from scalekd.common.text import duration, printable
+from scalekd.common.text import duration, say
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.data.batches import eval_batches
 from scalekd.distill.distiller import Distiller
@@ -39,33 +38,29 @@ METHODS = {
 NAMES = {"baseline": "no teacher", "kd": "KD", "scalekd": "ScaleKD"}
 
 
-def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Runs every method with every seed into `folder`; writes report.html and summary.json there and returns the summary.
+Results = dict[str, list[dict[str, Any]]]  # method -> the summary of its run with each seed
 
-    Runs that `folder` already holds are read, not repeated.
+
+def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs every method with every seed into `folder`; writes report.html, summary.json and summary.md there.
+
+    Finished runs in `folder` are read, not repeated. Returns the content of summary.json.
     """
     console = Console(emoji=False)
     device = pick_device()
     began = time.perf_counter()
     recipe = load_recipe("demo", [f"seed={seeds[0]}"])
     console.print(
-        f"A ViT teaches a small CNN: {recipe.data.limit:,} labelled Fashion-MNIST images, tested on 10,000. "
-        f"All on this machine ({device}).\n",
+        f"Distilling a ViT into a small CNN: {recipe.data.limit:,} labelled Fashion-MNIST images, 10,000 for testing, "
+        f"on this machine ({device}).\n",
         highlight=False,
     )
     run = checked(recipe, device, console)
-    told = facts(run)
-    teacher_top1 = _teacher_top1(run.distiller, eval_batches(run.val_images, 256, 0, False), device)
+    run_facts = facts(run)
+    teacher_top1 = teacher_accuracy(run.distiller, eval_batches(run.val_images, 256, 0, False), device)
     console.print(f"  teacher on all {len(run.val_images):,} test images: {teacher_top1:.2f} %\n", highlight=False)
 
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
-    for seed in seeds:
-        for name, overrides in METHODS.items():
-            config = load_recipe("demo", [f"name=demo-{name}", f"seed={seed}", *overrides])
-            results[name].append(
-                _run_or_read(config, folder / f"{name}-seed{seed}", device, console, f"{NAMES[name]:10} seed {seed}")
-            )
-
+    results = _run_all(folder, seeds, device, console)
     top1 = {name: [r["top1"] for r in runs] for name, runs in results.items()}
     console.print(_table(teacher_top1, results))
     console.print(_verdict(top1), highlight=False)
@@ -83,13 +78,13 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 1),
         "seconds_by_run": {name: [r["seconds"] for r in runs] for name, runs in results.items()},
         "largest_difference_of_logits": differences,
-        "facts": told,
+        "facts": run_facts,
     }
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(folder / "summary.md", markdown(summary))
-    _report(folder, results, seeds, teacher_top1, told)
+    _report(folder, results, seeds, teacher_top1, run_facts)
     console.print(
-        f"\nstudent  {exported}  timm loads it with a largest difference of logits of {differences['timm']:.1e}\n"
+        f"\nstudent  {exported}  timm loads it back: largest difference of logits {differences['timm']:.1e}\n"
         f"         {exported.with_suffix('.onnx')}  onnxruntime: {differences['onnxruntime']:.1e}\n"
         f"report   {folder / 'report.html'}\nsummary  {folder / 'summary.json'}   ({duration(summary['seconds'])})",
         highlight=False,
@@ -100,7 +95,7 @@ def demo(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table, as the README shows it."""
+    """The summary as a Markdown table, as in the README."""
     by_seed, seconds = summary["top1_by_seed"], summary["seconds_by_run"]
     lines = [
         "| | top-1 % | gain over no teacher | seconds a run |",
@@ -127,24 +122,35 @@ def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
+def _run_all(folder: Path, seeds: Sequence[int], device: torch.device, console: Console) -> Results:
+    results: Results = {name: [] for name in METHODS}
+    for seed in seeds:
+        for name, overrides in METHODS.items():
+            config = load_recipe("demo", [f"name=demo-{name}", f"seed={seed}", *overrides])
+            results[name].append(
+                _run_or_read(config, folder / f"{name}-seed{seed}", device, console, f"{NAMES[name]:10} seed {seed}")
+            )
+    return results
+
+
 def _run_or_read(config: Config, folder: Path, device: torch.device, console: Console, title: str) -> dict[str, Any]:
     finished, recipe = folder / "summary.json", folder / "recipe.yaml"
     if finished.is_file() and recipe.is_file() and not recipe_difference(recipe.read_text(), config):
         summary = json.loads(finished.read_text())
-        told = f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})"
-        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{title}  top-1 {summary['top1']:.2f} %  (already in {folder})")
         return summary
     return execute(config, folder, device, console, check=False, title=title, look=False)
 
 
-def _teacher_top1(distiller: Distiller, batches: Any, device: torch.device) -> float:
+def teacher_accuracy(distiller: Distiller, batches: Any, device: torch.device) -> float:
+    """Top-1 in % of the distiller's teacher. batches: from `scalekd.data.batches.eval_batches`."""
     assert distiller.teacher_view is not None
     return evaluate(distiller.teacher_view.model, batches, distiller.teacher_mean, distiller.teacher_std, device)[
         "top1"
     ]
 
 
-def _table(teacher_top1: float, results: dict[str, list[dict[str, Any]]]) -> Table:
+def _table(teacher_top1: float, results: Results) -> Table:
     table = Table(box=None, padding=(0, 2))
     for column in ("", "top-1 %", "gain", "seconds a run"):
         table.add_column(column, justify="left" if column == "" else "right")
@@ -164,20 +170,20 @@ def _table(teacher_top1: float, results: dict[str, list[dict[str, Any]]]) -> Tab
 def _verdict(top1: dict[str, list[float]]) -> str:
     gains = [s - b for s, b in zip(top1["scalekd"], top1["baseline"])]
     if len(gains) == 1:
-        return f"\nScaleKD against no teacher: {gains[0]:+.2f} points on one seed; `scalekd demo --seeds 5` shows the spread."
+        return f"\nGain of ScaleKD over no teacher: {gains[0]:+.2f} points on one seed. `scalekd demo --seeds 5` shows the spread."
     spread = max(statistics.stdev(values) for values in (top1["scalekd"], top1["baseline"]))
     return (
-        f"\nScaleKD against no teacher: {statistics.mean(gains):+.2f} points over {len(gains)} seeds "
-        f"(smallest {min(gains):+.2f}, largest {max(gains):+.2f}); the spread of one method over seeds is {spread:.2f}."
+        f"\nGain of ScaleKD over no teacher: {statistics.mean(gains):+.2f} points over {len(gains)} seeds "
+        f"(smallest {min(gains):+.2f}, largest {max(gains):+.2f}). Standard deviation of one method over seeds: {spread:.2f}."
     )
 
 
 def _report(
     folder: Path,
-    results: dict[str, list[dict[str, Any]]],
+    results: Results,
     seeds: Sequence[int],
     teacher_top1: float,
-    told: dict[str, str],
+    run_facts: dict[str, str],
 ) -> None:
     runs = []
     for name, summaries in results.items():
@@ -195,6 +201,6 @@ def _report(
         folder / "report.html",
         title="scalekd demo",
         runs=runs,
-        facts=told | {"seeds": ", ".join(map(str, seeds))},
+        facts=run_facts | {"seeds": ", ".join(map(str, seeds))},
         teacher_top1=teacher_top1,
     )

@@ -1,0 +1,95 @@
+"""Progress of a comparison: a live table on a terminal, otherwise one line for each run that ends."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from scalekd.common.text import duration, printable, say
+
+from .ladder import Job, Ladder
+from .results import Record
+
+
+class Board:
+    """Shows `records`, which the caller adds to while runs finish. Enter it before the first run."""
+
+    def __init__(self, ladder: Ladder, planned: Sequence[Job], records: dict[Job, Record], out: Path, console: Console):
+        self.ladder, self.planned, self.records, self.out, self.console = ladder, planned, records, out, console
+        self.students = list(dict.fromkeys(job.student for job in planned))
+        self.live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self.began, self.before = time.monotonic(), len(records)
+
+    def __enter__(self) -> Board:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.update(Group(*self.table()), refresh=True)
+            self.live.stop()
+
+    def ended(self, job: Job, record: Record | None, failure: str | None) -> None:
+        """Prints the result of a run. On a terminal the table shows it instead."""
+        if self.live:
+            return
+        result = (
+            f"top-1 {record['top1']:.2f} %  {duration(record['seconds'])}" if record else failure or "stopped, saved"
+        )
+        say(self.console, f"[{len(self.records)}/{len(self.planned)}] {job}: {result}{self._time_left()}")
+
+    def show(self, running: dict[Job, float]) -> None:
+        """Redraws the table on a terminal. running: job -> when it started, by `time.monotonic`."""
+        if self.live:
+            now = time.monotonic()
+            lines = [
+                Text(f"  {job}  {_progress(self.out / 'runs' / job.folder)}  {duration(now - since)}")
+                for job, since in running.items()
+            ]
+            self.live.update(Group(*self.table(), *lines), refresh=True)
+
+    def table(self) -> list[RenderableType]:
+        table = Table(box=None, padding=(0, 2))
+        table.add_column("method")
+        for student in self.students:
+            table.add_column(printable(student), justify="right")
+        for method in self.ladder.methods:
+            cells = [self._cell(student, method) for student in self.students]
+            table.add_row(Text(method), *cells)
+        return [table, Text(f"  {len(self.records)} of {len(self.planned)} runs{self._time_left()}")]
+
+    def _cell(self, student: str, method: str) -> str:
+        values = [r["top1"] for job, r in self.records.items() if (job.student, job.method) == (student, method)]
+        if not values:
+            return "-"
+        spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        incomplete = f" ({len(values)})" if len(values) < len(self.ladder.seeds) else ""
+        return f"{statistics.mean(values):.2f}{spread}{incomplete}"
+
+    def _time_left(self) -> str:
+        """From the mean time of the runs that ended so far; wrong if a run takes much longer than most."""
+        done = len(self.records) - self.before
+        if not done or len(self.records) == len(self.planned):
+            return ""
+        seconds = (time.monotonic() - self.began) / done * (len(self.planned) - len(self.records))
+        return f"  about {duration(seconds)} left"
+
+
+def _progress(folder: Path) -> str:
+    """The last step in the log of the run in `folder`: 'step 62/744'."""
+    try:
+        with open(folder / "log.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4000))
+            steps = re.findall(rb'"step": (\d+), "steps": (\d+)', file.read())
+    except OSError:
+        steps = []
+    return "step {}/{}".format(*(n.decode() for n in steps[-1])) if steps else "starting"
