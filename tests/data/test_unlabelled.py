@@ -255,15 +255,18 @@ RECIPE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data": {"train": None}}, "data.train: missing; or name images without labels, data.unlabelled"),
+        (
+            {"data": {"train": None}},
+            "data.train: missing; set it, or set data.unlabelled to train on images without labels",
+        ),
         ({"data": {"train": None, "unlabelled": "p", "val": "v"}}, "losses: ce need\\(s\\) labels"),
-        ({"data": {"train": None, "unlabelled": "p"}}, "data.val: without a data.train"),
-        ({"data": {"train": None, "unlabelled": "rest", "val": "v"}}, "name a data.train"),
+        ({"data": {"train": None, "unlabelled": "p"}}, "data.val: needed without data.train"),
+        ({"data": {"train": None, "unlabelled": "rest", "val": "v"}}, "set data.train"),
         ({"data": {"train": None, "unlabelled": "p", "val": "v", "limit": 3}}, "data.limit: has no effect"),
         ({"data": {"unlabelled": "rest"}}, "set data.limit"),
         ({"data": {"unlabelled_limit": 3}}, "data.unlabelled_limit: has no effect"),
         ({"data": {"unlabelled_share": 0.25}}, "data.unlabelled_share: has no effect"),
-        ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: goes with labelled images only"),
+        ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: works with labelled images only"),
     ],
 )
 def test_what_does_not_go_together_is_told(changes: dict[str, Any], told: str) -> None:

@@ -119,8 +119,8 @@ def recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
     ("losses", "told"),
     [
         ({"kd": {"teachers": ["smal"]}}, r"losses.kd.teachers: no teacher `smal`. Did you mean `?small"),
-        ({"kd": {"teachers": []}}, "losses.kd.teachers: names none"),
-        ({"ce": {"teachers": ["small"]}, "kd": {}}, "losses.ce.teachers: ce reads no teacher"),
+        ({"kd": {"teachers": []}}, "losses.kd.teachers: is empty"),
+        ({"ce": {"teachers": ["small"]}, "kd": {}}, "losses.ce.teachers: ce uses no teacher"),
         ({"kd": {"teachers": ["small"]}}, "teachers.large: no loss uses it"),
         ({"ce": {}}, "teachers.small: no loss uses it"),
     ],
@@ -131,9 +131,9 @@ def test_a_choice_that_means_nothing_is_told(recipe: dict[str, Any], losses: dic
 
 
 def test_one_teacher_or_several_not_both(recipe: dict[str, Any], tiny_recipe: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="teacher: there are `teachers` too"):
+    with pytest.raises(UserError, match="teacher: the recipe has `teachers` too"):
         check_config(recipe | {"teacher": {"model": "test_vit"}}, "test")
-    with pytest.raises(UserError, match=r"losses.kd.teachers: goes with several teachers"):
+    with pytest.raises(UserError, match=r"losses.kd.teachers: the recipe has one teacher"):
         check_config(changed(tiny_recipe, losses={"kd": {"teachers": ["a"]}}), "test")
 
 

@@ -291,7 +291,7 @@ def test_every_mistake_of_a_recipe_at_once(scenes, tmp_path):
         "train.batch_size 2 is not a multiple of train.accumulate 3",
         "backbone.weights: none are named",
         "schedule.warmup_iterations 2 leaves nothing of train.iterations 2",
-        "schedule.power: has no effect here; it goes with schedule.name: poly",
+        "schedule.power: has no effect here; it is used only with schedule.name: poly",
     ):
         assert line in str(told.value)
     values = recipe("detection", scenes, data={"long": 40}, detector={"freeze_norms": True})
