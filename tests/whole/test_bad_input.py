@@ -112,7 +112,9 @@ def test_a_teacher_without_maps(refused):
 
 
 def test_mixup_needs_pairs(refused):
-    assert "3 per process and step is odd; change train.batch_size" in refused("train.batch_size=3", "augment.mixup=1")
+    assert "even number of images per process and step, not 3; change train.batch_size" in refused(
+        "train.batch_size=3", "augment.mixup=1"
+    )
 
 
 def test_weights_that_nobody_named(refused):
