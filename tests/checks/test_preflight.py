@@ -241,9 +241,15 @@ def test_orders_that_are_refused(chosen, classes, told):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"classes": "natural", "head": "runs/head"}, "teacher.classes: its head's names are the data's; leave it out"),
-        ({"classes": [1, 2, 10]}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
-        ({"classes": "alphabet"}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
+        ({"classes": "natural", "head": "runs/head"}, "teacher.classes: has no effect with a fitted head"),
+        (
+            {"classes": [1, 2, 10]},
+            "teacher.classes: must be `natural` or the names of the data's classes in the teacher's",
+        ),
+        (
+            {"classes": "alphabet"},
+            "teacher.classes: must be `natural` or the names of the data's classes in the teacher's",
+        ),
     ],
 )
 def test_orders_that_a_recipe_cannot_ask_for(change, told):

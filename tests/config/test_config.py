@@ -1,4 +1,4 @@
-"""A recipe's text becomes a `Config`, or a message that names every mistake and the nearest right word."""
+"""A recipe is loaded as a `Config`, or rejected with all its errors and the nearest valid names."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def load(tmp_path):
 
 
 @pytest.fixture
-def refused(load):
-    """`refused(*overrides, text=BASE)` -> the message."""
+def rejected(load):
+    """`rejected(*overrides, text=BASE)` -> the error message."""
 
-    def refused(*overrides, text=BASE):
+    def rejected(*overrides, text=BASE):
         with pytest.raises(UserError) as error:
             load(*overrides, text=text)
         return str(error.value)
 
-    return refused
+    return rejected
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_yaml_values(text, value):
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "a: {b: 1, b: 1}", "a: 1\n'a': 1"])
-def test_a_key_given_twice_is_refused(text):
+def test_duplicate_keys_are_rejected(text):
     with pytest.raises(UserError, match=r"here is not valid YAML: `[ab]` is given twice \(line 1\)"):
         parse_yaml(text, "here")
 
 
-def test_all_mistakes_are_told_at_once(refused):
+def test_all_errors_are_reported_together(rejected):
     text = """
     name: x
     dta: {}
@@ -78,9 +78,9 @@ def test_all_mistakes_are_told_at_once(refused):
     optim: {name: adamv}
     augment: {auto_augment: rnd-m7}
     """
-    message = refused(text=text)
+    message = rejected(text=text)
     assert message.splitlines()[0].endswith("recipe.yaml: 11 problems")
-    for told in (
+    for line in (
         "dta: unknown. Did you mean `data`?",
         "data.image_sze: unknown. Did you mean `image_size`?",
         "student.model: timm has no model `resnet81`. Did you mean `resnet18`",
@@ -93,7 +93,7 @@ def test_all_mistakes_are_told_at_once(refused):
         "optim.name: timm has no optimiser `adamv`. Did you mean `adam",
         "augment.auto_augment: timm cannot read `rnd-m7`",
     ):
-        assert f"\n  - {told}" in message
+        assert f"\n  - {line}" in message
 
 
 def test_overrides(load):
@@ -113,17 +113,17 @@ def test_overrides(load):
         ("optim.lr", "`optim.lr` is not an override: write key=value"),
         ("=3", "`=3` is not an override"),
         ("--lr=3", "--lr: unknown"),
-        ("name.x=1", "`name.x=1`: name is a value, it has no `x`"),
+        ("name.x=1", "`name.x=1`: name is a single value and has no key `x`"),
         ("optim.lr={", "`optim.lr={` is not valid YAML"),
         ("optim=3", "optim: must have keys and values"),
         ("optim..lr=3", "optim.: unknown"),
-        ("losses={}", "losses: none at all"),
-        ("losses.ce=3", "losses.ce: options are a mapping, not 3"),
+        ("losses={}", "losses: empty"),
+        ("losses.ce=3", "losses.ce: options must be a mapping, not 3"),
         ("losses.ce.weight=0", "losses.ce.weight: Input should be greater than 0"),
         ("losses.ce.weight=.nan", "losses.ce.weight: Input should be a finite number"),
         ("optim.lr=.inf", "optim.lr: Input should be a finite number"),
         ("data.image_size=[1, 2, 3]", "data.image_size: pixels, such as 224 or [192, 256]"),
-        ("augment.auto_augment=rand-m-mstd0.5", "it would ignore `m`"),
+        ("augment.auto_augment=rand-m-mstd0.5", "timm would ignore `m`"),
         ("student.kwargs.x=!!set {a}", "student.kwargs.x"),
         ("name=../elsewhere", "name: String should match pattern"),
         ("teacher=null", "kd need(s) a teacher"),
@@ -131,13 +131,13 @@ def test_overrides(load):
         ("train.accumulate=3", "train.batch_size 8 is not a multiple of train.accumulate 3"),
         (
             "schedule.warmup_epochs=2",
-            "leaves nothing of train.epochs 2; for a short trial add schedule.warmup_epochs=0",
+            "must be below train.epochs 2; for a short trial set schedule.warmup_epochs=0",
         ),
     ],
 )
-def test_bad_overrides(refused, override, message):
-    told = refused(override)
-    assert message in told and len(told.splitlines()) <= 2
+def test_bad_overrides(rejected, override, message):
+    text = rejected(override)
+    assert message in text and len(text.splitlines()) <= 2
 
 
 @pytest.mark.parametrize(
@@ -159,16 +159,16 @@ def test_bad_overrides(refused, override, message):
         (["student.top1=32"], ["teacher.top1=32"]),
     ],
 )
-def test_a_value_that_nothing_reads_is_refused(load, refused, idle, read):
-    assert f"{idle[-1].split('=')[0]}: has no effect here; it goes with " in refused(*idle)
+def test_a_value_without_effect_is_rejected(load, rejected, idle, read):
+    assert f"{idle[-1].split('=')[0]}: has no effect here; it is " in rejected(*idle)
     load(*read)
 
 
 @pytest.mark.parametrize("name", ["name", "data", "student", "losses", "train"])
-def test_missing_sections_are_named(refused, name):
+def test_missing_sections_are_named(rejected, name):
     values = yaml.safe_load(BASE)
     del values[name]
-    assert f"  - {name}: missing" in refused(text=yaml.safe_dump(values))
+    assert f"  - {name}: missing" in rejected(text=yaml.safe_dump(values))
 
 
 def test_the_resolved_recipe_reads_back_equal(load):
@@ -182,7 +182,7 @@ def test_the_resolved_recipe_reads_back_equal(load):
 
 
 def test_a_runs_recipe_leaves_nothing_to_a_methods_defaults(load, monkeypatch):
-    """Else a default that a later version changes would change what the recipe of a finished run says."""
+    """Otherwise a changed default in a later version would change the recipe of a finished run."""
 
     def later(*, temperature: float = 9.0) -> None: ...
 
@@ -224,13 +224,13 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_nothing_but_a_user_error_comes_of_nasty_text(refused, text):
-    assert refused(text=text)
+def test_malformed_text_raises_user_error_only(rejected, text):
+    assert rejected(text=text)
     try:
         nasty = parse_yaml(text, "nasty")
     except UserError:
         return
-    if isinstance(nasty, dict):  # again, with everything else in order
+    if isinstance(nasty, dict):  # again, with all other sections valid
         merged = yaml.safe_load(BASE)
         for key, value in nasty.items():
             inner = merged.get(key)
@@ -239,7 +239,7 @@ def test_nothing_but_a_user_error_comes_of_nasty_text(refused, text):
             check_config(merged, "nasty")
 
 
-def test_a_file_that_is_no_recipe(tmp_path):
+def test_a_file_that_is_not_a_recipe(tmp_path):
     with pytest.raises(UserError, match=r"no recipe `dmo`.*Did you mean `demo`"):
         load_recipe("dmo")
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
@@ -249,7 +249,7 @@ def test_a_file_that_is_no_recipe(tmp_path):
         load_recipe(str(tmp_path))
 
 
-# a recipe made from another
+# recipes with a base
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def recipe_file(tmp_path):
     return write
 
 
-def test_a_recipe_says_what_differs_from_its_base(recipe_file):
+def test_a_recipe_overrides_its_base(recipe_file):
     recipe_file("first.yaml", BASE)
     second = recipe_file("second.yaml", "base: first.yaml\nname: y\ntrain: {epochs: 3}\noptim: {lr: 0.5}\n")
     third = recipe_file("third.yaml", "base: second.yaml\nteacher: null\nlosses: {ce: {}}\n")
@@ -279,7 +279,7 @@ def test_a_base_may_be_a_shipped_recipe(recipe_file):
     assert mine == load_recipe("demo", ["name=mine", "optim.lr=0.01"])
 
 
-def test_losses_and_models_take_the_place_of_the_base_s():
+def test_losses_and_models_are_replaced_as_a_whole():
     base = {"losses": {"ce": {}, "kd": {}}, "student": {"model": "a", "kwargs": {"depth": 4}}, "train": {"epochs": 1}}
     assert merged(base, {"losses": {"ce": {}}})["losses"] == {"ce": {}}
     assert merged(base, {"student": {"model": "b"}})["student"] == {"model": "b"}
@@ -290,9 +290,9 @@ def test_losses_and_models_take_the_place_of_the_base_s():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: here.yaml", "here.yaml is made from this recipe"),
+        ("base: here.yaml", "here.yaml has this recipe as its base"),
         ("base: other.yaml", "no recipe"),
-        ("base: [demo]", "the name of a recipe or a YAML file"),
+        ("base: [demo]", "must be the name of a recipe or of a YAML file"),
         ("base: demmo", "Did you mean `demo`"),
         ("base: list.yaml", "list.yaml is not a recipe"),
     ],
@@ -305,7 +305,7 @@ def test_bad_bases(recipe_file, text, message):
     assert message in str(error.value)
 
 
-def test_bases_in_a_ring_are_told(recipe_file):
+def test_circular_bases_are_rejected(recipe_file):
     recipe_file("a.yaml", "base: b.yaml")
-    with pytest.raises(UserError, match="made from this recipe"):
+    with pytest.raises(UserError, match="has this recipe as its base"):
         load_recipe(recipe_file("b.yaml", "base: a.yaml"))

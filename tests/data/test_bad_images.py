@@ -247,7 +247,10 @@ def test_too_many_stop_a_run_and_are_listed(cli, light_file, damaged_folder, tmp
 
 def test_a_value_that_nothing_reads(cli, light_file):
     result = cli("train", light_file, "data.max_bad=0.5", "--dry-run")
-    assert result.code == 2 and "data.max_bad: has no effect here; it goes with data.on_bad_image: skip" in result.err
+    assert (
+        result.code == 2
+        and "data.max_bad: has no effect here; it is used only with data.on_bad_image: skip" in result.err
+    )
     assert yaml.safe_load(light_file.read_text())["data"].keys().isdisjoint({"on_bad_image", "max_bad"})
 
 

@@ -255,15 +255,18 @@ RECIPE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"train": None}}, "data.train: missing; or name images without labels, data.unlabelled"),
+        (
+            {"data": {"train": None}},
+            "data.train: missing; set it, or set data.unlabelled to train on images without labels",
+        ),
         ({"data": {"train": None, "unlabelled": "p", "val": "v"}}, "losses: ce need\\(s\\) labels"),
-        ({"data": {"train": None, "unlabelled": "p"}}, "data.val: without a data.train"),
-        ({"data": {"train": None, "unlabelled": "rest", "val": "v"}}, "name a data.train"),
+        ({"data": {"train": None, "unlabelled": "p"}}, "data.val: needed without data.train"),
+        ({"data": {"train": None, "unlabelled": "rest", "val": "v"}}, "set data.train"),
         ({"data": {"train": None, "unlabelled": "p", "val": "v", "limit": 3}}, "data.limit: has no effect"),
         ({"data": {"unlabelled": "rest"}}, "set data.limit"),
         ({"data": {"unlabelled_limit": 3}}, "data.unlabelled_limit: has no effect"),
         ({"data": {"unlabelled_share": 0.25}}, "data.unlabelled_share: has no effect"),
-        ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: goes with labelled images only"),
+        ({"data": {"unlabelled": "p"}, "augment": {"repeats": 2}}, "augment.repeats: works with labelled images only"),
     ],
 )
 def test_conflicting_options_are_an_error(changes: dict[str, Any], message: str) -> None:
@@ -273,7 +276,7 @@ def test_conflicting_options_are_an_error(changes: dict[str, Any], message: str)
 
 def test_a_student_with_a_layer_that_nothing_would_train_is_an_error(only_images: dict[str, Any]) -> None:
     recipe = changed(only_images, student={"model": "mobilenetv3_small_050"})
-    with pytest.raises(UserError, match=r"mobilenetv3_small_050 has a layer between its last map"):
+    with pytest.raises(UserError, match=r"the layer between mobilenetv3_small_050's last map and its classifier"):
         build(check_config(recipe, "test"), CPU)
 
 
@@ -284,7 +287,7 @@ def test_a_share_that_leaves_out_one_kind_is_an_error(mixed_recipe: dict[str, An
 
 def test_mixup_needs_pairs_of_either_kind(mixed_recipe: dict[str, Any]) -> None:
     recipe = changed(mixed_recipe, augment={"mixup": 0.2}, data={"unlabelled_share": 0.6})  # 5 of 8
-    with pytest.raises(UserError, match="3 labelled per process and step is odd"):
+    with pytest.raises(UserError, match="even number of labelled images per process and step, not 3"):
         build(check_config(recipe, "test"), CPU)
 
 

@@ -1,6 +1,8 @@
-"""The trainable module: what is in it, what each model sees, and how the terms add up."""
+"""`Distiller`: its parameters, the input of each model, and the sum of the terms."""
 
 from __future__ import annotations
+
+import doctest
 
 import pytest
 import timm
@@ -44,7 +46,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def inputs_of(model: nn.Module) -> list[Tensor]:
-    """Grows by what the model's first convolution is given, at every forward pass."""
+    """A list to which every forward pass appends the input of the model's first convolution."""
     seen: list[Tensor] = []
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
@@ -196,11 +198,11 @@ def test_without_a_teacher(batch):
 
 
 @pytest.mark.parametrize(
-    ("losses", "told"),
+    ("losses", "message"),
     [({"kdd": {}}, "unknown method `kdd`.*`kd`"), ({"kd": {"temperature": -1.0}}, r"losses\.kd: .*positive")],
 )
-def test_bad_losses(losses, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_losses(losses, message):
+    with pytest.raises(UserError, match=message):
         make(losses)
 
 
@@ -231,3 +233,11 @@ def test_a_grey_model_gets_the_mean_of_the_colours_statistics():
     assert distiller.student_mean.shape == (1, 1, 1, 1)
     torch.testing.assert_close(distiller.student_mean.item(), sum(own["mean"]) / 3, rtol=1e-6, atol=0)
     assert distiller(torch.rand(2, 1, 32, 32), torch.tensor([0, 2]))["total"].isfinite()
+
+
+def test_the_example_in_the_docstring_runs():
+    torch.manual_seed(0)
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(Distiller, "Distiller", globs={})
+    assert len(example.examples) >= 8
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -1,4 +1,4 @@
-"""Several teachers for one student: the mean of their logits, and every other method once for each of them."""
+"""Several teachers for one student: the mean of their logits, and other methods once for each teacher."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_methods_of_logits_read_the_mean_of_the_teachers_logits() -> None:
     torch.testing.assert_close(both(IMAGES, TARGETS)["kd"], wanted)
 
 
-def test_other_methods_are_there_once_for_each_teacher_with_half_the_weight() -> None:
+def test_other_methods_are_built_once_for_each_teacher_with_half_the_weight() -> None:
     both = distiller({"fd": {"weight": 3.0}})
     torch.manual_seed(0)
     found = both(IMAGES, TARGETS)
@@ -96,7 +96,7 @@ def test_each_teacher_sees_its_own_size_and_statistics() -> None:
     assert both.teachers["cnn"].std.flatten().tolist() == pytest.approx([0.2] * 3)
     both.double()
     assert both.teachers["cnn"].mean.dtype == torch.float64
-    with pytest.raises(UserError, match="this is for one teacher, and there are vit, cnn"):
+    with pytest.raises(UserError, match="this supports one teacher and the recipe has several: vit, cnn"):
         both.teacher_features(IMAGES)
 
 
@@ -105,7 +105,7 @@ def test_each_teacher_sees_its_own_size_and_statistics() -> None:
 
 @pytest.fixture
 def recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Two teachers of which one sees other sizes."""
+    """Two teachers, one of them with a larger input size."""
     several = changed(tiny_recipe, losses={"ce": {}, "kd": {}, "fd": {"teachers": ["small", "large"]}})
     several["teachers"] = {
         "small": {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},
@@ -116,28 +116,30 @@ def recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("losses", "told"),
+    ("losses", "message"),
     [
         ({"kd": {"teachers": ["smal"]}}, r"losses.kd.teachers: no teacher `smal`. Did you mean `?small"),
-        ({"kd": {"teachers": []}}, "losses.kd.teachers: names none"),
-        ({"ce": {"teachers": ["small"]}, "kd": {}}, "losses.ce.teachers: ce reads no teacher"),
+        ({"kd": {"teachers": []}}, "losses.kd.teachers: is empty"),
+        ({"ce": {"teachers": ["small"]}, "kd": {}}, "losses.ce.teachers: ce uses no teacher"),
         ({"kd": {"teachers": ["small"]}}, "teachers.large: no loss uses it"),
         ({"ce": {}}, "teachers.small: no loss uses it"),
     ],
 )
-def test_a_choice_that_means_nothing_is_told(recipe: dict[str, Any], losses: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_choice_of_teachers_is_rejected(
+    recipe: dict[str, Any], losses: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         check_config(changed(recipe, losses=losses), "test")
 
 
 def test_one_teacher_or_several_not_both(recipe: dict[str, Any], tiny_recipe: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="teacher: there are `teachers` too"):
+    with pytest.raises(UserError, match="teacher: the recipe has `teachers` too"):
         check_config(recipe | {"teacher": {"model": "test_vit"}}, "test")
-    with pytest.raises(UserError, match=r"losses.kd.teachers: goes with several teachers"):
+    with pytest.raises(UserError, match=r"losses.kd.teachers: the recipe has one teacher"):
         check_config(changed(tiny_recipe, losses={"kd": {"teachers": ["a"]}}), "test")
 
 
-def test_a_teachers_mistake_is_told_by_its_place(recipe: dict[str, Any]) -> None:
+def test_an_error_of_a_teacher_names_its_key(recipe: dict[str, Any]) -> None:
     recipe["teachers"]["large"]["weights"] = "nowhere.pt"
     with pytest.raises(UserError, match=r"teachers.large.weights: no file nowhere.pt"):
         build(check_config(recipe, "test"), torch.device("cpu"))
@@ -148,7 +150,7 @@ def test_each_teacher_has_an_order_of_classes_of_its_own(recipe: dict[str, Any])
     theirs = list(reversed(as_it_is.classes))
     recipe["teachers"]["large"]["classes"] = theirs
     put = build(check_config(recipe, "test"), torch.device("cpu"))
-    before, after = ({of.label: of.teacher(IMAGES).logits for of in run.taught_by} for run in (as_it_is, put))
+    before, after = ({one.label: one.teacher(IMAGES).logits for one in run.taught_by} for run in (as_it_is, put))
     torch.testing.assert_close(after["small"], before["small"])
     torch.testing.assert_close(after["large"], before["large"].flip(1))
     recipe["teachers"]["large"]["classes"] = theirs[1:]
@@ -156,7 +158,7 @@ def test_each_teacher_has_an_order_of_classes_of_its_own(recipe: dict[str, Any])
         build(check_config(recipe, "test"), torch.device("cpu"))
 
 
-def test_an_unknown_key_of_a_teacher_is_told_by_its_place(recipe: dict[str, Any]) -> None:
+def test_an_unknown_key_of_a_teacher_is_named(recipe: dict[str, Any]) -> None:
     recipe["teachers"]["large"]["wieghts"] = "random"
     recipe["teachers"]["model"] = {"model": "test_vit", "modle": 1}  # a teacher that is called as a field
     with pytest.raises(UserError, match=r"teachers.large.wieghts: unknown. Did you mean `weights`") as error:

@@ -1,4 +1,4 @@
-"""Runs that read what their teacher gave in another run end bit for bit as if they had asked it."""
+"""Runs that read stored teacher outputs end bit for bit like runs that compute them."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def run_with(recipe, folder, outputs=None):
 def test_read_equals_computed_to_the_last_bit(recipe, tmp_path, teacher):
     text = recipe(losses=ALL, teacher=teacher, train={"epochs": 1, "accumulate": 2}, data={"image_size": 64})
     alone, _ = run_with(text, tmp_path / "alone")
-    first, told = run_with(text, tmp_path / "first", tmp_path / "outputs")
-    assert told["computed"] and not told["read"]
-    second, told = run_with(text, tmp_path / "second", tmp_path / "outputs")
-    assert told["computed"] == 1 and told["read"]  # one tells what a record holds
+    first, counts = run_with(text, tmp_path / "first", tmp_path / "outputs")
+    assert counts["computed"] and not counts["read"]
+    second, counts = run_with(text, tmp_path / "second", tmp_path / "outputs")
+    assert counts["computed"] == 1 and counts["read"]  # the first defines the layout of a record
     for part in ("student", "methods", "optimizer"):
         assert_same(first[part], alone[part])
         assert_same(second[part], alone[part])
@@ -64,7 +64,7 @@ def run(recipe):
 PIXELS = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def test_other_pixels_are_computed_and_leave_the_record(run, tmp_path):
+def test_other_pixels_are_computed_and_do_not_change_the_record(run, tmp_path):
     views(run, tmp_path).features(1, PIXELS)
     again = views(run, tmp_path)
     other = again.features(1, PIXELS.flip(0))
@@ -117,15 +117,15 @@ def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
     assert len({first, *others}) == 8
 
 
-def test_a_full_disk_is_told_before_the_run(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_run(run, tmp_path, monkeypatch):
     usage = os.statvfs(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match="GB free; leave --teacher-outputs out"):
+    with pytest.raises(UserError, match="GB free; choose another folder with `teacher_outputs`"):
         views(run, tmp_path, records=10**6).features(0, PIXELS)
     assert usage and not list(tmp_path.glob("*.outputs"))
 
 
-def test_a_run_without_teacher_ignores_nothing(recipe, tmp_path):
+def test_a_run_without_teacher_stores_nothing(recipe, tmp_path):
     text = recipe(losses={"ce": {}}, train={"epochs": 1}) | {"teacher": None}
-    _, told = run_with(text, tmp_path / "run", tmp_path / "outputs")
-    assert told is None and not (tmp_path / "outputs").exists()
+    _, counts = run_with(text, tmp_path / "run", tmp_path / "outputs")
+    assert counts is None and not (tmp_path / "outputs").exists()

@@ -424,7 +424,7 @@ def test_a_damaged_head_is_refused(own, harm):
 
 def test_a_student_takes_no_head(tiny_recipe):
     tiny_recipe["student"]["head"] = "x"
-    with pytest.raises(UserError, match=r"student\.head: has no effect here; it goes with a teacher"):
+    with pytest.raises(UserError, match=r"student\.head: has no effect here; it is an option of teachers"):
         check_config(tiny_recipe, "test")
 
 
@@ -603,7 +603,7 @@ def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_fi
     data = {"train": None, "unlabelled": str(image_folder / "train")}
     no_labels = tiny_recipe | {"data": tiny_recipe["data"] | data, "losses": {"kd": {}}}
     no_labels["teacher"] = tiny_recipe["teacher"] | {"head": "fit"}
-    with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images, a data\.train"):
+    with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images; set data\.train"):
         check_config(no_labels, "test")
     with pytest.raises(UserError, match=r"the runs of a comparison share their teacher; fit its head once"):
         jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])

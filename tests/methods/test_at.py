@@ -73,6 +73,6 @@ def test_refusals(pair, options, message):
 
 def test_one_position(pair):
     point = dataclasses.replace(pair.student, maps=(*pair.student.maps[:3], (8, 1, 1)))
-    with pytest.raises(ValueError, match="one position is left of stage 4"):
+    with pytest.raises(ValueError, match="the common grid of stage 4 has one position"):
         AttentionTransfer(point, pair.teacher)
     assert AttentionTransfer(point, pair.teacher, stages=(1, 2, 3))

@@ -64,7 +64,7 @@ def test_half_precision(pair, dtype):
         (lambda s: BKD(s, None), "bkd needs a teacher"),
         (lambda s: BKD(s, dataclasses.replace(s, classes=0)), "no classifier"),
         (lambda s: BKD(s, dataclasses.replace(s, model="other", classes=7)), "s has 3 classes and other 7"),
-        (lambda s: BKD(s, s, probabilities="tanh"), "'softmax' or 'sigmoid'"),
+        (lambda s: BKD(s, s, probabilities="tanh"), "choose from 'softmax', 'sigmoid'"),
     ],
 )
 def test_refusals(build, message):

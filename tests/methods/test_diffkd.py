@@ -106,7 +106,7 @@ def test_denoising_finds_the_map_under_the_noise(pair):
     denoising.align, denoising.out = Ready(), torch.nn.Identity()
     torch.nn.init.zeros_(denoising.adapter[3].weight)
     denoising.adapter[3].bias.data = torch.tensor([50.0, 0.0])  # all of the map, no noise of the adapter's
-    denoising._noise = lambda x, times: noise
+    denoising.predicted_noise = lambda x, times: noise
     torch.testing.assert_close(denoising(clean), clean, rtol=1e-4, atol=1e-4)
 
 
@@ -169,10 +169,10 @@ def test_whether_denoising_sees_the_time(pair, norm):
     """Its images share a time, and BatchNorm takes out what they share."""
     denoising = randomised(DiffKD(pair.student, pair.teacher, latent=16, norm=norm)).denoisings["s4"]
     x = torch.randn(4, 16, 3, 2, dtype=torch.float64)
-    early, late = (denoising._noise(x, torch.tensor([time])) for time in (0, 400))
+    early, late = (denoising.predicted_noise(x, torch.tensor([time])) for time in (0, 400))
     assert torch.allclose(early, late) == (norm == "batch")
     each = torch.tensor([0, 100, 200, 400])
-    assert not torch.allclose(denoising._noise(x, each), denoising._noise(x, each.flip(0)))
+    assert not torch.allclose(denoising.predicted_noise(x, each), denoising.predicted_noise(x, each.flip(0)))
 
 
 @pytest.mark.parametrize(("stages", "latent", "norm"), [((4,), 16, "batch"), ((1, 3), 0, "batch"), ((4,), 16, "layer")])

@@ -95,8 +95,8 @@ def test_half_precision(pair, dtype):
         (lambda s: DIST(s, dataclasses.replace(s, classes=0)), "no classifier"),
         (lambda s: DIST(s, dataclasses.replace(s, model="other", classes=7)), "s has 2 classes and other 7"),
         (lambda s: DIST(*[dataclasses.replace(s, classes=1)] * 2), "two classes"),
-        (lambda s: DIST(s, s, gamma=-1.0), "gamma -1.0"),
-        (lambda s: DIST(s, s, beta=0.0, gamma=0.0), "one is positive"),
+        (lambda s: DIST(s, s, gamma=-1.0), "gamma is -1.0"),
+        (lambda s: DIST(s, s, beta=0.0, gamma=0.0), "one must be positive"),
         (lambda s: DIST(s, s, tau=0.0), "tau"),
     ],
 )

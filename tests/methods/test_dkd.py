@@ -108,7 +108,7 @@ def test_half_precision_and_probabilities_of_zero(pair, dtype):
         (lambda s: DKD(s, dataclasses.replace(s, model="other", classes=7)), "s has 3 classes and other 7"),
         (lambda s: DKD(*[dataclasses.replace(s, classes=1)] * 2), "two classes"),
         (lambda s: DKD(s, s, alpha=-1.0), "alpha is -1.0"),
-        (lambda s: DKD(s, s, alpha=0.0, beta=0.0), "one is positive"),
+        (lambda s: DKD(s, s, alpha=0.0, beta=0.0), "one must be positive"),
         (lambda s: DKD(s, s, temperature=0.0), "temperature"),
     ],
 )

@@ -43,14 +43,14 @@ def test_nothing_hidden(pair):
 
 
 @pytest.mark.parametrize(("mask", "dims"), [("position", (0, 2, 3)), ("channel", (0, 1))])
-def test_share_of_what_is_hidden(pair, mask, dims):
+def test_share_of_masked_values(pair, mask, dims):
     method = MGD(pair.student, pair.teacher, mask=mask, mask_ratio=0.3)
     torch.manual_seed(0)
-    hidden = method._hide(torch.ones(50, 20, 16, 16)) == 0
+    hidden = method.masked(torch.ones(50, 20, 16, 16)) == 0
     assert hidden.double().mean().item() == pytest.approx(0.3, abs=0.03)
     others = tuple({0, 1, 2, 3} - set(dims))
     assert torch.equal(hidden.all(others), hidden.any(others))  # whole positions, or whole channels
-    assert not torch.equal(method._hide(torch.ones(2, 20, 16, 16)), method._hide(torch.ones(2, 20, 16, 16)))
+    assert not torch.equal(method.masked(torch.ones(2, 20, 16, 16)), method.masked(torch.ones(2, 20, 16, 16)))
 
 
 def test_channels_are_aligned_where_they_differ(pair):
@@ -75,7 +75,7 @@ def test_half_precision(pair, dtype):
         ({"alpha": -1.0}, "alpha"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"mask_ratio": -0.1}, "mask_ratio"),
-        ({"mask": "pixel"}, "'position' or 'channel'"),
+        ({"mask": "pixel"}, "choose from 'position', 'channel'"),
     ],
 )
 def test_refusals(pair, options, message):

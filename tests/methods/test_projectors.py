@@ -268,10 +268,10 @@ def test_parameters_of_the_cheaper_forms(tokens, expansion):
 
 def test_refusals_of_the_cheaper_forms():
     with pytest.raises(
-        ValueError, match="tokens is 'dilated'; it can be 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'"
+        ValueError, match="tokens is 'dilated'; choose 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'"
     ):
         CrossAttentionProjector(STUDENT, TEACHER, tokens="dilated")
-    with pytest.raises(ValueError, match="expansion is 0; it is 1 or more"):
+    with pytest.raises(ValueError, match="expansion is 0 and must be 1 or more"):
         CrossAttentionProjector(STUDENT, TEACHER, expansion=0)
 
 

@@ -121,7 +121,7 @@ def test_images_close_to_each_other_keep_their_angle():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"distance": -1.0}, "distance is -1.0"), ({"distance": 0.0, "angle": 0.0}, "one is positive")],
+    [({"distance": -1.0}, "distance is -1.0"), ({"distance": 0.0, "angle": 0.0}, "one must be positive")],
 )
 def test_refusals(pair, options, message):
     with pytest.raises(ValueError, match=message):

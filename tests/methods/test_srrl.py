@@ -101,7 +101,7 @@ def test_half_precision(pair, dtype):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": 0.0, "beta": 0.0}, "one is positive")],
+    [({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": 0.0, "beta": 0.0}, "one must be positive")],
 )
 def test_refusals(pair, options, message):
     with pytest.raises(ValueError, match=message):

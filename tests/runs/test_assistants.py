@@ -114,7 +114,7 @@ def test_all_mistakes_of_an_assistant_are_told_with_the_recipes(recipe: dict[str
         check_config(recipe, "test")
     assert "assistant: student.model: timm has no model `test_vitt`" in str(caught.value)
     assert "assistant: train.epoch: unknown" in str(caught.value)
-    with pytest.raises(UserError, match="assistant: it needs a teacher itself"):
+    with pytest.raises(UserError, match="assistant: needs a teacher to learn from"):
         check_config(recipe | {"teacher": None, "losses": {"ce": {}}}, "test")
 
 

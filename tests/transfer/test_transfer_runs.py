@@ -292,7 +292,7 @@ def test_all_errors_of_a_recipe_are_reported_together(scenes, tmp_path):
         "train.batch_size 2 is not a multiple of train.accumulate 3",
         "backbone.weights is not set",
         "schedule.warmup_iterations 2 must be below train.iterations 2",
-        "schedule.power: has no effect here; it goes with schedule.name: poly",
+        "schedule.power: has no effect here; it is used only with schedule.name: poly",
     ):
         assert line in str(raised.value)
     values = recipe("detection", scenes, data={"long": 40}, detector={"freeze_norms": True})

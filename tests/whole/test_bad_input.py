@@ -47,7 +47,7 @@ def message_of(result) -> str:
         ("student.model=test_resnt", "Did you mean `test_resnet`"),
         ("losses.scalkd={}", "losses.scalkd: unknown method. Did you mean `scalekd`?"),
         ("losses.kd.temprature=2", "losses.kd.temprature: unknown option. Did you mean `temperature`?"),
-        ("losses.fd.stages=[5]", "losses.fd: fd: stages is [5]; name each of the stages 1 to 4"),
+        ("losses.fd.stages=[5]", "losses.fd: fd: stages is [5]; use some of the stages 1 to 4"),
         ("student.kwargs.num_classes=5", "num_classes is that of the data, which is 3; leave it out"),
         ("student.kwargs.in_chans=1", "in_chans is data.channels, which is 3; leave it out"),
         ("teacher.kwargs.num_classes=5", "kd: test_resnet has 3 classes and test_vit 5. Use a teacher of the same"),
@@ -114,7 +114,9 @@ def test_a_teacher_without_maps(refused):
 
 
 def test_mixup_needs_pairs(refused):
-    assert "3 per process and step is odd; change train.batch_size" in refused("train.batch_size=3", "augment.mixup=1")
+    assert "even number of images per process and step, not 3; change train.batch_size" in refused(
+        "train.batch_size=3", "augment.mixup=1"
+    )
 
 
 def test_weights_that_nobody_named(refused):

@@ -83,10 +83,10 @@ def test_recipes_show_prints_what_loads(name, capsys, tmp_path):
 def test_recipes_show_says_how_much_there_is_to_do(capsys):
     main(["recipes", "show", "imagenet-swin-l-resnet50-advanced-1gpu"])
     shown = " ".join(capsys.readouterr().out.replace("#", "").split())
-    assert "625 steps an epoch, 187,500 in all, each of 2048 images, 32 x 64; 384,350,100 images seen" in shown
+    assert "625 steps per epoch, 187,500 in total, of 2048 images each, 32 x 64; 384,350,100 images in total" in shown
     assert 300 * IMAGENET_IMAGES == 384_350_100
     main(["recipes", "show", "own-data"])
-    assert "steps an epoch" not in capsys.readouterr().out  # nobody knows
+    assert "steps per epoch" not in capsys.readouterr().out  # unknown for your own images
 
 
 def test_recipes_show_json(capsys):

@@ -68,9 +68,7 @@ def test_a_recipe_names_weights_in_one_place_only(tiny_recipe, tmp_path, trace, 
     torch.save({"x": Payload(trace)}, tmp_path / "stranger.pth")
     text = json.dumps(kwargs).replace("FILE", str(tmp_path / "stranger.pth"))
     tiny_recipe[role]["kwargs"] = json.loads(text)
-    with pytest.raises(
-        UserError, match=rf"{role}\.kwargs: {next(iter(kwargs))}: not here; `weights` names the weights"
-    ):
+    with pytest.raises(UserError, match=rf"{role}\.kwargs: {next(iter(kwargs))}: not allowed here; use `weights`"):
         check_config(tiny_recipe, "stranger.yaml")
 
 

@@ -237,5 +237,5 @@ def _sample(run: DistillationRun, of: Taught, most: int, of_few_classes: bool = 
         eval_batches(Images(val.source, indices, eval_transform(data, augment), None, val.bad), 64, 0, False)
     )
     if not batches:
-        raise UserError("none of the validation images can be read; mend them, or name another data.val")
+        raise UserError("none of the validation images can be read; repair them, or set another data.val")
     return Sample(torch.cat([b.images for b in batches]), torch.cat([b.targets for b in batches]))

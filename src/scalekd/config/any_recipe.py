@@ -1,4 +1,4 @@
-"""What the recipes of all tasks have in common."""
+"""Base class of the recipes of all tasks: a model may be named by a folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from scalekd.models.weights.folder import with_folders
 
 
 class AnyRecipe(Section):
+    """A recipe in which a model section may name a folder, whose settings are then filled in."""
+
     @model_validator(mode="before")
     @classmethod
     def _folders_as_models(cls, values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Arguments of the Python functions as overrides of a recipe, `section.key=value`."""
+"""Translates arguments of the Python functions into overrides of a recipe, `section.key=value`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def overrides_of(
     overrides: Sequence[str] = (),
     sections: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """The overrides of `scalekd.train`'s arguments, which its docstring describes; later ones win.
+    """The overrides for the arguments of `scalekd.train`, which describes them. Later overrides take precedence.
 
-    Raises `UserError` for a value that no recipe can hold.
+    Raises `UserError` for a value that a recipe cannot hold.
     """
     named = {name: value for name, value in (("teacher", teacher), ("student", student)) if value is not None}
     whole = {name: value for name, value in named.items() if isinstance(value, Mapping)}
@@ -40,7 +40,7 @@ def overrides_of(
 
 
 def _sources(data: str) -> Iterator[str]:
-    from scalekd.data.sources.open import pair_of  # brings PIL and torch
+    from scalekd.data.sources.open import pair_of  # imports PIL and torch
 
     train, val = pair_of(data) or (data, None)
     yield f"data.train={json.dumps(train)}"
@@ -58,4 +58,4 @@ def _assignments(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, PathLike):
         return fspath(value)
-    raise UserError(f"a recipe holds numbers, text, lists and mappings; {type(value).__name__} is none of them")
+    raise UserError(f"a recipe can hold numbers, text, lists and mappings, not {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""A recipe whose teacher is an assistant: a student that was trained first."""
+"""Recipes with an assistant: a student that is trained first and is then the teacher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .recipe import Config, assistant_of, check_config
 
 
 def taught_by(config: Config, run: Path) -> Config:
-    """The recipe with the student of a finished run as its teacher. Raises `UserError`."""
+    """The recipe with the student of the finished run in folder `run` as its teacher. Raises `UserError`."""
     return _with_teacher(config, {"model": str(run), "cuts": assistant_of(config).student.cuts})
 
 
 def taught_by_untrained(config: Config) -> Config:
-    """The recipe with an assistant that knows nothing as its teacher. Raises `UserError`."""
+    """The recipe with an untrained assistant as its teacher, to check it before the assistant exists. Raises `UserError`."""
     assistant = assistant_of(config)
     teacher = assistant.student.model_dump(mode="json", include={"model", "kwargs", "mean", "std", "cuts"})
     teacher |= {"weights": "random", "image_size": assistant.data.image_size}
@@ -30,7 +30,7 @@ def _with_teacher(config: Config, teacher: dict[str, Any]) -> Config:
 
 
 def chained(config: Config) -> list[Config]:
-    """The recipes of the runs that `scalekd train` makes of this one: assistants first, which then teach untrained."""
+    """The recipes that `scalekd train` runs for this one, assistants first. Each has an untrained assistant as teacher."""
     if config.assistant is None:
         return [config]
     return [*chained(assistant_of(config)), taught_by_untrained(config)]

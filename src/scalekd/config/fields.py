@@ -20,62 +20,72 @@ from .losses import method_problems, typed_options, written_out
 
 class DistillationTrain(Train):
     compile: bool = False
-    """The teacher's pass, the student and the methods through torch.compile. The first step takes a minute or more for
-    it, at every start; losses and gradients are the same but for rounding (docs/explanation/performance.md)."""
+    """Compile the teacher, the student and the methods with torch.compile. The first step after each start takes a minute
+    or more longer. Losses and gradients are the same up to rounding (docs/explanation/performance.md)."""
 
 
 class Optim(BaseOptim):
     decay_norm_and_bias: bool = False
-    """Apply weight decay to biases and normalisation layers too."""
+    """Also apply weight decay to biases and normalisation layers."""
     projector_lr: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of the method's own parameters, as a multiple of `lr`."""
+    """Learning rate of the parameters of the methods, such as projectors, as a multiple of `lr`."""
 
 
 class Recipe(AnyRecipe):
-    """Fields of a distillation recipe, each valid by itself."""
+    """Fields of a distillation recipe. Each is validated here; `Config` adds the checks across fields."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
-    """The run's; its folder is runs/NAME unless --out says otherwise."""
+    """Name of the run. Its folder is runs/NAME by default."""
     seed: Seed = 0
+    """Seed of initial weights, order of the images, augmentation and dropout."""
     data: Data
+    """Images and classes."""
     augment: Augment = Augment()
+    """Augmentation of training images, and preprocessing of validation images."""
     student: Model
+    """The model to train."""
     teacher: Model | None = None
+    """The frozen model that the student learns from; not needed by `ce` and `bce`."""
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], Model] = Field(default={})
-    """Several, by name, in place of `teacher`: the mean of their logits, and every other method once for each."""
+    """Several teachers by name, instead of `teacher`. Methods on logits use the mean of the teachers' logits; other
+    methods are built once for each teacher (docs/how-to/several-teachers.md)."""
     assistant: dict[str, Any] | None = None
-    """A student to train first, which is then the teacher: what its recipe has different from this one, such as
-    {student: {model: resnet50}}. It may have an assistant itself."""
+    """A student to train first, which is then the teacher. Contains the values in which its recipe differs from this
+    one, such as {student: {model: resnet50}}. It may have an assistant of its own."""
     losses: dict[str, dict[str, Any]]
-    """Method name -> its options, `weight` (1 unless given), and `teachers`, the names of those that it reads (all)."""
+    """Methods by name, each with its options. Every method also has `weight` (default 1), a factor of its loss, and, with
+    several teachers, `teachers`, the names of those it uses (default all)."""
     train: DistillationTrain
+    """Length of the training, batch size, precision and checkpoints."""
     optim: Optim = Optim()
+    """Optimiser."""
     schedule: Schedule = Schedule()
+    """Learning rate over the epochs."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
-    """Where scalars go beside the run's log.jsonl (docs/how-to/trackers.md); [] for nowhere."""
+    """Trackers that get the scalars in addition to log.jsonl (docs/how-to/trackers.md); [] for none."""
 
     @field_validator("losses", mode="before")
     @classmethod
     def _complete_losses(cls, losses: Any) -> Any:
         if not isinstance(losses, dict):
-            raise ValueError("losses: a mapping of method names to options, such as {ce: {}, kd: {temperature: 1.0}}")
+            raise ValueError("losses: must map method names to options, such as {ce: {}, kd: {temperature: 1.0}}")
         kept = {name: {} if options is None else options for name, options in losses.items() if options is not False}
         problems = [line for name, options in kept.items() for line in method_problems(name, options)]
         if not kept:
-            problems.append("losses: none at all; name at least one, such as ce")
+            problems.append("losses: empty; name at least one, such as ce")
         if problems:
             raise ValueError("\n".join(problems))
         return {name: typed_options(name, options) for name, options in kept.items()}
 
     @property
     def all_teachers(self) -> dict[str, Model]:
-        """By name; a single one's is `teacher`."""
+        """The teachers by name. A single one is named `teacher`."""
         return self.teachers if self.teacher is None else {"teacher": self.teacher}
 
     def key_of(self, teacher: str) -> str:
-        """Where the recipe describes a teacher, by its name in `all_teachers`."""
+        """The recipe key of a teacher, `teacher` or `teachers.NAME`, by its name in `all_teachers`."""
         return f"teachers.{teacher}" if teacher in self.teachers else "teacher"
 
     def complete(self) -> dict[str, Any]:
-        """Plain values with nothing left to defaults, the methods' included."""
+        """Plain values with all defaults filled in, including those of the methods."""
         return super().complete() | {"losses": written_out(self.losses)}

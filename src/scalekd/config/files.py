@@ -1,4 +1,4 @@
-"""Recipes as files: those that come with scalekd and people's own, with their `base`, and overrides of single values."""
+"""Reads recipe files, shipped or your own, with their `base`, and applies overrides of single values."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from scalekd.common.yaml_file import parse_yaml
 
 
 class Shelf(NamedTuple):
-    """The recipes that come with scalekd for a task."""
+    """The shipped recipes of a task."""
 
     folder: str
-    """In the package."""
+    """Folder within the package."""
     command: str
-    """Lists them."""
+    """The command that lists the recipes."""
 
 
 DISTILLATION = Shelf("config/recipes", "scalekd recipes")
 
 
 def shipped(folder: str) -> dict[str, Any]:
-    """The YAML files of a folder of the package, by name without the ending, in order."""
+    """The YAML files in a folder of the package, by name without the suffix, sorted."""
     files = {p.name.removesuffix(".yaml"): p for p in (resources.files("scalekd") / folder).iterdir()}
     return {name: files[name] for name in sorted(files) if files[name].name.endswith(".yaml")}
 
 
 def recipe_names(shelf: Shelf = DISTILLATION) -> list[str]:
+    """Names of the shipped recipes, sorted."""
     return list(shipped(shelf.folder))
 
 
 def recipe_text(recipe: str, shelf: Shelf = DISTILLATION) -> str:
-    """The YAML of a shipped recipe's name or of a file."""
+    """The YAML text of a shipped recipe, given by name, or of a file. Raises `UserError` if there is neither."""
     files = shipped(shelf.folder)
     if recipe in files:
         return files[recipe].read_text()
     path = Path(recipe)
     if not is_file(path):
         raise UserError(
-            f"no recipe `{shortened(recipe)}`: neither a file nor a shipped one.{nearest(recipe, files)} "
-            f"`{shelf.command}` lists them."
+            f"no recipe `{shortened(recipe)}`: not a file and not a shipped recipe.{nearest(recipe, files)} "
+            f"`{shelf.command}` lists the shipped ones."
         )
     try:
         return path.read_text()
@@ -54,9 +55,9 @@ def recipe_text(recipe: str, shelf: Shelf = DISTILLATION) -> str:
 
 
 def recipe_values(recipe: str, within: tuple[str, ...] = (), shelf: Shelf = DISTILLATION) -> dict[str, Any]:
-    """What a recipe says, with what its `base` says where it says nothing itself (`merged`).
+    """The values of a recipe, with those of its `base` for everything that it does not set (see `merged`).
 
-    within: the recipes whose base this one is.
+    within: the recipes that have this one as their base, to detect cycles.
     """
     values = parse_yaml(recipe_text(recipe, shelf), recipe)
     if not isinstance(values, dict):
@@ -65,12 +66,12 @@ def recipe_values(recipe: str, within: tuple[str, ...] = (), shelf: Shelf = DIST
     if base is None:
         return values
     if not isinstance(base, str):
-        raise UserError(f"{recipe}: base: the name of a recipe or a YAML file (given {reprlib.repr(base)})")
-    beside = Path(recipe).parent / base
-    if base not in recipe_names(shelf) and is_file(beside):
-        base = str(beside)
+        raise UserError(f"{recipe}: base: must be the name of a recipe or of a YAML file (given {reprlib.repr(base)})")
+    neighbour = Path(recipe).parent / base
+    if base not in recipe_names(shelf) and is_file(neighbour):
+        base = str(neighbour)
     if base in (*within, recipe):
-        raise UserError(f"{recipe}: base: {shortened(base)} is made from this recipe; name another")
+        raise UserError(f"{recipe}: base: {shortened(base)} has this recipe as its base; name another one")
     try:
         return merged(recipe_values(base, (*within, recipe), shelf), values)
     except UserError as error:
@@ -78,9 +79,9 @@ def recipe_values(recipe: str, within: tuple[str, ...] = (), shelf: Shelf = DIST
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` in their place, section by section and key by key.
+    """A copy of `values` updated with `changes`, section by section and key by key.
 
-    Whole are replaced: `losses`, and a student or teacher that names a model, so that no option of another model stays.
+    `losses`, and a student or teacher that names a model, are replaced as a whole: no option of another model is left.
     """
     result = dict(values)
     for section, change in changes.items():
@@ -92,7 +93,7 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
-    """Sets the value that `section.key=value` names, in place. Raises `UserError`."""
+    """Applies `section.key=value` to `values`, in place. Raises `UserError`."""
     key, equals, text = assignment.partition("=")
     shown = shortened(assignment)
     if not equals or not key or not key.isprintable():
@@ -103,7 +104,7 @@ def override(values: dict[str, Any], assignment: str) -> None:
         if inner is None:
             inner = values[parent] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"`{shown}`: {parent} is a value, it has no `{last}`")
+            raise UserError(f"`{shown}`: {parent} is a single value and has no key `{last}`")
         values = inner
     values[last] = parse_yaml(text, f"`{shown}`")
 
@@ -112,11 +113,12 @@ FIELDS = ("command", "stands for", "expected", "cost", "status")
 
 
 def header(text: str) -> dict[str, str]:
-    """What the comment at the top of a recipe says: its first line as `summary`, and each of FIELDS, "" if missing."""
+    """The header comment of a recipe: its first line as `summary`, and the text of each of FIELDS, "" if missing."""
     lines = [line.removeprefix("#").strip() for line in header_lines(text)]
-    said = dict(line.split(":", 1) for line in lines if line.split(":")[0] in FIELDS)
-    return {"summary": lines[0] if lines else ""} | {f.replace(" ", "_"): said.get(f, "").strip() for f in FIELDS}
+    texts = dict(line.split(":", 1) for line in lines if line.split(":")[0] in FIELDS)
+    return {"summary": lines[0] if lines else ""} | {f.replace(" ", "_"): texts.get(f, "").strip() for f in FIELDS}
 
 
 def header_lines(text: str) -> list[str]:
+    """The comment lines at the top of a file."""
     return list(takewhile(lambda line: line.startswith("#"), text.splitlines()))

@@ -1,4 +1,4 @@
-"""The shipped recipes: what their headers say, the list of them, and one of them written out and explained."""
+"""The list of shipped recipes, and one recipe printed in full with explanations."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from scalekd.common.yaml_file import parse_yaml
 from .files import header, header_lines, recipe_names, recipe_text, recipe_values
 from .recipe import Config, load_recipe
 
-IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K's training set
+IMAGENET_IMAGES = 1_281_167  # in the training set of ImageNet-1K
 WIDTH = 120
 
 
 def listed() -> list[dict[str, Any]]:
-    """An entry for each shipped recipe, by name."""
+    """The `entry` of each shipped recipe, sorted by name."""
     return [entry(name) for name in recipe_names()]
 
 
 def entry(recipe: str) -> dict[str, Any]:
-    """What there is to know of a recipe at a glance. `losses`, `epochs` and so on are those that it resolves to."""
+    """Summary of a recipe. Values such as `losses` and `epochs` include those of its base."""
     text, values = recipe_text(recipe), recipe_values(recipe)
     return {
         "name": values["name"],
@@ -39,39 +39,39 @@ def entry(recipe: str) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """One line per recipe, those of a teacher together: name, expected top-1 in %, status, what it stands for."""
+    """One line per recipe, grouped by teacher: name, expected top-1 in %, status, what it reproduces."""
     width = max(len(e["name"]) for e in entries)
     lines = [f"{'  recipe':{width + 2}}  top-1 %  status     stands for"]
     for group, members in groupby(sorted(entries, key=_group), key=_group):
         lines += ["", group]
         for e in members:
             top1, status = re.match(r"[\d.]+", e["expected"]), re.match(r"[A-Z ]*[A-Z]", e["status"])
-            shown = f"{top1[0] if top1 else '-':>7}  {status[0] if status else '-':9}"
-            lines.append(f"  {e['name']:{width}}  {shown}  {e['stands_for']}")
+            columns = f"{top1[0] if top1 else '-':>7}  {status[0] if status else '-':9}"
+            lines.append(f"  {e['name']:{width}}  {columns}  {e['stands_for']}")
     return "\n".join(lines)
 
 
 def _group(e: dict[str, Any]) -> str:
     if not e["name"].startswith("imagenet-"):
-        return "your own data, and the demo"
-    return f"ImageNet-1K, teacher {e['teacher']}" if e["teacher"] else "ImageNet-1K, no teacher: the baselines"
+        return "your own data and the demo"
+    return f"ImageNet-1K, teacher {e['teacher']}" if e["teacher"] else "ImageNet-1K, baselines (no teacher)"
 
 
 def explained(recipe: str) -> str:
-    """The recipe with what its base says written out, as YAML that loads, and comments on what it will do."""
+    """The recipe with the values of its base filled in, as valid YAML with comments that explain it."""
     values, config = recipe_values(recipe), load_recipe(recipe)
-    told = header_lines(recipe_text(recipe))
-    base = parse_yaml(recipe_text(recipe), recipe).get("base")
-    notes = [f"This is {config.name} with what its base, {base}, says written out."] if base else []
+    text = recipe_text(recipe)
+    base = parse_yaml(text, recipe).get("base")
+    notes = [f"This is {config.name} with the values of its base, {base}, filled in."] if base else []
     notes += _amount(config)
-    lines = [*told, "", *(f"# {line}" for note in notes for line in textwrap.wrap(note, WIDTH - 2))]
+    lines = [*header_lines(text), "", *(f"# {line}" for note in notes for line in textwrap.wrap(note, WIDTH - 2))]
     for section in sorted(values, key=list(Config.model_fields).index):
         lines += _losses(values[section]) if section == "losses" else _section(section, values[section])
     return "\n".join(lines) + "\n"
 
 
 def amount(config: Config) -> dict[str, int] | None:
-    """Steps and images seen, of a recipe for ImageNet-1K; the last, partial batch of an epoch is left out."""
+    """Steps and images of a recipe for ImageNet-1K, else None. The last, partial batch of an epoch is not used."""
     if "imagenet" not in (config.data.train or "") or config.data.limit:
         return None
     steps = IMAGENET_IMAGES // config.train.batch_size
@@ -80,19 +80,19 @@ def amount(config: Config) -> dict[str, int] | None:
 
 
 def _amount(config: Config) -> list[str]:
-    found, train = amount(config), config.train
-    if found is None:
+    counts, train = amount(config), config.train
+    if counts is None:
         return []
     parts = f", {train.accumulate} x {train.batch_size // train.accumulate}" if train.accumulate > 1 else ""
     return [
-        f"On ImageNet-1K: {found['steps_per_epoch']:,} steps an epoch, {found['steps']:,} in all, each of "
-        f"{train.batch_size} images{parts}; {found['images_seen']:,} images seen, "
+        f"On ImageNet-1K: {counts['steps_per_epoch']:,} steps per epoch, {counts['steps']:,} in total, of "
+        f"{train.batch_size} images each{parts}; {counts['images_seen']:,} images in total, "
         f"{train.epochs} epochs x {IMAGENET_IMAGES:,}."
     ]
 
 
 def _losses(losses: dict[str, Any]) -> list[str]:
-    """The section, each method with its first paragraph as a comment."""
+    """The section as YAML, with the first paragraph of each method's docstring as a comment."""
     from scalekd.methods.names import METHODS
 
     lines = ["losses:"]

@@ -1,4 +1,4 @@
-"""The options that a recipe's losses take: read from the methods' signatures, checked and typed."""
+"""Options of the losses: read from the signatures of the methods, checked and converted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from scalekd.common.errors import nearest
 
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options beside the method's own
+OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options that every loss has
 
 
 def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword options of a method, annotations resolved; the one place where its defaults live."""
+    """The keyword options of a method with resolved annotations. Its signature is the only source of its defaults."""
     function = method.__init__ if inspect.isclass(method) else method
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
@@ -25,20 +25,22 @@ def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def method_problems(name: str, options: Any) -> list[str]:
+    """One line per problem of `losses.NAME`: unknown method or option, or a value of the wrong type."""
     from scalekd.methods.names import METHODS
 
     if name not in METHODS:
         return [f"losses.{name}: unknown method.{nearest(str(name), METHODS)}"]
     if not isinstance(options, dict):
         return [
-            f"losses.{name}: options are a mapping, not {reprlib.repr(options)}; write {{}} for none, or losses.{name}=off to leave it out"
+            f"losses.{name}: options must be a mapping, not {reprlib.repr(options)}; write {{}} for the defaults, "
+            f"or losses.{name}=off to remove the loss"
         ]
     known = _annotations(name)
     problems = [f"losses.{name}.{k}: unknown option.{nearest(str(k), known)}" for k in options if k not in known]
     for key, value in options.items():
         annotation = known.get(key, bool)
         if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
-            problems.append(f"losses.{name}.{key}: true and false are no value for it (given {value})")
+            problems.append(f"losses.{name}.{key}: cannot be true or false (given {value})")
         try:
             if key in known:
                 _adapter(known[key]).validate_python(value)
@@ -48,12 +50,13 @@ def method_problems(name: str, options: Any) -> list[str]:
 
 
 def typed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` converted to the types in the method's signature, such as lists to tuples."""
     known = _annotations(name)
     return {k: _adapter(known[k]).validate_python(v) for k, v in options.items()}
 
 
 def written_out(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A recipe's losses as plain values, with the methods' defaults for what is not given, in the order of the signatures."""
+    """The losses as plain values with all defaults filled in. Options are in the order of the signatures."""
     return {name: _written_out(name, options) for name, options in losses.items()}
 
 
@@ -66,7 +69,7 @@ def _written_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a method's options, those that are not as by default."""
+    """The options of a method that differ from their defaults."""
     from scalekd.methods.names import METHODS
 
     defaults = _written_out(name, {}) if name in METHODS else {}
@@ -74,7 +77,7 @@ def apart_from_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _annotations(name: str) -> dict[str, Any]:
-    """Of all options that a recipe can give to a method."""
+    """The types of all options that a recipe can give to a method, by name."""
     from scalekd.methods.names import METHODS
 
     return {key: p.annotation for key, p in options_of(METHODS[name]).items()} | OF_ANY_LOSS
@@ -85,14 +88,14 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def reads_teacher(loss: str) -> bool:
-    """Whether a loss of a recipe, or a method, reads a teacher."""
+    """Whether a method, given by name, uses a teacher."""
     from scalekd.methods.names import METHODS
 
     return getattr(METHODS[loss], "needs_teacher", True)
 
 
 def reads_logits(loss: str) -> bool:
-    """Whether a loss of a recipe reads the student's logits."""
+    """Whether a method, given by name, uses the student's logits."""
     from scalekd.methods.names import METHODS
 
     method = METHODS[loss]

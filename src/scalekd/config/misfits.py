@@ -1,4 +1,4 @@
-"""What does not go together in a recipe, and what it sets that nothing would read; each a line for people."""
+"""Checks across the sections of a recipe: conflicting options, and options that have no effect."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 
     from .fields import Recipe
 
-Idle = tuple[
-    bool, str, "Section", str
-]  # whether a field is not read, its name, the section it is in, what it goes with
+# (whether the field is ignored, `section.field`, that section, the setting with which it has an effect)
+Idle = tuple[bool, str, "Section", str]
+
+# fields of a model that a student may not set, and what to use instead
+TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": ""}
 
 
 def misfits(config: Recipe) -> list[str]:
-    """All of them, but for what is wrong with an assistant's recipe."""
+    """One line per problem. Problems of the assistant's own recipe are not among them."""
     problems = _unlabelled(config)
-    needing = [n for n in config.losses if reads_teacher(n)]
+    needing = [name for name in config.losses if reads_teacher(name)]
     if needing and not config.all_teachers:
         problems.append(f"losses: {', '.join(needing)} need(s) a teacher; add `teacher: {{model: ..., weights: ...}}`")
     if not needing and config.teacher is not None:
-        problems.append("teacher: no loss uses it; add one (kd, scalekd, ...) or remove the teacher")
+        problems.append("teacher: no loss uses it; add one that does (kd, scalekd, ...) or remove the teacher")
     problems += _several_teachers(config, needing)
     problems += _heads(config)
     problems += [
-        f"{config.key_of(name)}.classes: its head's names are the data's; leave it out"
+        f"{config.key_of(name)}.classes: has no effect with a fitted head, whose classes are the data's; remove it"
         for name, spec in config.all_teachers.items()
         if spec.classes is not None and spec.head is not None
     ]
@@ -42,114 +44,102 @@ def misfits(config: Recipe) -> list[str]:
         )
     if config.schedule.warmup_epochs >= config.train.epochs:
         problems.append(
-            f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} leaves nothing of train.epochs {config.train.epochs}; "
-            "for a short trial add schedule.warmup_epochs=0"
+            f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} must be below train.epochs {config.train.epochs}; "
+            "for a short trial set schedule.warmup_epochs=0"
         )
     return problems + _ignored(config)
 
 
 def _several_teachers(config: Recipe, needing: list[str]) -> list[str]:
-    """What is wrong with several teachers and with the losses that choose among them."""
+    """Problems of `teachers`, and of the option `teachers` of a loss."""
     chosen = {name: options["teachers"] for name, options in config.losses.items() if "teachers" in options}
     if not config.teachers:
-        return [f"losses.{name}.teachers: goes with several teachers, `teachers: {{NAME: ...}}`" for name in chosen]
+        return [
+            f"losses.{name}.teachers: the recipe has one teacher; remove this option, or use `teachers: {{NAME: ...}}`"
+            for name in chosen
+        ]
     if config.teacher is not None:
-        return ["teacher: there are `teachers` too; put it among them, or remove them"]
+        return ["teacher: the recipe has `teachers` too; move this one there, or remove one of the two"]
     problems = []
     for name, teachers in chosen.items():
         if name not in needing:
-            problems.append(f"losses.{name}.teachers: {name} reads no teacher")
+            problems.append(f"losses.{name}.teachers: {name} uses no teacher; remove this option")
         problems += [
-            f"losses.{name}.teachers: no teacher `{shortened(of)}`.{nearest(of, config.teachers)}"
-            for of in teachers
-            if of not in config.teachers
+            f"losses.{name}.teachers: no teacher `{shortened(teacher)}`.{nearest(teacher, config.teachers)}"
+            for teacher in teachers
+            if teacher not in config.teachers
         ]
         if not teachers:
-            problems.append(f"losses.{name}.teachers: names none; leave it out for all of them")
-    used = {of for name in needing for of in chosen.get(name, config.teachers)}
-    return problems + [f"teachers.{of}: no loss uses it; remove it" for of in config.teachers if of not in used]
+            problems.append(f"losses.{name}.teachers: is empty; remove it to use all teachers")
+    used = {teacher for name in needing for teacher in chosen.get(name, config.teachers)}
+    return problems + [f"teachers.{name}: no loss uses it; remove it" for name in config.teachers if name not in used]
 
 
 def _heads(config: Recipe) -> list[str]:
     if config.data.train is not None:
         return []
     return [
-        f"{config.key_of(name)}.head: fit needs labelled images, a data.train; name some, or the folder of a head "
-        "(`scalekd head`)"
+        f"{config.key_of(name)}.head: fit needs labelled images; set data.train, or name the folder of a head that "
+        "`scalekd head` fitted"
         for name, spec in config.all_teachers.items()
         if spec.fits_head
     ]
 
 
 def _unlabelled(config: Recipe) -> list[str]:
+    """Problems of recipes with unlabelled images, and of those without any training images."""
     from scalekd.methods.names import METHODS
 
     data, problems = config.data, []
     if data.train is None and data.unlabelled is None:
-        return ["data.train: missing; or name images without labels, data.unlabelled"]
+        return ["data.train: missing; set it, or set data.unlabelled to train on images without labels"]
     if data.train is None:
-        if labels := [n for n in config.losses if getattr(METHODS[n], "needs_targets", False)]:
+        if labels := [name for name in config.losses if getattr(METHODS[name], "needs_targets", False)]:
             problems.append(
-                f"losses: {', '.join(labels)} need(s) labels; name a data.train, or turn off: losses.{labels[0]}=off"
+                f"losses: {', '.join(labels)} need(s) labels; set data.train, or remove the loss: losses.{labels[0]}=off"
             )
         if data.val is None:
-            problems.append(
-                "data.val: without a data.train, some labelled images are needed to validate on; some hundreds do"
-            )
+            problems.append("data.val: needed without data.train; name a few hundred labelled images for validation")
         if data.unlabelled == "rest":
-            problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; name a data.train")
+            problems.append("data.unlabelled: `rest` is the part of data.train that data.limit leaves; set data.train")
     elif data.unlabelled == "rest" and data.limit is None:
-        problems.append("data.unlabelled: rest is what data.limit leaves out of data.train; set data.limit")
+        problems.append("data.unlabelled: `rest` is the part of data.train that data.limit leaves; set data.limit")
     if data.unlabelled is not None and config.augment.repeats > 1:
-        problems.append("augment.repeats: goes with labelled images only; leave it out, or data.unlabelled")
+        problems.append("augment.repeats: works with labelled images only; remove it, or remove data.unlabelled")
     return problems
 
 
 def _ignored(config: Recipe) -> list[str]:
-    """Values that were changed and that nothing would read."""
-    augment, schedule = config.augment, config.schedule
-    return unread(config.optim) + without_effect(
+    """Problems of fields that differ from their default and that the run would ignore."""
+    augment, data = config.augment, config.data
+    own_val = data.val is not None
+    no_limit = data.limit is None and data.unlabelled_limit is None
+    one_kind = data.unlabelled is None or data.train is None
+    own_jitter = augment.auto_augment is not None
+    of_teachers = [
+        f"student.{field}: has no effect here; it is an option of teachers{instead}"
+        for field, instead in TEACHERS_ONLY.items()
+        if _changed(config.student, field)
+    ]
+    ignored = without_effect(
         [
             (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
             (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
-            (
-                augment.auto_augment is not None,
-                "augment.color_jitter",
-                augment,
-                "no augment.auto_augment, which brings its own",
-            ),
-            *idle_in(schedule),
-            (config.data.on_bad_image == "error", "data.max_bad", config.data, "data.on_bad_image: skip"),
-            (config.data.val is not None, "data.val_fraction", config.data, "no data.val"),
-            (
-                config.data.val is not None and config.data.limit is None and config.data.unlabelled_limit is None,
-                "data.seed",
-                config.data,
-                "data.limit or no data.val; a run's own seed is `seed`",
-            ),
-            (
-                config.data.train is None,
-                "data.limit",
-                config.data,
-                "a data.train; data.unlabelled_limit is the other's",
-            ),
-            (config.data.unlabelled is None, "data.unlabelled_limit", config.data, "data.unlabelled"),
-            (
-                config.data.unlabelled is None or config.data.train is None,
-                "data.unlabelled_share",
-                config.data,
-                "both data.train and data.unlabelled",
-            ),
-            (True, "student.image_size", config.student, "a teacher; the student's is data.image_size"),
-            (True, "student.top1", config.student, "a teacher"),
-            (True, "student.head", config.student, "a teacher"),
-            (True, "student.classes", config.student, "a teacher"),
+            (own_jitter, "augment.color_jitter", augment, "no augment.auto_augment, which has its own"),
+            *idle_in(config.schedule),
+            (data.on_bad_image == "error", "data.max_bad", data, "data.on_bad_image: skip"),
+            (own_val, "data.val_fraction", data, "no data.val"),
+            (own_val and no_limit, "data.seed", data, "data.limit or no data.val; the seed of the run is `seed`"),
+            (data.train is None, "data.limit", data, "data.train; for data.unlabelled use data.unlabelled_limit"),
+            (data.unlabelled is None, "data.unlabelled_limit", data, "data.unlabelled"),
+            (one_kind, "data.unlabelled_share", data, "both data.train and data.unlabelled"),
         ]
     )
+    return [*unread(config.optim), *ignored, *of_teachers]
 
 
 def idle_in(schedule: Schedule) -> list[Idle]:
-    """The fields that a schedule of its kind does not read."""
+    """The fields that depend on the kind of schedule, for `without_effect`."""
     return [
         (schedule.name != "multistep", "schedule.milestones", schedule, "schedule.name: multistep"),
         (schedule.name != "multistep", "schedule.decay_rate", schedule, "schedule.name: multistep"),
@@ -159,7 +149,7 @@ def idle_in(schedule: Schedule) -> list[Idle]:
 
 
 def unread(optim: BaseOptim) -> list[str]:
-    """Values of `optim` that were changed and that its optimiser does not have."""
+    """Problems of fields of `optim` that its optimiser does not have."""
     from timm.optim import get_optimizer_info
 
     info = get_optimizer_info(optim.name)
@@ -173,10 +163,11 @@ def unread(optim: BaseOptim) -> list[str]:
 
 
 def without_effect(idle: Iterable[Idle]) -> list[str]:
+    """A line for each ignored field whose value is not the default."""
     return [
-        f"{name}: has no effect here; it goes with {needs}"
-        for not_read, name, section, needs in idle
-        if not_read and _changed(section, name.split(".")[1])
+        f"{name}: has no effect here; it is used only with {needs}"
+        for ignored, name, section, needs in idle
+        if ignored and _changed(section, name.split(".")[1])
     ]
 
 

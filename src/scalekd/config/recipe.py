@@ -1,4 +1,4 @@
-"""A run, described: YAML recipe + `key=value` overrides -> `Config`, with all errors told at once."""
+"""`Config`, a complete and valid distillation recipe, from a YAML recipe and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .misfits import misfits
 
 
 class Config(Recipe):
-    """A distillation recipe whose sections fit together."""
+    """A distillation recipe whose sections are compatible with each other. Validation reports all errors together."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -31,10 +31,13 @@ class Config(Recipe):
 
 
 def _assistant_problems(config: Config) -> list[str]:
+    """One line per problem of the assistant's recipe."""
     if not config.all_teachers:
-        return ["assistant: it needs a teacher itself; name one, or leave it out"]
+        return ["assistant: needs a teacher to learn from; set `teacher`, or remove the assistant"]
     if chosen := [name for name, options in config.losses.items() if "teachers" in options]:
-        return [f"losses.{chosen[0]}.teachers: the student's teacher is the assistant; say that in assistant.losses"]
+        return [
+            f"losses.{chosen[0]}.teachers: the student's only teacher is the assistant; set this in assistant.losses"
+        ]
     try:
         assistant_of(config)
     except UserError as error:
@@ -43,9 +46,14 @@ def _assistant_problems(config: Config) -> list[str]:
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
-    """A shipped recipe's name or a YAML file, with `section.key=value` overrides (values are YAML).
+    """Loads a recipe.
 
-    Raises `UserError` that lists every problem, each with the nearest valid name.
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `section.key=value`, applied in order. Values are parsed as YAML.
+
+    Raises:
+        UserError: lists all problems, with the nearest valid name for each unknown one.
     """
     values = recipe_values(recipe)
     for text in overrides:
@@ -54,11 +62,14 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def check_config(values: dict[str, Any], where: str) -> Config:
-    """Validates plain values; `UserError` with all problems at once. Models named by a folder are written out."""
+    """Validates plain values; `where` names them in errors. The settings of models named by a folder are filled in.
+
+    Raises `UserError` that lists all problems.
+    """
     return validated(Config, values, where)
 
 
 def assistant_of(config: Config) -> Config:
-    """The recipe of a recipe's assistant: the recipe itself with what `assistant` says in its place. Raises `UserError`."""
+    """The recipe of the assistant: this recipe updated with the values of `assistant`. Raises `UserError`."""
     values = config.model_dump(mode="json", exclude={"assistant"}) | {"name": f"{config.name}-assistant"}
     return check_config(merged(values, config.assistant or {}), "assistant")

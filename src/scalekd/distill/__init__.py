@@ -1,1 +1,1 @@
-"""The student, the methods and the frozen teachers as one module, and the run that trains them."""
+"""Distillation: the module of student, methods and frozen teachers, and the run that trains it."""

@@ -1,9 +1,9 @@
-"""From a recipe to everything that its run needs: data, models, methods, optimiser, schedule."""
+"""Builds a distillation run from a recipe: data, models, methods, optimiser, schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -28,8 +28,8 @@ from scalekd.models.build import build_model
 from scalekd.models.class_order import put_in_order
 from scalekd.models.create import create, resolve
 from scalekd.models.fitted_head import read_head
-from scalekd.models.inputs import statistics
-from scalekd.models.inputs import statistics as input_statistics
+from scalekd.models.inputs import Statistics, statistics
+from scalekd.models.weights.trained import Loaded
 from scalekd.train.optim import create_optimizer, make_schedule
 from scalekd.train.run import check_batch_size, scaler_and_average
 
@@ -40,12 +40,10 @@ from .run import DistillationRun, gives_embeddings, logit_losses
 
 def build(config: Config, device: torch.device) -> DistillationRun:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
-    seed_everything(config.seed, "models")
+    seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
     data, train = config.data, config.train
-    size = height_and_width(data.image_size)
-    sizes = {name: height_and_width(spec.image_size or size) for name, spec in config.all_teachers.items()}
     split = open_split(data)
-    classes = len(split.classes)
+    size, classes = height_and_width(data.image_size), len(split.classes)
     head = classes if any(map(reads_logits, config.losses)) else 0
     student, student_loaded = build_model(
         config.student, channels=data.channels, image_size=size, classes=head, where="student"
@@ -53,36 +51,76 @@ def build(config: Config, device: torch.device) -> DistillationRun:
     if not head:
         _check_backbone(student, config.student.model)
     student_stats = statistics(student, config.student, data.channels, "student")
-    loaded = {"student": student_loaded}
-    teachers, stats = {}, {}
-    for name, spec in config.all_teachers.items():
-        where = config.key_of(name)
-        if spec.head:
-            _check_head(spec.head, split.classes, where)
-        own = None if spec.weights == "pretrained" else classes
-        teachers[name], loaded[where] = build_model(
-            spec, channels=data.channels, image_size=sizes[name], classes=own, where=where
-        )
-        if spec.classes is not None:
-            put_in_order(teachers[name], spec.classes, split.classes, where)
-        _check_outputs(config, name, teachers[name], classes)
-        stats[name] = statistics(teachers[name], spec, data.channels, where)
-    # pixels for the largest of all, so that none sees a blown-up image
-    pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *sizes.values())))})
+    teachers = _build_teachers(config, split.classes)
+    # load images at the largest input size, so that no model gets upsampled pixels
+    pixels = data.model_copy(update={"image_size": tuple(map(max, zip(size, *teachers.sizes.values())))})
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
     steps_per_epoch, mix = steps_of_an_epoch(config, len(images), split.labelled)
+    distiller = _build_distiller(config, student, student_stats, teachers, device)
+    optimizer = make_optimizer(config, distiller)
+    return DistillationRun(
+        config=config,
+        device=device,
+        classes=split.classes,
+        train_images=images,
+        val_images=validation_images(split, data, config.augment),
+        model=distiller,
+        loaded={"student": student_loaded, **teachers.loaded},
+        optimizer=optimizer,
+        schedule=make_schedule(config, optimizer, steps_per_epoch),
+        mixup=make_mixup(config.augment, classes),
+        steps_per_epoch=steps_per_epoch,
+        mix=mix,
+        repeats=config.augment.repeats,
+        **scaler_and_average(train, distiller.student, device),
+    )
+
+
+class _Teachers(NamedTuple):
+    """The teachers of a recipe, by name; `loaded` by recipe key."""
+
+    models: dict[str, nn.Module]
+    sizes: dict[str, tuple[int, int]]
+    stats: dict[str, Statistics]
+    loaded: dict[str, Loaded]
+
+
+def _build_teachers(config: Config, classes: list[str]) -> _Teachers:
+    size, channels = height_and_width(config.data.image_size), config.data.channels
+    teachers = _Teachers({}, {}, {}, {})
+    for name, spec in config.all_teachers.items():
+        key = config.key_of(name)
+        if spec.head:
+            _check_head(spec.head, classes, key)
+        own = None if spec.weights == "pretrained" else len(classes)
+        teachers.sizes[name] = height_and_width(spec.image_size or size)
+        model, teachers.loaded[key] = build_model(
+            spec, channels=channels, image_size=teachers.sizes[name], classes=own, where=key
+        )
+        teachers.models[name] = model
+        if spec.classes is not None:
+            put_in_order(model, spec.classes, classes, key)
+        _check_outputs(config, name, model, len(classes))
+        teachers.stats[name] = statistics(model, spec, channels, key)
+    return teachers
+
+
+def _build_distiller(
+    config: Config, student: nn.Module, student_stats: Statistics, teachers: _Teachers, device: torch.device
+) -> Distiller:
+    train = config.train
     if train.sync_batchnorm and device.type == "cpu":
-        raise UserError("train.sync_batchnorm needs GPUs; torch has it for CUDA only")
+        raise UserError("train.sync_batchnorm needs a GPU; torch supports it on CUDA only")
     if train.sync_batchnorm:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     distiller = Distiller(
         student,
-        teachers,
+        teachers.models,
         config.losses,
-        image_size=size,
-        teacher_size=sizes,
+        image_size=height_and_width(config.data.image_size),
+        teacher_size=teachers.sizes,
         student_stats=student_stats,
-        teacher_stats=stats,
+        teacher_stats=teachers.stats,
         student_cuts=config.student.cuts,
         teacher_cuts={name: spec.cuts for name, spec in config.all_teachers.items()},
     )
@@ -93,42 +131,28 @@ def build(config: Config, device: torch.device) -> DistillationRun:
         distiller.to(memory_format=torch.channels_last)
     if train.compile:
         compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
-    optimizer = make_optimizer(config, distiller)
-    return DistillationRun(
-        config=config,
-        device=device,
-        classes=split.classes,
-        train_images=images,
-        val_images=validation_images(split, data, config.augment),
-        model=distiller,
-        loaded=loaded,
-        optimizer=optimizer,
-        schedule=make_schedule(config, optimizer, steps_per_epoch),
-        mixup=make_mixup(config.augment, classes),
-        steps_per_epoch=steps_per_epoch,
-        mix=mix,
-        repeats=config.augment.repeats,
-        **scaler_and_average(train, student, device),
-    )
+    return distiller
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:
+    """Raises `UserError` if a loss reads a teacher's logits and its outputs are an embedding."""
     spec, where, outputs = config.all_teachers[teacher], config.key_of(teacher), getattr(model, "num_classes", 0)
     losses = logit_losses(config, teacher)
     if losses and gives_embeddings(spec, outputs, classes):
         raise UserError(
             f"losses.{losses[0]}: the {outputs} outputs of {where}, {spec.model}, are an embedding, not classes. Fit a "
-            f"classifier for yours with `scalekd head` and set {where}.head, or use feature methods: scalekd, fd"
+            f"classifier with `scalekd head` and set {where}.head, or use feature methods: scalekd, fd"
         )
 
 
 def _check_backbone(student: nn.Module, name: str) -> None:
+    """Raises `UserError` for a student without a classifier in which a layer would stay untrained."""
     hidden, features = getattr(student, "head_hidden_size", None), getattr(student, "num_features", None)
     if hidden != features:
         raise UserError(
-            f"student.model: no loss reads the student's logits, and {name} has a layer between its last map and its "
-            f"classifier ({features} to {hidden} channels) that nothing would train. Add a loss on logits, such as kd "
-            "with a teacher that has a classifier for your classes, or choose a student without such a layer, as ResNets are"
+            f"student.model: no loss uses the student's logits, so the layer between {name}'s last map and its classifier "
+            f"({features} to {hidden} channels) would stay untrained. Add a loss on logits, such as kd with a teacher that "
+            "has a classifier for your classes, or choose a student without such a layer, such as a ResNet"
         )
 
 
@@ -145,11 +169,12 @@ def steps_of_an_epoch(
     _check_batch(config, images, mix, processes)
     if mix is None:
         return images // batch_size, None
-    # an epoch lasts until both kinds of images were used
+    # an epoch ends when labelled and unlabelled images have all been used
     return max(1, labelled // mix.per_batch, (images - labelled) // (batch_size - mix.per_batch)), mix
 
 
 def _mix_of(config: Config, images: int, labelled: int, processes: int) -> Mix | None:
+    """How labelled and unlabelled images share a batch; None if there is one kind. Raises `UserError`."""
     train, parts = config.train, config.train.accumulate * processes
     if labelled in (0, images):
         return None
@@ -157,23 +182,25 @@ def _mix_of(config: Config, images: int, labelled: int, processes: int) -> Mix |
     unlabelled = round(part * share)
     if unlabelled in (0, part):
         raise UserError(
-            f"data.unlabelled_share {share:g} of {part} images per process and step is {unlabelled}: a step needs both "
-            "images with labels and without; change it, or raise train.batch_size"
+            f"data.unlabelled_share {share:g} of {part} images per process and step is {unlabelled}: a step needs images "
+            "with and without labels; change the share, or raise train.batch_size"
         )
     return Mix(labelled, (part - unlabelled) * parts)
 
 
 def _check_head(folder: str, classes: list[str], where: str) -> None:
+    """Raises `UserError` if a head was fitted for other classes than the data's."""
     theirs = read_head(resolve(folder), f"{where}.head")[0].classes
     if theirs != classes:
-        odd = next((f"{a} there, {b} here" for a, b in zip(theirs, classes) if a != b), f"{len(theirs)} there")
+        first = next((f"{a} there, {b} here" for a, b in zip(theirs, classes) if a != b), f"{len(theirs)} there")
         raise UserError(
-            f"{where}.head: {folder} was fitted for other classes than the data's {len(classes)}: {printable(odd)}. "
-            "Fit a head for these classes: scalekd head"
+            f"{where}.head: {folder} was fitted for other classes than the data's {len(classes)}: {printable(first)}. "
+            "Fit a head for the data's classes with `scalekd head`"
         )
 
 
 def _check_batch(config: Config, images: int, mix: Mix | None, processes: int) -> None:
+    """Raises `UserError` if the batch size does not suit the number of processes, batch norms or Mixup."""
     train, parts = config.train, config.train.accumulate * processes
     check_batch_size(train, images if mix is None else None, processes)
     if train.batch_size == parts:
@@ -182,35 +209,37 @@ def _check_batch(config: Config, images: int, mix: Mix | None, processes: int) -
     for count, kind in ((labelled // parts, "labelled "), ((train.batch_size - labelled) // parts, "")):
         if (config.augment.mixup or config.augment.cutmix) and count % 2:
             raise UserError(
-                f"mixup pairs images: {count} {kind}per process and step is odd; change train.batch_size"
-                + " or data.unlabelled_share" * bool(mix)
+                f"augment.mixup and augment.cutmix need an even number of {kind}images per process and step, not {count}; "
+                f"change train.batch_size{' or data.unlabelled_share' * bool(mix)}"
             )
 
 
-# ---------------------------------------------------------------- the models
-
-
 def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]], teacher: bool = True) -> Distiller:
-    """What the recipe trains, with initial values in place of any weights. Raises `UserError`.
+    """The recipe's distiller with initial values instead of trained weights, to count and time its step.
 
-    teacher: False leaves it out, for losses that need none.
+    Args:
+        classes: number of classes of the data.
+        losses: as in a recipe, instead of the recipe's own.
+        teacher: False builds no teacher; the losses must not need one.
+
+    Raises:
+        UserError: several teachers, or models that cannot be built.
     """
     if config.teachers:
-        raise UserError(f"the cost is counted for one teacher, and the recipe has {', '.join(config.teachers)}")
+        raise UserError(f"costs are counted for one teacher and the recipe has several: {', '.join(config.teachers)}")
     size, channels, spec = height_and_width(config.data.image_size), config.data.channels, config.teacher
-    given: dict[str, Any] = {"in_chans": channels}
-    of_data = given | {"num_classes": classes}
-    of_student = given | {"num_classes": classes if any(map(reads_logits, losses)) else 0}
-    student, _ = create(config.student.model, size, False, of_student | config.student.kwargs, "student")
-    student_stats = input_statistics(student, config.student, channels, "student")
+    inputs: dict[str, Any] = {"in_chans": channels}
+    outputs = {"num_classes": classes if any(map(reads_logits, losses)) else 0}
+    student, _ = create(config.student.model, size, False, inputs | outputs | config.student.kwargs, "student")
+    student_stats = statistics(student, config.student, channels, "student")
     if spec is None or not teacher:
         return Distiller(
             student, None, losses, image_size=size, student_stats=student_stats, student_cuts=config.student.cuts
         )
-    if spec.weights != "pretrained" or spec.head:  # else it keeps the head that it came with, as in training
-        given = of_data
+    # pre-trained weights keep their own classifier, as in training
+    outputs = {"num_classes": classes} if spec.weights != "pretrained" or spec.head else {}
     teacher_size = height_and_width(spec.image_size or size)
-    model, _ = create(spec.model, teacher_size, False, given | spec.kwargs, "teacher")
+    model, _ = create(spec.model, teacher_size, False, inputs | outputs | spec.kwargs, "teacher")
     return Distiller(
         student,
         model,
@@ -218,14 +247,14 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
         image_size=size,
         teacher_size=teacher_size,
         student_stats=student_stats,
-        teacher_stats=input_statistics(model, spec, channels, "teacher"),
+        teacher_stats=statistics(model, spec, channels, "teacher"),
         student_cuts=config.student.cuts,
         teacher_cuts=spec.cuts,
     )
 
 
 def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:
-    """The student at `optim.lr`, the methods' own parameters at `optim.projector_lr` times that."""
+    """The optimiser: the student at `optim.lr`, the parameters of the methods at `optim.projector_lr` times that."""
     optim = config.optim
     groups = _groups(distiller.student, config, optim.lr) + _groups(
         distiller.methods, config, optim.lr * optim.projector_lr

@@ -1,7 +1,7 @@
-"""`train.compile`: the step of a distillation through torch.compile. docs/explanation/performance.md says what it gives.
+"""`train.compile`: runs the distillation step through torch.compile (timings in docs/explanation/performance.md).
 
-What is compiled are functions, held beside the modules: parameters, `state_dict` keys and hooks are those of the plain step,
-and what evaluates or exports the student calls it as it is.
+It compiles functions, not modules. Parameters, `state_dict` keys and hooks stay as they are, and evaluation and export
+call the student uncompiled.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from .distiller import Compiled, Distiller
 
 
 def compile_step(distiller: Distiller, images: int, **options: Any) -> None:
-    """From here on `distiller` takes batches of `images` images through torch.compile, which compiles at the first one.
+    """Makes `distiller` compile its step for batches of `images` images, at the first of them.
 
-    A batch of another size, one that bad images were left out of, takes the plain step: the same values, but for rounding.
-    A teacher whose classifier a method calls (srrl) is not compiled. Random numbers are drawn as the plain step draws them.
-    options: of torch.compile.
+    A batch of another size, because bad images were skipped, is not compiled; its values are the same up to rounding.
+    Neither is a teacher whose classifier a method calls (srrl). Random numbers are the same as without compiling.
+
+    options: arguments of torch.compile.
     """
     if not options.keys() & {"backend", "mode", "options"}:
         options["options"] = {"fallback_random": True}

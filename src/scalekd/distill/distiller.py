@@ -1,10 +1,10 @@
-"""One trainable module: the student and the methods' own parameters. The teachers are held outside."""
+"""`Distiller`: the student, the methods and frozen teachers, from images to loss terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,68 +12,94 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
-from scalekd.models.stages import Features, Shapes, StageView
-
-if TYPE_CHECKING:
-    pass
 from scalekd.models.inputs import Statistics, default_statistics, resized
+from scalekd.models.stages import Features, Shapes, StageView
 
 
 class Compiled(NamedTuple):
-    """What `Distiller.forward` calls in place of its own functions."""
+    """Compiled functions that `Distiller.forward` uses for batches of one size."""
 
-    images: int  # of a batch; others go through the plain functions: none is worth a minute of compiling
-    terms: Callable[..., dict[str, Tensor]]  # the student's pass and the methods
+    images: int  # images per batch; other batches are too rare to be worth a minute of compiling
+    terms: Callable[..., dict[str, Tensor]]  # for `Distiller.terms`
+    # for `Teacher.see`, by teacher
     teachers: Mapping[str, Callable[[Tensor], Features]]
 
 
 T = TypeVar("T")
-ONE = "teacher"  # the name of a teacher that is the only one
+ONE = "teacher"  # name of a single teacher
 
 
 @dataclass
 class Teacher:
-    """A frozen model and what it is shown. No module, so that it is in no `parameters()` of the distiller's."""
+    """A frozen model with its input size and normalisation.
+
+    Not an `nn.Module`, so that its parameters are not among the distiller's.
+    """
 
     view: StageView
     size: tuple[int, int]  # (height, width) in pixels
-    mean: Tensor  # (1, C, 1, 1) for pixels in [0, 1], as `std`
-    std: Tensor
+    mean: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
+    std: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
     needs_maps: bool = False
     needs_classifier: bool = False
 
     def __call__(self, pixels: Tensor, see: Callable[[Tensor], Features] | None = None) -> Features:
-        """pixels (B, C, H, W) in [0, 1] to what the methods need of it. see: what stands in for `self.see`."""
+        """The features that the methods need, for pixels `(B, C, H, W)` in [0, 1] of any size.
+
+        see: a compiled version of `self.see`.
+        """
         features = (see or self.see)(resized(pixels, self.size, self.view.model))
         return self.view.resumable(features) if self.needs_maps and self.view.shapes.can_resume else features
 
     def see(self, pixels: Tensor) -> Features:
-        """pixels (B, C, H, W) in [0, 1] of its size to features without `resume`."""
+        """The features, without `resume`, for pixels `(B, C, H, W)` in [0, 1] of the teacher's input size."""
         return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=self.needs_classifier)
 
 
 class Distiller(nn.Module):
-    """Student + method parameters, and frozen teachers that are in no `parameters()`, `state_dict()` or DDP bucket.
+    """The student and the methods as one trainable module, with frozen teachers.
 
-    student, teacher: timm models. The teacher is frozen and stays in eval mode. It may be None when
-      no loss needs one, or several by name: `{"swin": ..., "dino": ...}`. Then methods of logits alone (kd, dkd, ...)
-      read the mean of their logits, and every other method is there once for each of them, with parameters of its own
-      and its share of the weight, as `scalekd@swin`.
-    losses: method name -> options and `weight`, as in a recipe: `{"ce": {}, "kd": {"temperature": 2.0}}`, and with
-      several teachers `teachers`, the names of those that it reads. A method of your own goes in as a callable in
-      place of the options.
-    image_size: (height, width) in pixels of what the student sees.
-    teacher_size: what the teacher sees, if another. Pixels of another size than a model's are resized for it, with
-      the interpolation that timm names for that model.
-    student_stats, teacher_stats: (mean, std) per channel for pixels in [0, 1]; timm's own unless given.
-    student_cuts, teacher_cuts: see `StageView`.
-    With several teachers, `teacher_size`, `teacher_stats` and `teacher_cuts` are by name too.
+    The teachers are moved with the module, but they are not in its `parameters()` or `state_dict()`, and DDP does not
+    see them. They stay in eval mode.
 
-    Raises `UserError` for an unknown method, option or teacher and for a pair that a method cannot serve.
+    Methods on logits alone (`kd`, `dkd`, ...) use the mean of the logits of several teachers. Any other method is built
+    once for each of its teachers, named `scalekd@swin`, with its own parameters and an equal share of the weight.
+
+    Args:
+        student: a timm model.
+        teacher: a timm model, several by name (`{"swin": ..., "dino": ...}`), or None if no loss needs one. They are
+            frozen in place.
+        losses: options of each method by name, with `weight`, as in a recipe: `{"ce": {}, "kd": {"temperature": 2.0}}`.
+            With several teachers also `teachers`, the names of those that the method uses. For a method of your own,
+            give its class or a function that builds it instead of the options: `{"ce": {}, "mine": MyMethod}`.
+        image_size: the student's input size, (height, width) in pixels.
+        teacher_size: a teacher's input size; the student's by default. Images of another size are resized, with the
+            interpolation that timm states for the model.
+        student_stats, teacher_stats: (mean, std) per channel for pixels in [0, 1]; timm's for the model by default.
+        student_cuts, teacher_cuts: the blocks after which stages end, see `StageView`.
+
+        With several teachers, give `teacher_size`, `teacher_stats` and `teacher_cuts` by name.
+
+    Raises:
+        UserError: an unknown method, option or teacher, or models that a method does not support.
+
+    Example:
+        >>> import timm, torch
+        >>> from scalekd.distill.distiller import Distiller
+        >>> student = timm.create_model("test_resnet", num_classes=5)
+        >>> teacher = timm.create_model("test_vit", num_classes=5, img_size=64)
+        >>> distiller = Distiller(student, teacher, {"ce": {}, "kd": {"weight": 0.5}, "fd": {}}, image_size=(64, 64))
+        >>> optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+        >>> images, targets = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+        >>> losses = distiller(images, targets)
+        >>> sorted(losses)
+        ['ce', 'fd.s4', 'kd', 'total']
+        >>> losses["total"].backward()
+        >>> optimizer.step()
     """
 
-    student_mean: Tensor  # (1, C, 1, 1), as `student_std`
-    student_std: Tensor
+    student_mean: Tensor  # (1, C, 1, 1)
+    student_std: Tensor  # (1, C, 1, 1)
 
     def __init__(
         self,
@@ -97,11 +123,12 @@ class Distiller(nn.Module):
         self.teachers: dict[str, Teacher] = {}
         for name, model in ({ONE: teacher} if isinstance(teacher, nn.Module) else teacher or {}).items():
             model.requires_grad_(False).eval()
-            size, stats = _of(teacher_size, name) or image_size, _of(teacher_stats, name) or default_statistics(model)
-            view = _view(name, model, size, _of(teacher_cuts, name))
+            size = _value_for(teacher_size, name) or image_size
+            stats = _value_for(teacher_stats, name) or default_statistics(model)
+            view = _view(name, model, size, _value_for(teacher_cuts, name))
             self.teachers[name] = Teacher(view, size, _per_channel(stats[0]), _per_channel(stats[1]))
         self.weights: dict[str, float] = {}
-        self.reads: dict[str, tuple[str, ...]] = {}  # the teachers of each method
+        self.reads: dict[str, tuple[str, ...]] = {}  # names of the teachers that each method uses
         self.methods = nn.ModuleDict()
         for name, options in losses.items():
             self._add(name, options)
@@ -110,7 +137,7 @@ class Distiller(nn.Module):
         self.compiled: Compiled | None = None
 
     def _add(self, name: str, options: Any) -> None:
-        """A loss of the recipe: one method, or one for each of its teachers."""
+        """Adds one method, or one for each teacher that it uses."""
         method: Callable[..., nn.Module]
         if isinstance(options, Mapping):
             if name not in METHODS:
@@ -123,16 +150,16 @@ class Distiller(nn.Module):
         if len(names) < 2 or not getattr(method, "needs_maps", True):
             uses = {name: names}
         else:
-            uses = {f"{name}@{of}": (of,) for of in names}
-        for key, read in uses.items():
-            self.weights[key], self.reads[key] = weight / len(uses), read
+            uses = {f"{name}@{teacher}": (teacher,) for teacher in names}
+        for key, teachers in uses.items():
+            self.weights[key], self.reads[key] = weight / len(uses), teachers
             self.methods[key] = self._build(key, method, options)
 
     def _chosen(self, name: str, method: Callable[..., nn.Module], chosen: Sequence[str] | None) -> tuple[str, ...]:
-        """The teachers that a loss reads."""
+        """The names of the teachers that a method uses."""
         needing = getattr(method, "needs_teacher", True)
-        if unknown := [of for of in chosen or () if of not in self.teachers]:
-            raise UserError(f"losses.{name}.teachers: no teacher {unknown[0]}.{nearest(unknown[0], self.teachers)}")
+        if unknown := [teacher for teacher in chosen or () if teacher not in self.teachers]:
+            raise UserError(f"losses.{name}.teachers: no teacher `{unknown[0]}`.{nearest(unknown[0], self.teachers)}")
         if needing and not self.teachers:
             raise UserError(f"losses.{name} needs a teacher")
         if chosen is not None:
@@ -140,59 +167,75 @@ class Distiller(nn.Module):
         return tuple(self.teachers) if needing or len(self.teachers) == 1 else ()
 
     def _build(self, key: str, method: Callable[..., nn.Module], options: Mapping[str, Any]) -> nn.Module:
-        read = [self.teachers[of] for of in self.reads[key]]
+        teachers = [self.teachers[name] for name in self.reads[key]]
         if getattr(method, "needs_maps", True):
-            for view in (self.student_view, *(of.view for of in read)):
+            for view in (self.student_view, *(teacher.view for teacher in teachers)):
                 if view.refusal:
                     raise UserError(f"losses.{key}: {view.refusal}")
         try:
-            built = method(self.student_view.shapes, _together([of.view.shapes for of in read]), **options)
+            shapes = _shapes_together([teacher.view.shapes for teacher in teachers])
+            built = method(self.student_view.shapes, shapes, **options)
         except (ValueError, TypeError) as error:
             raise UserError(f"losses.{key}: {error}") from None
-        for of in read:
-            of.needs_maps |= getattr(built, "needs_maps", True)
-            of.needs_classifier |= getattr(built, "needs_classifier", False)
+        for teacher in teachers:
+            teacher.needs_maps |= getattr(built, "needs_maps", True)
+            teacher.needs_classifier |= getattr(built, "needs_classifier", False)
         return built
 
     def forward(self, images: Tensor, targets: Tensor, teacher: Features | None = None) -> dict[str, Tensor]:
-        """images (B, C, H, W), uint8 or float in [0, 1]; targets (B,) indices or (B, classes) probabilities.
+        """The loss terms of a batch.
 
-        With fewer targets than images the first images are the labelled ones: methods that need targets see these
-        alone, the others all images. Raises `UserError` when a method needs targets and there are none.
-        teacher: what `teacher_features` gave for these images; computed here unless given. With one teacher only.
-        Returns scalars: every weighted loss term by name, and their sum as `total`.
+        Args:
+            images: `(B, C, H, W)`, uint8 or float in [0, 1].
+            targets: class indices `(B,)` or probabilities `(B, classes)`. If there are fewer targets than images, the
+                first images are the labelled ones. Methods that need targets then get only these, the others all.
+            teacher: the result of `teacher_features` for these images, if it is known. With one teacher only.
+
+        Returns:
+            Scalars: every weighted term by name, and their sum as `total`.
+
+        Raises:
+            UserError: a method needs targets and there are none.
         """
         if not len(targets) and len(images):
             for key, method in self.methods.items():
                 if getattr(method, "needs_targets", False):
-                    raise UserError(f"losses.{key} needs labels, and this batch has none")
+                    raise UserError(
+                        f"losses.{key} needs labels and this batch has none; remove the loss or add labelled images"
+                    )
         compiled = self.compiled if self.compiled and self.compiled.images == len(images) else None
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         if teacher is None:
-            given = self._all_features(pixels, compiled.teachers if compiled else None)
+            by_teacher = self._all_features(pixels, compiled.teachers if compiled else None)
         else:
-            given = dict.fromkeys(self.teachers, teacher)
+            by_teacher = dict.fromkeys(self.teachers, teacher)
         terms = compiled.terms if compiled else self.terms
-        return terms(resized(pixels, self.image_size, self.student), targets, given)
+        return terms(resized(pixels, self.image_size, self.student), targets, by_teacher)
 
-    def terms(self, pixels: Tensor, targets: Tensor, given: dict[str, Features]) -> dict[str, Tensor]:
-        """What `forward` returns. pixels (B, C, H, W) in [0, 1] of the student's size; given: of each teacher."""
+    def terms(self, pixels: Tensor, targets: Tensor, by_teacher: dict[str, Features]) -> dict[str, Tensor]:
+        """The loss terms, as `forward` returns them, from the features of each teacher.
+
+        pixels: `(B, C, H, W)` in [0, 1] of the student's input size.
+        """
         student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
         if not self.student_view.shapes.classes:
-            student.logits = student.logits[:, :0]  # timm gives what the pooling gives; that is not logits
+            student.logits = student.logits[:, :0]  # without a classifier timm returns pooled features
         labelled = len(targets)
         losses: dict[str, Tensor] = {}
         for key, method in self.methods.items():
-            seen = student, _mean_of([given[of] for of in self.reads[key]])
+            inputs = student, _mean_logits([by_teacher[name] for name in self.reads[key]])
             if labelled < len(pixels) and getattr(method, "needs_targets", False):
-                seen = student.first(labelled), seen[1] and seen[1].first(labelled)
-            for term, value in method(*seen, targets).items():
+                inputs = student.first(labelled), inputs[1] and inputs[1].first(labelled)
+            for term, value in method(*inputs, targets).items():
                 losses[key if term == key.partition("@")[0] else f"{key}.{term}"] = self.weights[key] * value
         losses["total"] = torch.stack(list(losses.values())).sum()
         return losses
 
     def teacher_features(self, pixels: Tensor) -> Features | None:
-        """pixels (B, C, H, W) in [0, 1] to what the methods need of the only teacher; None without one."""
+        """The single teacher's features that the methods need, for pixels `(B, C, H, W)` in [0, 1]; None without one.
+
+        Raises `UserError` if there are several teachers.
+        """
         return None if self.only_teacher() is None else self._all_features(pixels)[next(iter(self.teachers))]
 
     def _all_features(
@@ -204,44 +247,48 @@ class Distiller(nn.Module):
             return {name: teacher(pixels, (compiled or {}).get(name)) for name, teacher in self.teachers.items()}
 
     def held(self) -> list[Tensor]:
-        """Parameters and buffers of the student and the methods, and of the teachers, which are no sub-modules."""
+        """All parameters and buffers, including those of the teachers, which are not sub-modules."""
         modules = [self, *(teacher.view.model for teacher in self.teachers.values())]
         return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
     def only_teacher(self) -> Teacher | None:
-        """The teacher, None without one. Raises `UserError` when there are several."""
+        """The single teacher, or None without one. `teachers` has them all.
+
+        Raises `UserError` if there are several. `teacher_view`, `teacher_size`, `teacher_mean` and `teacher_std` are
+        shortcuts to its attributes, with the same error.
+        """
         if len(self.teachers) > 1:
-            raise UserError(f"this is for one teacher, and there are {', '.join(self.teachers)}")
+            raise UserError(f"this supports one teacher and the recipe has several: {', '.join(self.teachers)}")
         return next(iter(self.teachers.values()), None)
 
     @property
     def teacher_view(self) -> StageView | None:
-        """The only teacher's; None without one."""
+        """The single teacher's view, or None without a teacher."""
         teacher = self.only_teacher()
         return teacher.view if teacher else None
 
     @property
     def teacher_size(self) -> tuple[int, int]:
-        """(height, width) that the only teacher sees; without one, what the student sees."""
+        """(height, width) in pixels of the single teacher's input; the student's without a teacher."""
         teacher = self.only_teacher()
         return teacher.size if teacher else self.image_size
 
     @property
     def teacher_mean(self) -> Tensor:
-        """(1, C, 1, 1), the only teacher's."""
+        """`(1, C, 1, 1)`, of the single teacher's input."""
         teacher = self.only_teacher()
         assert teacher is not None
         return teacher.mean
 
     @property
     def teacher_std(self) -> Tensor:
-        """(1, C, 1, 1), the only teacher's."""
+        """`(1, C, 1, 1)`, of the single teacher's input."""
         teacher = self.only_teacher()
         assert teacher is not None
         return teacher.std
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        # .to(device) takes the teachers along although they are no sub-modules
+        # .to(device) must also move the teachers, which are not sub-modules
         super()._apply(fn, recurse)
         for teacher in self.teachers.values():
             teacher.view.model._apply(fn)
@@ -249,18 +296,18 @@ class Distiller(nn.Module):
         return self
 
 
-def _together(shapes: Sequence[Shapes]) -> Shapes | None:
-    """What a method is told of its teachers: the one's, or of several what the mean of their logits has."""
+def _shapes_together(shapes: Sequence[Shapes]) -> Shapes | None:
+    """The shapes of a method's teacher. For several teachers: those of the mean of their logits."""
     if len(shapes) < 2:
         return shapes[0] if shapes else None
-    if len({of.classes for of in shapes}) > 1:
-        told = ", ".join(f"{of.model} {of.classes}" for of in shapes)
+    if len({teacher.classes for teacher in shapes}) > 1:
+        classes = ", ".join(f"{teacher.model} {teacher.classes}" for teacher in shapes)
         raise ValueError(
-            f"the mean of several teachers' logits is taken, and their classes differ in number ({told}). "
-            "Name those to take: `teachers: [...]`"
+            f"the mean of several teachers' logits needs equal numbers of classes, and they have {classes}. "
+            "Choose teachers with `teachers: [...]`"
         )
     return Shapes(
-        model=" + ".join(of.model for of in shapes),
+        model=" + ".join(teacher.model for teacher in shapes),
         maps=(),
         final=None,
         classes=shapes[0].classes,
@@ -269,16 +316,16 @@ def _together(shapes: Sequence[Shapes]) -> Shapes | None:
     )
 
 
-def _mean_of(features: Sequence[Features]) -> Features | None:
-    """One teacher's features, or of several the mean of their logits."""
+def _mean_logits(features: Sequence[Features]) -> Features | None:
+    """The features of one teacher, or the mean of the logits of several."""
     if len(features) < 2:
         return features[0] if features else None
-    return Features(logits=torch.stack([of.logits.float() for of in features]).mean(dim=0))
+    return Features(logits=torch.stack([each.logits.float() for each in features]).mean(dim=0))
 
 
-def _of(given: T | Mapping[str, T | None] | None, name: str) -> T | None:
-    """A teacher's own value, of one for all or of one by name."""
-    return given.get(name) if isinstance(given, Mapping) else given
+def _value_for(values: T | Mapping[str, T | None] | None, name: str) -> T | None:
+    """The value for a teacher, from one value for all or from values by name."""
+    return values.get(name) if isinstance(values, Mapping) else values
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

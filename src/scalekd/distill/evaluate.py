@@ -1,4 +1,4 @@
-"""Top-1 and top-5 on a validation set, by the model's classifier or by its features' nearest neighbours."""
+"""Top-1 and top-5 accuracy on a validation set, by the classifier or by nearest neighbours of the features."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ def evaluate(
     std: Tensor,
     device: torch.device,
 ) -> dict[str, float]:
-    """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count}, over all processes.
+    """{"top1": %, "top5": %, "loss": mean cross entropy in nats, "images": count}, over all processes.
 
-    mean, std: (1, C, 1, 1) of the model's input for pixels in [0, 1].
-    The model is left in the mode it was in.
+    The mode of the model, training or eval, is restored.
+
+    Args:
+        mean, std: `(1, C, 1, 1)`, the normalisation of the model's input for pixels in [0, 1].
+
+    Raises:
+        UserError: none of the images can be read.
     """
     was_training = model.training
     model.eval()
@@ -41,7 +46,7 @@ def evaluate(
     model.train(was_training)
     top1, top5, loss_sum, count = parallel.sum_over_processes(sums).tolist()
     if not count:
-        raise UserError("none of the validation images can be read; mend them, or name another data.val")
+        raise UserError("none of the validation images can be read; repair them, or set another data.val")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "images": count}
 
 
@@ -51,27 +56,32 @@ def evaluate_features(
 ) -> dict[str, float]:
     """{"top1": %, "top5": %, "images": count, "neighbours": k} of a model without a classifier, over all processes.
 
-    Every image is classified by the k nearest of the others, of what the model's pooling gives (`knn_predict`, with its
-    weights and temperature; k is 20, or all others where there are fewer). mean, std: as for `evaluate`.
-    Raises `UserError` for fewer than two images, and for features that are not finite.
+    Each image is classified by its k nearest neighbours among the other images, by their pooled features (`knn_predict`,
+    with its weights and temperature). k is 20, or the number of other images if that is smaller.
+
+    Args:
+        mean, std: as for `evaluate`.
+
+    Raises:
+        UserError: fewer than two images, or features that are not finite.
     """
     was_training = model.training
     model.eval()
-    found = []
+    parts = []
     for batch in batches:
         pixels = batch.images.to(device, non_blocking=True).float() / 255
         pooled = model((pixels - mean) / std).float().cpu().clone()  # not a view that keeps all tokens
-        found.append((pooled, batch.targets))
+        parts.append((pooled, batch.targets))
     model.train(was_training)
-    of_all = [pair for of_one in parallel.gather(found) for pair in of_one]
-    if sum(len(targets) for _, targets in of_all) < 2:
-        raise UserError("validation by neighbours needs two readable images or more; name another data.val")
-    features, targets = (torch.cat(parts).to(device) for parts in zip(*of_all))
+    parts = [part for process in parallel.gather(parts) for part in process]
+    if sum(len(targets) for _, targets in parts) < 2:
+        raise UserError("validation by nearest neighbours needs two or more readable images; set another data.val")
+    features, targets = (torch.cat(tensors).to(device) for tensors in zip(*parts))
     if not features.isfinite().all():
-        raise UserError("the student's features of the validation images are not finite")
+        raise UserError("the student's features of the validation images are not finite; lower optim.lr")
     votes = knn_predict(features, targets, features, k=NEIGHBOURS, classes=int(targets.max()) + 1, leave_one_out=True)
     best = votes.topk(min(5, votes.shape[1]), dim=1)
-    hits = (best.indices == targets[:, None]) & (best.values > 0)  # a class without a vote was not named
+    hits = (best.indices == targets[:, None]) & (best.values > 0)  # a class without votes is not a prediction
     count = len(targets)
     return {
         "top1": 100 * hits[:, 0].sum().item() / count,

@@ -1,4 +1,4 @@
-"""A distillation run: what the engine trains."""
+"""A built distillation run, as the training engine uses it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ from .teacher_outputs import TeacherOutputs
 class Taught(NamedTuple):
     """A teacher of a run."""
 
-    place: str  # in the recipe: `teacher`, or `teachers.NAME`
+    place: str  # its recipe key: `teacher` or `teachers.NAME`
     spec: Model
     teacher: Teacher
     loaded: Loaded
 
     @property
     def label(self) -> str:
+        """The name on screens."""
         return self.place.removeprefix("teachers.")
 
 
 @dataclass(kw_only=True)
 class DistillationRun(Run):
-    """A distillation, or a training without a teacher, built."""
+    """A distillation, or a training without a teacher, with its data, models, optimiser and schedule."""
 
     batch = Batch
     config: Config
@@ -77,7 +78,7 @@ class DistillationRun(Run):
 
     @property
     def eval_batch_size(self) -> int:
-        return min(256, 4 * super().eval_batch_size)  # without gradients, four times as many fit
+        return min(256, 4 * super().eval_batch_size)  # validation keeps no activations: four times as many images fit
 
     @property
     def teacher_clock(self) -> Stopwatch:
@@ -85,16 +86,16 @@ class DistillationRun(Run):
 
     @property
     def taught_by(self) -> list[Taught]:
-        """Its teachers."""
-        places = {name: self.config.key_of(name) for name in self.config.all_teachers}
+        """The teachers, in the recipe's order."""
+        keys = {name: self.config.key_of(name) for name in self.config.all_teachers}
         return [
-            Taught(places[name], spec, self.distiller.teachers[name], self.loaded[places[name]])
+            Taught(keys[name], spec, self.distiller.teachers[name], self.loaded[keys[name]])
             for name, spec in self.config.all_teachers.items()
         ]
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the student has one: not where no loss would train it."""
+        """Whether the student has a classifier. It has none if no loss uses its logits."""
         return self.distiller.student_view.shapes.classes > 0
 
     def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
@@ -104,12 +105,12 @@ class DistillationRun(Run):
 
     def notes(self) -> dict[str, dict[str, Any]]:
         if shared := self.teacher_outputs:
-            told = {"computed": shared.computed, "read": shared.read, "file": str(shared.path)}
-            return {"teacher_outputs": told}
+            counts = {"computed": shared.computed, "read": shared.read, "file": str(shared.path)}
+            return {"teacher_outputs": counts}
         return {}
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the distiller is called with: images (B, C, H, W) in [0, 1] and targets, mixed where the recipe says so."""
+        """Arguments of the distiller: images `(B, C, H, W)` in [0, 1] and targets, after Mixup and CutMix if the recipe has them."""
         images = batch.images.to(self.device, non_blocking=True).float() / 255
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.config.train.channels_last:
@@ -128,13 +129,13 @@ class DistillationRun(Run):
         return load_batch(images, keys), [images.source.where(images.indices[i]) for _, i in keys]
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """The deployed student's accuracy: `evaluate`, or `evaluate_features` without a classifier."""
-        by = evaluate if self.has_classifier else evaluate_features
-        return by(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
+        """Accuracy of the deployed student: `evaluate`, or `evaluate_features` if it has no classifier."""
+        measure = evaluate if self.has_classifier else evaluate_features
+        return measure(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
 
 
 def logit_losses(config: Config, teacher: str) -> list[str]:
-    """The losses of a recipe that compare this teacher's logits with the student's."""
+    """The losses of a recipe that compare the logits of this teacher, given by name, with the student's."""
     return [
         loss
         for loss, options in config.losses.items()
@@ -143,6 +144,9 @@ def logit_losses(config: Config, teacher: str) -> list[str]:
 
 
 def gives_embeddings(spec: Model, outputs: int, classes: int) -> bool:
-    """Whether a teacher's outputs are an embedding. In a file, as many as the data has classes are taken for classes."""
+    """Whether a teacher's outputs are an embedding and not logits.
+
+    Weights from a file with as many outputs as the data has classes are assumed to give logits.
+    """
     same = outputs == classes and spec.weights != "pretrained"
     return spec.head is None and not same and is_embedding(spec.model, outputs)

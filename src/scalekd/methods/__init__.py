@@ -1,26 +1,42 @@
-"""Distillation methods, by the name that a recipe uses.
+"""Distillation methods. This page defines what a method is; docs/how-to/add-a-method.md has two complete examples.
 
-The contract (nobody inherits it; write an `nn.Module` that has it):
+A method is an `nn.Module` in its own file here, with an entry in the dict `METHODS` of `names.py`, whose key is its
+name in recipes. There is no base class. An entry may also be a function with the signature of `__init__` that returns a
+module.
 
-- `__init__(self, student: Shapes, teacher: Shapes | None, *, option=default, ...)`. A method sees
-  shapes when it is built, never a model. Every option has a type annotation and a default: a recipe's
-  options are checked against this signature, and it is the one place where defaults live.
-  Raise `ValueError` when the pair cannot be served: one or two lines, with the way out. Without a
-  teacher that is needed, it says `needs a teacher`.
-- `forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]`.
-  Targets are class indices `(B,)` or probabilities `(B, classes)`. Each value is a scalar with
-  the method's own weights applied; the step adds them up, times the recipe's `weight`. A term
-  is logged as `method.term`; one with the method's own name as that name alone. The student's
-  tensors carry a gradient; detach the teacher's. Under autocast maps and logits may be in half
-  precision: compute losses in float32.
-- Every parameter gets a gradient at every step: build none that an option leaves unused.
-- Class attributes `needs_teacher` and `needs_maps` (both True unless said): a recipe in which nothing
-  needs maps asks only for logits, so any timm model will do. With `needs_classifier = True` (False unless
-  said) a method gets the teacher's `pooled` and `classify`, if `teacher.pooled` at build says that it has them.
-- `needs_targets = True` (False unless said) for a method that reads the targets: where a batch has images
-  without labels too, it gets the labelled ones alone. `needs_logits = True` for one that reads the student's
-  logits beside maps: where nothing does, a recipe's student is built without a classifier.
+Construction: `__init__(self, student: Shapes, teacher: Shapes | None, *, option=default, ...)`
 
-An entry may also be a function with the same signature that returns such a module.
-docs/how-to/add-a-method.md walks through an example.
+- A method gets shapes (`scalekd.models.stages.Shapes`), never a model: `student.maps` are the shapes `(channels,
+  height, width)` of the four stage maps, `student.final` that of the map after the final norm, `student.classes` the
+  number of classes.
+- Options are keyword-only, with a type annotation and a default. Recipes are checked against this signature, which is
+  the only place for defaults.
+- Raise `ValueError` if the method cannot work with these models or options. The message says in one or two lines what
+  is wrong and how to fix it. If a required teacher is None, it contains `needs a teacher`. `shared.py` has the usual
+  checks.
+- Every parameter must get a gradient at every step: do not build parameters that an option leaves unused. Parameters
+  and buffers are saved in checkpoints; parameters are trained with the student; neither is exported.
+
+Step: `forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]`
+
+- `student` and `teacher` have `logits` `(B, classes)` and, for methods with `needs_maps`, `maps` (four, `(B, D, H, W)`)
+  and `final`. The student's tensors have a gradient. Detach the teacher's.
+- `targets` are class indices `(B,)` or, with Mixup or CutMix, probabilities `(B, classes)`.
+- The result has one scalar per term, with the method's own weights applied. The step multiplies them by the recipe's
+  `weight` and adds up all methods. The log names a term `method.term`, or `method` if the term has the method's name.
+- Under autocast, maps and logits may be in half precision: compute losses in float32 (`shared.full_precision`).
+- Draw random numbers from torch's global generator, which is seeded for every step.
+
+Class attributes, with the value that a method has if it does not set them:
+
+- `needs_teacher = True`: set it to False if the method uses no teacher.
+- `needs_maps = True`: set it to False if the method uses logits only. If no loss of a recipe needs maps, any timm model
+  can be used.
+- `needs_classifier = False`: set it to True to get the input of the teacher's classifier, `teacher.pooled`, and the
+  classifier, `teacher.classify`. At construction, `teacher.pooled` is the number of its channels, or 0 if the teacher's
+  logits are not the output of one classifier.
+- `needs_targets = False`: set it to True if the method uses `targets`. If a batch also has images without labels, the
+  method then gets only the labelled ones.
+- `needs_logits = False`: set it to True if the method uses the student's logits in addition to maps. If no loss uses
+  them, the student is built without a classifier.
 """

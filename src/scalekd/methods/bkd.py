@@ -1,4 +1,4 @@
-"""`bkd`: binary distillation, each class a yes/no question."""
+"""`bkd`: distillation by binary cross entropy, with each class as a yes/no question (Hao et al., 2023)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_logits, full_precision
+from .shared import check_choice, check_logits, full_precision
 
 
 class BKD(nn.Module):
@@ -20,17 +20,17 @@ class BKD(nn.Module):
 
         -mean over classes of  q * log sigmoid(s) + (1 - q) * log(1 - sigmoid(s))
 
-    averaged over the batch, in nats. It is the binary KL divergence of the classes plus the entropy of q, which has
-    no gradient, so it does not end at 0. The mean makes it small when there are many classes, as for `bce`.
+    averaged over the batch, in nats. This is the binary KL divergence plus the entropy of q, which has no gradient, so
+    the minimum is not 0. As for `bce`, the mean makes it small if there are many classes.
 
     Args:
-        probabilities: what q is. `softmax` (default), of the teacher's logits: the release, though the student's
-            are sigmoids. `sigmoid`: for a teacher trained with binary cross entropy, such as DeiT III, whose
-            sigmoids mean something; those of a teacher trained with cross entropy have no fixed zero.
+        probabilities: how q follows from the teacher's logits. `softmax` (default), as in the release, although the
+            student's probabilities are sigmoids. `sigmoid`, for a teacher trained with binary cross entropy, such as
+            DeiT III; the logits of a teacher trained with cross entropy have no fixed zero.
 
     Raises:
-        ValueError: no teacher, a teacher without classes, or not the student's number of classes;
-            `probabilities` is something else.
+        ValueError: no teacher, different numbers of classes, a teacher without classes, or an unknown value of
+            `probabilities`.
     """
 
     needs_maps = False
@@ -44,12 +44,11 @@ class BKD(nn.Module):
     ) -> None:
         super().__init__()
         check_logits("bkd", student, teacher)
-        if probabilities not in ("softmax", "sigmoid"):
-            raise ValueError(f"bkd: probabilities is {probabilities!r}; it can be 'softmax' or 'sigmoid'")
+        check_choice("bkd", "probabilities", probabilities, ("softmax", "sigmoid"))
         self.probabilities = probabilities
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """Targets are not looked at."""
+        """`bkd`. The targets are not used."""
         assert teacher is not None
         t = full_precision(teacher.logits.detach())
         q = t.softmax(dim=1) if self.probabilities == "softmax" else t.sigmoid()

@@ -1,4 +1,4 @@
-"""`diffkd`: knowledge diffusion."""
+"""`diffkd`: knowledge diffusion (Huang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from torch import Tensor, nn
 from scalekd.models.stages import Features, MapShape, Shapes
 
 from .projectors import Norm, Resample, make_norm
-from .shared import check_features, check_stages, full_precision, stage_map
+from .shared import check_features, check_positive, check_stages, full_precision, stage_map
 
-TIMES = 1000  # of the diffusion, with the noise variances of DDPM: 1e-4 to 0.02, linear
-FIRST, LAST = 1e-4, 0.02
+TIMES = 1000  # time steps of the diffusion
+FIRST, LAST = 1e-4, 0.02  # noise variances at the first and last time, linear between, as in DDPM
 
 
 class DiffKD(nn.Module):
     """`diffkd`: mimic the teacher's map with the student's, denoised by a diffusion model of the teacher's maps.
 
-    Huang et al., NeurIPS 2023 (arXiv:2305.15712), on maps; the paper has it on logits too. For each of `stages`
-    a `Denoising` and three terms of weight 1:
+    Huang et al., NeurIPS 2023 (arXiv:2305.15712), on maps only; the paper also denoises logits. Each of `stages` has a
+    `Denoising` module and three terms, all mean squared differences:
 
-    - `s4`, ...: the mean squared difference of the denoised student's map and the teacher's code, times `alpha`.
-      The student gets its gradient from this one alone.
-    - `s4_noise`: that of the noise put on the teacher's code, at a random time, and the diffusion model's guess.
-    - `s4_code`: that of the teacher's map and its code decoded. None with `latent` 0.
+    - `s4`, ...: between the student's denoised map and the teacher's code, times `alpha`. Only this term trains the
+      student.
+    - `s4_noise`: between the noise added to the teacher's code at a random time and the diffusion model's prediction.
+    - `s4_code`: between the teacher's map and its decoded code. Absent with `latent` 0.
 
     Noise and times come from torch's global generator.
 
     Args:
         stages: stages 1 to 4; stage 4 is the map after the final norm. Default the last.
         alpha: weight of the first term. Default 1.
-        latent: channels of the code. None: half of the teacher's, as in the authors' code. 0: no code, the
-            teacher's map itself.
-        steps: of denoising (DDIM), 1 to 500, from time 500 down. Default 5, as in the authors' code.
-        norm: `batch`: BatchNorm, as in the authors' code. It takes out what all images of a batch have in
-            common, and with that the time in denoising, which is the same for all; only in `s4_noise`, where each
-            image has its own, does the model see it. `layer`, over the channels of each position, keeps it.
+        latent: channels of the code. None: half of the teacher's, as in the authors' code. 0: the code is the teacher's
+            map itself.
+        steps: denoising steps (DDIM), 1 to 500, from time 500 down. Default 5, as in the authors' code.
+        norm: `batch`: BatchNorm, as in the authors' code. It removes what all images of a batch share. In denoising
+            they share the time, so the model knows the time only in `s4_noise`, where each image has its own.
+            `layer`: over the channels of each position, which keeps the time.
 
     Raises:
-        ValueError: no teacher, a model without maps, an option out of range.
+        ValueError: no teacher, a model without maps, or an option out of range.
     """
 
     def __init__(
@@ -54,12 +54,13 @@ class DiffKD(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, alpha, "mean")
+        teacher = check_features(student, teacher)
+        check_positive("diffkd", alpha=alpha)
         check_stages("diffkd", stages)
         if latent is not None and latent < 0:
-            raise ValueError(f"diffkd: latent is {latent}; it is a number of channels, or 0 for no code")
+            raise ValueError(f"diffkd: latent is {latent}; use a number of channels, or 0 for no code")
         if not 1 <= steps <= TIMES // 2:
-            raise ValueError(f"diffkd: steps is {steps}; it is 1 to {TIMES // 2}")
+            raise ValueError(f"diffkd: steps is {steps}; use 1 to {TIMES // 2}")
         self.stages = tuple(stages)
         self.alpha = alpha
         self.denoisings = nn.ModuleDict(
@@ -70,7 +71,7 @@ class DiffKD(nn.Module):
         )
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """The terms of each stage, `alpha` applied. Targets are not looked at."""
+        """The terms of each stage, `alpha` applied. The targets are not used."""
         assert teacher is not None
         losses: dict[str, Tensor] = {}
         for stage in self.stages:
@@ -80,26 +81,28 @@ class DiffKD(nn.Module):
             if denoising.encode is not None and denoising.decode is not None:
                 full, code = code, full_precision(denoising.encode(code))
                 losses[f"s{stage}_code"] = F.mse_loss(full_precision(denoising.decode(code)), full)
-                code = code.detach()  # else the code would follow the student
+                code = code.detach()  # otherwise the code would adapt to the student
             losses[f"s{stage}"] = self.alpha * F.mse_loss(denoising(stage_map(student, stage)), code)
             losses[f"s{stage}_noise"] = denoising.noise_loss(code)
         return losses
 
 
 class Denoising(nn.Module):
-    """A diffusion model of one teacher map, and what a student's map needs to be denoised by it.
+    """A diffusion model of one teacher map, and the layers that let it denoise a student's map.
 
-    The diffusion model guesses the noise in `(B, C, H, W)`: a learned vector for the time is added, then two
-    bottleneck blocks, a 1x1 convolution and a norm. A student's map is brought to the teacher's grid and, by a
-    1x1 convolution, to C channels; the noise adapter, a bottleneck block, the mean over positions, a linear layer
-    and a softmax, finds a share g of each image, and denoising starts from `g * map + (1 - g) * noise`. A 1x1
-    convolution follows. `encode` (1x1 convolution, norm) and `decode` (1x1 convolution) are the linear
-    autoencoder, None with `latent` 0.
+    - Diffusion model: predicts the noise in `(B, C, H, W)`. A learned vector for the time is added, followed by two
+      bottleneck blocks, a 1x1 convolution and a norm.
+    - Student: its map is resampled to the teacher's grid and goes through a 1x1 convolution to C channels.
+    - Noise adapter: a bottleneck block, the mean over positions, a linear layer and a softmax give a fraction g for
+      each image. Denoising starts from `g * map + (1 - g) * noise`. A 1x1 convolution follows.
+    - Autoencoder: `encode` (1x1 convolution, norm) and `decode` (1x1 convolution), None with `latent` 0.
 
-    Args: map shapes of student and teacher; the options as for `DiffKD`.
+    Args:
+        student, teacher: map shapes `(ds, h, w)` and `(dt, H, W)`.
+        latent, steps, norm: as for `DiffKD`.
     """
 
-    kept: Tensor  # (TIMES,), the share of the variance that is not yet noise
+    kept: Tensor  # (TIMES,), fraction of the variance that is not noise at each time
 
     def __init__(self, student: MapShape, teacher: MapShape, latent: int | None, steps: int, norm: Norm) -> None:
         super().__init__()
@@ -125,41 +128,42 @@ class Denoising(nn.Module):
         self.register_buffer("kept", torch.linspace(1 - FIRST, 1 - LAST, TIMES).cumprod(dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Student map `(B, ds, h, w)` to `(B, C, H, W)`, in float32 at least as all between the layers."""
+        """Denoises a student map `(B, ds, h, w)` to `(B, C, H, W)`. Values between layers are in float32 or float64."""
         x = full_precision(self.align(x))
         share = full_precision(self.adapter(x)).softmax(dim=1)[:, 0, None, None, None]
         x = share * x + (1 - share) * noise_like(x)
         for i, time in enumerate(self.times):
-            noise = self._noise(x, torch.full((1,), time, device=x.device))
+            noise = self.predicted_noise(x, torch.full((1,), time, device=x.device))
             kept = self.kept[time]
-            # at the last step everything is kept: what is left is the clean map
+            # the last step ends at the clean map: all of its variance is kept
             kept_next = self.kept[self.times[i + 1]] if i + 1 < len(self.times) else torch.ones_like(kept)
             clean = (x - (1 - kept).sqrt() * noise) / kept.sqrt()
             x = kept_next.sqrt() * clean + (1 - kept_next).sqrt() * noise
         return full_precision(self.out(x))
 
     def noise_loss(self, code: Tensor) -> Tensor:
-        """Mean squared difference of a random noise and the guess from `code`, `(B, C, H, W)`, with that noise on it."""
+        """Mean squared difference of random noise and its prediction from `code`, `(B, C, H, W)`, plus that noise."""
         times = torch.randint(TIMES, (len(code),), device=code.device)
         noise = noise_like(code)
         kept = self.kept[times][:, None, None, None]
-        return F.mse_loss(self._noise(kept.sqrt() * code + (1 - kept).sqrt() * noise, times), noise)
+        return F.mse_loss(self.predicted_noise(kept.sqrt() * code + (1 - kept).sqrt() * noise, times), noise)
 
-    def _noise(self, x: Tensor, times: Tensor) -> Tensor:
+    def predicted_noise(self, x: Tensor, times: Tensor) -> Tensor:
+        """The predicted noise."""
         return full_precision(self.guess(x + self.time(times)[:, :, None, None]))
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """N(0, 1) of the shape of `x`, the same for the same seed; `randn_like` would go by the order in memory."""
+    """Normal noise of the shape of `x`. It depends on the seed only; `randn_like` also depends on the memory format."""
     return torch.randn(x.shape, dtype=x.dtype, device=x.device)
 
 
 class Bottleneck(nn.Module):
-    """`x` + what three convolutions (1x1, 3x3, 1x1) with norms make of it, in `channels / reduction` (4 at least) between."""
+    """A residual block of three convolutions (1x1, 3x3, 1x1) with norms; `channels / reduction` channels inside, at least 4."""
 
     def __init__(self, channels: int, reduction: int, norm: Norm) -> None:
         super().__init__()
-        inner = max(4, channels // reduction)  # a norm over one channel would leave nothing
+        inner = max(4, channels // reduction)  # a norm over one channel would remove everything
         self.block = nn.Sequential(
             nn.Conv2d(channels, inner, 1, bias=False),
             make_norm(norm, inner),

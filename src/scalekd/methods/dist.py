@@ -1,4 +1,4 @@
-"""`dist`: distillation from a stronger teacher."""
+"""`dist`: distillation from a stronger teacher (Huang et al., 2022)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_logits, full_precision
+from .shared import check_logits, check_positive, check_weights, full_precision
 
-EPS = 1e-6  # a vector shorter than this, its mean taken off, has no direction
+EPS = 1e-6  # a vector shorter than this, after subtracting its mean, has no direction
 
 
 class DIST(nn.Module):
-    """`dist`: probabilities that rise and fall with the teacher's, over classes and over images.
+    """`dist`: correlate the probabilities with the teacher's, over the classes and over the images.
 
     Huang et al., NeurIPS 2022 (arXiv:2205.10536). With the probabilities at temperature tau, `(B, classes)`, and
     Pearson's correlation r, two terms:
@@ -21,21 +21,21 @@ class DIST(nn.Module):
         inter = beta  * tau^2 * mean over images of   1 - r(the student's row, the teacher's row)
         intra = gamma * tau^2 * mean over classes of  1 - r(the student's column, the teacher's column)
 
-    A strong teacher's probabilities need not be met, only their relations. The columns are of the batch that one
-    process has in one forward pass, so `intra` depends on its size; for one image it is gamma * tau^2, without a
-    gradient. Where a row or column hardly varies (length below 1e-6, its mean taken off), r is 0 and
-    has no gradient. (The authors' code adds 1e-8 to the product of both lengths, which lowers r of small columns,
-    and has a gradient near 1e8 for a student whose logits are all equal, as a timm Mixer's are at the start.)
+    Only the relations between a strong teacher's probabilities are matched, not their values. The columns span the
+    batch of one process in one forward pass, so `intra` depends on its size; for one image it is gamma * tau^2, without
+    a gradient. For a row or column that hardly varies (length below 1e-6 after subtracting its mean), r is 0 and has no
+    gradient. The authors' code adds 1e-8 to the product of both lengths instead. This lowers r of small columns, and
+    its gradient is near 1e8 for a student with equal logits, such as a timm Mixer at the start.
 
     Args:
         beta: weight of `inter`. Default 1.
-        gamma: weight of `intra`. Default 1. Both as in vanillaKD's release; the authors' ImageNet runs have 2
-            for both beside a cross entropy of weight 1: give the method `weight: 2`.
+        gamma: weight of `intra`. Default 1. Both defaults are those of vanillaKD's release. The authors' ImageNet runs
+            have 2 for both and a cross entropy of weight 1: set `weight: 2` for the method.
         tau: temperature, positive. Default 1, the authors' for ImageNet (4 for CIFAR-100).
 
     Raises:
-        ValueError: no teacher, a teacher without classes, or not the student's number of classes; one class;
-            a weight negative, or both 0; `tau` not positive.
+        ValueError: no teacher, a teacher without classes or with another number than the student; one class; a negative
+            weight, or both 0; a `tau` that is not positive.
     """
 
     needs_maps = False
@@ -53,14 +53,12 @@ class DIST(nn.Module):
         check_logits("dist", student, teacher)
         if student.classes < 2:
             raise ValueError("dist needs two classes or more. Use bkd")
-        if not (beta >= 0 and gamma >= 0 and beta + gamma > 0):
-            raise ValueError(f"dist: beta is {beta} and gamma {gamma}; neither can be negative, and one is positive")
-        if not tau > 0:
-            raise ValueError(f"dist: tau is {tau}; it must be positive")
+        check_weights("dist", beta=beta, gamma=gamma)
+        check_positive("dist", tau=tau)
         self.beta, self.gamma, self.tau = beta, gamma, tau
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """`inter` and `intra`, weights applied. Targets are not looked at."""
+        """`inter` and `intra`, weights applied. The targets are not used."""
         assert teacher is not None
         s = (full_precision(student.logits) / self.tau).softmax(dim=1)
         t = (full_precision(teacher.logits.detach()) / self.tau).softmax(dim=1)
@@ -72,7 +70,7 @@ class DIST(nn.Module):
 
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Pearson's, of matrices along `dim`; 0 without a gradient where one of the two vectors hardly varies."""
+    """Pearson's correlation of two matrices along `dim`; 0 without a gradient where one of the vectors hardly varies."""
     a, b = (x - x.mean(dim=dim, keepdim=True) for x in (a, b))
     dot = (a * b).sum(dim=dim)
     for x in (a, b):

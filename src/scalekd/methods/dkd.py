@@ -1,4 +1,4 @@
-"""`dkd`: decoupled knowledge distillation."""
+"""`dkd`: decoupled knowledge distillation (Zhao et al., 2022)."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_logits, full_precision
+from .shared import check_logits, check_weights, full_precision
 
 
 class DKD(nn.Module):
-    """`dkd`: `kd` in two parts, the target class against the rest and the other classes among themselves.
+    """`dkd`: `kd` in two parts, the target class against all others and the other classes among themselves.
 
     Zhao et al., CVPR 2022 (arXiv:2203.08679). Of the probabilities at temperature T let `b` be the pair (target
-    class, all others together) and `n` the others scaled to sum 1. Then
+    class, sum of all others) and `n` the others scaled to sum 1. Then
 
         KL(teacher || student) = KL(b_t || b_s) + (1 - the teacher's target probability) * KL(n_t || n_s)
 
-    so in `kd` a teacher that is sure of the target silences the others. Here each part has a weight of its own:
+    so in `kd` a teacher that is confident in the target suppresses the second part. Here each part has its own weight:
     terms `tckd` = alpha * T^2 * KL(b_t || b_s) and `nckd` = beta * T^2 * KL(n_t || n_s), averaged over the batch,
     in nats. With Mixup the target class is the one with the largest share, as in vanillaKD's release. The
     authors' code raises both weights from 0 over the first epochs (ImageNet: one), which a method cannot do here.
 
     Args:
-        alpha: weight of the target part. Default 1, the authors' everywhere.
+        alpha: weight of the target part. Default 1, as in all of the authors' configurations.
         beta: weight of the other part. Default 2 (vanillaKD's release). The authors' ImageNet configurations
-            have 0.5 (ResNet-34 to ResNet-18) and 2 (ResNet-50 to MobileNet-V1); the surer the teacher, the larger.
-        temperature: T > 0. Default 1, for ImageNet; the authors have 4 for CIFAR-100.
+            have 0.5 (ResNet-34 to ResNet-18) and 2 (ResNet-50 to MobileNet-V1): larger for a more confident teacher.
+        temperature: T > 0. Default 1, for ImageNet; the authors use 4 for CIFAR-100.
 
     Raises:
-        ValueError: no teacher, a teacher without classes, or not the student's number of classes; one class;
-            a weight negative, or both 0; `temperature` not positive.
+        ValueError: no teacher, a teacher without classes or with another number than the student; one class; a negative
+            weight, or both 0; a `temperature` that is not positive.
     """
 
     needs_maps = False
@@ -51,8 +51,7 @@ class DKD(nn.Module):
         check_logits("dkd", student, teacher, temperature)
         if student.classes < 2:
             raise ValueError("dkd needs two classes or more. Use bkd")
-        if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
-            raise ValueError(f"dkd: alpha is {alpha} and beta {beta}; neither can be negative, and one is positive")
+        check_weights("dkd", alpha=alpha, beta=beta)
         self.alpha, self.beta = alpha, beta
         self.temperature = temperature
 
@@ -70,13 +69,13 @@ class DKD(nn.Module):
 
 
 def decoupled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, all others together), `(B, 2)`, and of the others alone, `(B, classes - 1)`.
+    """Log-probabilities of (target, sum of the others), `(B, 2)`, and of the others alone, `(B, classes - 1)`.
 
-    All from logits: a probability that is 0 in float32 still has its logarithm.
+    Computed from logits, so that a probability that is 0 in float32 still has a logarithm.
     """
     target = target[:, None]
     column = torch.arange(logits.shape[1] - 1, device=logits.device)
-    others = logits.gather(1, column + (column >= target))  # every column but the target's
+    others = logits.gather(1, column + (column >= target))  # all columns except the target's
     rest = others.logsumexp(dim=1, keepdim=True)
     binary = torch.cat([logits.gather(1, target), rest], dim=1)
     return F.log_softmax(binary, dim=1), others - rest

@@ -10,29 +10,28 @@ from scalekd.models.stages import Features, Shapes
 
 from .distance import ALPHA, Reduction, normalized_distance
 from .projectors import CrossAttentionProjector, Norm, conv_projector, linear_projector
-from .shared import check_features, check_positions, stage_map
+from .shared import check_choice, check_features, check_positions, check_positive, check_stages, stage_map
 
 
 class FD(nn.Module):
-    """`fd`: mimic teacher maps through a projector, in the way of FitNets, with ScaleKD's distance.
+    """`fd`: match the teacher's maps through a projector, as in FitNets, with ScaleKD's distance.
 
-    The "FD" of ScaleKD's Table 1 and the projectors of its Table 9b. One term per stage, `s3`, `s4`, ...
+    This is "FD" in ScaleKD's Table 1, with the projectors of its Table 9b. One term per stage, `s3`, `s4`, ...
 
     Args:
         stages: stages 1 to 4. Stage 4 is the map after the final norm, of both models.
         projector: `linear`, one linear layer; `conv`, two 3x3 convolutions with norm and ReLU between;
             `cap`, ScaleKD's cross attention. For `linear` and `conv` the student's map is first resampled
-            to the teacher's grid: averaged over cells where it shrinks, bilinear where it grows.
-        alpha: weight of each stage. Default 0.14, the released ScaleKD weight; the paper does not give
-            the one of its FD rows.
+            to the teacher's grid, see `Resample`.
+        alpha: weight of each stage. Default 0.14, the released ScaleKD weight; the paper does not state the weight of
+            its FD rows.
         reduction: see `normalized_distance`.
-        heads: `cap` only: attention heads, one number per stage. None: head size as near to 64 as can be.
+        heads: `cap` only: attention heads, one number per stage. None: a head size as close to 64 as possible.
         norm: `conv` and `cap` only: `batch` or `layer`. None: `batch`.
 
     Raises:
-        ValueError: no teacher, a model without maps, a stage out of range or given twice, an option that
-            the chosen projector would ignore, heads that do not divide the teacher's channels, `cap` on a
-            student's map of one position.
+        ValueError: no teacher, a model without maps, an invalid stage, an option that the chosen projector would
+            ignore, heads that do not divide the teacher's channels, or `cap` on a student's map of one position.
     """
 
     def __init__(
@@ -48,17 +47,17 @@ class FD(nn.Module):
         norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, alpha, reduction)
-        if not stages or len(set(stages)) != len(stages) or not set(stages) <= {1, 2, 3, 4}:
-            raise ValueError(f"fd: stages is {list(stages)}; name each of the stages 1 to 4 once at most")
-        if projector not in ("linear", "conv", "cap"):
-            raise ValueError(f"fd: projector is {projector!r}; it can be 'linear', 'conv' or 'cap'")
+        teacher = check_features(student, teacher)
+        check_positive("fd", alpha=alpha)
+        check_choice("fd", "reduction", reduction, ("mean", "sum"))
+        check_stages("fd", stages)
+        check_choice("fd", "projector", projector, ("linear", "conv", "cap"))
         if heads is not None and projector != "cap":
-            raise ValueError("fd: heads goes with projector 'cap' only")
+            raise ValueError("fd: heads is an option of projector 'cap' only")
         if heads is not None and len(heads) != len(stages):
-            raise ValueError(f"fd: heads has {len(heads)} numbers for {len(stages)} stages")
+            raise ValueError(f"fd: heads has {len(heads)} numbers for {len(stages)} stages; give one per stage")
         if norm is not None and projector == "linear":
-            raise ValueError("fd: norm goes with projector 'conv' or 'cap' only")
+            raise ValueError("fd: norm is an option of projectors 'conv' and 'cap' only")
 
         if projector == "cap":
             check_positions(student, stages)
@@ -78,7 +77,7 @@ class FD(nn.Module):
             self.projectors[f"s{stage}"] = module
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """One scalar per stage, `alpha` applied. Targets are not looked at."""
+        """One scalar per stage, `alpha` applied. The targets are not used."""
         assert teacher is not None
         losses = {}
         for stage in self.stages:

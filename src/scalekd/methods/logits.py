@@ -1,4 +1,4 @@
-"""Terms on logits: `ce` and `bce` (the task), `kd` (the teacher's predictions). All in float32."""
+"""Losses on logits: `ce` and `bce` with the labels, `kd` with the teacher's predictions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_logits, full_precision
+from .shared import check_choice, check_logits, full_precision
 
 
 def _check_task(name: str, student: Shapes, smoothing: float) -> None:
     if student.classes < 1:
-        raise ValueError(f"{name} needs logits and {student.model} has no classes: build it with num_classes")
+        raise ValueError(f"{name} needs logits and {student.model} has no classes; build it with num_classes")
     if not 0 <= smoothing < 1:
-        raise ValueError(f"{name}: smoothing is {smoothing}; it is in [0, 1)")
+        raise ValueError(f"{name}: smoothing is {smoothing} and must be in [0, 1)")
 
 
 class CrossEntropy(nn.Module):
@@ -24,8 +24,8 @@ class CrossEntropy(nn.Module):
 
     Args:
         smoothing: label smoothing eps, in [0, 1): target p becomes `(1 - eps) * p + eps / classes`.
-            Default 0; the ScaleKD paper's advanced recipes use 0.1 (Table 10). Set it here or in the
-            Mixup transform, not in both.
+            Default 0; the ScaleKD paper's advanced recipes use 0.1 (Table 10). Do not also set it in a Mixup
+            transform.
 
     Raises:
         ValueError: the student has no classes, or `smoothing` is out of range.
@@ -49,12 +49,12 @@ class CrossEntropy(nn.Module):
 
 
 class BinaryCrossEntropy(nn.Module):
-    """`bce`: each class a yes/no question; sigmoid cross entropy, averaged over the batch, in nats.
+    """`bce`: binary cross entropy with the labels, each class a yes/no question, averaged over the batch, in nats.
 
     Args:
-        smoothing: as in `ce`: target p becomes `(1 - eps) * p + eps / classes`.
-        reduction: over the classes of an image. `mean` (default) is vanillaKD's task loss; `sum` is
-            `classes` times that, the loss in the released ScaleKD "advanced" ResNet-50 configuration.
+        smoothing: label smoothing eps, in [0, 1): target p becomes `(1 - eps) * p + eps / classes`.
+        reduction: over the classes of an image. `mean` (default), as in vanillaKD. `sum` is `classes` times as large,
+            as in the released ScaleKD "advanced" ResNet-50 configuration.
 
     Raises:
         ValueError: the student has no classes, or an option is out of range.
@@ -74,8 +74,7 @@ class BinaryCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         _check_task("bce", student, smoothing)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"bce: reduction is {reduction!r}; it can be 'mean' or 'sum'")
+        check_choice("bce", "reduction", reduction, ("mean", "sum"))
         self.smoothing = smoothing
         self.reduction = reduction
 
@@ -93,14 +92,14 @@ class BinaryCrossEntropy(nn.Module):
 class KD(nn.Module):
     """`kd`: `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch, in nats.
 
-    Hinton et al. 2015 (arXiv:1503.02531). T^2 keeps the gradient's size independent of T.
+    Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T.
 
     Args:
         temperature: T > 0. Default 1, as in ScaleKD and vanillaKD.
 
     Raises:
-        ValueError: no teacher, a teacher without classes, or not the student's number of classes;
-            `temperature` not positive.
+        ValueError: no teacher, a teacher without classes or with another number than the student, or a `temperature`
+            that is not positive.
     """
 
     needs_maps = False
@@ -111,7 +110,7 @@ class KD(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """Targets are not looked at."""
+        """`kd`. The targets are not used."""
         assert teacher is not None
         T = self.temperature
         log_s = F.log_softmax(full_precision(student.logits) / T, dim=1)

@@ -1,4 +1,4 @@
-"""`mgd`: masked generative distillation."""
+"""`mgd`: masked generative distillation (Yang et al., 2022)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from torch import Tensor, nn
 from scalekd.models.stages import Features, MapShape, Shapes
 
 from .projectors import Resample
-from .shared import check_features, check_stages, full_precision, stage_map
+from .shared import check_choice, check_features, check_positive, check_stages, full_precision, stage_map
 
 
 class MGD(nn.Module):
-    """`mgd`: generate the teacher's map from the student's, parts of which are hidden.
+    """`mgd`: generate the teacher's map from the student's map with random parts masked.
 
-    Yang et al., ECCV 2022 (arXiv:2205.01529). The student's map `(B, ds, h, w)` is brought to the
-    teacher's grid (averaged over cells where it shrinks, bilinear where it grows), aligned by a 1x1 convolution
-    `ds -> dt` where the channels differ, masked with zeros at random, and put through two 3x3 convolutions
-    `dt -> dt` with a ReLU between. One term per stage, `s4`, ...: `alpha` x the squared difference to the
+    Yang et al., ECCV 2022 (arXiv:2205.01529). The student's map `(B, ds, h, w)` is resampled to the teacher's grid (see
+    `Resample`), aligned by a 1x1 convolution `ds -> dt` if the channels differ, masked with zeros at random, and passed
+    through two 3x3 convolutions `dt -> dt` with a ReLU between. One term per stage, `s4`, ...: `alpha` x the squared difference to the
     teacher's map `(B, dt, H, W)`, summed over channels and positions, averaged over the batch. The mask comes
     from torch's global generator.
 
     Args:
         stages: stages 1 to 4; stage 4 is the map after the final norm. Default the last, as in the paper's
             classification.
-        alpha: weight of each stage. Default 7e-5, that of the authors' ImageNet code, for 7x7 grids.
-        mask_ratio: chance that a position, or a channel, is hidden, in [0, 1). Default 0.5, as the authors'
-            classification code documents it.
-        mask: `position` hides all channels of a position, as the paper has it. `channel` hides a channel at
-            all positions, as the authors' ImageNet configurations do, with `mask_ratio` 0.15.
+        alpha: weight of each stage. Default 7e-5, as in the authors' ImageNet code, for 7x7 grids.
+        mask_ratio: probability of masking a position or a channel, in [0, 1). Default 0.5, as documented in the
+            authors' classification code.
+        mask: `position` masks all channels of a position, as in the paper. `channel` masks a channel at all positions,
+            as in the authors' ImageNet configurations, with `mask_ratio` 0.15.
 
     Raises:
-        ValueError: no teacher, a model without maps, an option out of range.
+        ValueError: no teacher, a model without maps, or an option out of range.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class MGD(nn.Module):
         mask: Literal["position", "channel"] = "position",
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, alpha, "sum")
+        teacher = check_features(student, teacher)
+        check_positive("mgd", alpha=alpha)
         check_stages("mgd", stages)
         if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mgd: mask_ratio is {mask_ratio}; it is in [0, 1)")
-        if mask not in ("position", "channel"):
-            raise ValueError(f"mgd: mask is {mask!r}; it can be 'position' or 'channel'")
+            raise ValueError(f"mgd: mask_ratio is {mask_ratio} and must be in [0, 1)")
+        check_choice("mgd", "mask", mask, ("position", "channel"))
         self.stages = tuple(stages)
         self.alpha = alpha
         self.mask_ratio = mask_ratio
@@ -67,24 +66,25 @@ class MGD(nn.Module):
             )
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """One scalar per stage, `alpha` applied. Targets are not looked at."""
+        """One scalar per stage, `alpha` applied. The targets are not used."""
         assert teacher is not None
         losses = {}
         for stage in self.stages:
             name = f"s{stage}"
-            seen = self._hide(self.align[name](stage_map(student, stage)))
-            distance = full_precision(self.generate[name](seen)) - full_precision(stage_map(teacher, stage).detach())
+            masked = self.masked(self.align[name](stage_map(student, stage)))
+            distance = full_precision(self.generate[name](masked)) - full_precision(stage_map(teacher, stage).detach())
             losses[name] = self.alpha * distance.square().sum() / len(distance)
         return losses
 
-    def _hide(self, x: Tensor) -> Tensor:
+    def masked(self, x: Tensor) -> Tensor:
+        """`x`, `(B, D, H, W)`, with random positions or channels set to 0."""
         B, D, H, W = x.shape
         shape = (B, 1, H, W) if self.mask == "position" else (B, D, 1, 1)
-        # not scaled up as dropout is: what is left keeps its values
+        # unlike dropout, the remaining values are not scaled up
         return x * (torch.rand(shape, device=x.device) >= self.mask_ratio)
 
 
 def align(student: MapShape, teacher: MapShape) -> nn.Module:
-    """To the teacher's grid, and to its channels where the student's differ."""
+    """Resamples to the teacher's grid, and projects to its channels if they differ."""
     same = student[0] == teacher[0]
     return nn.Sequential(Resample(teacher[1:]), nn.Identity() if same else nn.Conv2d(student[0], teacher[0], 1))

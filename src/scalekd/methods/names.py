@@ -1,4 +1,4 @@
-"""The methods by the name that a recipe uses."""
+"""The methods by their name in a recipe."""
 
 from __future__ import annotations
 

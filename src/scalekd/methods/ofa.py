@@ -1,4 +1,4 @@
-"""`ofa`: one-for-all distillation, with a classifier on each of the student's stages."""
+"""`ofa`: one-for-all distillation (Hao et al., 2023), with a classifier on each of the student's stages."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from .shared import check_features, check_logits, check_stages, full_precision, 
 
 
 class OFA(nn.Module):
-    """`ofa`: the student's stages learn the teacher's logits, each through a branch of its own.
+    """`ofa`: each of the student's stages learns the teacher's logits through its own branch.
 
-    Hao et al., NeurIPS 2023 (arXiv:2310.19444). A branch turns a stage's map `(B, ds, h, w)` into logits
-    `(B, classes)`, where no architecture is left to be seen, so the grids and channels of the two models do not
-    matter. Terms: `s1`, ... for the branches and `logits` for the student's own logits, each with the loss of
-    `target_enhanced`. With Mixup the target class is the one with the largest share.
+    Hao et al., NeurIPS 2023 (arXiv:2310.19444). A branch maps a stage's map `(B, ds, h, w)` to logits `(B, classes)`,
+    which do not depend on the architecture, so grids and channels may differ. Terms: `s1`, ... for the branches and
+    `logits` for the student's own logits, each with the loss `target_enhanced`. With Mixup the target class is the one with the largest share.
 
-    A branch: for each stage that is left to the fourth, a block that halves the grid (3x3 depthwise
-    convolution of stride 2, 1x1 convolution, BatchNorm, ReLU, and the same with stride 1), doubling the channels
-    until the last block, which gives the larger of the models' final widths; stage 4 has a 1x1 convolution in
-    place of blocks. Then the mean over positions and a linear layer.
+    The branch of stage n has 4 - n blocks, each of which halves the grid: 3x3 depthwise convolution with stride 2, 1x1
+    convolution, BatchNorm, ReLU, and the same again with stride 1. Each block doubles the channels, except the last,
+    whose output has the larger of the models' final widths. The branch of stage 4 has a 1x1 convolution instead of
+    blocks. All branches end with the mean over positions and a linear layer.
 
     Args:
         stages: student stages 1 to 4 with a branch; stage 4 is the map after the final norm. Default all.
-        epsilon: exponent of the target enhancement, positive: one number for all terms, or one for each of
-            `stages` and then one for the logits. Default 1, the authors'; they use 1 to 1.5, 1.5 for a
+        epsilon: positive exponent of the target enhancement: one number for all terms, or one for each of `stages`
+            followed by one for the logits. Default 1, as in the authors' code; they use 1 to 1.5, such as 1.5 for a
             ResNet-18 with a DeiT-T teacher.
 
     Raises:
-        ValueError: no teacher, a model without maps, a teacher without the student's classes, an option out of
-            range.
+        ValueError: no teacher, a model without maps, different numbers of classes, or an option out of range.
     """
 
     needs_targets = True
@@ -46,7 +44,7 @@ class OFA(nn.Module):
         epsilon: tuple[float, ...] = (1.0,),
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, 1.0, "mean")
+        teacher = check_features(student, teacher)
         check_stages("ofa", stages)
         check_logits("ofa", student, teacher)
         if len(epsilon) not in (1, len(stages) + 1) or not all(e > 0 for e in epsilon):
@@ -69,17 +67,17 @@ class OFA(nn.Module):
         logits = {f"s{stage}": self.branches[f"s{stage}"](stage_map(student, stage)) for stage in self.stages}
         logits["logits"] = student.logits
         return {
-            name: target_enhanced(of_branch, teacher.logits.detach(), target, epsilon)
-            for (name, of_branch), epsilon in zip(logits.items(), self.epsilon, strict=True)
+            name: target_enhanced(branch_logits, teacher.logits.detach(), target, epsilon)
+            for (name, branch_logits), epsilon in zip(logits.items(), self.epsilon, strict=True)
         }
 
 
 def target_enhanced(student: Tensor, teacher: Tensor, target: Tensor, epsilon: float) -> Tensor:
-    """Cross entropy with weights made of the teacher's probabilities `t`, averaged over the batch, in nats.
+    """Cross entropy weighted by the teacher's probabilities `t`, averaged over the batch, in nats.
 
-    `-((1 + t_c)^epsilon - 1) * log s_c` for the target class c, and `-t_j^epsilon * log s_j` for every other class:
-    the surer the teacher of the target, the more the student looks at that alone. With epsilon 1 it is the plain
-    cross entropy with `t`. Logits `(B, classes)`, target `(B,)`; computed in float32 at least.
+    `-((1 + t_c)^epsilon - 1) * log s_c` for the target class c, and `-t_j^epsilon * log s_j` for every other class. The
+    more confident the teacher is in the target, the larger the share of the target. With epsilon 1 it is the cross
+    entropy with `t`. Logits `(B, classes)`, target `(B,)`; computed in float32 or float64.
     """
     log_s = F.log_softmax(full_precision(student), dim=1)
     t = F.softmax(full_precision(teacher), dim=1)
@@ -89,7 +87,7 @@ def target_enhanced(student: Tensor, teacher: Tensor, target: Tensor, epsilon: f
 
 
 def branch(channels: int, halvings: int, width: int, classes: int) -> nn.Sequential:
-    """`(B, channels, h, w)` to logits `(B, classes)`."""
+    """A branch from `(B, channels, h, w)` to logits `(B, classes)`, with `halvings` blocks and `width` features."""
     layers: list[nn.Module] = [] if halvings else [nn.Conv2d(channels, width, 1)]
     for left in reversed(range(halvings)):
         after = 2 * channels if left else width
@@ -99,7 +97,7 @@ def branch(channels: int, halvings: int, width: int, classes: int) -> nn.Sequent
 
 
 def separable(before: int, after: int, stride: int) -> list[nn.Module]:
-    """Depthwise 3x3 and pointwise convolution, BatchNorm, ReLU."""
+    """3x3 depthwise and 1x1 convolution, BatchNorm, ReLU."""
     return [
         nn.Conv2d(before, before, 3, stride=stride, padding=1, groups=before, bias=False),
         nn.Conv2d(before, after, 1, bias=False),

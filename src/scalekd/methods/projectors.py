@@ -1,7 +1,7 @@
-"""Projectors: trainable modules that turn a student map into a teacher-shaped map.
+"""Projectors: trainable modules from a student's map to the shape of a teacher's map.
 
-Each takes `(B, ds, h, w)` and gives `(B, dt, H, W)`, where `(ds, h, w)` and `(dt, H, W)` are the map
-shapes of student and teacher. They are thrown away after training.
+They map `(B, ds, h, w)` to `(B, dt, H, W)`, where `(ds, h, w)` and `(dt, H, W)` are the map shapes of student and
+teacher. They are not part of the exported student.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from scalekd.models.stages import MapShape
 Norm = Literal["batch", "layer"]
 Tokens = Literal["conv", "grouped", "separable", "pointwise", "reduced"]
 
-GROUPS = 4  # of channels, of `tokens: grouped`
+GROUPS = 4  # groups of channels with `tokens: grouped`
 SOFTMAX_SCALE = 5.0  # fixed sharpening of the attention in the authors' release; not in the paper
 
 
 def default_heads(dim: int) -> int:
-    """The divisor of `dim` nearest to `dim / 64`, the smaller of two equally near."""
+    """The divisor of `dim` closest to `dim / 64`, the smaller one of two that are equally close."""
     divisors = [n for n in range(1, dim + 1) if dim % n == 0]
     return min(divisors, key=lambda n: (abs(n - dim / 64), n))
 
@@ -33,20 +33,24 @@ def default_heads(dim: int) -> int:
 def make_norm(norm: Norm, channels: int) -> nn.Module:
     """`batch`: BatchNorm2d. `layer`: LayerNorm over the channels of each position.
 
-    Raises ValueError for another name.
+    Raises ValueError for any other name.
     """
     if norm not in ("batch", "layer"):
-        raise ValueError(f"norm is {norm!r}; it can be 'batch' or 'layer'")
+        raise ValueError(f"norm is {norm!r}; choose 'batch' or 'layer'")
     return nn.BatchNorm2d(channels) if norm == "batch" else LayerNorm2d(channels)
 
 
 def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
-    """The convolution that makes tokens of a student map of `ds` channels, and the channels of a token.
+    """The convolution from a student map of `ds` channels to tokens, and the number of channels of a token.
 
-    `conv`: 3x3, `ds -> ds`, the authors'. `grouped`: 3x3 within each quarter of the channels (as many groups as divide `ds`,
-    at most 4), which keys and values mix. `separable`: 3x3 in each channel, then 1x1. `pointwise`: 1x1, `ds -> ds`.
-    `reduced`: 1x1 to `dt` channels if that is fewer than `ds`, then 3x3 in each channel; where the teacher is narrower,
-    keys and values cost less too. Raises ValueError for another name.
+    - `conv`: 3x3, `ds -> ds`, as in the authors' release.
+    - `grouped`: 3x3 in up to 4 groups of channels (as many as divide `ds`). Keys and values mix the groups.
+    - `separable`: depthwise 3x3, then 1x1.
+    - `pointwise`: 1x1, `ds -> ds`.
+    - `reduced`: 1x1 to `dt` channels if that is fewer than `ds`, then depthwise 3x3. With a narrower teacher, keys and
+      values cost less too.
+
+    Raises ValueError for any other name.
     """
     if tokens == "conv":
         return nn.Conv2d(ds, ds, 3, padding=1), ds
@@ -60,7 +64,7 @@ def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
         width = min(ds, dt)
         each = nn.Conv2d(width, width, 3, padding=1, groups=width)
         return nn.Sequential(nn.Conv2d(ds, width, 1, bias=False), each), width
-    raise ValueError(f"tokens is {tokens!r}; it can be 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'")
+    raise ValueError(f"tokens is {tokens!r}; choose 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'")
 
 
 class CrossAttentionProjector(nn.Module):
@@ -70,24 +74,25 @@ class CrossAttentionProjector(nn.Module):
     student position is a token. Query branch: Linear `dt -> dt`, ReLU. Then cross attention, LayerNorm,
     and a feed-forward block (4 x dt, ReLU) whose residual adds the normalised input.
 
-    Following the authors' release where the paper is silent or differs: one token per student position
-    (the paper speaks of patchifying), attention logits times 5, no residual around the attention.
+    Where the paper does not say or differs, this follows the authors' release: one token per student position (the
+    paper mentions patchifying), attention logits times 5, no residual around the attention.
 
     Args:
-        student: student map shape, `(ds, h, w)`. With one position its map is the same vector everywhere, so
-            the methods refuse that.
-        teacher: shape of the map to produce, `(dt, H, W)`; any grid, whatever the student's.
-        heads: attention heads, a divisor of dt. None: the divisor nearest to dt / 64.
-        norm: norm of the student branch; `layer` is what the released configuration of Swin-T has.
-        learned_queries: True: a trainable table `(H*W, dt)`, the same for all images. False: the caller
-            hands queries in at each call, and no table is built.
-        tokens: the student branch's convolution, see `make_tokens`; all but `conv` are ours, and cheaper.
-        expansion: hidden channels of the feed-forward block over dt. 4 in the authors' release.
-        grad_checkpointing: keep nothing of what follows the student branch's ReLU, and compute it again in the backward pass.
+        student: shape of the student's map, `(ds, h, w)`. With one position the output is the same vector everywhere;
+            methods reject such a student (`check_positions`).
+        teacher: shape of the output, `(dt, H, W)`. Its grid may differ from the student's.
+        heads: attention heads, a divisor of dt. None: the divisor closest to dt / 64.
+        norm: norm of the student branch; the released configuration of Swin-T has `layer`.
+        learned_queries: True: a trainable table `(H*W, dt)`, the same for all images. False: there is no table, and
+            the caller passes queries at each call.
+        tokens: convolution of the student branch, see `make_tokens`. All except `conv` are our cheaper additions.
+        expansion: hidden channels of the feed-forward block, as a multiple of dt. 4 in the authors' release.
+        grad_checkpointing: store no activations after the student branch's ReLU; compute them again in the backward
+            pass.
 
     Raises:
-        ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown or `expansion` is not
-            positive; when called, if the student's grid is not the one the positional embedding was built for.
+        ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown, or `expansion` is not
+            positive; when called, if the student's map does not have the shape that it was built for.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class CrossAttentionProjector(nn.Module):
         ds, h, w = student
         dt, *grid = teacher
         if expansion < 1:
-            raise ValueError(f"expansion is {expansion}; it is 1 or more")
+            raise ValueError(f"expansion is {expansion} and must be 1 or more")
         self.student = (ds, h, w)
         self.grid = tuple(grid)
         self.heads = default_heads(dt) if heads is None else heads
@@ -130,28 +135,28 @@ class CrossAttentionProjector(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dt, expansion * dt), nn.ReLU(), nn.Linear(expansion * dt, dt))
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Project `x`, `(B, ds, h, w)`, to `(B, dt, H, W)`.
+        """Projects `x`, `(B, ds, h, w)`, to `(B, dt, H, W)`.
 
-        `queries`, `(B, dt, H, W)`, are needed, and allowed, only without learned queries.
+        `queries`, `(B, dt, H, W)`, are required without learned queries, and otherwise not allowed.
         """
         assert (queries is None) == (self.queries is not None)
         if x.shape[1:] != self.student:
             raise ValueError(
-                f"the projector was built for student maps {self.student} and got "
-                f"{tuple(x.shape[1:])}: train at one image size, the one the method was built for"
+                f"the projector was built for student maps {self.student} and got {tuple(x.shape[1:])}; "
+                "train at the image size that the method was built for"
             )
-        branch = F.relu(self.norm(self.conv(x)), inplace=True)  # the norm keeps its input, not its result
+        branch = F.relu(self.norm(self.conv(x)), inplace=True)  # inplace: the norm stores its input, not its output
         if self.grad_checkpointing and torch.is_grad_enabled():
-            # From here on: the convolution is most of the arithmetic, and a batch norm that ran twice would move its
-            # running averages twice. Nothing in it is random.
+            # Not the convolution, which is most of the arithmetic, nor the batch norm, which would update its running
+            # averages twice. Nothing in `_attend` is random.
             y: Tensor = checkpoint(self._attend, branch, queries, use_reentrant=False, preserve_rng_state=False)
             return y
         return self._attend(branch, queries)
 
     def _attend(self, branch: Tensor, queries: Tensor | None) -> Tensor:
-        """All that follows the student branch's ReLU: `(B, width, h, w)` to `(B, dt, H, W)`."""
+        """Everything after the student branch's ReLU: `(B, width, h, w)` to `(B, dt, H, W)`."""
         tokens = branch + self.position
-        # (B, h*w, width); one copy, as keys and values would each make and keep their own
+        # (B, h*w, width); contiguous, or keys and values would each make and store a copy
         tokens = tokens.flatten(2).transpose(1, 2).contiguous()
 
         if queries is None:
@@ -173,7 +178,7 @@ class CrossAttentionProjector(nn.Module):
 
 
 class Resample(nn.Module):
-    """Student map to the teacher's grid: averaged over cells where it shrinks, bilinear where it grows."""
+    """Resamples a map to another grid: adaptive average pooling where it shrinks, bilinear where it grows."""
 
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -182,7 +187,7 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = self.grid
         h, w = x.shape[2:]
-        # Not interpolate(antialias=True): its result is wrong where the new width is 1 (torch 2.15, CPU).
+        # Not interpolate(antialias=True): its result is wrong if the new width is 1 (torch 2.15, CPU).
         if h > H or w > W:
             x = F.adaptive_avg_pool2d(x, (min(h, H), min(w, W)))
         if h < H or w < W:
@@ -191,14 +196,14 @@ class Resample(nn.Module):
 
 
 def linear_projector(student: MapShape, teacher: MapShape) -> nn.Module:
-    """The "Linear" of the paper's Table 9b: one linear layer at each position (a 1x1 convolution)."""
+    """ "Linear" in Table 9b of the ScaleKD paper: one linear layer at each position, a 1x1 convolution."""
     return nn.Sequential(Resample(teacher[1:]), nn.Conv2d(student[0], teacher[0], 1))
 
 
 def conv_projector(student: MapShape, teacher: MapShape, *, norm: Norm = "batch") -> nn.Module:
-    """The "Conv" of Table 9b: two 3x3 convolutions, `ds -> dt -> dt`.
+    """ "Conv" in Table 9b of the ScaleKD paper: two 3x3 convolutions, `ds -> dt -> dt`.
 
-    The paper says no more than "two 3x3 convolutional layers"; widths, norm and ReLU between are ours.
+    The paper only says "two 3x3 convolutional layers"; widths, norm and ReLU are our choice.
     """
     ds, dt = student[0], teacher[0]
     return nn.Sequential(

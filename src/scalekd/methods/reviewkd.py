@@ -1,4 +1,4 @@
-"""`reviewkd`: knowledge review."""
+"""`reviewkd`: knowledge review (Chen et al., 2021)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from scalekd.models.stages import Features, MapShape, Shapes
 
 from .projectors import Resample
-from .shared import check_features, check_stages, full_precision, stage_map
+from .shared import check_features, check_positive, check_stages, full_precision, stage_map
 
 
 class ReviewKD(nn.Module):
-    """`reviewkd`: teach each stage together with what the student's later stages have made of it.
+    """`reviewkd`: match each stage of the teacher with a fusion of the student's same and later stages.
 
     Chen et al., CVPR 2021 (arXiv:2104.09044). From the last stage to the first, an attention based fusion
-    (`Fusion`) mixes the student's map of a stage with what came of the stages after it, and its output, brought to
-    the teacher's grid, is compared with the teacher's map of that stage by `hierarchical_distance`. One term per
-    stage, `s1`, ...; `alpha` applied.
+    (`Fusion`) mixes the student's map of a stage with the result of the later stages. Its output, resampled to the
+    teacher's grid, is compared with the teacher's map of that stage by `hierarchical_distance`. One term per stage,
+    `s1`, ..., with weight `alpha`.
 
     Args:
         stages: stages 1 to 4, in any order; stage 4 is the map after the final norm. Default all.
-        alpha: weight of each stage. Default 1, that of the authors' ImageNet code.
-        width: channels in which stages are mixed. Default 256; the authors' ImageNet code has 512 for
-            ResNet-18 and 256 for MobileNet.
+        alpha: weight of each stage. Default 1, as in the authors' ImageNet code.
+        width: channels of the fused maps. Default 256; the authors' ImageNet code has 512 for ResNet-18 and 256 for
+            MobileNet.
 
     Raises:
-        ValueError: no teacher, a model without maps, an option out of range.
+        ValueError: no teacher, a model without maps, or an option out of range.
     """
 
     def __init__(
@@ -40,10 +40,9 @@ class ReviewKD(nn.Module):
         width: int = 256,
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, alpha, "mean")
+        teacher = check_features(student, teacher)
         check_stages("reviewkd", stages)
-        if width < 1:
-            raise ValueError(f"reviewkd: width is {width}; it must be positive")
+        check_positive("reviewkd", alpha=alpha, width=width)
         self.stages = tuple(sorted(stages, reverse=True))
         self.alpha = alpha
         self.fusions = nn.ModuleDict()
@@ -52,7 +51,7 @@ class ReviewKD(nn.Module):
             self.fusions[f"s{stage}"] = Fusion(*shapes, width, last=stage == self.stages[0])
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """One scalar per stage, last stage first, `alpha` applied. Targets are not looked at."""
+        """One scalar per stage, last stage first, `alpha` applied. The targets are not used."""
         assert teacher is not None
         losses = {}
         review = None
@@ -64,15 +63,15 @@ class ReviewKD(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The paper's ABF: a stage's map, mixed with the result of the stages after it.
+    """The paper's ABF (attention based fusion): mixes a stage's map with the result of the later stages.
 
-    The map is brought to `width` channels, the earlier result to its grid (nearest neighbour); a 1x1 convolution
-    of both and a sigmoid give two weights to each position, and the weighted sum is what the next stage gets.
-    A 3x3 convolution of it has the teacher's channels. BatchNorm after both outer convolutions.
+    The map is projected to `width` channels, and the later result resized to its grid (nearest neighbour). A 1x1
+    convolution of both and a sigmoid give two weights per position. The weighted sum goes to the next stage, and
+    through a 3x3 convolution to the teacher's channels. BatchNorm follows the first and the last convolution.
 
     Args:
         student, teacher: map shapes `(ds, h, w)` and `(dt, H, W)`.
-        last: there is no stage after this one, and so nothing to mix.
+        last: there is no later stage to mix with.
     """
 
     def __init__(self, student: MapShape, teacher: MapShape, width: int, last: bool) -> None:
@@ -83,7 +82,7 @@ class Fusion(nn.Module):
         self.expand = nn.Sequential(nn.Conv2d(width, teacher[0], 3, padding=1, bias=False), nn.BatchNorm2d(teacher[0]))
 
     def forward(self, x: Tensor, review: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`(B, ds, h, w)` and the later stages' `(B, width, *, *)` to `(B, dt, H, W)` and `(B, width, h, w)`."""
+        """From `(B, ds, h, w)` and the later stages' `(B, width, *, *)` to `(B, dt, H, W)` and `(B, width, h, w)`."""
         x = self.reduce(x)
         if self.weigh is not None:
             assert review is not None
@@ -94,11 +93,11 @@ class Fusion(nn.Module):
 
 
 def hierarchical_distance(a: Tensor, t: Tensor) -> Tensor:
-    """HCL: the mean squared difference of two maps `(B, D, H, W)` at several scales, in float32 at least.
+    """The paper's HCL: the mean squared difference of two maps `(B, D, H, W)` at several scales.
 
-    At full size with weight 1, and averaged over cells to 4x4, 2x2 and 1x1, those that are coarser than the map,
-    with weights 1/2, 1/4, 1/8 in turn; divided by the sum of the weights. A grid that is narrower than a scale
-    keeps its own size in that direction.
+    At full size with weight 1, and average-pooled to those of 4x4, 2x2 and 1x1 that are coarser than the map, with
+    weights 1/2, 1/4, 1/8 in this order; divided by the sum of the weights. A side shorter than a scale is not pooled.
+    Computed in float32 or float64.
     """
     a, t = full_precision(a), full_precision(t)
     H, W = a.shape[2:]
@@ -108,6 +107,6 @@ def hierarchical_distance(a: Tensor, t: Tensor) -> Tensor:
             grid = min(size, H), min(size, W)
             weight /= 2
             weights += weight
-            # pooling is linear: the difference is pooled once, where the authors pool both maps
+            # pooling is linear, so the difference can be pooled once instead of both maps
             total = total + weight * F.adaptive_avg_pool2d(a - t, grid).square().mean()
     return total / weights

@@ -1,4 +1,4 @@
-"""`rkd`: relational knowledge distillation."""
+"""`rkd`: relational knowledge distillation (Park et al., 2019)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_features, pooled
+from .shared import check_features, check_weights, pooled
 
 
 class RKD(nn.Module):
-    """`rkd`: distances and angles between the images of a batch, as the teacher sees them.
+    """`rkd`: match the distances and angles between the images of a batch in feature space.
 
-    Park et al., CVPR 2019 (arXiv:1904.05068), RKD-DA. x is the final map averaged over its grid, `(B, D)`, so neither
-    channels nor grids of the two models need to be the same. With the Huber loss h (delta 1), two terms:
+    Park et al., CVPR 2019 (arXiv:1904.05068), RKD-DA. x is the final map averaged over its grid, `(B, D)`, so
+    channels and grids may differ. With the Huber loss h (delta 1), two terms:
 
         distance: h(d(t) - d(s)) of  d_ij  = |x_i - x_j| / mean of |x_i - x_j|     over pairs
         angle:    h(a(t) - a(s)) of  a_ijk = cos of the angle at x_j to x_i, x_k   over triplets
 
-    The paper sums over different images. Here as in the authors' and vanillaKD's code: averaged over all B^2 pairs
-    and B^3 triplets, those that name an image twice included (0 for both models), and the mean distance is of pairs
-    that are apart. The batch is that of one process in one forward pass: from two images on there are distances, from
-    three on angles. `B * B * D` and `B * B * B` numbers of each model are held.
+    The paper sums over different images. Here, as in the authors' and vanillaKD's code, terms are averaged over all B^2
+    pairs and B^3 triplets, including those that repeat an image (0 for both models), and the mean distance is over
+    pairs with a non-zero distance. The batch is that of one process in one forward pass; distances need two images,
+    angles three. Each model needs `B * B * D` and `B * B * B` numbers.
 
     Args:
         distance: weight of the distances. Default 25.
-        angle: weight of the angles. Default 50. Both as in vanillaKD's release.
+        angle: weight of the angles. Default 50. Both defaults are those of vanillaKD's release.
 
     Raises:
-        ValueError: no teacher, a model without maps, a weight negative, or both 0.
+        ValueError: no teacher, a model without maps, a negative weight, or both 0.
     """
 
     def __init__(
@@ -42,15 +42,12 @@ class RKD(nn.Module):
         angle: float = 50.0,
     ) -> None:
         super().__init__()
-        check_features(student, teacher, 1.0, "mean")
-        if not (distance >= 0 and angle >= 0 and distance + angle > 0):
-            raise ValueError(
-                f"rkd: distance is {distance} and angle {angle}; neither can be negative, and one is positive"
-            )
+        check_features(student, teacher)
+        check_weights("rkd", distance=distance, angle=angle)
         self.distance, self.angle = distance, angle
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """`distance` and `angle`, weights applied. Targets are not looked at."""
+        """`distance` and `angle`, weights applied. The targets are not used."""
         assert teacher is not None
         distances_s, cosines_s = relations(pooled(student))
         distances_t, cosines_t = relations(pooled(teacher).detach())
@@ -61,10 +58,10 @@ class RKD(nn.Module):
 
 
 def relations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`(B, D)` to distances over their mean, `[i, j]`, and cosines of the angle at the first image, `[j, i, k]`.
+    """Distances divided by their mean, `[i, j]`, and cosines of the angle at the first image, `[j, i, k]`, of `(B, D)`.
 
-    0 for images in one place, and no gradient from there. Differences, not products of x, as those of images
-    close to each other would drown in rounding.
+    They are 0 without a gradient for images at the same point. They are computed from differences, not from products of
+    x, in which small differences would be lost to rounding.
     """
     with torch.autocast(x.device.type, enabled=False):
         difference = x[None] - x[:, None]  # [j, i] is x_i - x_j

@@ -1,7 +1,6 @@
 """ScaleKD (Fan et al., NeurIPS 2024, arXiv:2411.06786): `cap`, `dfm`, `tpp` and `scalekd`.
 
-One class with the paper's switches. The four functions below it are what a recipe can name: each offers
-the options that mean something for it, and no others.
+One class has all parts of the paper. Recipes use the four functions below it, each with the options that apply to it.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from scalekd.models.stages import Features, Shapes
 
 from .distance import ALPHA, Reduction, normalized_distance, only_direct, remove_direct
 from .projectors import CrossAttentionProjector, Norm, Tokens
-from .shared import check_features, check_positions, full_precision
+from .shared import check_choice, check_features, check_positions, check_positive, full_precision
 
 BETA = 0.571  # released configurations: 0.08 / (0.08 + 0.06); the paper's best is 0.6 (Fig. 4)
 
 TwoViews = Literal["dual_path", "all_alt", "dir_alt"]
 
-VIEWS = {  # the names of the views; the first has weight beta, the second 1 - beta
+VIEWS = {  # names of the views; the first has weight beta, the second 1 - beta
     "single": ("ori",),
     "dual_path": ("ori", "ori2"),
     "all_alt": ("ori", "alt"),
     "dir_alt": ("dir", "alt"),
 }
-SHARED = "both"  # the name of a CAP that serves both views
+SHARED = "both"  # name of a CAP that serves both views
 TRANSFORMS = {"ori": full_precision, "ori2": full_precision, "alt": remove_direct, "dir": only_direct}
 
 
 class ScaleKD(nn.Module):
-    """Mimic the teacher's final map, in up to two views and along up to two paths.
+    """Match the teacher's final map, in up to two views and along up to two paths.
 
     Student path (eq. 1): student stage 4 -> CAP. Proxy path (`tpp`, eq. 4): student stage 3 -> CAP with
     learned queries, shaped like teacher stage 3 -> the teacher's own frozen last stage. Both are compared
-    with the teacher's final map by `normalized_distance`. Every view has CAPs of its own (eq. 3), and all
-    views go through the teacher's last stage as one batch. Terms: the view's name for the student path,
-    `proxy_` and the name for the proxy path.
+    with the teacher's final map by `normalized_distance`. Every view has its own CAPs (eq. 3), and all views go
+    through the teacher's last stage as one batch. Terms: `ori`, `alt`, ... by view for the student path, `proxy_ori`,
+    ... for the proxy path.
 
     Args:
         views: `single`: the original features. `all_alt` (DFM): the original features, and the features
@@ -48,30 +47,32 @@ class ScaleKD(nn.Module):
             without it. `dual_path` (Table 9c): the original features twice.
         tpp: add the proxy path.
         adaptive_queries: the proxy path's output, not detached, is the query of the student path's CAP
-            (Table 9d); else that has learned queries. With `tpp` only, where None means True.
+            (Table 9d). Otherwise that CAP has learned queries. With `tpp` only; None means True.
         alpha: weight of each path. Default 0.14 (released configurations; the paper's text says 1).
-        beta: share of the first view, in [0, 1]; the second has 1 - beta. A view without weight is not
-            built. With two views only, where None means 0.571 (released; the paper says 0.6).
-        heads: attention heads of the CAPs at (stage 3, stage 4) with `tpp`, else of (stage 4,). None: head
-            size as near to 64 as can be. The authors: Swin-S 3, 6; Swin-B 8, 16; Swin-L 16, 24, and 8, 8
+        beta: weight of the first view, in [0, 1]; the second has 1 - beta. A view with weight 0 is not built. With two
+            views only; None means 0.571 (released configurations; the paper says 0.6).
+        heads: attention heads of the CAPs at (stage 3, stage 4) with `tpp`, otherwise at (stage 4,). None: a head size
+            as close to 64 as possible. The authors use: Swin-S 3, 6; Swin-B 8, 16; Swin-L 16, 24, and 8, 8
             for a ViT-B student.
         norm: norm of the CAPs' student branch; the released configuration of Swin-T has `layer`.
-        reduction: `mean` (default): 49 x the mean over positions, so that `alpha` is the released weight
-            on any grid. `sum`: the sum over positions, as released; the same at 7x7.
-        tokens: how the CAPs make tokens of the student's map, see `make_tokens`. Default `conv`, as released.
-        expansion: hidden channels of the CAPs' feed-forward block over the teacher's. Default 4, as released.
-        shared: one CAP per path serves both views, which halves what the method costs. Default False: eq. 3
-            has one for each. With two different views only.
-        grad_checkpointing: save memory for time: what follows the CAPs' convolutions and the teacher's last stage are
-            computed again in the backward pass, view by view. The values are the same. Default False.
+        reduction: `mean` (default): 49 x the mean over positions, so that the released `alpha` is valid on any grid.
+            `sum`: the sum over positions, as released; the same at 7x7.
+        tokens: convolution from the student's map to the tokens of the CAPs, see `make_tokens`. Default `conv`, as
+            released.
+        expansion: hidden channels of the CAPs' feed-forward block, as a multiple of the teacher's. Default 4, as
+            released.
+        shared: one CAP per path serves both views, which halves the cost of the method. Default False: eq. 3 has one
+            for each view. With two different views only.
+        grad_checkpointing: use less memory and more time. Activations after the CAPs' convolutions and in the teacher's
+            last stage are computed again in the backward pass, view by view. The values are the same. Default False.
 
-    `tokens`, `expansion` and `shared` make it cheaper than the published form, which is this class's default and not that of
-    the function `scalekd`; docs/explanation/performance.md has the costs.
+    `tokens`, `expansion` and `shared` can make the method cheaper than published (costs in
+    docs/explanation/performance.md). The published form is the default of this class, but not of `scalekd`.
 
     Raises:
-        ValueError: no teacher; a model without maps; `tpp` with a teacher that cannot be resumed; a student's
-            map of one position; a view without direct component on a teacher's 1x1 grid; an option out of
-            range, or one that would be ignored.
+        ValueError: no teacher; a model without maps; `tpp` with a teacher whose last stage cannot be run alone; a
+            student's map of one position; a view without direct component on a teacher's 1x1 grid; an option that is
+            out of range or would be ignored.
     """
 
     def __init__(
@@ -93,29 +94,31 @@ class ScaleKD(nn.Module):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, alpha, reduction)
+        teacher = check_features(student, teacher)
+        check_positive("ScaleKD", alpha=alpha)
+        check_choice("ScaleKD", "reduction", reduction, ("mean", "sum"))
         assert student.final is not None and teacher.final is not None
         self.weights = _view_weights(views, alpha, beta)
         if tpp and not teacher.can_resume:
             name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
             raise ValueError(
-                f"{name} runs the teacher's last stage, and {teacher.model} is of a family that cannot be resumed there "
-                f"(docs/reference/methods.md).\nThe same without it: losses.{name}=off losses.{instead}={{}}"
+                f"{name} runs the teacher's last stage alone, which is not supported for {teacher.model} "
+                f"(docs/reference/methods.md).\nThe same method without that stage: losses.{name}=off losses.{instead}={{}}"
             )
         check_positions(student, (3, 4) if tpp else (4,))
         if "alt" in self.weights and teacher.final[1] * teacher.final[2] == 1:
             raise ValueError(
-                f"{teacher.model} has a 1x1 final map: nothing is left without its direct component. "
-                "Use larger images, or cap or tpp"
+                f"{teacher.model} has a 1x1 final map, which is 0 without its direct component. "
+                "Use a larger image size, or cap or tpp"
             )
         if adaptive_queries is not None and not tpp:
-            raise ValueError("adaptive_queries goes with tpp only")
+            raise ValueError("adaptive_queries is an option with tpp only")
         paths = 2 if tpp else 1
         if heads is not None and len(heads) != paths:
-            raise ValueError(f"heads is {list(heads)}; with tpp it is (stage 3, stage 4), else (stage 4,)")
+            raise ValueError(f"heads is {list(heads)}; give (stage 3, stage 4) with tpp, otherwise (stage 4,)")
 
         if shared and not _can_share(views, self.weights):
-            raise ValueError("shared goes with two different views only")
+            raise ValueError("shared needs two different views")
 
         self.adaptive = tpp and adaptive_queries is not False
         self.reduction: Reduction = reduction
@@ -138,7 +141,7 @@ class ScaleKD(nn.Module):
         )
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """One scalar per view and path, weights applied. Targets are not looked at."""
+        """One scalar per view and path, with weights applied. The targets are not used."""
         assert teacher is not None and teacher.final is not None and student.final is not None
         proxies = self._proxies(student, teacher)
         mimics = {
@@ -155,13 +158,13 @@ class ScaleKD(nn.Module):
         return losses
 
     def _proxies(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """The proxy path's final map `(B, dt, H, W)` of each of its CAPs; none without `tpp`."""
+        """The final map of the proxy path, `(B, dt, H, W)`, for each of its CAPs; empty without `tpp`."""
         if not self.proxy_caps:
             return {}
         assert teacher.resume is not None
         maps = {key: cap(student.maps[2]) for key, cap in self.proxy_caps.items()}
         if self.grad_checkpointing and torch.is_grad_enabled():
-            # a pass for each view: only one's activations are there again at a time. A frozen teacher has no randomness
+            # one pass per view, so that only one view's activations are recomputed at a time; a frozen teacher is not random
             run_on = partial(checkpoint, teacher.resume, 3, use_reentrant=False, preserve_rng_state=False)
             return {key: run_on(stage_3) for key, stage_3 in maps.items()}
         final = teacher.resume(3, torch.cat(list(maps.values())))  # one pass for all views
@@ -169,23 +172,23 @@ class ScaleKD(nn.Module):
 
 
 def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
-    """The weight of each view that has any. Raises ValueError."""
+    """The weight of each view with a positive weight. Raises ValueError."""
     if views not in VIEWS:
-        raise ValueError(f"views is {views!r}; it can be {', '.join(VIEWS)}")
+        raise ValueError(f"views is {views!r}; choose from {', '.join(VIEWS)}")
     if views == "single":
         if beta is not None:
-            raise ValueError("beta goes with two views only")
+            raise ValueError("beta is an option with two views only")
         return {"ori": alpha}
     beta = BETA if beta is None else beta
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; it is in [0, 1]")
+        raise ValueError(f"beta is {beta} and must be in [0, 1]")
     first, second = VIEWS[views]
     weights = {first: alpha * beta, second: alpha * (1 - beta)}
     return {view: weight for view, weight in weights.items() if weight > 0}
 
 
 def _can_share(views: str, weights: dict[str, float]) -> bool:
-    """Whether there are two different views, for one CAP to serve."""
+    """Whether there are two different views, which one CAP can serve."""
     return len(weights) == 2 and views != "dual_path"
 
 
@@ -201,9 +204,9 @@ def cap(
     expansion: int = 4,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`cap`: stage 4 through a cross attention projector (eq. 1).
+    """`cap`: match stage 4 through a cross attention projector (eq. 1).
 
-    `heads`: of that CAP. For the other options see `ScaleKD`.
+    `heads`: number of heads of that CAP. For the other options see `ScaleKD`.
     """
     return ScaleKD(
         student,
@@ -235,11 +238,11 @@ def dfm(
     shared: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`dfm`: CAP in two views (eq. 3).
+    """`dfm`: `cap` in two views (eq. 3).
 
-    `heads`: of each CAP. For the other options see `ScaleKD`.
+    `heads`: number of heads of each CAP. For the other options see `ScaleKD`.
     """
-    _refuse_single("dfm", views)
+    _check_two_views("dfm", views)
     return ScaleKD(
         student,
         teacher,
@@ -270,7 +273,7 @@ def tpp(
     expansion: int = 4,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`tpp`: CAP and the proxy path in one view (eq. 4).
+    """`tpp`: `cap` and the proxy path, in one view (eq. 4).
 
     `heads`: (stage 3, stage 4). For the other options see `ScaleKD`.
     """
@@ -306,13 +309,14 @@ def scalekd(
     shared: bool | None = None,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
-    """`scalekd`: CAP, DFM and TPP (eq. 5, less its task and KD terms); by default one narrow projector for each path.
+    """`scalekd`: CAP, DFM and TPP (eq. 5 without its task and KD terms); by default one narrow projector for each path.
 
-    `shared` is True unless given, where there are two different views, and `expansion` 1: it teaches as well as the
-    published form (docs/explanation/laboratory.md) for less than half of what that adds (docs/explanation/performance.md). The published form is
-    `shared=False, expansion=4`, as in the recipes of the paper's rows. For the options see `ScaleKD`.
+    By default `expansion` is 1, and `shared` is True if there are two different views. This teaches as well as the
+    published form (docs/explanation/laboratory.md) at less than half of its added cost
+    (docs/explanation/performance.md). The published form is `shared=False, expansion=4`, as in the recipes for the
+    paper's rows. For the options see `ScaleKD`.
     """
-    _refuse_single("scalekd", views)
+    _check_two_views("scalekd", views)
     if shared is None:
         shared = _can_share(views, _view_weights(views, alpha, beta))
     return ScaleKD(
@@ -333,6 +337,6 @@ def scalekd(
     )
 
 
-def _refuse_single(method: str, views: str) -> None:
+def _check_two_views(method: str, views: str) -> None:
     if views == "single":
-        raise ValueError(f"{method} has two views. For one, use {'cap' if method == 'dfm' else 'tpp'}")
+        raise ValueError(f"{method} needs two views. For one view, use {'cap' if method == 'dfm' else 'tpp'}")

@@ -1,4 +1,4 @@
-"""`srrl`: softmax regression representation learning."""
+"""`srrl`: softmax regression representation learning (Yang et al., 2021)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_features, full_precision
+from .shared import check_features, check_weights, full_precision
 
 
 class SRRL(nn.Module):
-    """`srrl`: the student's feature should be classified by the teacher's classifier as the teacher's own is.
+    """`srrl`: the teacher's classifier should give the same logits for the student's features as for its own.
 
     Yang et al., ICLR 2021 (openreview ZzwDy_wiWv). The student's final map `(B, ds, h, w)` goes through a 1x1
-    convolution to the width P of what the teacher's classifier is given and a BatchNorm, and is averaged over
-    its grid: `x`, `(B, P)`. With the teacher's own `y`, `(B, P)`, and its frozen classifier W, two terms:
+    convolution to the width P of the input of the teacher's classifier and a BatchNorm, and is averaged over its grid:
+    `x`, `(B, P)`. With the classifier's own input `y`, `(B, P)`, and the frozen classifier W, two terms:
 
         fm = alpha * mean over P of (x - y)^2                    feature matching
         sr = beta  * mean over classes of (W(x) - W(y))^2        softmax regression
 
-    averaged over the batch. The paper writes squared norms; the means are those of the authors' code. Grids do
-    not matter, nor do the student's classes. `y` is what the classifier is given in the teacher's forward pass: the
+    averaged over the batch. The paper writes squared norms; the means are those of the authors' code. Grids and the
+    student's classes may differ from the teacher's. `y` is the classifier's input in the teacher's forward pass: the
     pooled map, or the class token of a ViT that classifies from it.
 
     Args:
-        alpha: weight of `fm`, beta: weight of `sr`. Default 1 and 1, the authors' ImageNet code.
-        relu: a ReLU after the BatchNorm, as in the authors' code, whose teachers are ResNets. Default False: the
-            features of a ViT are of either sign, and those below zero could not be met.
+        alpha: weight of `fm`. Default 1, as in the authors' ImageNet code.
+        beta: weight of `sr`. Default 1, as in the authors' ImageNet code.
+        relu: add a ReLU after the BatchNorm, as in the authors' code, whose teachers are ResNets. Default False, because
+            the features of a ViT may be negative, which a ReLU could not match.
 
     Raises:
-        ValueError: no teacher, a model without maps, a teacher whose logits are not what one classifier gives for
-            one feature (no classes, two heads), a weight negative, or both 0.
+        ValueError: no teacher, a model without maps, a teacher whose logits are not the output of one classifier on one
+            feature (no classes, two heads), a negative weight, or both 0.
     """
 
     needs_classifier = True
@@ -46,14 +47,13 @@ class SRRL(nn.Module):
         relu: bool = False,
     ) -> None:
         super().__init__()
-        teacher = check_features(student, teacher, 1.0, "mean")
+        teacher = check_features(student, teacher)
         if teacher.classes < 1 or teacher.pooled < 1:
             raise ValueError(
-                f"srrl needs the teacher's classifier, and {teacher.model} has none that gives its logits alone.\n"
+                f"srrl needs a single classifier that gives the teacher's logits, and {teacher.model} has none.\n"
                 "Use fd or another feature method, or kd"
             )
-        if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
-            raise ValueError(f"srrl: alpha is {alpha} and beta {beta}; neither can be negative, and one is positive")
+        check_weights("srrl", alpha=alpha, beta=beta)
         assert student.final is not None
         self.alpha, self.beta = alpha, beta
         self.connector = nn.Sequential(
@@ -63,7 +63,7 @@ class SRRL(nn.Module):
         )
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """`fm` and `sr`, weights applied. Targets are not looked at."""
+        """`fm` and `sr`, weights applied. The targets are not used."""
         assert teacher is not None and teacher.pooled is not None and teacher.classify is not None
         assert student.final is not None
         x = full_precision(self.connector(full_precision(student.final))).mean(dim=(2, 3))

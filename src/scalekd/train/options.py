@@ -1,10 +1,13 @@
-"""The recipe sections `train`, `optim` and `schedule`."""
+"""Recipe sections `train`, `optim` and `schedule`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import (
+    Field,
+    field_validator,
+)
 
 from scalekd.common.errors import nearest
 from scalekd.common.sections import Beta, Positive, Section, Share
@@ -13,33 +16,38 @@ from scalekd.common.text import printable
 
 class Steps(Section):
     batch_size: Annotated[int, Field(gt=0, le=2**20)]
-    """The global batch size: over all processes and accumulated micro-batches."""
+    """Images per optimiser step, over all processes and micro-batches."""
     accumulate: Positive = 1
     """Micro-batches per optimiser step."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """float32, or autocast to bfloat16 or float16. The weights stay in float32."""
     channels_last: bool = False
+    """Use the channels-last memory format for models and images."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Maximum norm of the gradient. By default it is not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the exponential moving average of the student's weights, which is then evaluated and exported."""
+    """Decay of an exponential moving average of the student's weights, which is then evaluated and exported."""
     sync_batchnorm: bool = False
+    """Compute the statistics of batch norms over all processes. CUDA only."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Minutes between checkpoints; every validation writes one too. 0: after every step."""
+    """Minutes between checkpoints; 0 for one after every step. Every validation also writes one."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
-    """How many steps of a run may be skipped because the loss or the gradient is not finite. Above 0, every step
-    waits for the GPU."""
+    """Maximum number of steps to skip because the loss or the gradient is not finite. Above 0, every step waits for the
+    GPU."""
     log_every: Positive = 50
-    """Steps between log lines. Losses are read from the device only then."""
+    """Steps between log lines. Losses are copied from the device only then."""
 
 
 class Train(Steps):
     epochs: Positive
+    """Length of the training."""
     eval_every: Annotated[float, Field(gt=0)] = 1
-    """Epochs between validations; 0.25 means four per epoch."""
+    """Epochs between validations; 0.25 for four per epoch."""
 
 
 class BaseOptim(Section):
     name: str = "adamw"
-    """A timm optimiser name."""
+    """Name of a timm optimiser."""
 
     @field_validator("name")
     @classmethod
@@ -51,17 +59,27 @@ class BaseOptim(Section):
         return name
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate, before the schedule changes it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay, as the optimiser defines it."""
     momentum: Share = 0.9
+    """Momentum, for optimisers that have it."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the moving averages of Adam and related optimisers."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Term added to the denominator by Adam and related optimisers."""
 
 
 class Schedule(Section):
     name: Literal["cosine", "multistep"] = "cosine"
+    """How the learning rate decreases: along a cosine, or in steps."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    """Epochs at the start in which the learning rate rises linearly from `warmup_lr`. They are part of `train.epochs`."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the first step of the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of `cosine`."""
     milestones: tuple[Positive, ...] = (30, 60, 90)
     """Epochs at which `multistep` multiplies the learning rate by `decay_rate`."""
     decay_rate: Share = 0.1
+    """Factor of the learning rate at each of `milestones`."""
