@@ -20,11 +20,11 @@ from parts import OPTIONS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scalekd import Distiller
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.cost.count import stand_ins
 from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.build import make_optimizer, untrained
-from scalekd.distill.distiller import Distiller
 from scalekd.methods.scalekd import scalekd
 
 CLASSES = 1000

@@ -18,12 +18,12 @@ import torch
 from harness import about, table, write
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scalekd import Distiller
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.cost.count import fixed_bytes
 from scalekd.cost.flops import flop_counter
 from scalekd.cost.peak import held_in_a_step
 from scalekd.distill.build import untrained
-from scalekd.distill.distiller import Distiller
 
 RECIPES = {  # with the memory of ScaleKD relative to FD from the paper's Table 15, if it has the pair
     "imagenet-swin-s-resnet50-traditional": 6.65 / 3.66,

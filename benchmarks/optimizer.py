@@ -15,7 +15,7 @@ from harness import about, in_turns, median_text, parser, prepare, quartiles, ra
 from steps import PAIRS, Pair, losses_of, make_optimizer
 from torch import nn
 
-from scalekd.distill.distiller import Distiller
+from scalekd import Distiller
 
 OF = ("swin-s-resnet50", "swin-s-mobilenet-v1", "swin-s-mixer-s", "swin-l-vit-s", "demo", "lab-vit")
 

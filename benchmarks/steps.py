@@ -30,8 +30,8 @@ from literal import LiteralScaleKD
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from scalekd import Distiller
 from scalekd.distill.compiled import compile_step
-from scalekd.distill.distiller import Distiller
 
 
 class Pair(NamedTuple):

@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from scalekd.distill.distiller import Distiller
+from scalekd import Distiller
 from scalekd.models.inputs import default_statistics
 
 TASKS = {"kd": LogitDistillationTask, "fd": FeatureDistillationTask}

@@ -75,17 +75,17 @@ class Distiller(nn.Module):
         image_size: the student's input size, (height, width) in pixels.
         teacher_size: a teacher's input size; the student's by default. Images of another size are resized, with the
             interpolation that timm states for the model.
-        student_stats, teacher_stats: (mean, std) per channel for pixels in [0, 1]; timm's for the model by default.
-        student_cuts, teacher_cuts: the blocks after which stages end, see `StageView`.
-
-        With several teachers, give `teacher_size`, `teacher_stats` and `teacher_cuts` by name.
+        student_stats: (mean, std) per channel for pixels in [0, 1]; timm's for the model by default.
+        teacher_stats: the same of the teacher; by name for several, as `teacher_size` and `teacher_cuts`.
+        student_cuts: the blocks after which stages end, see `StageView`.
+        teacher_cuts: the same of the teacher.
 
     Raises:
         UserError: an unknown method, option or teacher, or models that a method does not support.
 
     Example:
         >>> import timm, torch
-        >>> from scalekd.distill.distiller import Distiller
+        >>> from scalekd import Distiller
         >>> student = timm.create_model("test_resnet", num_classes=5)
         >>> teacher = timm.create_model("test_vit", num_classes=5, img_size=64)
         >>> distiller = Distiller(student, teacher, {"ce": {}, "kd": {"weight": 0.5}, "fd": {}}, image_size=(64, 64))
