@@ -90,12 +90,14 @@ def test_the_compiled_step_is_whole_and_the_same(student, options, losses, graph
     keys = list(distiller.state_dict())
     compile_step(distiller, 4, backend=backend, fullgraph=True)
     for _ in range(2):  # the second after a validation, which puts the student into eval mode
-        found, of_compiled = step(distiller)
-        assert found == pytest.approx(expected, rel=1e-5)
-        assert of_compiled.keys() == gradients.keys() == dict(distiller.named_parameters()).keys()
+        compiled_losses, compiled_gradients = step(distiller)
+        assert compiled_losses == pytest.approx(expected, rel=1e-5)
+        assert compiled_gradients.keys() == gradients.keys() == dict(distiller.named_parameters()).keys()
         largest = max(g.abs().max() for g in gradients.values())
         for name, gradient in gradients.items():
-            torch.testing.assert_close(of_compiled[name], gradient, rtol=1e-5, atol=1e-6 * largest.item(), msg=name)
+            torch.testing.assert_close(
+                compiled_gradients[name], gradient, rtol=1e-5, atol=1e-6 * largest.item(), msg=name
+            )
         distiller.student.eval()
         distiller.student(torch.rand(3, 3, 48, 48))
         distiller.train()
@@ -113,10 +115,12 @@ def test_the_compiled_step_under_ddp(tmp_path):
         wrapped = DistributedDataParallel(distiller)
         for synchronised in (False, True):  # accumulation's two kinds of micro-batch
             with contextlib.nullcontext() if synchronised else wrapped.no_sync():
-                found, of_compiled = step(wrapped)
-            assert found == pytest.approx(expected, rel=1e-5)
+                compiled_losses, compiled_gradients = step(wrapped)
+            assert compiled_losses == pytest.approx(expected, rel=1e-5)
             for name, gradient in gradients.items():
-                torch.testing.assert_close(of_compiled[f"module.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
+                torch.testing.assert_close(
+                    compiled_gradients[f"module.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name
+                )
     finally:
         torch.distributed.destroy_process_group()
     assert counters["stats"]["unique_graphs"] == 2

@@ -66,7 +66,7 @@ def test_half_precision(pair, dtype):
         ({"alpha": 0.0}, "alpha"),
     ],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         AttentionTransfer(pair.student, pair.teacher, **options)
 

@@ -67,6 +67,6 @@ def test_half_precision(pair, dtype):
         (lambda s: BKD(s, s, probabilities="tanh"), "choose from 'softmax', 'sigmoid'"),
     ],
 )
-def test_refusals(build, message):
+def test_rejected_options(build, message):
     with pytest.raises(ValueError, match=message):
         build(S3)

@@ -90,12 +90,12 @@ def test_half_precision(pair, dtype, autocast):
 
 
 @pytest.mark.parametrize("options", [{"dim": 0}, {"scale": 0.0}])
-def test_refusals(pair, options):
+def test_rejected_options(pair, options):
     with pytest.raises(ValueError, match="must be positive"):
         CC(pair.student, pair.teacher, **options)
 
 
-def test_refusals_of_the_pair(pair):
+def test_unsupported_models(pair):
     with pytest.raises(ValueError, match="needs a teacher"):
         CC(pair.student, None)
     blind = dataclasses.replace(pair.student, model="blind", maps=(), final=None)

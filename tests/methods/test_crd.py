@@ -150,6 +150,6 @@ def test_half_precision(pair, dtype):
 
 
 @pytest.mark.parametrize("option", ["dim", "negatives", "temperature", "alpha"])
-def test_refusals(pair, option):
+def test_rejected_options(pair, option):
     with pytest.raises(ValueError, match=f"{option} is 0"):
         CRD(pair.student, pair.teacher, **{option: 0})

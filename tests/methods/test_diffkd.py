@@ -131,7 +131,7 @@ def test_who_learns_from_what(pair):
 
 
 def test_training_the_diffusion_model_lowers_its_loss():
-    """On codes that are all alike the noise can be told from the code; at the start it cannot."""
+    """On equal codes the trained model separates noise from code; the untrained one does not."""
     torch.manual_seed(0)
     shapes = Shapes("m", ((4, 3, 3),) * 4, (4, 3, 3), 0)
     denoising = DiffKD(shapes, shapes, latent=0).denoisings["s4"]
@@ -200,6 +200,6 @@ def test_half_precision(pair, dtype):
         ({"norm": "group"}, "'batch' or 'layer'"),
     ],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         DiffKD(pair.student, pair.teacher, **options)

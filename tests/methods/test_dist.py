@@ -100,6 +100,6 @@ def test_half_precision(pair, dtype):
         (lambda s: DIST(s, s, tau=0.0), "tau"),
     ],
 )
-def test_refusals(build, message):
+def test_rejected_options(build, message):
     with pytest.raises(ValueError, match=message):
         build(S2)

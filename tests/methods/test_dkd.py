@@ -112,6 +112,6 @@ def test_half_precision_and_probabilities_of_zero(pair, dtype):
         (lambda s: DKD(s, s, temperature=0.0), "temperature"),
     ],
 )
-def test_refusals(build, message):
+def test_rejected_options(build, message):
     with pytest.raises(ValueError, match=message):
         build(S3)

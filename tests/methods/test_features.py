@@ -158,7 +158,7 @@ def test_fd_cap_takes_its_heads_stage_by_stage(pair):
         ({"reduction": "max"}, "reduction"),
     ],
 )
-def test_fd_refusals(pair, options, message):
+def test_rejected_options_of_fd(pair, options, message):
     with pytest.raises(ValueError, match=message):
         FD(pair.student, pair.teacher, **options)
 

@@ -130,6 +130,6 @@ def test_large_logits_stay_finite():
         (lambda s: KD(s, s, temperature=0.0), "temperature"),
     ],
 )
-def test_refusals(build, message):
+def test_rejected_options(build, message):
     with pytest.raises(ValueError, match=message):
         build(S3)

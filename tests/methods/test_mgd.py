@@ -78,7 +78,7 @@ def test_half_precision(pair, dtype):
         ({"mask": "pixel"}, "choose from 'position', 'channel'"),
     ],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         MGD(pair.student, pair.teacher, **options)
 

@@ -113,20 +113,20 @@ def test_half_precision(pair, dtype):
         ({"stages": (4,), "epsilon": (1.0, 1.0, 1.0)}, "one positive number, or 2"),
     ],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         OFA(pair.student, pair.teacher, **options)
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "told"),
+    ("student", "teacher", "message"),
     [
         (5, 6, "student has 5 classes and teacher 6"),
         (0, 0, "the teacher teacher has no classifier"),
         (0, 5, "student has 0 classes and teacher 5"),
     ],
 )
-def test_classes(pair, student, teacher, told):
+def test_classes(pair, student, teacher, message):
     models = [dataclasses.replace(m, classes=n) for m, n in ((pair.student, student), (pair.teacher, teacher))]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         OFA(*models)

@@ -73,6 +73,6 @@ def test_half_precision(pair, dtype):
 
 
 @pytest.mark.parametrize(("options", "message"), [({"stages": ()}, "stages"), ({"alpha": 0.0}, "alpha")])
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         OFD(pair.student, pair.teacher, **options)

@@ -163,7 +163,7 @@ def test_default_heads(dim, heads):
     assert CrossAttentionProjector((2, 1, 1), (dim, 1, 1)).heads == heads
 
 
-def test_cap_refusals():
+def test_rejected_options_of_cap():
     with pytest.raises(ValueError, match="5 does not divide the teacher's 12"):
         CrossAttentionProjector(STUDENT, TEACHER, heads=5)
     with pytest.raises(ValueError, match="does not divide"):
@@ -266,7 +266,7 @@ def test_parameters_of_the_cheaper_forms(tokens, expansion):
     assert cap(torch.randn(2, ds, 3, 2)).shape == (2, dt, 1, 3)
 
 
-def test_refusals_of_the_cheaper_forms():
+def test_rejected_options_of_the_cheaper_forms():
     with pytest.raises(
         ValueError, match="tokens is 'dilated'; choose 'conv', 'grouped', 'separable', 'pointwise' or 'reduced'"
     ):

@@ -102,6 +102,6 @@ def test_half_precision(pair, dtype):
 @pytest.mark.parametrize(
     ("options", "message"), [({"stages": (0, 1)}, "stages"), ({"alpha": 0.0}, "alpha"), ({"width": 0}, "width")]
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         ReviewKD(pair.student, pair.teacher, **options)

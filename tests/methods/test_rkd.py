@@ -123,12 +123,12 @@ def test_images_close_to_each_other_keep_their_angle():
     ("options", "message"),
     [({"distance": -1.0}, "distance is -1.0"), ({"distance": 0.0, "angle": 0.0}, "one must be positive")],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         RKD(pair.student, pair.teacher, **options)
 
 
-def test_refusals_of_the_pair(pair):
+def test_unsupported_models(pair):
     with pytest.raises(ValueError, match="needs a teacher"):
         RKD(pair.student, None)
     blind = dataclasses.replace(pair.teacher, model="blind", maps=(), final=None)

@@ -302,23 +302,23 @@ def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
         ({"heads": (3, 4)}, "3 does not divide the teacher's 8"),
     ],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         ScaleKD(pair.student, pair.teacher, **options)
 
 
 @pytest.mark.parametrize(("build", "instead"), [(dfm, "use cap"), (scalekd, "use tpp")])
-def test_two_view_methods_refuse_one(pair, build, instead):
+def test_two_view_methods_reject_one_view(pair, build, instead):
     with pytest.raises(ValueError, match=instead):
         build(pair.student, pair.teacher, views="single")
 
 
-def test_refusals_of_the_pair(pair):
+def test_unsupported_models(pair):
     stuck = dataclasses.replace(pair.teacher, model="stuck", can_resume=False)
     for build, instead in ((tpp, "losses.tpp=off losses.cap={}"), (scalekd, "losses.scalekd=off losses.dfm={}")):
-        with pytest.raises(ValueError, match="not supported for stuck") as refused:
+        with pytest.raises(ValueError, match="not supported for stuck") as error:
             build(pair.student, stuck)
-        assert str(refused.value).endswith(instead)
+        assert str(error.value).endswith(instead)
     for build in (cap, dfm):
         assert build(pair.student, stuck)
 
@@ -360,7 +360,7 @@ def test_a_students_map_of_one_position(pair, build, options, used, stage):
         build(student, pair.teacher, **options)
 
 
-def test_why_it_is_refused(pair):
+def test_why_one_position_is_rejected(pair):
     """One position: the same output everywhere, whatever the queries, so nothing but rounding is left without its mean."""
 
     def spread_and_queries_gradient(student):

@@ -103,12 +103,12 @@ def test_half_precision(pair, dtype):
     ("options", "message"),
     [({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": 0.0, "beta": 0.0}, "one must be positive")],
 )
-def test_refusals(pair, options, message):
+def test_rejected_options(pair, options, message):
     with pytest.raises(ValueError, match=message):
         SRRL(pair.student, pair.teacher, **options)
 
 
-def test_refusals_of_the_pair(pair):
+def test_unsupported_models(pair):
     with pytest.raises(ValueError, match="needs a teacher"):
         SRRL(pair.student, None)
     for change in ({"pooled": 0}, {"classes": 0}):
@@ -159,7 +159,7 @@ def test_models_without_one_classifier_have_none(name, size):
         SRRL(TINY, view.shapes)
 
 
-def test_a_headless_teacher_is_refused():
+def test_a_teacher_without_classifier_is_rejected():
     view = StageView(timm.create_model("test_vit", num_classes=0), name="headless", image_size=(160, 160))
     with pytest.raises(ValueError, match="headless has none"):
         SRRL(TINY, view.shapes)

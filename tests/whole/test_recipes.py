@@ -1,4 +1,4 @@
-"""Every shipped recipe says what it is, is the row that it stands for, is built with its own models, and takes a step."""
+"""Every shipped recipe has a complete header, matches its row in the papers, can be built, and takes a step."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_is_complete(name):
-    said = header(recipe_text(name))
-    assert all(said.values()), f"empty: {[field for field, text in said.items() if not text]}"
+    fields = header(recipe_text(name))
+    assert all(fields.values()), f"empty: {[field for field, text in fields.items() if not text]}"
     assert load(name).name == name
-    assert name in said["command"].split(), "its command is for another recipe"
-    assert re.match(r"(MEASURED|SHORT RUN|NOT RUN)\b", said["status"])
+    assert name in fields["command"].split(), "its command is for another recipe"
+    assert re.match(r"(MEASURED|SHORT RUN|NOT RUN)\b", fields["status"])
     assert all(len(line) <= 120 for line in recipe_text(name).splitlines() if line.startswith("#"))
 
 
@@ -91,9 +91,9 @@ def test_recipes_show_says_how_much_there_is_to_do(capsys):
 
 def test_recipes_show_json(capsys):
     main(["recipes", "show", "imagenet-swin-l-resnet50-advanced-600", "--json"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["base"] == "imagenet-swin-l-resnet50-advanced" and told["recipe"]["train"]["epochs"] == 600
-    assert told["amount"] == {"steps_per_epoch": 625, "steps": 375_000, "images_seen": 768_700_200}
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["base"] == "imagenet-swin-l-resnet50-advanced" and shown["recipe"]["train"]["epochs"] == 600
+    assert shown["amount"] == {"steps_per_epoch": 625, "steps": 375_000, "images_seen": 768_700_200}
 
 
 def test_the_list_has_what_a_reader_chooses_by():
@@ -174,7 +174,7 @@ def test_every_row_has_its_recipe():
 @pytest.mark.parametrize("row", SCALEKD, ids=SCALEKD.get)
 def test_a_recipe_of_scalekd_is_its_row(row):
     teacher, student, strategy, _ = row
-    config, said = load(SCALEKD[row]), header(recipe_text(SCALEKD[row]))
+    config, fields = load(SCALEKD[row]), header(recipe_text(SCALEKD[row]))
     augment, train, optim, schedule = config.augment, config.train, config.optim, config.schedule
     kind = KIND[student]
     smoothing = config.losses["ce"].get("smoothing", 0.0)
@@ -201,17 +201,17 @@ def test_a_recipe_of_scalekd_is_its_row(row):
         averaged = student.startswith(("vit", "eva02")) or student in ("mixer-s", "convnext-tiny")
         assert train.ema == (0.9999 if averaged else None)
     if teacher == "baseline":
-        assert said["expected"] == f"{ALONE[strategy][student]:.2f} % top-1"
+        assert fields["expected"] == f"{ALONE[strategy][student]:.2f} % top-1"
         assert config.teacher is None and list(config.losses) == ["ce"]
         return
     assert config.teacher.top1 == TOP1[teacher] and config.teacher.weights == "pretrained"
     assert [config.losses[n].get("weight", 1.0) for n in ("ce", "kd", "scalekd")] == [0.5, 0.5, 1.0]
     assert config.losses["kd"]["temperature"] == 1.0
     if row[:3] == NOT_IN_THE_PAPER:
-        assert said["expected"] == "unknown"
+        assert fields["expected"] == "unknown"
         return
     alone = ALONE[strategy.removesuffix("-600")][student]
-    assert said["expected"].startswith(f"{TAUGHT[row[:3]]:.2f} % top-1 (baseline {alone:.2f} %")
+    assert fields["expected"].startswith(f"{TAUGHT[row[:3]]:.2f} % top-1 (baseline {alone:.2f} %")
 
 
 @pytest.mark.parametrize("row", [r for r in SCALEKD if r[0] == "baseline"], ids=SCALEKD.get)
@@ -259,10 +259,10 @@ def test_the_cost_is_scaled_as_the_docs_say(name):
     if stated := re.match(r"([\d.]+) days on 8 V100", cost):
         assert float(stated[1]) == TABLE_15["ScaleKD"][{"s": "Swin-S", "b": "Swin-B", "l": "Swin-L"}[name[14]]]
         return
-    told = re.match(r"about ([\d.]+) V100-days", cost)
+    about = re.match(r"about ([\d.]+) V100-days", cost)
     scaled = re.search(r"Table 15's (\w+) row for (Swin-[SBL])", cost)
     if not scaled:
-        assert float(told[1]) == round(8 * 2.10) and "8 x the 2.10 days" in cost
+        assert float(about[1]) == round(8 * 2.10) and "8 x the 2.10 days" in cost
         return
     teacher, student = re.match(
         r"imagenet-(baseline|swin-\w|beit-l|beitv2-b|bit)-(.+?)-(?:adv|trad|a1|a2|fun)", name
@@ -270,7 +270,7 @@ def test_the_cost_is_scaled_as_the_docs_say(name):
     work = TEACHER_GMACS[teacher] + 3 * STUDENT_GMACS[student]
     row = TEACHER_GMACS[scaled[2].lower()] + 3 * STUDENT_GMACS["resnet50"]
     days = 8 * TABLE_15[scaled[1]][scaled[2]] * load(name).train.epochs / 100 * work / row
-    assert float(told[1]) == pytest.approx(days, abs=0.6 if days > 10 else 0.06)
+    assert float(about[1]) == pytest.approx(days, abs=0.6 if days > 10 else 0.06)
 
 
 # ---------------------------------------------------------------- built and stepped

@@ -159,7 +159,7 @@ def noise_like(x: Tensor) -> Tensor:
 
 
 class Bottleneck(nn.Module):
-    """A residual block of three convolutions (1x1, 3x3, 1x1) with norms; `channels / reduction` channels inside, at least 4."""
+    """Residual block of 1x1, 3x3 and 1x1 convolutions with norms, with `channels / reduction` channels inside, at least 4."""
 
     def __init__(self, channels: int, reduction: int, norm: Norm) -> None:
         super().__init__()

@@ -18,9 +18,9 @@ class MGD(nn.Module):
 
     Yang et al., ECCV 2022 (arXiv:2205.01529). The student's map `(B, ds, h, w)` is resampled to the teacher's grid (see
     `Resample`), aligned by a 1x1 convolution `ds -> dt` if the channels differ, masked with zeros at random, and passed
-    through two 3x3 convolutions `dt -> dt` with a ReLU between. One term per stage, `s4`, ...: `alpha` x the squared difference to the
-    teacher's map `(B, dt, H, W)`, summed over channels and positions, averaged over the batch. The mask comes
-    from torch's global generator.
+    through two 3x3 convolutions `dt -> dt` with a ReLU between. One term per stage, `s4`, ...: `alpha` x the squared
+    difference to the teacher's map `(B, dt, H, W)`, summed over channels and positions, averaged over the batch. The
+    mask comes from torch's global generator.
 
     Args:
         stages: stages 1 to 4; stage 4 is the map after the final norm. Default the last, as in the paper's

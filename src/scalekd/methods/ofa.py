@@ -15,7 +15,8 @@ class OFA(nn.Module):
 
     Hao et al., NeurIPS 2023 (arXiv:2310.19444). A branch maps a stage's map `(B, ds, h, w)` to logits `(B, classes)`,
     which do not depend on the architecture, so grids and channels may differ. Terms: `s1`, ... for the branches and
-    `logits` for the student's own logits, each with the loss `target_enhanced`. With Mixup the target class is the one with the largest share.
+    `logits` for the student's own logits, each with the loss `target_enhanced`. With Mixup the target class is the one
+    with the largest share.
 
     The branch of stage n has 4 - n blocks, each of which halves the grid: 3x3 depthwise convolution with stride 2, 1x1
     convolution, BatchNorm, ReLU, and the same again with stride 1. Each block doubles the channels, except the last,

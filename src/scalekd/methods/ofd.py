@@ -16,8 +16,8 @@ class OFD(nn.Module):
 
     Heo et al., ICCV 2019 (arXiv:1904.01866). The teacher's map `(B, dt, H, W)` is cut off at a negative margin
     (`margin_relu`). The student's is resampled to the teacher's grid (see `Resample`) and goes through a 1x1
-    convolution `ds -> dt` and BatchNorm. `partial_distance` compares the two. One term per stage, `s1`, ...: `alpha / 2^(4 - stage)` x the sum over channels and
-    positions, averaged over the batch.
+    convolution `ds -> dt` and BatchNorm. `partial_distance` compares the two. One term per stage, `s1`, ...: `alpha /
+    2^(4 - stage)` x the sum over channels and positions, averaged over the batch.
 
     The paper's margin of a channel is its mean negative response, computed from the statistics of the teacher's
     BatchNorm before the ReLU. A ViT has no such layer, and a stage's map may come after it. The margin here is the mean

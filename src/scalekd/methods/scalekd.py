@@ -164,7 +164,7 @@ class ScaleKD(nn.Module):
         assert teacher.resume is not None
         maps = {key: cap(student.maps[2]) for key, cap in self.proxy_caps.items()}
         if self.grad_checkpointing and torch.is_grad_enabled():
-            # one pass per view, so that only one view's activations are recomputed at a time; a frozen teacher is not random
+            # one pass per view, so that only one view's activations are recomputed at a time; the teacher is not random
             run_on = partial(checkpoint, teacher.resume, 3, use_reentrant=False, preserve_rng_state=False)
             return {key: run_on(stage_3) for key, stage_3 in maps.items()}
         final = teacher.resume(3, torch.cat(list(maps.values())))  # one pass for all views
