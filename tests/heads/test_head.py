@@ -485,7 +485,7 @@ def test_a_head_is_fitted_and_a_student_learns_from_it(cli, recipe_file, image_f
     assert provenance["weights"]["teacher"]["head"].startswith("head my-head (sha256")
 
     shown = cli("train", recipe_file, *use, "augment.crop_pct=0.5", "--dry-run", "--out", "other")
-    assert "its head was fitted with crop_pct 0.875, bicubic, which augment sets for both" in " ".join(
+    assert "its head was fitted with crop_pct 0.875, bicubic (set them in `augment`, for both" in " ".join(
         shown.out.split()
     )
 

@@ -215,7 +215,8 @@ def test_from_the_command_line_to_the_screen(cli, recipe_file, run_folder):
     assert shown.code == 0, shown.err
     assert "test_resnet <- test_vit" in told and "mean 0.100 0.200 0.300, std 0.400 0.500 0.600" in told
     assert (
-        "made for 64x64" in told and "validated with crop_pct 0.9, bicubic, which augment sets for both models" in told
+        "trained for 64x64" in told
+        and "it was validated with crop_pct 0.9, bicubic (set them in `augment`, for both models)" in told
     )
 
 

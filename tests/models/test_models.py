@@ -152,7 +152,7 @@ def test_the_pre_flight_and_the_provenance_tell_it(cli, recipe_file, tiny_recipe
     assert shown.code == 0, shown.err
     assert f"{len(state) - 2} of {len(state)} tensors from" in told
     assert "new head for 3 classes, the old one was for 9" in told
-    assert "data 3, student 3; the teacher's 7 classes are others, only its features are used" in told
+    assert "data 3, student 3; the teacher has 7 other classes: only its features are used" in told
     refused = cli("train", recipe_file, "--dry-run", *weights)
     assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher of" in refused.err
 

@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError
 # options whose values have no recipe key
 POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "data", "device", "draws", "gpu",
-    "gpus", "images", "inference", "jobs", "kwargs", "known", "measure", "out", "pictures", "random", "seeds",
+    "gpus", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
     "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
 }  # fmt: skip
 OPTIONS = {"train": "data"}  # recipe keys whose option has another name
@@ -21,7 +21,7 @@ KEYS = re.compile(
     r"|augment\.(crop_pct))\b"
 )
 PARAMETER = re.compile(r"`([a-z_]+)`")
-CALLED = {"analyses": "analysis", "baselines": "baseline"}  # repeatable options are singular
+CALLED = {"analyses": "analysis", "baselines": "baseline", "preflight": "no_preflight"}  # parameter -> option
 
 
 def with_options(message: str, args: argparse.Namespace) -> str:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import timm
+import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-import timm
-
 from . import mixer  # noqa: F401 - adds a name to timm's
 from .options import Model
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel
+
+
+def scaled(images: Tensor) -> Tensor:
+    """uint8 images to float32 pixels in [0, 1], same shape."""
+    return images.float() / 255
+
+
+def per_channel(values: Sequence[float] | Tensor) -> Tensor:
+    """One value per channel, (C,), shaped to broadcast over images: (1, C, 1, 1)."""
+    return torch.as_tensor(values).view(1, -1, 1, 1)
 
 
 def resized(pixels: Tensor, size: tuple[int, int], model: nn.Module) -> Tensor:
