@@ -39,7 +39,7 @@ VIT = "test_vit=vit.safetensors"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(head_solver, "STRENGTHS", (100.0, 1.0))
-    monkeypatch.setattr(head_solver, "BY_TURNS", 0)  # one part is held out, not each of five in its turn
+    monkeypatch.setattr(head_solver, "CROSS_VALIDATED", 0)  # one part is held out, not each of five in its turn
 
 
 def write_hard_images(folder: Path, per_class: int, seed: int) -> None:
@@ -374,7 +374,7 @@ def test_an_untrained_model_is_refused(own):
 def test_a_model_whose_features_are_not_finite_is_told(own):
     state = timm.create_model("test_vit", img_size=SIZE).state_dict()
     save_file({k: torch.full_like(v, math.nan) for k, v in state.items()}, "nan.safetensors")
-    with pytest.raises(UserError, match="test_vit: its features are not finite"):
+    with pytest.raises(UserError, match="test_vit: some features are not finite"):
         probed("test_vit=nan.safetensors")
 
 

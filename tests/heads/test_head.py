@@ -182,7 +182,7 @@ def test_the_strength_is_the_one_with_the_least_held_out_loss(monkeypatch):
 
 def test_above_a_number_of_images_one_part_is_held_out(monkeypatch):
     x, y = blobs(n=100)
-    monkeypatch.setattr(head_solver, "BY_TURNS", 99)
+    monkeypatch.setattr(head_solver, "CROSS_VALIDATED", 99)
     parts = held_out_parts(y.tolist(), seed=0)
     assert choose(x, y, 3, seed=0).held_out["after"]["images"] == len(parts[0])
 
@@ -192,10 +192,10 @@ def test_a_temperature_needs_a_wrong_image_and_its_end_is_told():
     x = 100 * torch.nn.functional.one_hot(y, 3).double()
     right = choose(x, y, 3, seed=0)
     assert right.held_out["after"]["top1"] == 100 and right.temperature == 1.0
-    assert "none tells how sure to be: the temperature stays 1" in head_page._at_an_end(right)[-1]
+    assert "the temperature cannot be chosen and stays 1" in head_page.warnings(right)[-1]
     senseless = replace(choose(*blobs(), 3, seed=0), temperature=best_temperature(-x, y))
-    assert "the temperature is at the end of what is tried, 0.05 to 20" in head_page._at_an_end(senseless)[-1]
-    assert not any("temperature" in line for line in head_page._at_an_end(replace(senseless, temperature=2.0)))
+    assert "the temperature is at the end of the range tried, 0.05 to 20" in head_page.warnings(senseless)[-1]
+    assert not any("temperature" in line for line in head_page.warnings(replace(senseless, temperature=2.0)))
 
 
 def test_the_temperature_is_the_best_of_a_grid_and_goes_with_the_scale():
@@ -431,16 +431,16 @@ def test_a_student_takes_no_head(tiny_recipe):
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--weights", "random"], "--weights: a head on initial values would know nothing"),
+        (["--weights", "random"], "--weights: a head needs a trained backbone"),
         (["--weights", "nowhere.pt"], "--weights: no file nowhere.pt"),
-        (["--limit", 2], "--data: no labelled image of 1 of the classes: .*; --limit 2 is fewer than the 3 classes"),
-        (["--draws", 0], "--draws 0: one or more"),
+        (["--limit", 2], "--data: no labelled images of 1 of the 3 classes: .*; --limit 2 is fewer than the 3 classes"),
+        (["--draws", 0], "`--draws` is 0 and must be 1 or more"),
         (["--limit", -1], "--limit: Input should be greater than 0"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
         (["--mean", "[0.5]"], "--mean: 1 values for --channels=3"),
         (["--weights", "two.safetensors"], r"choose one: --prefix=(a|b)\. or --prefix=(a|b)\."),
         (["--weights", "shuffled.safetensors"], "--weights: shuffled.*: 0% of .*without structure: .* few steps only"),
-        (["--out", "train"], "train is not empty; give --out another folder"),
+        (["--out", "train"], "train is not empty; choose another folder with `--out`"),
     ],
 )
 def test_mistakes_on_the_command_line(cli, fitted, monkeypatch, options, told):
@@ -509,7 +509,7 @@ def test_the_run_is_built_with_the_head(tiny_recipe, own):
     assert torch.equal(weight, load_file(own / "head" / "head.safetensors")["weight"])
 
 
-def test_what_is_told_of_its_use_can_be_copied(cli, own, recipe_file, monkeypatch):
+def test_the_printed_options_can_be_copied(cli, own, recipe_file, monkeypatch):
     monkeypatch.chdir(own)
     two_models(own / "two of them.safetensors")
     given = ["--weights", "two of them.safetensors", "--prefix", "a.", "--kwargs", "{depth: 2}", "--image-size", 48]
@@ -517,7 +517,7 @@ def test_what_is_told_of_its_use_can_be_copied(cli, own, recipe_file, monkeypatc
     shown = cli("head", NAME, "--data", own, *given)
     assert shown.code == 0, shown.err
     assert "std [0.5, 0.5, 0.5]: They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in shown.out
-    words = shlex.split(next(k for k in shown.out.splitlines() if k.startswith("In `scalekd train`: ")))[3:]
+    words = shlex.split(shown.out.partition("Use it in `scalekd train` with: ")[2].splitlines()[0])
     args = parse(["train", str(recipe_file), *words])
     spec = load_recipe(args.recipe, [*recipe_overrides(args), "teacher.cuts=null"]).teacher
     build_with = {"channels": 3, "image_size": (48, 48), "classes": 3, "where": "teacher"}

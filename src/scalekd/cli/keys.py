@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError
 # options whose values have no recipe key
 POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "data", "device", "draws", "gpu",
-    "gpus", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
+    "gpus", "image_size", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
     "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
 }  # fmt: skip
 OPTIONS = {"train": "data"}  # recipe keys whose option has another name

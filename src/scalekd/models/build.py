@@ -48,7 +48,7 @@ def timm_model(name: str, weights: str, size: tuple[int, int], remedy: str) -> t
     except UserError as error:
         told = first_line(error).removeprefix("teacher").lstrip(":. ")
         raise UserError(f"{told}\n{remedy}") from None
-    found = trained(loaded)
-    if found.status == "fail":
-        raise UserError(f"{found.told}\n{remedy}")
-    return model, loaded, found
+    verdict = trained(loaded)
+    if verdict.status == "fail":
+        raise UserError(f"{verdict.text}\n{remedy}")
+    return model, loaded, verdict

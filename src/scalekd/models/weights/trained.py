@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     meaning: str = ""  # with the way out
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         return f"{self.figures}. {self.meaning}"
 
 
