@@ -394,13 +394,13 @@ def test_a_model_whose_features_are_not_finite_is_told(own):
         (["--val", "few"], "--data has 3 classes and --val 2; not in both: cat"),
         (["--val", "nowhere"], "--val: .*nowhere"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
-        (["--image-size", 4], "weights: vit.safetensors does not go into a VisionTransformer for 4x4 pixels as"),
+        (["--image-size", 4], "weights: vit.safetensors does not fit a VisionTransformer for 4x4 pixels with"),
         (["--out", "vit.safetensors"], "--out: vit.safetensors is a file; name a folder"),
         (["--out", "other"], "other/results.json is not of `scalekd probe`: .*Give --out another folder"),
         (["student"], "student is named twice; name each model once"),
-        (["resnet5"], "scalekd: resnet5: no timm model, and no exported student is there. Did you mean"),
+        (["resnet5"], "scalekd: resnet5: this is neither a timm model nor an exported student. Did you mean"),
         (["resnet50=nowhere.pt"], "scalekd: resnet50=nowhere.pt: weights: no file nowhere.pt"),
-        (["train"], "scalekd: train: no student.safetensors with its .json there"),
+        (["train"], "scalekd: train has no student.safetensors with its .json"),
     ],
 )
 def test_mistakes_on_the_command_line(cli, own, options, told):

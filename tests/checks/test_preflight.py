@@ -202,7 +202,7 @@ def test_the_order_of_timm_s_train_py_is_named():
 @pytest.mark.parametrize("names", [["Cat", "cat"], ["1", "01"], ["²", "a"]])
 def test_names_that_timm_puts_in_no_order(names):
     assert natural(names) is None
-    with pytest.raises(UserError, match="natural is no order of these class names"):
+    with pytest.raises(UserError, match="`natural` is ambiguous here"):
         teachers_order("natural", names, "teacher")
 
 
@@ -225,10 +225,10 @@ def test_permuted_logits_are_the_hand_permuted_ones(model):
     "chosen, classes, text",
     [
         (["a", "b", "d"], 3, "teacher.classes: the data has no class d. Valid: c."),
-        (["a", "b", "b"], 3, "the data's 3 classes are needed, each once; b stands there twice"),
-        (["a", "b"], 3, "the data's 3 classes are needed, each once; c is missing"),
-        ("natural", 4, "teacher.classes: the teacher has 4 outputs, the data 3 classes"),
-        ("natural", 0, "teacher.classes: VisionTransformer has no linear classifier here"),
+        (["a", "b", "b"], 3, "list each of the data's 3 classes once; b is listed twice"),
+        (["a", "b"], 3, "list each of the data's 3 classes once; c is missing"),
+        ("natural", 4, "teacher.classes: the teacher has 4 outputs and the data 3 classes"),
+        ("natural", 0, "teacher.classes: VisionTransformer has no linear classifier to reorder"),
     ],
 )
 def test_orders_that_are_refused(chosen, classes, text):
@@ -242,8 +242,14 @@ def test_orders_that_are_refused(chosen, classes, text):
     "change, text",
     [
         ({"classes": "natural", "head": "runs/head"}, "teacher.classes: its head's names are the data's; leave it out"),
-        ({"classes": [1, 2, 10]}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
-        ({"classes": "alphabet"}, "teacher.classes: `natural`, or the names of the data's classes in the teacher's"),
+        (
+            {"classes": [1, 2, 10]},
+            "teacher.classes: use `natural`, or list the data's class names in the teacher's order",
+        ),
+        (
+            {"classes": "alphabet"},
+            "teacher.classes: use `natural`, or list the data's class names in the teacher's order",
+        ),
     ],
 )
 def test_orders_that_a_recipe_cannot_ask_for(change, text):
@@ -353,7 +359,7 @@ def test_entries_of_every_matrix_in_another_order(tmp_path):
                 state[key] = value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
 
     weights = changed_weights(tmp_path / "w.safetensors", shuffle)
-    with pytest.raises(UserError, match="100% of the weight matrices without structure: their entries might as well"):
+    with pytest.raises(UserError, match="100% of the weight matrices without structure: shuffling their entries"):
         screen(demo(weights=weights))
 
 
@@ -435,7 +441,9 @@ def test_another_mean_and_std_by_its_predictions(run, sample):
 
 def test_mean_and_std_for_pixels_up_to_255():
     text = screen(demo(mean=[73.0], std=[90.0]))
-    assert "They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in line(text, "teacher input")
+    assert "mean and std must be for pixels in [0, 1]; divide values for pixels up to 255 by 255" in line(
+        text, "teacher input"
+    )
     assert "check the mean and std that it was trained with" in line(text, "teacher accuracy")
 
 

@@ -361,7 +361,7 @@ def test_a_backbone_s_file_at_another_size_is_as_timm_loads_it(tmp_path):
         assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     student, loaded = build_model(spec, channels=3, image_size=(42, 42), classes=3, where="student")
     assert student.num_classes == 3 and loaded.matched == loaded.total - 2
-    assert loaded.head == "new head for 3 classes, they came without one"
+    assert loaded.head == "new head for 3 classes (the file has none)"
 
 
 # ---------------------------------------------------------------- refusals
@@ -376,14 +376,14 @@ def teacher_with(root: Path, size: int = 48, classes: int | None = 3, **changes:
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"model": "test_vit2"}, "the backbone test_vit, here it is test_vit2.\nSet teacher.model=test_vit."),
-        ({"kwargs": {"depth": 3}}, r"kwargs \{'depth': 2\}, here it is \{'depth': 3\}"),
-        ({"kwargs": {"depth": 2, "num_classes": 9}}, r"here it is \{'depth': 2, 'num_classes': 9\}"),
-        ({"size": 64}, r"images of \[48, 48\], here it is \[64, 64\].\nSet teacher.image_size=\[48, 48\]"),
-        ({"classes": 4}, "classes in number 3, here it is 4"),
+        ({"model": "test_vit2"}, "the backbone test_vit, but this recipe has test_vit2.\nSet teacher.model=test_vit."),
+        ({"kwargs": {"depth": 3}}, r"kwargs \{'depth': 2\}, but this recipe has \{'depth': 3\}"),
+        ({"kwargs": {"depth": 2, "num_classes": 9}}, r"but this recipe has \{'depth': 2, 'num_classes': 9\}"),
+        ({"size": 64}, r"images of \[48, 48\], but this recipe has \[64, 64\].\nSet teacher.image_size=\[48, 48\]"),
+        ({"classes": 4}, "a number of classes of 3, but this recipe has 4"),
         ({"mean": (0.1, 0.1, 0.1)}, "mean and std"),
-        ({"weights": "random"}, "its backbone's weights are not named; set teacher.weights="),
-        ({"head": "nowhere"}, "no head.safetensors with its head.json in nowhere; `scalekd head` makes them"),
+        ({"weights": "random"}, "a head needs its backbone's weights; set teacher.weights="),
+        ({"head": "nowhere"}, "nowhere has no head.safetensors with its head.json; create them with `scalekd head`"),
     ],
 )
 def test_another_backbone_or_input_is_refused(fitted, changes, told):
@@ -395,7 +395,7 @@ def test_other_weights_are_refused(own):
     before = json.loads((own / "head" / "head.json").read_text())["sha256"]
     backbone_file(own / "w.safetensors", seed=1, **KWARGS)
     with pytest.raises(
-        UserError, match=rf"was fitted for weights of sha256 {before[:12]} .*, here it is (?!{before[:12]})"
+        UserError, match=rf"was fitted for weights with sha256 {before[:12]} .*, but this recipe has (?!{before[:12]})"
     ):
         teacher_with(own)
 
@@ -415,8 +415,8 @@ def test_a_damaged_head_is_refused(own, harm):
     else:
         card_file.write_text(json.dumps(card | {"classes": ["ant", "bee"]}))
     told = {
-        "no json": "head.json is not as .*: Invalid JSON",
-        "a field less": "head.json is not as .*: sha256 is missing;",
+        "no json": "head.json is damaged: .*Invalid JSON",
+        "a field less": "head.json is damaged: sha256 is missing;",
     }
     with pytest.raises(UserError, match=rf"^teacher\.head: .*{told.get(harm, '')}"):
         teacher_with(own)
@@ -437,9 +437,12 @@ def test_a_student_takes_no_head(tiny_recipe):
         (["--draws", 0], "`--draws` is 0 and must be 1 or more"),
         (["--limit", -1], "--limit: Input should be greater than 0"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
-        (["--mean", "[0.5]"], "--mean: 1 values for --channels=3"),
-        (["--weights", "two.safetensors"], r"choose one: --prefix=(a|b)\. or --prefix=(a|b)\."),
-        (["--weights", "shuffled.safetensors"], "--weights: shuffled.*: 0% of .*without structure: .* few steps only"),
+        (["--mean", "[0.5]"], "--mean has 1 values, but --channels is 3"),
+        (["--weights", "two.safetensors"], r"choose one with --prefix=(a|b)\. or --prefix=(a|b)\."),
+        (
+            ["--weights", "shuffled.safetensors"],
+            "--weights: shuffled.*: 0% of .*without structure: .* only a few steps",
+        ),
         (["--out", "train"], "train is not empty; choose another folder with `--out`"),
     ],
 )
@@ -516,13 +519,18 @@ def test_the_printed_options_can_be_copied(cli, own, recipe_file, monkeypatch):
     given += ["--mean", "[124, 116, 104]", "--limit", 6, "--out", "its head"]
     shown = cli("head", NAME, "--data", own, *given)
     assert shown.code == 0, shown.err
-    assert "std [0.5, 0.5, 0.5]: They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in shown.out
+    assert (
+        "std [0.5, 0.5, 0.5]: mean and std must be for pixels in [0, 1]; divide values for pixels up to 255 by 255"
+        in shown.out
+    )
     words = shlex.split(shown.out.partition("Use it in `scalekd train` with: ")[2].splitlines()[0])
     args = parse(["train", str(recipe_file), *words])
     spec = load_recipe(args.recipe, [*recipe_overrides(args), "teacher.cuts=null"]).teacher
     build_with = {"channels": 3, "image_size": (48, 48), "classes": 3, "where": "teacher"}
     assert build_model(spec, **build_with)[1].head.startswith("head its head (sha256")
-    with pytest.raises(UserError, match=r"was fitted for weights under `a.`, here it is `b.`.\nSet teacher.prefix"):
+    with pytest.raises(
+        UserError, match=r"was fitted for weights with the prefix `a.`, but this recipe has `b.`.\nSet teacher.prefix"
+    ):
         build_model(spec.model_copy(update={"prefix": "b."}), **build_with)
 
 
@@ -595,7 +603,7 @@ def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_
     open_folder(run, named, run_head.heads_of(named))  # after a start that ended when its head was fitted
     with pytest.raises(UserError, match="is not empty and holds no run"):
         open_folder(run, config, run_head.heads_of(config))
-    with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` is for `scalekd train`"):
+    with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` works only in `scalekd train`"):
         build(config, CPU)
 
 

@@ -546,7 +546,7 @@ def mistaken(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[b
 NOT_WHOLE = "last.pt is not a whole checkpoint: "
 OTHER_RUN = "last.pt is of another recipe's run (first difference: "
 NOT_OF_RUN = "last.pt is not of this recipe's run: "
-CARD = "student.json is not a student's card: "
+CARD = "student.json is not a valid student card: "
 UNFIT = "student.safetensors does not fit its card"
 CHECKPOINTS = [
     ("checkpoint cut off", resumed("last.pt", change=lambda raw: raw[:-1]), NOT_WHOLE),
@@ -594,7 +594,7 @@ CHECKPOINTS = [
      UNFIT),
     ("weights with one bit changed", student_file("student.safetensors", flipped), UNFIT),
     ("weights cut off", student_file("student.safetensors", lambda raw: raw[: len(raw) // 2]), UNFIT),
-    ("student that is a .pth with code", as_pth, "no student.safetensors with its .json there"),
+    ("student that is a .pth with code", as_pth, "no student.safetensors with its .json"),
     ("folder without a student", lambda p: ["evaluate", p.folder, "--data", p.images], "no student.safetensors"),
 ]  # fmt: skip
 

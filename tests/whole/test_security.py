@@ -78,7 +78,7 @@ def test_a_recipe_names_weights_in_one_place_only(tiny_recipe, tmp_path, trace, 
     text = json.dumps(kwargs).replace("FILE", str(tmp_path / "stranger.pth"))
     tiny_recipe[role]["kwargs"] = json.loads(text)
     with pytest.raises(
-        UserError, match=rf"{role}\.kwargs: {next(iter(kwargs))}: not here; `weights` names the weights"
+        UserError, match=rf"{role}\.kwargs: {next(iter(kwargs))}: not allowed here; set the weights with `weights`"
     ):
         check_config(tiny_recipe, "stranger.yaml")
 
@@ -117,15 +117,15 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
     "changes, told",
     [
         ({"model": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no model"),
-        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
-        ({"kwargs": {"pretrained": True}}, "pretrained: not here"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not allowed here"),
+        ({"kwargs": {"pretrained": True}}, "pretrained: not allowed here"),
         ({"kwargs": ["x"]}, "valid dictionary"),
     ],
 )
 def test_a_students_card_names_a_model_and_nothing_else(student, changes, told):
     card = student / "student.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | changes))
-    with pytest.raises(UserError, match=rf"student\.json is not a student's card: .*{told}"):
+    with pytest.raises(UserError, match=rf"student\.json is not a valid student card: .*{told}"):
         load_student(student)
 
 

@@ -124,11 +124,7 @@ def fit_head(
     for split in splits:
         _refuse_empty_classes(split, data)
     teacher = Teacher(spec, data, device, where, crop_pct, interpolation)
-    text = f"{teacher.spec.model}, sha256 {teacher.card['sha256'][:12]}, {teacher.size[0]}x{teacher.size[1]}"
-    say(console, f"{text}: {teacher.loaded.matched} of {teacher.loaded.total} tensors from {teacher.loaded.source}")
-    for doubt in teacher.doubts:
-        say(console, f"warn: {doubt}")
-
+    _tell_backbone(teacher, console)
     fits = []
     for k, split in enumerate(splits):
         val_indices = some(split.val, split.val_indices, val_limit, data.seed)
@@ -156,6 +152,13 @@ def fit_head(
     write_text(out / "head.json", json.dumps(card, indent=2) + "\n")  # last: a folder without it holds no head
     tell(console, card, choice, out)
     return card
+
+
+def _tell_backbone(teacher: Teacher, console: Console) -> None:
+    text = f"{teacher.spec.model}, sha256 {teacher.card['sha256'][:12]}, {teacher.size[0]}x{teacher.size[1]}"
+    say(console, f"{text}: {teacher.loaded.matched} of {teacher.loaded.total} tensors from {teacher.loaded.source}")
+    for doubt in teacher.doubts:
+        say(console, f"warn: {doubt}")
 
 
 class Fit(NamedTuple):
