@@ -39,7 +39,7 @@ VIT = "test_vit=vit.safetensors"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(head_solver, "STRENGTHS", (100.0, 1.0))
-    monkeypatch.setattr(head_solver, "BY_TURNS", 0)  # one part is held out, not each of five in its turn
+    monkeypatch.setattr(head_solver, "CROSS_VALIDATED", 0)  # one part is held out, not each of five in its turn
 
 
 def write_hard_images(folder: Path, per_class: int, seed: int) -> None:
@@ -372,7 +372,7 @@ def test_an_untrained_model_is_refused(own):
 def test_a_model_whose_features_are_not_finite(own):
     state = timm.create_model("test_vit", img_size=SIZE).state_dict()
     save_file({k: torch.full_like(v, math.nan) for k, v in state.items()}, "nan.safetensors")
-    with pytest.raises(UserError, match="test_vit: its features are not finite"):
+    with pytest.raises(UserError, match="test_vit: some features are not finite"):
         probed("test_vit=nan.safetensors")
 
 
@@ -398,16 +398,16 @@ def test_a_model_whose_features_are_not_finite(own):
         (["--val", "few"], "--data has 3 classes and --val 2; not in both: cat"),
         (["--val", "nowhere"], "--val: .*nowhere"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
-        (["--image-size", 4], "weights: vit.safetensors does not go into a VisionTransformer for 4x4 pixels as"),
+        (["--image-size", 4], "weights: vit.safetensors does not fit a VisionTransformer for 4x4 pixels with"),
         (["--out", "vit.safetensors"], "`--out`: vit.safetensors is a file; choose a folder"),
         (
             ["--out", "other"],
             "other/results.json was not written by `scalekd probe` .*choose another folder with `--out`",
         ),
         (["student"], "student is given twice; name each model once"),
-        (["resnet5"], "scalekd: resnet5: no timm model, and no exported student is there. Did you mean"),
+        (["resnet5"], "scalekd: resnet5: this is neither a timm model nor an exported student. Did you mean"),
         (["resnet50=nowhere.pt"], "scalekd: resnet50=nowhere.pt: weights: no file nowhere.pt"),
-        (["train"], "scalekd: train: no student.safetensors with its .json there"),
+        (["train"], "scalekd: train has no student.safetensors with its .json"),
     ],
 )
 def test_errors_on_the_command_line(cli, own, options, message):

@@ -237,7 +237,7 @@ def test_cka_of_a_run_s_maps(cli, root, made, tmp_path):
 def test_what_cannot_be_compared_is_left_out_and_reported(cli, root):
     trained_runs(root / "logits", "kd", student={"model": "levit_128s"}, data={"image_size": 64})
     result = cli("analyze", "similarity", root / "logits" / "kd", "--out", root / "out")
-    assert result.code == 0 and "Left out: levit_128s (LevitDistilled) gives no stage maps" in result.out
+    assert result.code == 0 and "Left out: levit_128s (LevitDistilled) has no stage maps" in result.out
     assert not (root / "out" / "cka.csv").exists() and not (root / "out" / "attention-1.csv").exists()
     trained_runs(root / "other", "cap", teacher={"kwargs": {"depth": 4, "num_classes": 5}})
     result = cli("analyze", "similarity", root / "other" / "cap")

@@ -1,6 +1,6 @@
-"""What the pre-flight says of a teacher that is wrong in one way or another; nothing is trained.
+"""The pre-flight finds typical errors of a teacher: weights, class order, normalisation. Nothing is trained.
 
-The teacher is the demo's, a ViT with 92 % on real images, and what is done to it is what happens to people.
+The teacher is the demo's, a ViT with 92 % on real images.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from scalekd.checks import step as step_module
 from scalekd.checks import teacher as teacher_checks
 from scalekd.checks.evidence import (
     Sample,
-    _loss,
     better_features,
     by_neighbours,
     clearly_more,
     features_of,
+    finite_loss,
     is_order,
     logits_of,
     other_order,
@@ -60,11 +60,11 @@ def run() -> Any:
 
 @pytest.fixture(scope="module")
 def sample(run) -> Sample:
-    return teacher_checks._sample(run, run.taught_by[0], 256)
+    return teacher_checks.sample_of(run, run.taught_by[0], 256)
 
 
 def demo(**teacher: Any) -> dict[str, Any]:
-    """The demo's recipe, logits alone, for a student of milliseconds."""
+    """The demo's recipe with logit losses only and a tiny student."""
     recipe = recipe_values("demo")
     recipe |= {"student": STUDENT, "losses": {"ce": {}, "kd": {}}, "track": []}
     recipe["teacher"] = recipe["teacher"] | teacher
@@ -73,7 +73,7 @@ def demo(**teacher: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, request):
-    """A sample that takes a second; and no training step but where that is what is looked at."""
+    """Small samples, and no trial steps except in the tests of them."""
     monkeypatch.setattr(teacher_checks, "SAMPLE", 160)
     monkeypatch.setattr(teacher_checks, "FEW", 120)
     if "steps" not in request.node.name:
@@ -81,13 +81,13 @@ def small(monkeypatch, request):
 
 
 def screen(recipe: dict[str, Any]) -> str:
-    told = io.StringIO()
-    preflight(build(check_config(recipe, "test"), CPU), Console(file=told, width=400))
-    return told.getvalue()
+    text = io.StringIO()
+    preflight(build(check_config(recipe, "test"), CPU), Console(file=text, width=500))
+    return text.getvalue()
 
 
-def line(told: str, name: str) -> str:
-    return next(found for found in told.splitlines() if found.split(None, 1)[1].startswith(name))
+def line(text: str, name: str) -> str:
+    return next(found for found in text.splitlines() if found.split(None, 1)[1].startswith(name))
 
 
 def mean_std(mean: float, std: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,14 +101,14 @@ def changed_weights(path: Path, change: Any) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------- a right one
+# ---------------------------------------------------------------- a correct teacher
 
 
-def test_nothing_is_said_against_a_right_teacher():
-    told = screen(demo())
-    assert "warn" not in told
-    assert "83 of 83 tensors" in line(told, "teacher weights") and "0% of the weight matrices" in told
-    accuracy = float(line(told, "teacher accuracy").split("accuracy")[1].split("%")[0])
+def test_no_warning_for_a_correct_teacher():
+    text = screen(demo())
+    assert "warn" not in text
+    assert "83 of 83 tensors" in line(text, "teacher weights") and "0% of the weight matrices" in text
+    accuracy = float(line(text, "teacher accuracy").split("accuracy")[1].split("%")[0])
     assert 86 < accuracy < 98
 
 
@@ -122,9 +122,9 @@ def test_another_number_of_classes(tmp_path):
     weights = changed_weights(tmp_path / "w.safetensors", more)
     with pytest.raises(UserError, match="kd: test_resnet has 10 classes and vit_tiny_r_s16_p8_224 12"):
         build(check_config(demo(weights=weights), "test"), CPU)
-    told = screen(demo(weights=weights) | {"losses": {"ce": {}, "fd": {}}})
-    assert "the teacher's 12 classes are others, only its features are used" in told
-    assert "ok" in line(told, "teacher features")
+    text = screen(demo(weights=weights) | {"losses": {"ce": {}, "fd": {}}})
+    assert "the teacher has 12 other classes: only its features are used" in text
+    assert "ok" in line(text, "teacher features")
 
 
 # ---------------------------------------------------------------- another order of classes
@@ -143,51 +143,51 @@ TURNED = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
 @pytest.mark.parametrize("losses, status", [({"ce": {}, "kd": {}}, "fail"), ({"ce": {}, "fd": {}}, "warn")])
-def test_another_order_of_classes_by_its_answers(tmp_path, losses, status):
+def test_another_order_of_classes_by_its_predictions(tmp_path, losses, status):
     recipe = demo(weights=in_order(tmp_path / "w.safetensors", TURNED)) | {"losses": losses}
     if status == "fail":
         with pytest.raises(UserError, match="pre-flight: teacher accuracy: ") as error:
             screen(recipe)
-        told = str(error.value)
+        text = str(error.value)
     else:
-        told = line(screen(recipe), "teacher accuracy")
-        assert told.split()[0] == "warn"
-    assert "With its classes in another order, found on one half of the images" in told
-    assert "Set teacher.classes to the names in the teacher's order" in told  # it is not timm's either
-    assert sum(f"its {FASHION_CLASSES[i]} is {FASHION_CLASSES[TURNED[i]]} here" in told for i in range(10)) == 3
-    share = float(told.split("half of the images, ")[1].split(" %")[0])
+        text = line(screen(recipe), "teacher accuracy")
+        assert text.split()[0] == "warn"
+    assert "Its classes seem to be in another order: with the best order for half of the images" in text
+    assert "Set teacher.classes to the class names in the order of its outputs" in text  # it is not timm's either
+    assert sum(f"output {FASHION_CLASSES[i]} predicts {FASHION_CLASSES[TURNED[i]]}" in text for i in range(10)) == 3
+    share = float(text.split("half of the images, ")[1].split(" %")[0])
     assert 86 < share < 98
 
 
 def test_names_beside_the_weights_are_believed_more_than_answers(tmp_path):
-    """As a head on few labels may be: it takes each class for another, and is of these classes all the same."""
+    """A head fitted on few labels may confuse all classes although its class order is right."""
     in_order(tmp_path / "student.safetensors", TURNED)
     card = json.loads(FILE.with_suffix(".json").read_text())
     card |= {"sha256": sha256_of(tmp_path / "student.safetensors"), "classes": FASHION_CLASSES}
     (tmp_path / "student.json").write_text(json.dumps(card))
-    told = line(screen(demo(weights=str(tmp_path / "student.safetensors"))), "teacher accuracy")
-    assert told.split()[0] == "warn" and "Yet its classes have the data's names" in told
+    text = line(screen(demo(weights=str(tmp_path / "student.safetensors"))), "teacher accuracy")
+    assert text.split()[0] == "warn" and "But its class names are in the data's order" in text
 
 
 def test_its_names_put_its_logits_in_our_order(tmp_path):
     weights = in_order(tmp_path / "w.safetensors", TURNED)
     theirs = [FASHION_CLASSES[i] for i in TURNED]
-    told = screen(demo(weights=weights, classes=theirs))
-    assert "put in the data's order from that in teacher.classes" in line(told, "classes")
-    assert line(told, "teacher accuracy").split()[0] == "ok"
+    text = screen(demo(weights=weights, classes=theirs))
+    assert "reordered from teacher.classes to the data's order" in line(text, "classes")
+    assert line(text, "teacher accuracy").split()[0] == "ok"
 
 
 def test_an_order_in_a_message_is_yaml():
     theirs, ours = ["no", "1", 'a "b", c'], ["1", 'a "b", c', "no"]
-    told = remedy(theirs, ours, "teachers.x")
-    assert told.startswith("set teachers.x.classes='") and yaml.safe_load(told.split("'")[1]) == theirs
+    text = remedy(theirs, ours, "teachers.x")
+    assert text.startswith("set teachers.x.classes='") and yaml.safe_load(text.split("'")[1]) == theirs
     assert remedy([*"zyxwvutsrqponm"], [*"mnopqrstuvwxyz"], "teacher") == (
         "set teacher.classes to the names in that order"
     )
 
 
 def test_the_order_of_timm_s_train_py_is_named():
-    """By the answers: of eleven classes, 10 stands last for timm and third here; and for lower-case names."""
+    """timm sorts class 10 of eleven last, the data sorts it third; lower-case names likewise."""
     names = sorted(str(i) for i in range(11))
     by_timm = natural(names)
     assert by_timm == [str(i) for i in range(11)] and natural(["b", "C", "a"]) == ["a", "b", "C"]
@@ -202,7 +202,7 @@ def test_the_order_of_timm_s_train_py_is_named():
 @pytest.mark.parametrize("names", [["Cat", "cat"], ["1", "01"], ["²", "a"]])
 def test_names_that_timm_puts_in_no_order(names):
     assert natural(names) is None
-    with pytest.raises(UserError, match="natural is no order of these class names"):
+    with pytest.raises(UserError, match="`natural` is ambiguous here"):
         teachers_order("natural", names, "teacher")
 
 
@@ -222,24 +222,24 @@ def test_permuted_logits_are_the_hand_permuted_ones(model):
 
 
 @pytest.mark.parametrize(
-    "chosen, classes, told",
+    "chosen, classes, text",
     [
         (["a", "b", "d"], 3, "teacher.classes: the data has no class d. Valid: c."),
-        (["a", "b", "b"], 3, "the data's 3 classes are needed, each once; b stands there twice"),
-        (["a", "b"], 3, "the data's 3 classes are needed, each once; c is missing"),
-        ("natural", 4, "teacher.classes: the teacher has 4 outputs, the data 3 classes"),
-        ("natural", 0, "teacher.classes: VisionTransformer has no linear classifier here"),
+        (["a", "b", "b"], 3, "list each of the data's 3 classes once; b is listed twice"),
+        (["a", "b"], 3, "list each of the data's 3 classes once; c is missing"),
+        ("natural", 4, "teacher.classes: the teacher has 4 outputs and the data 3 classes"),
+        ("natural", 0, "teacher.classes: VisionTransformer has no linear classifier to reorder"),
     ],
 )
-def test_orders_that_are_refused(chosen, classes, told):
+def test_orders_that_are_refused(chosen, classes, text):
     teacher = timm.create_model("test_vit", num_classes=classes)
     with pytest.raises(UserError) as error:
         put_in_order(teacher, chosen, ["a", "b", "c"], "teacher")
-    assert told in str(error.value)
+    assert text in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, text",
     [
         ({"classes": "natural", "head": "runs/head"}, "teacher.classes: has no effect with a fitted head"),
         (
@@ -252,40 +252,40 @@ def test_orders_that_are_refused(chosen, classes, told):
         ),
     ],
 )
-def test_orders_that_a_recipe_cannot_ask_for(change, told):
+def test_orders_that_a_recipe_cannot_ask_for(change, text):
     with pytest.raises(UserError) as error:
         check_config(demo(**change), "test")
-    assert told in str(error.value)
+    assert text in str(error.value)
 
 
 def test_two_classes_in_each_other_s_place(run, sample):
     logits = logits_of(run.distiller.teacher_view.model, sample, *mean_std(0.286, 0.353))
     assert other_order(logits, sample.targets, FASHION_CLASSES) is None
     swapped = logits[:, [0, 1, 2, 3, 4, 7, 6, 5, 8, 9]]
-    told = other_order(swapped, sample.targets, FASHION_CLASSES)
-    assert told is not None and told.endswith(
+    text = other_order(swapped, sample.targets, FASHION_CLASSES)
+    assert text is not None and text.endswith(
         (
-            "its Sandal is Sneaker here, its Sneaker is Sandal here",
-            "its Sneaker is Sandal here, its Sandal is Sneaker here",
+            "output Sandal predicts Sneaker, output Sneaker predicts Sandal)",
+            "output Sneaker predicts Sandal, output Sandal predicts Sneaker)",
         )
     )
 
 
 @pytest.mark.parametrize("classes, images", [(2, 30), (10, 512), (1000, 512), (5, 1)])
-def test_no_order_is_found_in_answers_that_know_nothing(classes, images):
+def test_no_order_is_found_in_random_logits(classes, images):
     generator = torch.Generator().manual_seed(1)
     logits, targets = torch.randn(images, classes, generator=generator), torch.arange(images) % classes
     assert other_order(logits, targets, [str(i) for i in range(classes)]) is None
 
 
-def test_many_classes_with_few_images_each_are_looked_at_once_more(run, monkeypatch):
-    """Five hundred images of a thousand classes tell nothing of their order; sixteen of each of sixteen do."""
+def test_many_classes_with_few_images_each_are_tested_on_a_second_sample(run, monkeypatch):
+    """500 images of 1000 classes give no evidence of their order; 16 images of each of 16 classes do."""
     asked = []
 
     def logits(model, sample, mean, std):
         return torch.nn.functional.one_hot((sample.targets + 7) % 1000, 1000).float()
 
-    def some(run, of, most, of_few_classes=False):
+    def some(run, taught, most, of_few_classes=False):
         asked.append(of_few_classes)
         targets = torch.arange(16).repeat(16) * 60 if of_few_classes else torch.arange(500) * 2
         return Sample(torch.zeros(len(targets), 1, 1, 1), targets)
@@ -293,32 +293,35 @@ def test_many_classes_with_few_images_each_are_looked_at_once_more(run, monkeypa
     thousand = copy.copy(run)
     thousand.classes = [f"c{i}" for i in range(1000)]
     monkeypatch.setattr(teacher_checks, "logits_of", logits)
-    monkeypatch.setattr(teacher_checks, "_sample", some)
-    check = teacher_checks._by_logits(thousand, thousand.taught_by[0])
+    monkeypatch.setattr(teacher_checks, "sample_of", some)
+    check = teacher_checks.accuracy_by_logits(thousand, thousand.taught_by[0])
     assert asked == [False, True] and check.status == "fail"
-    assert "100.0 % of the other half are right, not 0.0 %: its c7 is c0 here, its c67 is c60 here" in check.fix
+    assert (
+        "100.0 % of the other half are correct instead of 0.0 % (output c7 predicts c0, output c67 predicts c60"
+        in check.fix
+    )
 
 
 @pytest.mark.parametrize("losses, status", [({"ce": {}, "kd": {}}, "fail"), ({"ce": {}, "fd": {}}, "warn")])
-def test_another_order_of_classes_by_the_names_beside_the_weights(tmp_path, losses, status):
+def test_another_order_of_classes_by_the_names_next_to_the_weights(tmp_path, losses, status):
     card = json.loads(FILE.with_suffix(".json").read_text())
     card["classes"] = sorted(FASHION_CLASSES)
     (tmp_path / "student.json").write_text(json.dumps(card))
     shutil.copy(FILE, tmp_path / "student.safetensors")
     recipe = demo(weights=str(tmp_path / "student.safetensors")) | {"losses": losses}
-    odd = "class 0 is Ankle boot there and T-shirt/top here"
+    odd = "class 0 is Ankle boot in the file next to its weights and T-shirt/top in the data"
     if status == "fail":
-        remedy = "so kd would teach the wrong ones; set teacher.classes=natural, the order of timm's train.py"
+        remedy = "so kd would teach the wrong classes; set teacher.classes=natural, the order of timm's train.py"
         with pytest.raises(UserError, match=rf"(?s){odd}.*{remedy}"):
             screen(recipe)
         believed = recipe | {"teacher": recipe["teacher"] | {"classes": "natural"}}
-        with pytest.raises(UserError, match=r"(?s)pre-flight: teacher accuracy.*Is teacher\.classes right\?"):
+        with pytest.raises(UserError, match=r"(?s)pre-flight: teacher accuracy.*Check teacher\.classes"):
             screen(believed)  # it is the card that is wrong: the weights are in our order
     else:
         assert odd in line(screen(recipe), "classes")
     card["classes"] = FASHION_CLASSES
     (tmp_path / "student.json").write_text(json.dumps(card))
-    assert "of the same names in the same order" in screen(recipe)
+    assert "with the same names in the same order" in screen(recipe)
 
 
 # ---------------------------------------------------------------- shuffled weights
@@ -331,7 +334,7 @@ def test_rows_of_every_matrix_in_another_order(tmp_path):
                 state[key] = value[torch.randperm(len(value), generator=generator)]
 
     weights = changed_weights(tmp_path / "w.safetensors", shuffle)
-    assert "That is chance level (10.0 %)" in line(screen(demo(weights=weights)), "teacher accuracy")
+    assert "This is chance level (10.0 %)" in line(screen(demo(weights=weights)), "teacher accuracy")
 
 
 SMALL = {"patch_size": 1, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -356,11 +359,11 @@ def test_entries_of_every_matrix_in_another_order(tmp_path):
                 state[key] = value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
 
     weights = changed_weights(tmp_path / "w.safetensors", shuffle)
-    with pytest.raises(UserError, match="100% of the weight matrices without structure: their entries might as well"):
+    with pytest.raises(UserError, match="100% of the weight matrices without structure: shuffling their entries"):
         screen(demo(weights=weights))
 
 
-def test_a_teacher_without_a_head_is_told_by_its_features(tmp_path, monkeypatch):
+def test_a_teacher_without_a_head_is_checked_by_its_features(tmp_path, monkeypatch):
     def backbone(state, generator):
         del state["head.weight"], state["head.bias"]
 
@@ -371,18 +374,18 @@ def test_a_teacher_without_a_head_is_told_by_its_features(tmp_path, monkeypatch)
                 state[key] = value[torch.randperm(len(value), generator=generator)]
 
     right = changed_weights(tmp_path / "right.safetensors", backbone)
-    told = line(screen(demo(weights=right) | {"losses": FD}), "teacher features")
-    assert told.split()[0] == "ok"
-    trained, fresh = (float(part.split()[-1].strip("(")) for part in told.split(" %")[:2])
+    text = line(screen(demo(weights=right) | {"losses": FD}), "teacher features")
+    assert text.split()[0] == "ok"
+    trained, fresh = (float(part.split()[-1].strip("(")) for part in text.split(" %")[:2])
     assert trained > 75 and fresh < trained - 15
     wrong = changed_weights(tmp_path / "wrong.safetensors", shuffled_backbone)
-    told = line(screen(demo(weights=wrong) | {"losses": FD}), "teacher features")
-    assert float(told.split(" %")[0].split()[-1]) < trained - 15
+    text = line(screen(demo(weights=wrong) | {"losses": FD}), "teacher features")
+    assert float(text.split(" %")[0].split()[-1]) < trained - 15
     as_good = torch.arange(120) % 2 == 0
     monkeypatch.setattr(teacher_checks, "neighbours", lambda *args: as_good)
     monkeypatch.setattr(teacher_checks, "by_neighbours", lambda *args: as_good)
-    told = line(screen(demo(weights=right) | {"losses": FD}), "teacher features")
-    assert told.split()[0] == "warn" and "They are not clearly better than those of initial values" in told
+    text = line(screen(demo(weights=right) | {"losses": FD}), "teacher features")
+    assert text.split()[0] == "warn" and "Its features are not clearly better than those of initial values" in text
 
 
 # ---------------------------------------------------------------- random weights
@@ -396,7 +399,7 @@ def test_initial_values_in_a_file(tmp_path):
 
 
 def test_initial_values_but_for_biases_and_norms(tmp_path):
-    """As after a step or two, or where only the norms were tuned."""
+    """As after one or two steps, or if only the norms were tuned."""
     model = timm.create_model("vit_tiny_r_s16_p8_224", in_chans=1, img_size=28, num_classes=10, **SMALL)
     state = {k: v + 1e-3 * torch.randn(v.shape) if v.ndim == 1 else v for k, v in model.state_dict().items()}
     save_file(state, tmp_path / "w.safetensors")
@@ -405,9 +408,11 @@ def test_initial_values_but_for_biases_and_norms(tmp_path):
 
 
 def test_random_on_purpose():
-    told = screen(demo(weights="random", top1=None))
-    assert "random, as the recipe asks: it knows nothing" in line(told, "teacher weights")
-    assert "That is chance level" in line(told, "teacher accuracy")
+    text = screen(demo(weights="random", top1=None))
+    assert "random initial values, as teacher.weights=random asks: this teacher is untrained" in line(
+        text, "teacher weights"
+    )
+    assert "This is chance level" in line(text, "teacher accuracy")
 
 
 def test_random_on_purpose_from_the_command_line():
@@ -419,30 +424,35 @@ def test_random_on_purpose_from_the_command_line():
 # ---------------------------------------------------------------- another mean and std
 
 
-def test_another_mean_and_std_by_its_answers(run, sample):
+def test_another_mean_and_std_by_its_predictions(run, sample):
     model = run.distiller.teacher_view.model
     found = {}
     for mean, std in ((0.286, 0.353), (0.0, 1.0)):
         statistics = mean_std(mean, std)
         logits = logits_of(model, sample, *statistics)
         found[mean] = 100 * (logits.argmax(1) == sample.targets).double().mean().item()
-        told = other_statistics(model, sample, *statistics, logits)
+        text = other_statistics(model, sample, *statistics, logits)
         if mean:
-            assert told is None
-    assert told is not None and told.startswith("With mean 0.2") and "(the images' own)" in told
-    after, before = (float(part.split()[-1]) for part in told.split(" %")[:2])
+            assert text is None
+    assert text is not None and text.startswith("With mean 0.2") and "(of these images)" in text
+    after, before = (float(part.split()[-1]) for part in text.split(" %")[:2])
     assert before == pytest.approx(found[0.0], abs=0.06) and after == pytest.approx(found[0.286], abs=2)
 
 
 def test_mean_and_std_for_pixels_up_to_255():
-    told = screen(demo(mean=[73.0], std=[90.0]))
-    assert "They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in line(told, "teacher input")
-    assert "was it trained with another mean and std?" in line(told, "teacher accuracy")
+    text = screen(demo(mean=[73.0], std=[90.0]))
+    assert "mean and std must be for pixels in [0, 1]; divide values for pixels up to 255 by 255" in line(
+        text, "teacher input"
+    )
+    assert "check the mean and std that it was trained with" in line(text, "teacher accuracy")
 
 
-def test_another_mean_and_std_than_stands_beside_the_weights():
-    told = line(screen(demo(mean=[0.3])), "teacher input")
-    assert "warn" in told and "Beside its weights stands: mean 0.286, std 0.353; set teacher.mean" in told
+def test_another_mean_and_std_than_the_card_of_the_weights():
+    text = line(screen(demo(mean=[0.3])), "teacher input")
+    assert (
+        "warn" in text
+        and "The file next to its weights says mean 0.286, std 0.353; if that is right, set teacher.mean" in text
+    )
 
 
 def without_head(state, generator):
@@ -451,13 +461,13 @@ def without_head(state, generator):
 
 def test_another_mean_and_std_of_a_teacher_without_a_head(tmp_path):
     weights = changed_weights(tmp_path / "w.safetensors", without_head)
-    told = screen(demo(weights=weights, mean=[0.9], std=[0.1], top1=None) | {"losses": FD})
-    assert "timm says: mean 0.500, std 0.500; leave teacher.mean and" in line(told, "teacher input")
-    assert "of the class of most of their nearest neighbours" in line(told, "teacher features")
+    text = screen(demo(weights=weights, mean=[0.9], std=[0.1], top1=None) | {"losses": FD})
+    assert "timm's default is mean 0.500, std 0.500; to use it, remove teacher.mean and" in line(text, "teacher input")
+    assert "nearest-neighbour accuracy" in line(text, "teacher features")
 
 
 class Clamped(torch.nn.Module):
-    """Sees nothing outside of its range, as what was trained on other pixels might."""
+    """Ignores values outside its range, as a model trained on other pixels may."""
 
     def forward_features(self, x):
         return x.clamp(-1, 1)
@@ -474,46 +484,50 @@ def test_better_features_under_another_mean_and_std():
     model, colours = Clamped(), torch.ones(1, 3, 1, 1)
     wrong, right = (1.5 * colours, 0.1 * colours), (0.5 * colours, 0.5 * colours)
     before = by_neighbours(model, sample, *wrong)
-    told = better_features(model, sample, *wrong, features_of(model, sample, *wrong))
-    assert told is not None and told.endswith("was it trained with another mean and std?")
-    assert f"it is 100.0 %, not {100 * before.double().mean():.1f} %" in told
+    text = better_features(model, sample, *wrong, features_of(model, sample, *wrong))
+    assert text is not None and text.endswith("check the mean and std that it was trained with")
+    assert f"it is 100.0 % instead of {100 * before.double().mean():.1f} %" in text
     assert better_features(model, sample, *right, features_of(model, sample, *right)) is None
 
 
-def test_better_features_are_told_unless_the_statistics_stand_beside_the_weights(run, monkeypatch):
+def test_better_features_are_reported_unless_the_card_confirms_the_statistics(run, monkeypatch):
     right = torch.arange(120) % 4 > 0
-    monkeypatch.setattr(teacher_checks, "_has_the_classes", lambda *args: False)
+    monkeypatch.setattr(teacher_checks, "has_data_classes", lambda *args: False)
     monkeypatch.setattr(teacher_checks, "features_of", lambda *args: torch.zeros(120, 2))
     monkeypatch.setattr(teacher_checks, "neighbours", lambda *args: right)
     monkeypatch.setattr(teacher_checks, "by_neighbours", lambda *args: ~right)
     monkeypatch.setattr(teacher_checks, "better_features", lambda *args: "With mean 0.5")
     (check,) = teacher_checks.teacher_accuracy(run, run.taught_by[0])
     assert check.status == "ok"
-    monkeypatch.setattr(teacher_checks, "_beside_teacher", lambda of: None)
-    of = run.taught_by[0]
-    (check,) = teacher_checks.teacher_accuracy(run, of._replace(spec=of.spec.model_copy(update={"mean": (0.9,)})))
+    monkeypatch.setattr(teacher_checks, "card_of", lambda taught: None)
+    taught = run.taught_by[0]
+    (check,) = teacher_checks.teacher_accuracy(
+        run, taught._replace(spec=taught.spec.model_copy(update={"mean": (0.9,)}))
+    )
     assert (check.status, check.fix) == ("warn", "With mean 0.5")
 
 
-def test_a_mean_of_one_s_own_for_a_file_with_a_head_is_told_beside_timm_s(tmp_path):
-    told = screen(demo(weights=changed_weights(tmp_path / "w.safetensors", lambda *args: None)))
-    assert line(told, "teacher input").split()[0] == "ok" and "; timm says mean 0.500" in line(told, "teacher input")
-    assert line(told, "teacher accuracy").split()[0] == "ok"
+def test_timm_s_mean_is_shown_next_to_the_recipe_s_for_a_file_with_a_head(tmp_path):
+    text = screen(demo(weights=changed_weights(tmp_path / "w.safetensors", lambda *args: None)))
+    assert line(text, "teacher input").split()[0] == "ok" and "; timm's default is mean 0.500" in line(
+        text, "teacher input"
+    )
+    assert line(text, "teacher accuracy").split()[0] == "ok"
 
 
 # ---------------------------------------------------------------- outputs that are no classes
 
 
 def test_an_embedding_is_no_classifier(monkeypatch):
-    """Ten outputs of other weights of that name: what CLIP's 512 are. The way out is a head."""
+    """Ten outputs that other weights of that name have, like CLIP's 512. `scalekd head` fixes it."""
     monkeypatch.setattr(embeddings.timm, "list_pretrained", lambda name: ["clip"])
     cfg = timm.models.PretrainedCfg(num_classes=12)
     monkeypatch.setattr(embeddings.timm, "get_pretrained_cfg", lambda name: cfg)
     recipe = demo(weights="random", top1=None, kwargs=demo()["teacher"]["kwargs"] | {"num_classes": 12})
     with pytest.raises(UserError, match=r"losses.kd: the 12 outputs of teacher, \w+, are an embedding.*scalekd head"):
         build(check_config(recipe, "test"), CPU)
-    told = line(screen(recipe | {"losses": FD}), "classes")
-    assert "the teacher's 12 outputs are an embedding, not classes, only its features are used" in told
+    text = line(screen(recipe | {"losses": FD}), "classes")
+    assert "the teacher's 12 outputs are an embedding, not classes: only its features are used" in text
 
 
 # ---------------------------------------------------------------- pixels without effect
@@ -557,11 +571,11 @@ def test_patches_that_do_not_fill_the_image_are_told(light_recipe):
     light_recipe["teacher"]["kwargs"] = VIT
     light_recipe["data"]["image_size"] = 66
     light_recipe["student"] = {"model": "test_convnext"}
-    told = screen(light_recipe)
-    teacher, student = line(told, "teacher pixels"), line(told, "student pixels")
-    assert teacher.split()[0] == "warn" and "the last 8 rows and 8 columns of 50x64 have no effect on it" in teacher
+    text = screen(light_recipe)
+    teacher, student = line(text, "teacher pixels"), line(text, "student pixels")
+    assert teacher.split()[0] == "warn" and "the model ignores the last 8 rows and 8 columns of 50x64" in teacher
     assert "Set teacher.image_size=[42, 56] or [56, 70]" in teacher
-    assert "the last 2 rows and 2 columns of 66x66" in student and "Set data.image_size=64 or 68" in student
+    assert "ignores the last 2 rows and 2 columns of 66x66" in student and "Set data.image_size=64 or 68" in student
 
 
 # ---------------------------------------------------------------- how it counts
@@ -575,8 +589,8 @@ def test_clearly_is_an_exact_sign_test(gained, lost):
     assert clearly_more(a, b) == wanted
 
 
-def test_a_loss_that_is_no_number_is_no_reason():
-    assert _loss(torch.full((2, 3), torch.nan), torch.tensor([0, 1])) == torch.inf
+def test_a_nan_loss_counts_as_infinite():
+    assert finite_loss(torch.full((2, 3), torch.nan), torch.tensor([0, 1])) == torch.inf
 
 
 def test_neighbours_are_counted_without_the_image_itself(run):
@@ -589,32 +603,32 @@ def test_neighbours_are_counted_without_the_image_itself(run):
 
 
 @pytest.mark.parametrize(
-    "top1, images, known, status, told",
+    "top1, images, known, status, text",
     [
-        (33.0, 512, None, "warn", "That is chance level (33.3 %): wrong weights, or classes in another order?"),
-        (0.0, 512, None, "warn", "That is chance level (33.3 %)"),
-        (33.0, 30, None, "warn", "That cannot be told from chance (33.3 %) on 30 images"),
-        (55.0, 30, None, "warn", "That cannot be told from chance (33.3 %) on 30 images"),
-        (55.0, 30, 90.0, "warn", "Far below its known figure"),
-        (50.0, 512, 90.0, "warn", "Far below its known figure"),
+        (33.0, 512, None, "warn", "This is chance level (33.3 %): check its weights and class order"),
+        (0.0, 512, None, "warn", "This is chance level (33.3 %)"),
+        (33.0, 30, None, "warn", "30 images cannot tell this from chance level (33.3 %)"),
+        (55.0, 30, None, "warn", "30 images cannot tell this from chance level (33.3 %)"),
+        (55.0, 30, 90.0, "warn", "This is far below its known accuracy"),
+        (50.0, 512, 90.0, "warn", "This is far below its known accuracy"),
         (80.0, 30, 90.0, "ok", ""),
         (50.0, 512, None, "ok", ""),
     ],
 )
-def test_how_strongly_chance_is_said(light_recipe, monkeypatch, top1, images, known, status, told):
+def test_warnings_about_low_accuracy(light_recipe, monkeypatch, top1, images, known, status, text):
     light_recipe["teacher"]["top1"] = known
     run = build(check_config(light_recipe, "test"), CPU)
     targets = torch.arange(images) % 3
     right = torch.arange(images) < round(images * top1 / 100)
     logits = torch.nn.functional.one_hot(torch.where(right, targets, (targets + 1) % 3), 3).float()
-    monkeypatch.setattr(teacher_checks, "_sample", lambda *args, **kwargs: Sample(torch.empty(images), targets))
+    monkeypatch.setattr(teacher_checks, "sample_of", lambda *args, **kwargs: Sample(torch.empty(images), targets))
     monkeypatch.setattr(teacher_checks, "logits_of", lambda *args: logits)
     (check,) = teacher_checks.teacher_accuracy(run, run.taught_by[0])
-    assert check.status == status and check.fix.startswith(told) and bool(check.fix) == bool(told)
+    assert check.status == status and check.fix.startswith(text) and bool(check.fix) == bool(text)
     assert check.text.startswith(f"{100 * right.double().mean():.1f} % on {images} validation images")
 
 
-@pytest.mark.parametrize("epochs, told", [(1, "for 1 epoch of 3 steps,"), (2, "for 2 epochs of 3 steps,")])
-def test_one_epoch_of_steps_is_no_epochs(cli, recipe_file, epochs, told):
+@pytest.mark.parametrize("epochs, text", [(1, "for 1 epoch of 3 steps,"), (2, "for 2 epochs of 3 steps,")])
+def test_one_epoch_of_steps_is_no_epochs(cli, recipe_file, epochs, text):
     shown = cli("train", recipe_file, "--dry-run", f"train.epochs={epochs}", "losses={ce: {}}", "teacher=null")
-    assert told in " ".join(shown.out.split())
+    assert text in " ".join(shown.out.split())

@@ -298,7 +298,9 @@ def test_a_run_with_both_kinds(mixed_recipe: dict[str, Any], tmp_path: Path, cli
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(mixed_recipe))
     result = cli("train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"))
     assert result.code == 0, result.err
-    assert "20 without labels, 6 with; 6 and 2 a step; only those with are seen by ce" in " ".join(result.out.split())
+    assert "6 labelled, 20 unlabelled; per step 2 labelled, 6 unlabelled; losses that use labels: ce" in " ".join(
+        result.out.split()
+    )
     assert (
         json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
     )  # 2 epochs: 20 of 6 a step, 3 times

@@ -154,7 +154,7 @@ def test_each_teacher_has_an_order_of_classes_of_its_own(recipe: dict[str, Any])
     torch.testing.assert_close(after["small"], before["small"])
     torch.testing.assert_close(after["large"], before["large"].flip(1))
     recipe["teachers"]["large"]["classes"] = theirs[1:]
-    with pytest.raises(UserError, match=r"teachers.large.classes: the data's 3 classes are needed, each once"):
+    with pytest.raises(UserError, match=r"teachers.large.classes: list each of the data's 3 classes once"):
         build(check_config(recipe, "test"), torch.device("cpu"))
 
 

@@ -182,7 +182,7 @@ def test_the_strength_is_the_one_with_the_least_held_out_loss(monkeypatch):
 
 def test_above_a_number_of_images_one_part_is_held_out(monkeypatch):
     x, y = blobs(n=100)
-    monkeypatch.setattr(head_solver, "BY_TURNS", 99)
+    monkeypatch.setattr(head_solver, "CROSS_VALIDATED", 99)
     parts = held_out_parts(y.tolist(), seed=0)
     assert choose(x, y, 3, seed=0).held_out["after"]["images"] == len(parts[0])
 
@@ -192,10 +192,10 @@ def test_a_temperature_needs_a_wrong_image_and_its_end_is_told():
     x = 100 * torch.nn.functional.one_hot(y, 3).double()
     right = choose(x, y, 3, seed=0)
     assert right.held_out["after"]["top1"] == 100 and right.temperature == 1.0
-    assert "none tells how sure to be: the temperature stays 1" in head_page._at_an_end(right)[-1]
+    assert "the temperature cannot be chosen and stays 1" in head_page.warnings(right)[-1]
     senseless = replace(choose(*blobs(), 3, seed=0), temperature=best_temperature(-x, y))
-    assert "the temperature is at the end of what is tried, 0.05 to 20" in head_page._at_an_end(senseless)[-1]
-    assert not any("temperature" in line for line in head_page._at_an_end(replace(senseless, temperature=2.0)))
+    assert "the temperature is at the end of the range tried, 0.05 to 20" in head_page.warnings(senseless)[-1]
+    assert not any("temperature" in line for line in head_page.warnings(replace(senseless, temperature=2.0)))
 
 
 def test_the_temperature_is_the_best_of_a_grid_and_goes_with_the_scale():
@@ -361,7 +361,7 @@ def test_a_backbone_s_file_at_another_size_is_as_timm_loads_it(tmp_path):
         assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     student, loaded = build_model(spec, channels=3, image_size=(42, 42), classes=3, where="student")
     assert student.num_classes == 3 and loaded.matched == loaded.total - 2
-    assert loaded.head == "new head for 3 classes, they came without one"
+    assert loaded.head == "new head for 3 classes (the file has none)"
 
 
 # ---------------------------------------------------------------- refusals
@@ -376,14 +376,14 @@ def teacher_with(root: Path, size: int = 48, classes: int | None = 3, **changes:
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"model": "test_vit2"}, "the backbone test_vit, here it is test_vit2.\nSet teacher.model=test_vit."),
-        ({"kwargs": {"depth": 3}}, r"kwargs \{'depth': 2\}, here it is \{'depth': 3\}"),
-        ({"kwargs": {"depth": 2, "num_classes": 9}}, r"here it is \{'depth': 2, 'num_classes': 9\}"),
-        ({"size": 64}, r"images of \[48, 48\], here it is \[64, 64\].\nSet teacher.image_size=\[48, 48\]"),
-        ({"classes": 4}, "classes in number 3, here it is 4"),
+        ({"model": "test_vit2"}, "the backbone test_vit, but this recipe has test_vit2.\nSet teacher.model=test_vit."),
+        ({"kwargs": {"depth": 3}}, r"kwargs \{'depth': 2\}, but this recipe has \{'depth': 3\}"),
+        ({"kwargs": {"depth": 2, "num_classes": 9}}, r"but this recipe has \{'depth': 2, 'num_classes': 9\}"),
+        ({"size": 64}, r"images of \[48, 48\], but this recipe has \[64, 64\].\nSet teacher.image_size=\[48, 48\]"),
+        ({"classes": 4}, "a number of classes of 3, but this recipe has 4"),
         ({"mean": (0.1, 0.1, 0.1)}, "mean and std"),
-        ({"weights": "random"}, "its backbone's weights are not named; set teacher.weights="),
-        ({"head": "nowhere"}, "no head.safetensors with its head.json in nowhere; `scalekd head` makes them"),
+        ({"weights": "random"}, "a head needs its backbone's weights; set teacher.weights="),
+        ({"head": "nowhere"}, "nowhere has no head.safetensors with its head.json; create them with `scalekd head`"),
     ],
 )
 def test_another_backbone_or_input_is_refused(fitted, changes, told):
@@ -395,7 +395,7 @@ def test_other_weights_are_refused(own):
     before = json.loads((own / "head" / "head.json").read_text())["sha256"]
     backbone_file(own / "w.safetensors", seed=1, **KWARGS)
     with pytest.raises(
-        UserError, match=rf"was fitted for weights of sha256 {before[:12]} .*, here it is (?!{before[:12]})"
+        UserError, match=rf"was fitted for weights with sha256 {before[:12]} .*, but this recipe has (?!{before[:12]})"
     ):
         teacher_with(own)
 
@@ -415,8 +415,8 @@ def test_a_damaged_head_is_refused(own, harm):
     else:
         card_file.write_text(json.dumps(card | {"classes": ["ant", "bee"]}))
     told = {
-        "no json": "head.json is not as .*: Invalid JSON",
-        "a field less": "head.json is not as .*: sha256 is missing;",
+        "no json": "head.json is damaged: .*Invalid JSON",
+        "a field less": "head.json is damaged: sha256 is missing;",
     }
     with pytest.raises(UserError, match=rf"^teacher\.head: .*{told.get(harm, '')}"):
         teacher_with(own)
@@ -431,16 +431,19 @@ def test_a_student_takes_no_head(tiny_recipe):
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--weights", "random"], "--weights: a head on initial values would know nothing"),
+        (["--weights", "random"], "--weights: a head needs a trained backbone"),
         (["--weights", "nowhere.pt"], "--weights: no file nowhere.pt"),
-        (["--limit", 2], "--data: no labelled image of 1 of the classes: .*; --limit 2 is fewer than the 3 classes"),
-        (["--draws", 0], "--draws 0: one or more"),
+        (["--limit", 2], "--data: no labelled images of 1 of the 3 classes: .*; --limit 2 is fewer than the 3 classes"),
+        (["--draws", 0], "`--draws` is 0 and must be 1 or more"),
         (["--limit", -1], "--limit: Input should be greater than 0"),
         (["--image-size", "wide"], "--image-size: pixels, such as 224"),
-        (["--mean", "[0.5]"], "--mean: 1 values for --channels=3"),
-        (["--weights", "two.safetensors"], r"choose one: --prefix=(a|b)\. or --prefix=(a|b)\."),
-        (["--weights", "shuffled.safetensors"], "--weights: shuffled.*: 0% of .*without structure: .* few steps only"),
-        (["--out", "train"], "train is not empty; give --out another folder"),
+        (["--mean", "[0.5]"], "--mean has 1 values, but --channels is 3"),
+        (["--weights", "two.safetensors"], r"choose one with --prefix=(a|b)\. or --prefix=(a|b)\."),
+        (
+            ["--weights", "shuffled.safetensors"],
+            "--weights: shuffled.*: 0% of .*without structure: .* only a few steps",
+        ),
+        (["--out", "train"], "train is not empty; choose another folder with `--out`"),
     ],
 )
 def test_mistakes_on_the_command_line(cli, fitted, monkeypatch, options, told):
@@ -485,7 +488,7 @@ def test_a_head_is_fitted_and_a_student_learns_from_it(cli, recipe_file, image_f
     assert provenance["weights"]["teacher"]["head"].startswith("head my-head (sha256")
 
     shown = cli("train", recipe_file, *use, "augment.crop_pct=0.5", "--dry-run", "--out", "other")
-    assert "its head was fitted with crop_pct 0.875, bicubic, which augment sets for both" in " ".join(
+    assert "its head was fitted with crop_pct 0.875, bicubic (set them in `augment`, for both" in " ".join(
         shown.out.split()
     )
 
@@ -509,20 +512,25 @@ def test_the_run_is_built_with_the_head(tiny_recipe, own):
     assert torch.equal(weight, load_file(own / "head" / "head.safetensors")["weight"])
 
 
-def test_what_is_told_of_its_use_can_be_copied(cli, own, recipe_file, monkeypatch):
+def test_the_printed_options_can_be_copied(cli, own, recipe_file, monkeypatch):
     monkeypatch.chdir(own)
     two_models(own / "two of them.safetensors")
     given = ["--weights", "two of them.safetensors", "--prefix", "a.", "--kwargs", "{depth: 2}", "--image-size", 48]
     given += ["--mean", "[124, 116, 104]", "--limit", 6, "--out", "its head"]
     shown = cli("head", NAME, "--data", own, *given)
     assert shown.code == 0, shown.err
-    assert "std [0.5, 0.5, 0.5]: They are for pixels in [0, 1]; divide those for pixels up to 255 by 255" in shown.out
-    words = shlex.split(next(k for k in shown.out.splitlines() if k.startswith("In `scalekd train`: ")))[3:]
+    assert (
+        "std [0.5, 0.5, 0.5]: mean and std must be for pixels in [0, 1]; divide values for pixels up to 255 by 255"
+        in shown.out
+    )
+    words = shlex.split(shown.out.partition("Use it in `scalekd train` with: ")[2].splitlines()[0])
     args = parse(["train", str(recipe_file), *words])
     spec = load_recipe(args.recipe, [*recipe_overrides(args), "teacher.cuts=null"]).teacher
     build_with = {"channels": 3, "image_size": (48, 48), "classes": 3, "where": "teacher"}
     assert build_model(spec, **build_with)[1].head.startswith("head its head (sha256")
-    with pytest.raises(UserError, match=r"was fitted for weights under `a.`, here it is `b.`.\nSet teacher.prefix"):
+    with pytest.raises(
+        UserError, match=r"was fitted for weights with the prefix `a.`, but this recipe has `b.`.\nSet teacher.prefix"
+    ):
         build_model(spec.model_copy(update={"prefix": "b."}), **build_with)
 
 
@@ -595,7 +603,7 @@ def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_
     open_folder(run, named, run_head.heads_of(named))  # after a start that ended when its head was fitted
     with pytest.raises(UserError, match="is not empty and holds no run"):
         open_folder(run, config, run_head.heads_of(config))
-    with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` is for `scalekd train`"):
+    with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` works only in `scalekd train`"):
         build(config, CPU)
 
 

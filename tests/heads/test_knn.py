@@ -72,7 +72,7 @@ def test_few_images_all_vote_and_a_small_temperature_stays_finite():
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"temperature": 0.0}, {"n": 0}])
-def test_what_makes_no_sense_is_refused(options):
+def test_invalid_arguments_are_rejected(options):
     x, y = images(options.pop("n", 3), seed=0)
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match="must all be above 0"):
         knn_predict(x, y, x, **options, classes=4)

@@ -107,13 +107,16 @@ def test_missing_file(tiny_recipe, tmp_path, missing):
     write_student(tiny_recipe, tmp_path)
     (tmp_path / missing).unlink()
     for path in (tmp_path, tmp_path / "student.safetensors"):
-        with pytest.raises(UserError, match=r"no student\.safetensors with its \.json"):
+        with pytest.raises(UserError, match=r"has no student\.safetensors with its \.json"):
             load_student(path)
 
 
 @pytest.mark.parametrize(
     ("damaged", "told"),
-    [("student.safetensors", "does not fit its card .*student.json"), ("student.json", "is not a student's card")],
+    [
+        ("student.safetensors", "does not fit its card .*student.json"),
+        ("student.json", "is not a valid student card"),
+    ],
 )
 @pytest.mark.parametrize("left", [0, 200])
 def test_damaged_file(tiny_recipe, tmp_path, damaged, told, left):

@@ -146,9 +146,13 @@ def test_what_the_recipe_says_wins(tiny_recipe, run_folder):
 @pytest.mark.parametrize(
     "teacher_says, data_says, told",
     [
-        ({"kwargs": {"depth": 5}}, {}, r"teacher\.kwargs: depth is 5 here and 4 in .*run\. Leave it out, or drop all"),
-        ({"weights": "other.pt"}, {}, r"teacher\.weights: other\.pt, but teacher\.model is .*run, which has its own"),
-        ({}, {"channels": 1}, r".*run takes images of 3 channels, data\.channels is 1; set data\.channels=3"),
+        ({"kwargs": {"depth": 5}}, {}, r"teacher\.kwargs: depth is 5 here and 4 in .*run\. Remove it, or remove all"),
+        (
+            {"weights": "other.pt"},
+            {},
+            r"teacher\.weights is other\.pt, but teacher\.model is .*run, which has its own weights",
+        ),
+        ({}, {"channels": 1}, r".*run needs images with 3 channels, but data\.channels is 1; set data\.channels=3"),
     ],
 )
 def test_what_contradicts_the_folder_is_refused(tiny_recipe, run_folder, teacher_says, data_says, told):
@@ -166,17 +170,17 @@ def test_folders_that_hold_no_model(tmp_path, run_folder, hf_folder):
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "neither student.json with student.safetensors (a scalekd run) nor config.json" in refused(empty)
+    assert "neither student.json with student.safetensors (from a scalekd run) nor config.json" in refused(empty)
     (empty / "last.pth").touch()
     assert f"teacher.model=NAME teacher.weights={empty / 'last.pth'}" in refused(empty)
     (empty / "head.json").touch()
     assert f"set teacher.head={empty}" in refused(empty)
     (run_folder / "student.safetensors").unlink()
-    assert f"has no student.safetensors; `scalekd export {run_folder}` makes it" in refused(run_folder)
+    assert f"has no student.safetensors; create it with `scalekd export {run_folder}`" in refused(run_folder)
     change(hf_folder, "config.json", architecture="tset_vit")
     assert "timm has no model `tset_vit`. Did you mean `test_vit`" in refused(hf_folder)
     change(hf_folder, "config.json", architecture=None, model_type="vit")
-    assert "is in transformers' format, not in timm's: it has no `architecture`" in refused(hf_folder)
+    assert "is in the format of transformers, not of timm: it has no `architecture`" in refused(hf_folder)
     for text in (
         "",
         "[1]",
@@ -187,14 +191,14 @@ def test_folders_that_hold_no_model(tmp_path, run_folder, hf_folder):
         (hf_folder / "config.json").write_text(text)
         refused(hf_folder)
     (run_folder / "student.json").write_text("{}")
-    assert "is not a student's card" in refused(run_folder)
+    assert "is not a valid student card" in refused(run_folder)
 
 
 def test_names_of_timm_s_come_first(tmp_path, monkeypatch, tiny_recipe):
     (tmp_path / "test_vit").mkdir()
     monkeypatch.chdir(tmp_path)
     assert with_folders(tiny_recipe) == tiny_recipe
-    with pytest.raises(UserError, match=r"teacher\.model: test_vit holds no model"):
+    with pytest.raises(UserError, match=r"teacher\.model: test_vit contains no model"):
         with_folders(teacher(tiny_recipe, Path("./test_vit")) | {"teacher": {"model": "./test_vit"}})
     with pytest.raises(UserError, match="timm has no model `runs/teacher`, and there is no such folder"):
         check_config(teacher(tiny_recipe, Path("runs/teacher")), "test")
@@ -202,7 +206,7 @@ def test_names_of_timm_s_come_first(tmp_path, monkeypatch, tiny_recipe):
 
 def test_weights_that_are_not_those_of_their_card(tiny_recipe, run_folder):
     change(run_folder, "student.json", sha256="0" * 64)
-    with pytest.raises(UserError, match=r"student\.safetensors is not the file that the card beside it tells of"):
+    with pytest.raises(UserError, match=r"student\.safetensors does not match the sha256 in the card next to it"):
         build(check_config(teacher(tiny_recipe, run_folder), "test"), torch.device("cpu"))
 
 
@@ -215,7 +219,8 @@ def test_from_the_command_line_to_the_screen(cli, recipe_file, run_folder):
     assert shown.code == 0, shown.err
     assert "test_resnet <- test_vit" in told and "mean 0.100 0.200 0.300, std 0.400 0.500 0.600" in told
     assert (
-        "made for 64x64" in told and "validated with crop_pct 0.9, bicubic, which augment sets for both models" in told
+        "trained for 64x64" in told
+        and "it was validated with crop_pct 0.9, bicubic (set them in `augment`, for both models)" in told
     )
 
 

@@ -73,7 +73,7 @@ def test_a_student_gets_a_new_head_and_all_the_rest(tmp_path, name):
     assert model.num_classes == 3 and model.eval()(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
     assert (loaded.matched, loaded.total) == (len(state) - of_heads, len(state))
     assert filled(model, state) == loaded.matched
-    assert loaded.head == "new head for 3 classes, the old one was for 7"
+    assert loaded.head == "new head for 3 classes (instead of 7)"
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -130,13 +130,13 @@ def pretrained(tmp_path, monkeypatch):
 def test_pretrained_weights_and_a_new_head(pretrained):
     model, loaded = made("student", "pretrained", "test_resnet", {})
     assert filled(model, pretrained) == loaded.matched == len(pretrained) - 2 == loaded.total - 2
-    assert loaded.head == "new head for 3 classes, the old one was for 1000"
+    assert loaded.head == "new head for 3 classes (instead of 1000)"
     model, loaded = made("teacher", "pretrained", "test_resnet", {}, classes=None)
     assert filled(model, pretrained) == loaded.matched == loaded.total and loaded.head is None
 
 
 def test_a_pretrained_teacher_gets_no_head_that_was_never_trained(pretrained):
-    with pytest.raises(UserError, match=r"teacher\.kwargs: num_classes would give a head that was never trained"):
+    with pytest.raises(UserError, match=r"teacher\.kwargs: num_classes would replace the trained head"):
         made("teacher", "pretrained", "test_resnet", {"num_classes": 3}, classes=None)
     model, loaded = made("teacher", "pretrained", "test_resnet", {"num_classes": 0}, classes=None)
     assert filled(model, pretrained) == loaded.matched == loaded.total and loaded.head is None
@@ -151,14 +151,14 @@ def test_the_pre_flight_and_the_provenance_tell_it(cli, recipe_file, tiny_recipe
     told = " ".join(shown.out.split())
     assert shown.code == 0, shown.err
     assert f"{len(state) - 2} of {len(state)} tensors from" in told
-    assert "new head for 3 classes, the old one was for 9" in told
-    assert "data 3, student 3; the teacher's 7 classes are others, only its features are used" in told
+    assert "new head for 3 classes (instead of 9)" in told
+    assert "data 3, student 3; the teacher has 7 other classes: only its features are used" in told
     refused = cli("train", recipe_file, "--dry-run", *weights)
     assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher of" in refused.err
 
     tiny_recipe["student"]["weights"] = str(files["student"])
     run = build(check_config(tiny_recipe, "test"), torch.device("cpu"))
-    assert provenance(run)["weights"]["student"]["head"] == "new head for 3 classes, the old one was for 9"
+    assert provenance(run)["weights"]["student"]["head"] == "new head for 3 classes (instead of 9)"
 
 
 SWIN = {"embed_dim": 24, "num_heads": [1, 2, 3, 6], "depths": [1, 1, 1, 1]}
@@ -242,7 +242,7 @@ def test_a_prefix_of_a_model_for_other_classes(tmp_path):
     model, loaded = made("teacher", tmp_path / "w.safetensors", "test_resnet", {})
     assert model.num_classes == 7 and filled(model, state) == len(state) and loaded.prefix == "backbone."
     model, loaded = made("student", tmp_path / "w.safetensors", "test_resnet", {})
-    assert loaded.head == "new head for 3 classes, the old one was for 7"
+    assert loaded.head == "new head for 3 classes (instead of 7)"
     assert loaded.keys["missing"] == ["fc.bias", "fc.weight"]
     assert loaded.keys["unexpected"] == ["backbone.fc.bias", "backbone.fc.weight"]
 
@@ -252,7 +252,7 @@ def test_of_two_models_in_a_file_none_is_chosen(tmp_path):
     path = tmp_path / "w.pt"
     torch.save({"teacher": named("backbone.", state), "student": named("module.backbone.", other(state))}, path)
     told = refused(path)
-    assert "holds several models that fit; choose one: " in told
+    assert "contains several models that fit; choose one with " in told
     assert "teacher.prefix=teacher.backbone. or teacher.prefix=student.module.backbone." in told
     model, loaded = made("teacher", path, "test_resnet", {}, prefix="teacher.backbone.")
     assert filled(model, state) == len(state) and loaded.prefix == "teacher.backbone."
@@ -263,7 +263,7 @@ def test_of_two_models_in_a_file_none_is_chosen(tmp_path):
     assert all(key.startswith("student.") for key in loaded.keys["unexpected"])
     told = refused(path, prefix="student.backbone.")
     assert "teacher.prefix: no tensor in" in told and "begins with student.backbone." in told
-    with pytest.raises(UserError, match=r"teacher\.prefix: has no effect here"):
+    with pytest.raises(UserError, match=r"teacher\.prefix has no effect without"):
         made("teacher", "random", "test_resnet", {}, prefix="x.")
 
 
@@ -291,7 +291,7 @@ def test_names_are_told_in_groups():
 def test_an_object_that_could_run_code_is_named(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "half": Fraction(1, 2)}, tmp_path / "w.pt")
     told = refused(tmp_path / "w.pt")
-    assert "holds fractions.Fraction beside its tensors and is not opened" in told and "can run code" in told
+    assert "contains fractions.Fraction besides tensors and is not opened" in told and "can run code" in told
 
 
 # ---------------------------------------------------------------- whether anyone trained them

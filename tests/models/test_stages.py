@@ -298,12 +298,12 @@ def refused(model, name, size, reason):
     view = StageView(model.eval(), name=name, image_size=size)
     first, second = view.refusal.split("\n")
     assert name in first and type(model).__name__ in first and reason in first
-    assert "Logit methods" in second
+    assert "Use logit methods" in second
     assert view.shapes.maps == () and view.shapes.final is None and not view.shapes.can_resume
     images = torch.randn(2, 3, *size)
     assert torch.equal(view(images, maps=False).logits, model(images))
     assert view(images, maps=False).maps == ()
-    with pytest.raises(ValueError, match="gives no stage maps"):
+    with pytest.raises(ValueError, match="has no stage maps"):
         view(images)
     with pytest.raises(ValueError, match="has no tail"):
         view(images, resumable=True)
@@ -313,12 +313,12 @@ def test_refusals_name_the_reason_and_leave_the_logits():
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     refused(plain, "plain", (16, 16), "no forward_intermediates")
     shallow, size = build("vit_tiny_patch16_224", depth=3)
-    refused(shallow, "vit", size, "3 blocks, four are needed")
+    refused(shallow, "vit", size, "3 blocks, but four are needed")
     dropping, size = build("vit_tiny_patch16_224", patch_drop_rate=0.25)
     refused(dropping, "vit", size, "patch_drop_rate")
     broken, size = build("resnet18")
     broken.forward_intermediates = lambda *args, **kwargs: (None, [])
-    refused(broken, "resnet18", size, "does not fit")
+    refused(broken, "resnet18", size, "its forward_intermediates fails")
 
 
 def test_wrong_sizes_are_said():
@@ -362,7 +362,7 @@ def test_resuming_needs_a_tail_and_eval_mode():
     own = OwnViT(img_size=32, num_classes=3, **SMALL_VIT).eval()
     view = StageView(own, name="own", image_size=(32, 32))
     assert not view.shapes.can_resume and view.refusal is None
-    with pytest.raises(ValueError, match=r"own cannot be run on.*OwnViT has no tail"):
+    with pytest.raises(ValueError, match=r"own cannot run from a stage to its end.*OwnViT has no tail"):
         view(torch.randn(1, 3, 32, 32), resumable=True)
 
 

@@ -23,7 +23,7 @@ from scalekd.config.recipe import check_config, load_recipe
 from scalekd.distill.distiller import Distiller
 from scalekd.models.build import build_model
 from scalekd.models.options import Model
-from scalekd.models.weights.file import as_overrides, read_file, said_in
+from scalekd.models.weights.file import as_overrides, read_file, train_arguments
 from scalekd.models.weights.match import as_prefix, find_prefix, load_weights, read_weights
 
 VIT = {"depth": 4, "img_size": 48}
@@ -124,21 +124,21 @@ def test_no_code_in_a_file_is_run(tmp_path: Path, payload: Callable[[Path], Any]
         read_file(file)
     except UserError as error:
         assert str(file) in str(error)
-    assert said_in(file) == {} and not trace.exists()
+    assert train_arguments(file) == {} and not trace.exists()
 
 
 def test_any_other_object_is_refused_by_its_name(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "x": Fraction(1, 2)}, tmp_path / "w.pt")
     told = refused(read_weights, tmp_path / "w.pt", "teacher")
-    assert "holds fractions.Fraction beside its tensors and is not opened: such objects can run code" in told
+    assert "contains fractions.Fraction besides tensors and is not opened: such objects can run code" in told
 
 
 # ---------------------------------------------------------------- what train.py says
 
 
 def test_what_a_checkpoint_and_args_yaml_say(timm_folder: Path, tmp_path: Path) -> None:
-    assert said_in(timm_folder / "last.pth.tar") == {"model": "test_vit", "num_classes": 3}
-    said = said_in(timm_folder / "args.yaml")
+    assert train_arguments(timm_folder / "last.pth.tar") == {"model": "test_vit", "num_classes": 3}
+    said = train_arguments(timm_folder / "args.yaml")
     assert (said["gp"], said["mean"], said["model_kwargs"]) == ("avg", [0.1, 0.2, 0.3], {"depth": 4})
     assert "img_size" not in said and "lr" not in said
     told = dict(part.split("=", 1) for part in shlex.split(as_overrides(said, timm_folder / "a b.pt", "teacher")))
@@ -146,9 +146,9 @@ def test_what_a_checkpoint_and_args_yaml_say(timm_folder: Path, tmp_path: Path) 
     assert json.loads(told["teacher.kwargs"]) == {"global_pool": "avg", "depth": 4}
     for text in ("[1]", "model: nothing-of-timm\nnum_classes: three", "model: !!python/name:os.system", "a: [", "\0"):
         (tmp_path / "args.yaml").write_text(text)
-        assert said_in(tmp_path / "args.yaml") == {}
+        assert train_arguments(tmp_path / "args.yaml") == {}
     torch.save({"arch": "visiontransformer", "args": {"num_classes": 5}}, tmp_path / "w.pt")
-    assert said_in(tmp_path / "w.pt") == {"num_classes": 5} and said_in(tmp_path / "nowhere.pt") == {}
+    assert train_arguments(tmp_path / "w.pt") == {"num_classes": 5} and train_arguments(tmp_path / "nowhere.pt") == {}
 
 
 def test_a_file_or_train_py_s_folder_in_place_of_a_name(
@@ -160,10 +160,10 @@ def test_a_file_or_train_py_s_folder_in_place_of_a_name(
         return refused(check_config, tiny_recipe | {role: {"model": str(name), "weights": "pretrained"}}, "test")
 
     told = told_of(best)
-    assert f"test: teacher.model: {best} is a file. By model_best.pth.tar: model test_vit, num_classes 3." in told
+    assert f"test: teacher.model: {best} is a file. model_best.pth.tar says: model test_vit, num_classes 3." in told
     assert told.endswith(f"teacher.model=test_vit teacher.weights={best}")
     told = told_of(timm_folder)
-    assert "holds no model" in told and f"teacher.model=test_vit teacher.weights={best}" in told
+    assert "contains no model" in told and f"teacher.model=test_vit teacher.weights={best}" in told
     (tmp_path / "plain").mkdir()
     torch.save(trained().state_dict(), tmp_path / "plain" / "w.pth")
     assert f"student.model=NAME student.weights={tmp_path / 'plain' / 'w.pth'}" in told_of(
@@ -171,7 +171,7 @@ def test_a_file_or_train_py_s_folder_in_place_of_a_name(
     )
     (timm_folder / "config.json").write_text("{}")
     (timm_folder / "model.safetensors").touch()
-    assert f"name its folder: teacher.model={timm_folder}" in told_of(timm_folder / "model.safetensors")
+    assert f"use its folder: teacher.model={timm_folder}" in told_of(timm_folder / "model.safetensors")
 
 
 def test_settings_that_are_told_are_right(recipe_file: Path, timm_folder: Path) -> None:
@@ -179,8 +179,8 @@ def test_settings_that_are_told_are_right(recipe_file: Path, timm_folder: Path) 
     for file in timm_folder.glob("*.tar"):
         torch.save({"state_dict": model.state_dict()}, file)
     told = refused(load_recipe, str(recipe_file), [f"teacher.model={timm_folder}"])
-    assert "By args.yaml: model test_vit, num_classes 3, input_size" in told
-    settings = shlex.split(told.split("as its weights: ")[1])
+    assert "args.yaml says: model test_vit, num_classes 3, input_size" in told
+    settings = shlex.split(told.split("weights to the file: ")[1])
 
     def build(changes: list[str]) -> nn.Module:
         spec = load_recipe(str(recipe_file), changes).teacher
@@ -195,12 +195,12 @@ def test_settings_that_are_told_are_right(recipe_file: Path, timm_folder: Path) 
 def test_a_folder_is_no_file_of_weights(cli: Callable[..., Any], timm_folder: Path, tmp_path: Path) -> None:
     told = refused(read_weights, timm_folder, "teacher")
     assert told == (
-        f"teacher.weights: {timm_folder} is a folder, not a file of weights; name a file in it, "
+        f"teacher.weights: {timm_folder} is a folder, not a weights file; use a file in it, "
         f"such as {timm_folder / 'model_best.pth.tar'}"
     )
     (tmp_path / "photos").mkdir()
     shown = cli("import", tmp_path / "photos", "--model", "resnet18", "--out", tmp_path / "out")
-    assert shown.code == 2 and "is a folder, not a file of weights, and no file in it ends in" in shown.err
+    assert shown.code == 2 and "is a folder, not a weights file, and no file in it ends in" in shown.err
     assert "Did you mean `last.pth.tar`" in refused(read_weights, timm_folder / "lst.pth.tar", "teacher")
 
 
@@ -209,9 +209,9 @@ def test_a_folder_is_no_file_of_weights(cli: Callable[..., Any], timm_folder: Pa
     [
         ("hf-hub:timm/resnet18.a1_in1k", r"teacher.model: .* Its name in timm is `resnet18.a1_in1k`"),
         ("timm/resnet18.a1_in1k", r"Its name in timm is `resnet18.a1_in1k`"),
-        ("hf-hub:me/vit@v2", r"`hf download me/vit --revision v2 --local-dir vit`, then name it, ./vit"),
-        ("hf_hub:me/resnet18", r"`hf download me/resnet18 --local-dir resnet18`, then name it, ./resnet18"),
-        ("local-dir:models/vit", r"Name the folder itself: models/vit"),
+        ("hf-hub:me/vit@v2", r"`hf download me/vit --revision v2 --local-dir vit`, then use its folder, ./vit"),
+        ("hf_hub:me/resnet18", r"`hf download me/resnet18 --local-dir resnet18`, then use its folder, ./resnet18"),
+        ("local-dir:models/vit", r"Use the folder's path: models/vit"),
         ("models/vit", r"timm has no model `models/vit`, and there is no such folder"),
         ("resnet5O", r"timm has no model `resnet5O`. Did you mean"),
     ],
@@ -232,13 +232,15 @@ def test_a_wrong_depth_is_told_under_the_prefix_with_what_the_file_says(tmp_path
     assert (
         f"{missing} of {whole} tensors matched; {whole - missing} missing (blocks." in told and "left over" not in told
     )
-    assert "Of its model the file says: model test_vit, num_classes 3." in told and "prefix" not in told
+    assert "The file says: model test_vit, num_classes 3." in told and "prefix" not in told
 
 
 def test_names_that_are_quite_others(tmp_path: Path) -> None:
     torch.save({"encoder.a.weight": torch.ones(3)}, tmp_path / "w.pt")
     told = refused(made, tmp_path / "w.pt", name="test_resnet")
-    assert "0 of " in told and "1 left over (encoder.a.weight)" in told and "or teacher.prefix, what stands" in told
+    assert (
+        "0 of " in told and "1 left over (encoder.a.weight)" in told and "or set teacher.prefix to the prefix" in told
+    )
 
 
 def backbone(model: nn.Module) -> dict[str, Tensor]:
@@ -250,7 +252,7 @@ def test_a_missing_classifier_is_not_what_is_wrong_with_a_backbone(tmp_path: Pat
     torch.save({"model": state | {"decoder_embed.weight": torch.ones(8, 4)}}, tmp_path / "mae.pth")
     told = refused(made, tmp_path / "mae.pth")
     assert f"{len(state)} of {len(state)} tensors matched; 1 left over (decoder_embed.weight)." in told
-    assert "head" not in told and "MAE's decoder, save the others alone" in told
+    assert "head" not in told and "MAE's decoder, save the file without them" in told
     torch.save(state | {"norm.bias": torch.ones(5)}, tmp_path / "other.pth")
     told = refused(made, tmp_path / "other.pth")
     assert " missing (" not in told and "norm.bias is (5,) in the file" in told and "decoder" not in told

@@ -255,7 +255,7 @@ def test_a_dry_run_writes_nothing(scenes, tmp_path):
     assert train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
     assert not (tmp_path / "run").exists()
     assert "6 training images, 3 for validation, 10 classes" in out.getvalue()
-    assert "all parameters get gradients" in out.getvalue()
+    assert "all trainable parameters receive gradients" in out.getvalue()
 
 
 def test_validation_images_are_not_trained_on(scenes, tmp_path):

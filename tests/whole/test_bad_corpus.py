@@ -219,7 +219,7 @@ def mistaken(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[b
 NOT_WHOLE = "last.pt is damaged or not a checkpoint: "
 OTHER_RUN = "last.pt belongs to a run of another recipe (first difference: "
 NOT_OF_RUN = "last.pt does not fit this recipe: "
-CARD = "student.json is not a student's card: "
+CARD = "student.json is not a valid student card: "
 UNFIT = "student.safetensors does not fit its card"
 CHECKPOINTS = [
     ("checkpoint cut off", resumed("last.pt", change=lambda raw: raw[:-1]), NOT_WHOLE),
@@ -267,7 +267,7 @@ CHECKPOINTS = [
      UNFIT),
     ("weights with one bit changed", student_file("student.safetensors", flipped), UNFIT),
     ("weights cut off", student_file("student.safetensors", lambda raw: raw[: len(raw) // 2]), UNFIT),
-    ("student that is a .pth with code", as_pth, "no student.safetensors with its .json there"),
+    ("student that is a .pth with code", as_pth, "no student.safetensors with its .json"),
     ("folder without a student", lambda p: ["evaluate", p.folder, "--data", p.images], "no student.safetensors"),
 ]  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
 def test_a_students_card_names_a_model_and_nothing_else(student, changes, message):
     card = student / "student.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | changes))
-    with pytest.raises(UserError, match=rf"student\.json is not a student's card: .*{message}"):
+    with pytest.raises(UserError, match=rf"student\.json is not a valid student card: .*{message}"):
         load_student(student)
 
 

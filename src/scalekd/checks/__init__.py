@@ -1,1 +1,1 @@
-"""What is checked before training starts."""
+"""The pre-flight: checks before training starts."""

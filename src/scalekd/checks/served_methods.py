@@ -1,4 +1,4 @@
-"""`scalekd teachers`: which methods a teacher serves, found by building it and the methods, without weights."""
+"""`scalekd teachers`: which methods work with a teacher, found by building both without weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import usual_size
 from scalekd.models.stages import Shapes, StageView
 
-# family -> pre-trained weights of a small member by timm's name; the others of a family are of the same class
-STUDENT = "resnet50"  # the student that methods are tried with, unless one is named
+STUDENT = "resnet50"  # methods are built for this student unless another is given
+
+# family -> timm name of a small member; the other members are of the same class
 FAMILIES = {
     "DINOv2": "vit_small_patch14_dinov2.lvd142m",
     "DINOv2, registers": "vit_small_patch14_reg4_dinov2.lvd142m",
@@ -45,12 +46,12 @@ ON_LOGITS = [name for name, method in METHODS.items() if not getattr(method, "ne
 
 
 def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
-    """What there is to know of a timm model as a teacher, and for each method None, or why it cannot serve.
+    """Facts about a timm model as a teacher, and for each method None or the reason why it does not work.
 
-    student: whom the methods are built for; a ResNet-50 at 224 pixels unless given. Raises `UserError` for an unknown name.
+    student: the student's shapes; by default those of a ResNet-50 at 224 pixels. Raises `UserError` for an unknown name.
     """
     view = _view(name)
-    shapes, pupil = view.shapes, student or _view(STUDENT).shapes
+    shapes, student_shapes = view.shapes, student or _view(STUDENT).shapes
     model, embedding = view.model, is_embedding(name, shapes.classes)
     return {
         "model": name,
@@ -61,14 +62,14 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
         "classes": 0 if embedding else shapes.classes,
         "embedding": shapes.classes if embedding else 0,
         "resumable": shapes.can_resume,
-        "methods": {m: _obstacle(m, pupil, view, embedding) for m in METHODS if reads_teacher(m)},
+        "methods": {m: _obstacle(m, student_shapes, view, embedding) for m in METHODS if reads_teacher(m)},
     }
 
 
 def _view(name: str) -> StageView:
     if not timm.is_model(name):
-        known = nearest(name.split(".")[0], timm.list_models())
-        raise UserError(f"timm has no model `{printable(name)}`.{known}")
+        hint = nearest(name.split(".")[0], timm.list_models())
+        raise UserError(f"timm has no model `{printable(name)}`.{hint}")
     try:
         with torch.device("meta"):
             model = timm.create_model(name).eval()
@@ -79,6 +80,7 @@ def _view(name: str) -> StageView:
 
 
 def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) -> str | None:
+    """Why the method does not work with this teacher, or None."""
     if embedding and method in (*ON_LOGITS, "ofa"):
         return f"its {view.shapes.classes} outputs are an embedding; `scalekd head` fits a classifier for your classes"
     if not view.shapes.classes and method in (*ON_LOGITS, "ofa"):
@@ -86,7 +88,7 @@ def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) ->
     if view.refusal and method not in ON_LOGITS:
         return view.refusal.splitlines()[0]
     teacher = view.shapes
-    if method in (*ON_LOGITS, "ofa"):  # whose classes it knows is a matter of its weights
+    if method in (*ON_LOGITS, "ofa"):  # its classes depend on its weights: assume the student's
         student = Shapes(
             student.model, student.maps, student.final, teacher.classes, student.can_resume, student.pooled
         )
@@ -101,8 +103,8 @@ def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) ->
 COLUMNS = ("family", "teacher", "pixels", "last map", "tokens", "on logits", "on features", "tpp, scalekd")
 
 
-def rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """One for each teacher: which of three groups of methods it serves."""
+def rows(teachers: list[dict[str, Any]]) -> list[list[str]]:
+    """A table row per teacher: its input, and which of three groups of methods work with it."""
     return [
         [
             entry.get("family", ""),
@@ -114,7 +116,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
             _cell(entry, [m for m in METHODS if m not in (*ON_LOGITS, *RUN_ON)]),
             _cell(entry, RUN_ON),
         ]
-        for entry in found
+        for entry in teachers
     ]
 
 
@@ -124,32 +126,34 @@ def _cell(entry: dict[str, Any], group: list[str]) -> str:
     return "yes" if not refused else "no" if len(refused) == len(members) else f"not {', '.join(refused)}"
 
 
-def notes(found: list[dict[str, Any]]) -> list[str]:
-    """Why, each reason once."""
-    told: dict[str, tuple[list[str], list[str]]] = {}
-    for entry in found:
+def notes(teachers: list[dict[str, Any]]) -> list[str]:
+    """Why methods do not work, one line per reason."""
+    affected: dict[str, tuple[list[str], list[str]]] = {}
+    for entry in teachers:
         for method, reason in entry["methods"].items():
             if reason:
                 short = reason.replace(entry["model"], "it").removeprefix(f"{method} ").removeprefix("needs ")
-                methods, models = told.setdefault(short, ([], []))
+                methods, models = affected.setdefault(short, ([], []))
                 methods += [] if method in methods else [method]
                 models += [] if entry["model"] in models else [entry["model"]]
-    return [f"{', '.join(methods)}, with {', '.join(models)}: {reason}" for reason, (methods, models) in told.items()]
+    return [
+        f"{', '.join(methods)}, with {', '.join(models)}: {reason}" for reason, (methods, models) in affected.items()
+    ]
 
 
-def show(found: list[dict[str, Any]], console: Console) -> None:
+def show(teachers: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
-    for row in rows(found):
+    for row in rows(teachers):
         table.add_row(*row)
     console.print(table, "", markup=False, highlight=False)
-    for note in notes(found):
+    for note in notes(teachers):
         console.print(note, markup=False, highlight=False)
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    """What docs/results/teachers.md holds."""
+def markdown(teachers: list[dict[str, Any]]) -> str:
+    """The contents of docs/results/teachers.md."""
     lines = [
         "# Teachers and the methods they serve",
         "",
@@ -157,11 +161,11 @@ def markdown(found: list[dict[str, Any]]) -> str:
         "scalekd teachers --markdown > docs/results/teachers.md",
     ]
     lines += ["```", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(found)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(found))]) + "\n"
+    lines += [f"| {' | '.join(row)} |" for row in rows(teachers)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(teachers))]) + "\n"
 
 
 def families() -> list[dict[str, Any]]:
-    """An entry for each of FAMILIES."""
+    """`examine` for a member of each of `FAMILIES`."""
     student = _view(STUDENT).shapes
     return [{"family": family} | examine(name, student) for family, name in FAMILIES.items()]

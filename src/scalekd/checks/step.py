@@ -1,25 +1,20 @@
-"""Two real training steps before training: gradients, memory and time."""
+"""Two trial training steps on real batches, checking gradients, memory and time; and the printed screen."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
-
-from scalekd.common.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 import math
 import resource
 import time
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from scalekd.common import parallel
+from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import counted, duration, printable
 from scalekd.train.compile import explain_compile_failure
@@ -29,12 +24,15 @@ from .model import Check
 
 
 def dead_parameters(model: nn.Module) -> list[str]:
-    """After a backward pass: names of trainable parameters that received no gradient."""
+    """Names of trainable parameters that received no gradient. Call it after a backward pass."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def finish(run: Run, title: str, checks: list[Check], console: Console) -> None:
-    """Adds a step to the checks unless one failed already, prints all; raises `UserError` with the fixes if one fails."""
+    """Runs the trial steps unless a check failed already, and prints the screen.
+
+    Raises `UserError` with the fixes if a check failed.
+    """
     if not any(c.status == "fail" for c in checks):
         checks = [*checks, *one_step(run), *_bad_images(run)]
     if parallel.rank() == 0:
@@ -50,13 +48,16 @@ def _print(title: str, checks: list[Check], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 1))
     for c in checks:
         text = c.text + (f". {c.fix}" if c.status == "warn" and c.fix else "")
-        # Text: a class may be called [red]
+        # Text, because rich reads a class name such as [red] as markup
         table.add_row(Text(c.status, colours[c.status]), c.name, Text(printable(text)))
     console.print(table, highlight=False)
 
 
 def one_step(run: Run) -> list[Check]:
-    """Two forward and backward passes on real batches; batch-norm statistics are put back, nothing is updated."""
+    """Runs two forward and backward passes on real batches.
+
+    Updates no parameter and restores all buffers, such as batch-norm statistics.
+    """
     d, config = run.model, run.config
     before = {name: b.clone() for name, b in d.named_buffers()}
     sampler = run.train_sampler(steps=min(2, run.total_steps))
@@ -88,15 +89,16 @@ def one_step(run: Run) -> list[Check]:
 
 
 def _bad_images(run: Run) -> list[Check]:
-    found = {k: v for images in (run.train_images, run.val_images) if images.bad for k, v in images.bad.found.items()}
-    if not found:
+    bad = {k: v for images in (run.train_images, run.val_images) if images.bad for k, v in images.bad.found.items()}
+    if not bad:
         return []
-    name, reason = next(iter(found.items()))
-    told = f"{len(found)} of those looked at cannot be read, such as {name}: {reason}"
-    return [Check("images", "warn", told, "They are left out, as data.on_bad_image says")]
+    name, reason = next(iter(bad.items()))
+    text = f"{len(bad)} of the images read so far cannot be opened, such as {name}: {reason}"
+    return [Check("images", "warn", text, "They are skipped (data.on_bad_image)")]
 
 
 def forward_backward(run: Run, batch: Any) -> dict[str, torch.Tensor]:
+    """One forward and backward pass in the run's precision. Returns the losses, detached."""
     precision = run.config.train.precision
     with explain_compile_failure():
         with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
@@ -111,18 +113,18 @@ def _gradients(values: dict[str, float], dead: list[str]) -> Check:
         return Check(
             "one step",
             "fail",
-            f"not finite: {', '.join(bad)}",
-            "Use train.precision=float32, or look at the images and the teacher's weights",
+            f"NaN or infinite: {', '.join(bad)}",
+            "Set train.precision=float32, or check the images and the teacher's weights",
         )
     if dead:
         return Check(
             "one step",
             "fail",
-            f"{len(dead)} trainable parameters get no gradient: {', '.join(dead[:3])}",
-            "Freeze them (requires_grad=False) or use them",
+            f"{len(dead)} trainable parameters receive no gradient: {', '.join(dead[:3])}",
+            "Use them in the forward pass, or freeze them (requires_grad=False)",
         )
-    told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    return Check("one step", "ok", f"all parameters get gradients; {told}")
+    text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    return Check("one step", "ok", f"all trainable parameters receive gradients; losses: {text}")
 
 
 def _memory(run: Run) -> Check:
@@ -134,10 +136,10 @@ def _memory(run: Run) -> Check:
         return Check(
             "memory",
             "ok" if peak < 0.9 * total else "warn",
-            f"{peak:.1f} GiB at the peak of a step without optimiser state, of {total:.0f} GiB",
+            f"peak {peak:.1f} of {total:.0f} GiB in one step, without optimiser state",
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Check("memory", "ok", f"{peak:.1f} GiB at the peak of this process")
+    return Check("memory", "ok", f"peak {peak:.1f} GiB in this process")
 
 
 def _time(run: Run, data_s: float, step_s: float) -> Check:
@@ -147,5 +149,5 @@ def _time(run: Run, data_s: float, step_s: float) -> Check:
         "time",
         "ok",
         f"about {duration(step * run.total_steps)} for {counted(run.epochs(run.total_steps), 'epoch')} of "
-        f"{counted(run.steps_per_epoch, 'step')}, {step:.2f} s a step, without validation",
+        f"{counted(run.steps_per_epoch, 'step')}, {step:.2f} s per step, without validation",
     )

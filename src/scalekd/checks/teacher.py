@@ -1,4 +1,4 @@
-"""What the pre-flight says of a teacher: its weights, names of classes, input, and how good it is on a sample."""
+"""Pre-flight checks of a teacher: class names, input, and accuracy on a sample of the validation images."""
 
 from __future__ import annotations
 
@@ -34,197 +34,214 @@ from .evidence import (
 from .model import Check, shown
 
 SAMPLE = 512  # validation images for the teacher's accuracy
-BYTES = 2**28  # for the pixels of a sample
-FEW = 256  # for its features, and for a second look at many classes
-ENOUGH = 100  # images by which features must be clearly better than those of initial values
-TIGHT = 10.0  # points: an accuracy known this well and at chance is chance
+BYTES = 2**28  # most memory for the pixels of a sample
+FEW = 256  # images for a test of its features, and of few classes where there are many
+ENOUGH = 100  # from this many images on, features must be clearly better than those of initial values
+TIGHT = 10.0  # percentage points: if three standard errors are below this, an accuracy at chance level is certain
 
 
-def _beside_teacher(of: Taught) -> Described | None:
-    """What stands beside the file of the teacher's weights, if they are from a file."""
-    weights = of.spec.weights
+def card_of(taught: Taught) -> Described | None:
+    """The metadata next to the teacher's weights file, if there is any."""
+    weights = taught.spec.weights
     return beside(resolve(weights)) if weights not in (None, "random", "pretrained") else None
 
 
-def _fitted(of: Taught) -> HeadCard | None:
-    """What `scalekd head` wrote beside the teacher's head, if that is where it is from."""
-    return read_head(resolve(of.spec.head), f"{of.place}.head")[0] if of.spec.head else None
+def _head_card(taught: Taught) -> HeadCard | None:
+    """The card of the teacher's head, if `scalekd head` fitted it."""
+    return read_head(resolve(taught.spec.head), f"{taught.place}.head")[0] if taught.spec.head else None
 
 
-def class_names(run: DistillationRun, of: Taught, told: str) -> Check:
-    """Beside those that the teacher's file is told to have, where the numbers are equal."""
-    card = _beside_teacher(of)
-    theirs = card.classes if card and not of.spec.head else None
-    ours, here = list(run.classes), "here"
-    if of.spec.classes is not None:
-        ours, here = teachers_order(of.spec.classes, ours, of.place), f"in {of.place}.classes"
-        told += f", put in the data's order from that {here}"
+def class_names(run: DistillationRun, taught: Taught, text: str) -> Check:
+    """Compares the data's class names with those next to the teacher's weights, for equal numbers of classes."""
+    card = card_of(taught)
+    theirs = card.classes if card and not taught.spec.head else None
+    ours, source = list(run.classes), "the data"
+    if taught.spec.classes is not None:
+        ours, source = teachers_order(taught.spec.classes, ours, taught.place), f"{taught.place}.classes"
+        text += f", reordered from {source} to the data's order"
     if theirs is None or len(theirs) != len(ours) or theirs == [str(i) for i in range(len(theirs))]:
-        return Check("classes", "ok", told)  # the file has no names
+        return Check("classes", "ok", text)  # the file has no names
     if theirs == ours:
-        return Check("classes", "ok", f"{told}, of the same names in the same order")
-    odd = next(f"{i} is {a} there and {b} {here}" for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
-    told += f"; what stands beside its weights names others, class {odd}"
-    logits = logit_losses(run.config, of.label)
+        return Check("classes", "ok", f"{text}, with the same names in the same order")
+    i, a, b = next((i, a, b) for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
+    text += f"; class {i} is {a} in the file next to its weights and {b} in {source}"
+    logits = logit_losses(run.config, taught.label)
     if logits and set(theirs) == set(ours):
-        fix = f"Its classes are in another order, so {', '.join(logits)} would teach the wrong ones; "
+        fix = f"Its class order differs, so {', '.join(logits)} would teach the wrong classes; "
         right = theirs == list(run.classes)
-        fix += f"leave {of.place}.classes out" if right else remedy(theirs, run.classes, of.place)
-        return Check("classes", "fail", told, fix)
-    return Check("classes", "warn", told, "If they are others, its logits are of no use")
+        fix += f"remove {taught.place}.classes" if right else remedy(theirs, run.classes, taught.place)
+        return Check("classes", "fail", text, fix)
+    return Check("classes", "warn", text, "If its classes really differ, do not use its logits")
 
 
-def teacher_input(run: DistillationRun, of: Taught, told: str) -> Check:
-    """The teacher's input beside what it was made for, as far as that is known."""
-    card, augment, name = _beside_teacher(of), run.config.augment, f"{of.label} input"
-    ours = of.teacher.mean.flatten().cpu(), of.teacher.std.flatten().cpu()
+def teacher_input(run: DistillationRun, taught: Taught, text: str) -> Check:
+    """Compares the teacher's input with what it was trained for, as far as that is known."""
+    card, augment, name = card_of(taught), run.config.augment, f"{taught.label} input"
+    ours = taught.teacher.mean.flatten().cpu(), taught.teacher.std.flatten().cpu()
     if doubt := input_doubt(*(v.tolist() for v in ours)):
-        return Check(name, "warn", told, doubt)
-    if fitted := _fitted(of):  # its mean, std and size were compared when it was loaded
-        told += _cut_otherwise("its head was fitted", fitted.crop_pct, fitted.interpolation, augment)
-    stated = _stated(of)
+        return Check(name, "warn", text, doubt)
+    if head := _head_card(taught):  # its mean, std and size were compared when it was loaded
+        text += _other_crop("its head was fitted", head.crop_pct, head.interpolation, augment)
+    stated = _stated(taught)
     if stated is None:
-        return Check(name, "ok", told)
-    if card and of.teacher.size != card.image_size:
-        told += f"; made for {card.image_size[0]}x{card.image_size[1]}"
-    if card and not fitted:
-        told += _cut_otherwise("validated", card.crop_pct, card.interpolation, augment)
-    if _as_stated(of):
-        return Check(name, "ok", told)
+        return Check(name, "ok", text)
+    if card and taught.teacher.size != card.image_size:
+        text += f"; trained for {card.image_size[0]}x{card.image_size[1]}"
+    if card and not head:
+        text += _other_crop("it was validated", card.crop_pct, card.interpolation, augment)
+    if _as_stated(taught):
+        return Check(name, "ok", text)
     theirs = shown(*map(torch.tensor, stated))
-    if card is None and of.spec.weights != "pretrained" and _has_the_classes(run, of):
-        return Check(name, "ok", f"{told}; timm says {theirs}")  # its answers will tell which is right
+    if card is None and taught.spec.weights != "pretrained" and has_data_classes(run, taught):
+        return Check(name, "ok", f"{text}; timm's default is {theirs}")  # the accuracy check finds out which is right
     if card:
-        fix = f"Beside its weights stands: {theirs}; set {of.place}.mean and {of.place}.std to that if it is right"
+        fix = f"The file next to its weights says {theirs}; if that is right, set {taught.place}.mean and {taught.place}.std to it"
     else:
-        fix = f"timm says: {theirs}; leave {of.place}.mean and {of.place}.std out to use it"
-    return Check(name, "warn", told, fix)
+        fix = f"timm's default is {theirs}; to use it, remove {taught.place}.mean and {taught.place}.std"
+    return Check(name, "warn", text, fix)
 
 
-def _stated(of: Taught) -> Statistics | None:
-    """Mean and std that the teacher was made for, as far as anything says so: its card, or timm.
+def _stated(taught: Taught) -> Statistics | None:
+    """Mean and std that the teacher was trained with, from its card or from timm; None if unknown.
 
-    What timm says of a name counts for timm's own weights, and for a file where the recipe says otherwise.
+    timm's values count for timm's own weights, and for a file if the recipe sets other values.
     """
-    if card := _beside_teacher(of):
+    if card := card_of(taught):
         return tuple(card.mean), tuple(card.std)
-    in_file = of.spec.weights not in (None, "random", "pretrained")
-    if of.spec.weights == "pretrained" or (in_file and (of.spec.mean or of.spec.std)):
-        return default_statistics(of.teacher.view.model)
+    in_file = taught.spec.weights not in (None, "random", "pretrained")
+    if taught.spec.weights == "pretrained" or (in_file and (taught.spec.mean or taught.spec.std)):
+        return default_statistics(taught.teacher.view.model)
     return None
 
 
-def _as_stated(of: Taught) -> bool:
-    stated = _stated(of)
-    ours = of.teacher.mean.flatten().cpu(), of.teacher.std.flatten().cpu()
+def _as_stated(taught: Taught) -> bool:
+    stated = _stated(taught)
+    ours = taught.teacher.mean.flatten().cpu(), taught.teacher.std.flatten().cpu()
     return stated is not None and all(torch.allclose(a, torch.tensor(b), atol=1e-3) for a, b in zip(ours, stated))
 
 
-def _has_the_classes(run: DistillationRun, of: Taught) -> bool:
-    """Whether the teacher's logits can be held against the labels."""
-    count = of.teacher.view.shapes.classes
-    return 1 < len(run.classes) == count and not gives_embeddings(of.spec, count, count)
+def _statistics(taught: Taught) -> tuple[torch.Tensor, torch.Tensor]:
+    return taught.teacher.mean, taught.teacher.std
 
 
-def _cut_otherwise(done: str, crop_pct: float, interpolation: str, augment: Augment) -> str:
+def has_data_classes(run: DistillationRun, taught: Taught) -> bool:
+    """Whether the teacher's logits can be compared with the labels."""
+    count = taught.teacher.view.shapes.classes
+    return 1 < len(run.classes) == count and not gives_embeddings(taught.spec, count, count)
+
+
+def _other_crop(what: str, crop_pct: float, interpolation: str, augment: Augment) -> str:
+    """what: the clause in front, such as `it was validated`."""
     if (crop_pct, interpolation) == (augment.crop_pct, augment.interpolation):
         return ""
-    return f"; {done} with crop_pct {crop_pct:g}, {interpolation}, which augment sets for both models"
+    return f"; {what} with crop_pct {crop_pct:g}, {interpolation} (set them in `augment`, for both models)"
 
 
-def teacher_accuracy(run: DistillationRun, of: Taught) -> list[Check]:
-    """By its logits on a sample, with what may be wrong with it; by its features where its classes are others."""
+def teacher_accuracy(run: DistillationRun, taught: Taught) -> list[Check]:
+    """Evaluates the teacher on a sample: its logits, or its features if it has other classes, and likely errors."""
     if len(run.classes) < 2:
         return []
-    return [_by_logits(run, of)] if _has_the_classes(run, of) else _by_features(run, of)
+    return [accuracy_by_logits(run, taught)] if has_data_classes(run, taught) else _by_features(run, taught)
 
 
-def _by_logits(run: DistillationRun, of: Taught) -> Check:
-    classes, statistics = len(run.classes), (of.teacher.mean, of.teacher.std)
-    model = of.teacher.view.model
-    sample = _sample(run, of, SAMPLE)
+def accuracy_by_logits(run: DistillationRun, taught: Taught) -> Check:
+    """Top-1 accuracy on a sample, with a warning or an error for a wrong class order, mean or std."""
+    name, model, statistics = f"{taught.label} accuracy", taught.teacher.view.model, _statistics(taught)
+    sample = sample_of(run, taught, SAMPLE)
     logits = logits_of(model, sample, *statistics)
-    n = len(logits)
+    n, classes = len(logits), len(run.classes)
     top1 = 100 * (logits.argmax(1) == sample.targets).double().mean().item()
-    fitted = _fitted(of)
-    known = of.spec.top1 or (fitted.validation["after"]["top1"] if fitted else None)
-    chance = 100 / classes
-    told = f"{top1:.1f} % on {n} validation images" + (f" (known: {known:.1f} %)" if known else "")
-    slack = 3 * math.sqrt(max(top1, 1) * max(100 - top1, 1) / n)  # three standard errors, in points
-    at_chance = top1 <= chance + slack
-    doubt = ""
-    if at_chance and slack <= TIGHT:
-        doubt = f"That is chance level ({chance:.1f} %): wrong weights, or classes in another order?"
-    elif known and top1 < known - slack:
-        doubt = "Far below its known figure: other mean/std, size or class order?"
-    elif at_chance:
-        doubt = f"That cannot be told from chance ({chance:.1f} %) on {n} images; if it should be far above, look at weights and class order"
+    head = _head_card(taught)
+    known = taught.spec.top1 or (head.validation["after"]["top1"] if head else None)
+    text = f"{top1:.1f} % on {n} validation images" + (f" (known: {known:.1f} %)" if known else "")
+    at_chance, doubt = _doubt(top1, known, n, 100 / classes)
     evidence = None
-    if of.spec.weights != "random":
-        seen, targets = logits, sample.targets
-        order = other_order(seen, targets, run.classes)
-        if at_chance and not order and n < 8 * classes:  # too few of each class
-            few = _sample(run, of, FEW, of_few_classes=True)
-            seen, targets = logits_of(model, few, *statistics), few.targets
-            order = other_order(seen, targets, run.classes)
+    if taught.spec.weights != "random":
+        tested, targets = logits, sample.targets
+        order = other_order(tested, targets, run.classes)
+        if at_chance and not order and n < 8 * classes:  # too few images per class
+            few = sample_of(run, taught, FEW, of_few_classes=True)
+            tested, targets = logits_of(model, few, *statistics), few.targets
+            order = other_order(tested, targets, run.classes)
         if order:
-            if _names_known(run, of):  # it takes some classes for others: few labels can do that
-                return Check(f"{of.label} accuracy", "warn", told, f"{order}. Yet its classes have the data's names")
-            status: Literal["warn", "fail"] = "fail" if logit_losses(run.config, of.label) else "warn"
-            return Check(f"{of.label} accuracy", status, told, f"{order}. {_right_order(run, of, seen, targets)}")
+            if _names_known(run, taught):  # it confuses some classes; a head fitted on few labels may do that
+                return Check(name, "warn", text, f"{order}. But its class names are in the data's order")
+            status: Literal["warn", "fail"] = "fail" if logit_losses(run.config, taught.label) else "warn"
+            return Check(name, status, text, f"{order}. {_right_order(run, taught, tested, targets)}")
         evidence = other_statistics(model, sample, *statistics, logits)
-    return Check(f"{of.label} accuracy", "warn" if doubt or evidence else "ok", told, evidence or doubt)
+    return Check(name, "warn" if doubt or evidence else "ok", text, evidence or doubt)
 
 
-def _names_known(run: DistillationRun, of: Taught) -> bool:
-    """Whether names beside the weights say that the teacher's classes are in the data's order; a head's always are."""
-    card = _beside_teacher(of)
-    in_order = card is not None and of.spec.classes is None and card.classes == list(run.classes)
-    return of.spec.head is not None or in_order
+def _doubt(top1: float, known: float | None, n: int, chance: float) -> tuple[bool, str]:
+    """Whether an accuracy on `n` images may be chance, and a warning if it is too low. All in %."""
+    slack = 3 * math.sqrt(max(top1, 1) * max(100 - top1, 1) / n)  # three standard errors, in percentage points
+    at_chance = top1 <= chance + slack
+    if at_chance and slack <= TIGHT:
+        return True, f"This is chance level ({chance:.1f} %): check its weights and class order"
+    if known and top1 < known - slack:
+        return at_chance, "This is far below its known accuracy: check mean, std, image size and class order"
+    if at_chance:
+        return True, (
+            f"{n} images cannot tell this from chance level ({chance:.1f} %): if it should be far above, check its weights "
+            "and class order"
+        )
+    return False, ""
 
 
-def _right_order(run: DistillationRun, of: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
-    """What to set, where these logits were found to be in another order than the data's classes."""
-    if of.spec.classes is not None:
-        return f"Is {of.place}.classes right? It is the order of the teacher's classes, first to last"
+def _names_known(run: DistillationRun, taught: Taught) -> bool:
+    """Whether the names next to the weights are in the data's order. Those of a fitted head always are."""
+    card = card_of(taught)
+    in_order = card is not None and taught.spec.classes is None and card.classes == list(run.classes)
+    return taught.spec.head is not None or in_order
+
+
+def _right_order(run: DistillationRun, taught: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:
+    """How to fix a class order that differs from the data's, for the logits that show it."""
+    if taught.spec.classes is not None:
+        return f"Check {taught.place}.classes: it must list the teacher's classes in the order of its outputs"
     theirs = natural(run.classes)
     if theirs and is_order(logits, targets, rows(theirs, run.classes)):
-        return f"That is the order of timm's train.py: set {of.place}.classes=natural"
-    return f"Set {of.place}.classes to the names in the teacher's order, or start with --no-preflight if they are right"
+        return f"The order is that of timm's train.py: set {taught.place}.classes=natural"
+    return f"Set {taught.place}.classes to the class names in the order of its outputs; if the order is right, skip the checks (`preflight`)"
 
 
-def _by_features(run: DistillationRun, of: Taught) -> list[Check]:
-    name, own, statistics = f"{of.label} features", of.loaded, (of.teacher.mean, of.teacher.std)
-    sample = _sample(run, of, FEW, of_few_classes=True)
+def _by_features(run: DistillationRun, taught: Taught) -> list[Check]:
+    name, own, statistics = f"{taught.label} features", taught.loaded, _statistics(taught)
+    sample = sample_of(run, taught, FEW, of_few_classes=True)
     if len(sample.targets) < 2:
         return []
     try:
-        features = features_of(of.teacher.view.model, sample, *statistics)
-    except (UserError, AttributeError):  # it does not pool, or timm has no such method for it
+        features = features_of(taught.teacher.view.model, sample, *statistics)
+    except (UserError, AttributeError):  # the model does not pool, or has no such method in timm
         return []
-    found = neighbours(features, sample.targets)
-    n = len(found)
-    told = f"{percent(found)} of {n} validation images are of the class of most of their nearest neighbours in them"
+    hits = neighbours(features, sample.targets)
+    n = len(hits)
+    text = f"nearest-neighbour accuracy {percent(hits)} on {n} validation images"
     if own.source == "random":
-        return [Check(name, "ok", told)]
+        return [Check(name, "ok", text)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh, _ = create(of.spec.model, of.teacher.size, False, own.kwargs, of.place)
+        fresh, _ = create(taught.spec.model, taught.teacher.size, False, own.kwargs, taught.place)
     before = by_neighbours(fresh.to(run.device).eval(), sample, *statistics)
-    told += f" ({percent(before)} with the model at initial values)"
-    if n >= ENOUGH and not clearly_more(found, before):
-        fix = "They are not clearly better than those of initial values: are its weights, mean and std right?"
-        return [Check(name, "warn", told, fix)]
-    if not _as_stated(of) and (evidence := better_features(of.teacher.view.model, sample, *statistics, features)):
-        return [Check(name, "warn", told, evidence)]
-    return [Check(name, "ok", told)]
+    text += f" ({percent(before)} with initial values)"
+    if n >= ENOUGH and not clearly_more(hits, before):
+        fix = "Its features are not clearly better than those of initial values: check its weights, mean and std"
+        return [Check(name, "warn", text, fix)]
+    if not _as_stated(taught) and (
+        evidence := better_features(taught.teacher.view.model, sample, *statistics, features)
+    ):
+        return [Check(name, "warn", text, evidence)]
+    return [Check(name, "ok", text)]
 
 
-def _sample(run: DistillationRun, of: Taught, most: int, of_few_classes: bool = False) -> Sample:
-    """Validation images as the teacher sees them, spread evenly; or 16 of each class, of as many as that gives."""
-    val, size = run.val_images, of.teacher.size
+def sample_of(run: DistillationRun, taught: Taught, most: int, of_few_classes: bool = False) -> Sample:
+    """At most `most` validation images, preprocessed for the teacher and evenly spaced.
+
+    of_few_classes: 16 images per class instead, of evenly spaced classes.
+    """
+    val, size = run.val_images, taught.teacher.size
     data = run.config.data.model_copy(update={"image_size": size})
-    augment = run.config.augment.model_copy(update={"interpolation": interpolation(of.teacher.view.model)})
+    augment = run.config.augment.model_copy(update={"interpolation": interpolation(taught.teacher.view.model)})
     indices = list(val.indices)
     most = max(1, min(most, BYTES // (data.channels * size[0] * size[1])))
     if of_few_classes and most < 16 * len(run.classes):
@@ -237,5 +254,5 @@ def _sample(run: DistillationRun, of: Taught, most: int, of_few_classes: bool = 
         eval_batches(Images(val.source, indices, eval_transform(data, augment), None, val.bad), 64, 0, False)
     )
     if not batches:
-        raise UserError("none of the validation images can be read; repair them, or set another data.val")
+        raise UserError("none of the validation images can be read; fix them, or set data.val to another folder")
     return Sample(torch.cat([b.images for b in batches]), torch.cat([b.targets for b in batches]))

@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError
 # parameters of the Python functions that have an option but no recipe key
 POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "data", "device", "draws", "gpu",
-    "gpus", "images", "inference", "jobs", "kwargs", "known", "measure", "out", "pictures", "random", "seeds",
+    "gpus", "image_size", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
     "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
 }  # fmt: skip
 OPTIONS = {"train": "data"}  # recipe key -> option, where the names differ
@@ -21,7 +21,7 @@ KEYS = re.compile(
     r"|augment\.(crop_pct))\b"
 )
 PARAMETER = re.compile(r"Did you mean [^?]*\?|`([a-z_]+)`")  # suggestions stay as they are
-CALLED = {"analyses": "analysis", "baselines": "baseline"}  # parameter -> option: repeatable options are singular
+CALLED = {"analyses": "analysis", "baselines": "baseline", "preflight": "no_preflight"}  # parameter -> option
 
 
 def with_options(message: str, args: argparse.Namespace) -> str:

@@ -1,8 +1,7 @@
-"""`scalekd head`: a linear classifier for the user's classes on a frozen teacher's pooled features.
+"""`scalekd head`: fits a linear classifier for the user's classes on a frozen teacher's pooled features.
 
-Features -> cache -> strength and temperature on held-out training images -> head.safetensors and head.json, which
-`teacher.head` of a recipe names. run_head.py does the same for a recipe's `teacher.head: fit`. docs/how-to/any-teacher.md
-tells how to read the numbers.
+It writes head.safetensors and head.json; the recipe key `teacher.head` names their folder. runs/heads.py calls
+`fit_head` for `teacher.head: fit`. docs/how-to/any-teacher.md explains the figures.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import json
 import statistics as stats
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -48,9 +48,10 @@ from .solver import Choice, Linear, choose, fit, scores
 
 
 class Teacher(Backbone):
-    """The frozen backbone as a recipe's teacher, with the names that its head is kept under.
+    """The frozen backbone that a recipe describes.
 
-    where: in the recipe; errors name it. crop_pct, interpolation: timm's for that model unless given.
+    where: its recipe key, for errors. crop_pct, interpolation: timm's defaults for the model if None.
+    Raises `UserError`, also for untrained weights.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Teacher(Backbone):
         size = height_and_width(spec.image_size or (tuple(own.input_size[1:]) if own else data.image_size))
         model, self.loaded = build_model(spec, channels=data.channels, image_size=size, classes=None, where=where)
         mean, std = statistics(model, spec, data.channels, where)
-        doubts = [_refuse_untrained(self.loaded, where)]
-        if told := input_doubt(mean, std):
-            doubts.append(f"mean {list(mean)}, std {list(std)}: {told}")
+        doubts = [_untrained_doubt(self.loaded, where)]
+        if doubt := input_doubt(mean, std):
+            doubts.append(f"mean {list(mean)}, std {list(std)}: {doubt}")
         card = {
             "model": spec.model,
             "kwargs": {k: v for k, v in spec.kwargs.items() if k != "num_classes"},
@@ -81,13 +82,14 @@ class Teacher(Backbone):
             "interpolation": interpolation or usual_interpolation(model),
             "crop_pct": crop_pct or sensible_crop(resolve_model_data_config(model)["crop_pct"]),
         }
-        if self.loaded.prefix:  # features of another model in the same file are kept apart
+        if self.loaded.prefix:  # another model in the same file has its own cache
             card["prefix"] = self.loaded.prefix
         super().__init__(model, card, device, [doubt for doubt in doubts if doubt])
         self.spec = spec
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) to the logits of `model` with this preprocessing, float32, on the CPU."""
         return model.to(self.device).eval()(self.normalised(images)).float().cpu()
 
 
@@ -105,69 +107,39 @@ def fit_head(
     val_limit: int | None = None,
     cache: Path = FEATURES,
 ) -> dict[str, Any]:
-    """Fits a head, writes `out`/head.safetensors and `out`/head.json, prints the figures; returns the card.
+    """Fits a head, writes `out`/head.safetensors and `out`/head.json, and prints the results. Returns the card.
 
-    spec: the teacher, which a recipe describes at `where`; errors are told in a recipe's keys. data: as in a recipe,
-    `limit` labels of `train`, seeded by `seed`. crop_pct, interpolation: timm's for that model unless given. draws: so
-    many sets of labels, with the seeds `seed`, `seed` + 1, ...; the first one's head is kept. val_limit: use only so
-    many validation images. cache: where features are kept. Raises `UserError`.
+    Args:
+        spec: the teacher. Its recipe key is `where`, for errors.
+        data: the recipe section; `limit` labels of `train` are drawn with `seed`.
+        crop_pct, interpolation: timm's defaults for the model if None.
+        draws: number of random draws of the labels, with the seeds `seed`, `seed` + 1, ... The first head is kept.
+        val_limit: number of validation images; all if None.
+        cache: folder of the cached features.
+
+    Raises `UserError`.
     """
     began = time.perf_counter()
     splits = [open_split(data.model_copy(update={"seed": data.seed + k})) for k in range(draws)]
     for split in splits:
         _refuse_empty_classes(split, data)
     teacher = Teacher(spec, data, device, where, crop_pct, interpolation)
-    told = f"{teacher.spec.model}, sha256 {teacher.card['sha256'][:12]}, {teacher.size[0]}x{teacher.size[1]}"
-    say(console, f"{told}: {teacher.loaded.matched} of {teacher.loaded.total} tensors from {teacher.loaded.source}")
-    for doubt in teacher.doubts:
-        say(console, f"warn: {doubt}")
-
-    classes = splits[0].classes
-    choices, heads, validations = list[Choice](), list[Linear](), list[dict[str, dict[str, float]]]()
+    _tell_backbone(teacher, console)
+    fits = []
     for k, split in enumerate(splits):
-        x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console)
-        choice = choose(x, y, len(classes), seed_from("head", data.seed + k))
-        # the whole, with the penalty as chosen: in a sum over images it stands for the same prior
-        plain = fit(x, y, len(classes), choice.strength)
-        head = Linear(plain.weight / choice.temperature, plain.bias / choice.temperature)
         val_indices = some(split.val, split.val_indices, val_limit, data.seed)
-        x, y = features(teacher, split.val, val_indices, str(data.val or data.train), cache, console)
-        validation = {"before": scores(plain(x), y), "after": scores(head(x), y)}
-        choices.append(choice)
-        heads.append(head)
-        validations.append(validation)
+        fits.append(_fit_split(teacher, split, val_indices, data, seed_from("head", data.seed + k), cache, console))
         if draws > 1:
-            say(
-                console,
-                f"draw {k + 1} of {draws}: top-1 {validation['after']['top1']:.2f} %, strength {choice.strength:g}",
-            )
+            top1 = fits[-1].validation["after"]["top1"]
+            say(console, f"draw {k + 1} of {draws}: top-1 {top1:.2f} %, strength {fits[-1].choice.strength:g}")
 
-    top1 = [validation["after"]["top1"] for validation in validations]
-    choice = choices[0]
-    tensors = {"weight": heads[0].weight.float().contiguous(), "bias": heads[0].bias.float().contiguous()}
-    difference = _difference(teacher, splits[0], heads[0], tensors)
+    head, choice = fits[0].head, fits[0].choice
+    tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
+    difference = _difference(teacher, splits[0], head, tensors)
     make_folder(out)
     with replacing(out / "head.safetensors") as file:
         file.write(save(tensors))
-    card = teacher.card | {
-        "prefix": teacher.loaded.prefix,
-        "classes": classes,
-        "labels": len(splits[0].train_indices),
-        "head_sha256": sha256_of(out / "head.safetensors"),
-        "data": data.model_dump(mode="json", include={"train", "val", "val_fraction", "limit", "seed"}),
-        "features": tensors["weight"].shape[1],
-        "strength": choice.strength,
-        "temperature": choice.temperature,
-        "held_out": choice.held_out,
-        "tried": choice.tried,
-        "validation": validations[0],
-        "draws": {
-            "seeds": [data.seed + k for k in range(draws)],
-            "top1": top1,
-            "mean": stats.mean(top1),
-            "half_width_95": half_width(top1),
-            "strengths": [c.strength for c in choices],
-        },
+    card = _card(teacher, splits[0], data, fits, sha256_of(out / "head.safetensors")) | {
         "largest_logit_difference": difference,
         "provenance": {
             "command": command_line(),
@@ -182,6 +154,66 @@ def fit_head(
     return card
 
 
+def _tell_backbone(teacher: Teacher, console: Console) -> None:
+    text = f"{teacher.spec.model}, sha256 {teacher.card['sha256'][:12]}, {teacher.size[0]}x{teacher.size[1]}"
+    say(console, f"{text}: {teacher.loaded.matched} of {teacher.loaded.total} tensors from {teacher.loaded.source}")
+    for doubt in teacher.doubts:
+        say(console, f"warn: {doubt}")
+
+
+class Fit(NamedTuple):
+    """The head for one draw of the labels."""
+
+    choice: Choice
+    head: Linear
+    validation: dict[str, dict[str, float]]  # `scores` before and after the temperature
+
+
+def _fit_split(
+    teacher: Teacher,
+    split: Split,
+    val_indices: Sequence[int],
+    data: Data,
+    seed: int,
+    cache: Path,
+    console: Console,
+) -> Fit:
+    classes = len(split.classes)
+    x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console)
+    choice = choose(x, y, classes, seed)
+    # all labels, with the chosen penalty: in a sum over the images it is the same prior
+    plain = fit(x, y, classes, choice.strength)
+    head = Linear(plain.weight / choice.temperature, plain.bias / choice.temperature)
+    x, y = features(teacher, split.val, val_indices, str(data.val or data.train), cache, console)
+    return Fit(choice, head, {"before": scores(plain(x), y), "after": scores(head(x), y)})
+
+
+def _card(teacher: Teacher, split: Split, data: Data, fits: Sequence[Fit], head_sha256: str) -> dict[str, Any]:
+    """The contents of head.json, without logit difference and provenance. split, fits[0]: of the head that is kept."""
+    choice = fits[0].choice
+    top1 = [f.validation["after"]["top1"] for f in fits]
+    return teacher.card | {
+        "prefix": teacher.loaded.prefix,
+        "classes": split.classes,
+        "labels": len(split.train_indices),
+        "head_sha256": head_sha256,
+        "data": data.model_dump(mode="json", include={"train", "val", "val_fraction", "limit", "seed"}),
+        "features": fits[0].head.weight.shape[1],
+        "strength": choice.strength,
+        "temperature": choice.temperature,
+        "held_out": choice.held_out,
+        "tried": choice.tried,
+        "validation": fits[0].validation,
+        "draws": {
+            "seeds": [data.seed + k for k in range(len(fits))],
+            "top1": top1,
+            "mean": stats.mean(top1),
+            "half_width_95": half_width(top1),
+            "strengths": [f.choice.strength for f in fits],
+        },
+    }
+
+
 def fit_named(
     teacher: dict[str, Any],
     data: dict[str, Any],
@@ -194,13 +226,13 @@ def fit_named(
     cache: Path | None,
     device_name: str | None,
 ) -> dict[str, Any]:
-    """`fit_head` for plain values of the sections `teacher` and `data` of a recipe; returns the card.
+    """`fit_head` with plain values of the recipe sections `teacher` and `data`. Returns the card.
 
-    The folder of a model stands for its values, and a source with two parts for both. Raises `UserError`.
+    `teacher["model"]` may be a model folder, and `data["train"]` a source that has both parts. Raises `UserError`.
     """
     for name, count in (("draws", draws), ("val_limit", val_limit)):
         if count is not None and count < 1:
-            raise UserError(f"`{name}` {count}: must be 1 or more")
+            raise UserError(f"`{name}` is {count} and must be 1 or more")
     spec = section_of(Model, written_out(teacher, "teacher", data["channels"] or 3), "teacher")
     train, val = pair_of(data["train"]) or (data["train"], None)
     read = section_of(Data, data | {"train": train, "val": data["val"] or val}, "data")
@@ -210,7 +242,7 @@ def fit_named(
         crop_pct = folder.crop_pct
     check_folder(out)
     device = pick_device(device_name)
-    with explain_out_of_memory(device, "Try device cpu, or a smaller image_size."):
+    with explain_out_of_memory(device, "Try a smaller `image_size`, or the CPU with `device`."):
         card = fit_head(
             spec,
             read,
@@ -229,15 +261,15 @@ def fit_named(
 # ---------------------------------------------------------------- checks
 
 
-def _refuse_untrained(loaded: Loaded, where: str) -> str:
-    """What there is to tell of them, if anything."""
+def _untrained_doubt(loaded: Loaded, where: str) -> str:
+    """A warning about weights that may be untrained, or "". Raises `UserError` if they are untrained."""
     if loaded.source == "random":
-        raise UserError(f"{where}.weights: a head on initial values would know nothing; name a file, or pretrained")
-    found = trained(loaded)
-    told = f"{loaded.source}: {found.told}"
-    if found.status == "fail":
-        raise UserError(f"{where}.weights: {told}")
-    return told if found.status == "warn" else ""
+        raise UserError(f"{where}.weights: a head needs a trained backbone; set it to `pretrained` or to a file")
+    verdict = trained(loaded)
+    message = f"{loaded.source}: {verdict.text}"
+    if verdict.status == "fail":
+        raise UserError(f"{where}.weights: {message}")
+    return message if verdict.status == "warn" else ""
 
 
 def _refuse_empty_classes(split: Split, data: Data) -> None:
@@ -245,18 +277,19 @@ def _refuse_empty_classes(split: Split, data: Data) -> None:
     empty = set(range(len(split.classes))) - {targets[i] for i in split.train_indices}
     if empty:
         names = ", ".join(split.classes[i] for i in sorted(empty)[:3]) + ", ..." * (len(empty) > 3)
-        few = f"data.limit {data.limit} is fewer than the {len(split.classes)} classes" if data.limit else "label some"
-        raise UserError(f"data.train: no labelled image of {len(empty)} of the classes: {printable(names)}; {few}")
+        fix = f"data.limit {data.limit} is fewer than the {len(split.classes)} classes" if data.limit else "label some"
+        count = f"{len(empty)} of the {len(split.classes)} classes"
+        raise UserError(f"data.train: no labelled images of {count}: {printable(names)}; {fix}")
 
 
 def check_folder(out: Path) -> None:
-    """Refuses a folder that holds something. Told before the minutes of a pass over the images."""
+    """Raises `UserError` if the folder is not empty. Call it before the pass over the images."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; give --out another folder, or remove this one")
+        raise UserError(f"{out} is not empty; choose another folder with `out`, or remove this one")
 
 
 def _difference(teacher: Teacher, split: Split, head: Linear, tensors: dict[str, Tensor]) -> float:
-    """The largest difference between the logits of the model with its new classifier and those of the fit."""
+    """The largest logit difference between the model with its new classifier and the fit, on 8 images."""
     model, _ = put_head(teacher.model.cpu(), teacher.loaded, tensors, teacher.spec.model, teacher.size, "head")
     teacher.model.to(teacher.device)
     images = Images(split.train, split.train_indices[:8], teacher.transform, None)
@@ -265,7 +298,7 @@ def _difference(teacher: Teacher, split: Split, head: Linear, tensors: dict[str,
     difference = (teacher.logits(model, batch.images).double() - wanted).abs().max().item()
     if not difference < 1e-3 * (1 + wanted.abs().max().item()):
         raise UserError(
-            f"{teacher.spec.model} does not give its logits by one linear layer on its pooled features (they differ by "
-            f"{difference:.1e}): a linear head does not fit it. Fine-tune it instead (`scalekd train own-teacher`)"
+            f"{teacher.spec.model} does not compute its logits with one linear layer on its pooled features (they differ by "
+            f"{difference:.1e}), so it cannot have a linear head; fine-tune it instead (`scalekd train own-teacher`)"
         )
     return difference

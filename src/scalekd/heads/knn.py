@@ -1,4 +1,4 @@
-"""A weighted k-nearest-neighbour classifier on fixed features, beside the linear probe."""
+"""A weighted k-nearest-neighbour classifier on fixed features."""
 
 from __future__ import annotations
 
@@ -19,33 +19,38 @@ def knn_predict(
     classes: int,
     leave_one_out: bool = False,
 ) -> Tensor:
-    """Votes of the `k` training images with the largest cosine similarity s, each of weight exp(s / temperature).
+    """Votes of the `k` training images with the largest cosine similarity s, weighted by exp(s / temperature).
 
-    Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, 2018; `k` and `temperature`
-    as in DINO, 2021. train_features: (N, D), train_targets: (N,) in 0 .. classes - 1, features: (M, D), all on one
-    device. Fewer than `k` training images all vote. leave_one_out: `features` are the training images' own, and no
-    image votes for itself.
+    From Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, 2018, with `k` and
+    `temperature` as in DINO, 2021.
 
-    Returns (M, classes) float32, not negative, the larger the likelier. Each row is divided by the weight of its
-    nearest neighbour, so small temperatures neither overflow nor vanish; the order within a row is the same.
-    The same input gives the same output. Raises ValueError for `k` or `temperature` not above 0, and without
-    training images.
+    Args:
+        train_features: (N, D), on the same device as the other tensors. If N < k, all images vote.
+        train_targets: (N,), in 0 .. classes - 1.
+        features: (M, D).
+        leave_one_out: `features` are `train_features`; no image votes for itself.
+
+    Returns scores (M, classes), float32, not negative; larger is more likely. Each row is divided by the weight of its
+    nearest neighbour, which prevents overflow and underflow at small temperatures and keeps the order within the row.
+    The result is deterministic. Raises ValueError if `k` or `temperature` is not above 0, or N is 0.
     """
     if k < 1 or temperature <= 0 or not len(train_features):
         raise ValueError(
-            f"k={k}, temperature={temperature}, {len(train_features)} training images: all must be above 0"
+            f"k={k}, temperature={temperature} and {len(train_features)} training images must all be above 0"
         )
     k = min(k, len(train_features) - leave_one_out)
     known = F.normalize(train_features.float(), dim=1).T  # (D, N)
     scores = torch.zeros(len(features), classes, device=features.device)
     rows = max(1, AT_A_TIME // len(train_features))
-    for place, (part, out) in enumerate(zip(features.split(rows), scores.split(rows))):
+    for block, (part, out) in enumerate(zip(features.split(rows), scores.split(rows))):
         similarity = F.normalize(part.float(), dim=1) @ known
         if leave_one_out:
-            similarity.diagonal(place * rows).fill_(-torch.inf)
+            similarity.diagonal(block * rows).fill_(-torch.inf)
         similarity, neighbours = similarity.topk(k, dim=1)  # (B, k), largest first
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = train_targets[neighbours]
-        for column in range(k):  # one vote a row at a time: adding all at once is not reproducible on a GPU
+        for column in range(
+            k
+        ):  # one vote per row at a time: one scatter_add_ of all votes is not deterministic on a GPU
             out.scatter_add_(1, votes[:, column : column + 1], weights[:, column : column + 1])
     return scores

@@ -1,4 +1,4 @@
-"""Building timm models, and proving that their weights were loaded."""
+"""Builds the model that a recipe section or a command-line argument describes, with checked weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from scalekd.common.errors import UserError, first_line, nearest
 
-from . import mixer  # noqa: F401 - adds a name to timm's
+from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
 from .create import build_plain
 from .fitted_head import build_with_head
 from .options import Model
@@ -18,37 +18,41 @@ from .weights.trained import Loaded, Verdict, trained
 def build_model(
     spec: Model, *, channels: int, image_size: tuple[int, int], classes: int | None, where: str
 ) -> tuple[nn.Module, Loaded]:
-    """`timm.create_model` with the recipe's keyword arguments, weights checked.
+    """The timm model of `spec` with its weights, and where they came from.
 
-    classes: the width of the head; None keeps the one that the pre-trained weights came with. Weights of another
-    class count: a student gets a new head, which `Loaded.head` says; a teacher keeps the head of its file, or is
-    without one as the file is. `spec.head`: the classifier that `scalekd head` fitted.
-    Raises `UserError`, naming `where` (student or teacher), for unknown arguments and for weights that do not fit.
+    With `spec.head` the classifier is the one that `scalekd head` fitted. If the weights have another number of classes,
+    a student gets a new head, described in `Loaded.head`; a teacher keeps the head of its file, if the file has one.
+
+    Args:
+        classes: width of the head; None keeps that of the pre-trained weights.
+        where: recipe key of the model, such as `teacher`, for errors.
+
+    Raises `UserError` for unknown arguments and for weights that do not fit.
     """
     build = build_plain if spec.head is None else build_with_head
     return build(spec, channels=channels, image_size=image_size, classes=classes, where=where)
 
 
 def timm_model(name: str, weights: str, size: tuple[int, int], remedy: str) -> tuple[nn.Module, Loaded, Verdict]:
-    """The model of three channels, where its weights are from, and whether anyone trained them.
+    """A timm model with three input channels, where its weights came from, and whether they are trained.
 
-    weights: as in a recipe. size: height and width in pixels. remedy: what is told where the weights are none or not
-    trained. Raises `UserError`, which leaves it to the caller to say for which of his models.
+    weights: as in a recipe. size: (height, width) in pixels. remedy: the line that ends an error about the weights.
+    Raises `UserError`, also for untrained weights. The message does not name the model; the caller adds that.
     """
     try:
         spec = Model(model=name, weights=weights)
     except ValidationError:
         hint = nearest(name.split(".")[0], timm.list_models()) if name else ""
         raise UserError(
-            f"no timm model, and no exported student is there.{hint}\n"
-            "Write a timm name, NAME=FILE for weights in a file, or a run's folder."
+            f"this is neither a timm model nor an exported student.{hint}\n"
+            "Use a timm name, NAME=FILE for weights in a file, or a run's folder."
         ) from None
     try:
         model, loaded = build_model(spec, channels=3, image_size=size, classes=None, where="teacher")
     except UserError as error:
-        told = first_line(error).removeprefix("teacher").lstrip(":. ")
-        raise UserError(f"{told}\n{remedy}") from None
-    found = trained(loaded)
-    if found.status == "fail":
-        raise UserError(f"{found.told}\n{remedy}")
-    return model, loaded, found
+        message = first_line(error).removeprefix("teacher").lstrip(":. ")
+        raise UserError(f"{message}\n{remedy}") from None
+    verdict = trained(loaded)
+    if verdict.status == "fail":
+        raise UserError(f"{verdict.text}\n{remedy}")
+    return model, loaded, verdict

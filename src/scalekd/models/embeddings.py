@@ -1,18 +1,21 @@
-"""Outputs that are no classes: the image embeddings of CLIP and its like, which timm keeps where a classifier would be."""
+"""Detects image embeddings: the outputs of CLIP-like models, which timm stores in place of a classifier."""
 
 from __future__ import annotations
 
 import timm
 from timm.data import infer_imagenet_subset
 
-CLASS_LISTS = {19_168: "ImageNet Winter21", 115_217: "Bamboo"}  # of weights in timm, beside the lists that timm knows
+CLASS_LISTS = {
+    19_168: "ImageNet Winter21",
+    115_217: "Bamboo",
+}  # class lists of weights in timm that `infer_imagenet_subset` does not know
 
 
 def is_embedding(name: str, outputs: int) -> bool:
-    """Whether so many outputs of a timm model's pre-trained weights are an embedding. name: with or without a tag.
+    """Whether this number of outputs is that of an embedding. name: a timm name, with or without a tag.
 
-    timm does not say it, so it is inferred: some pre-trained weights of that architecture have as many outputs, and
-    no list of classes that such weights were trained on is so long.
+    timm does not say so. It is inferred: pre-trained weights of this architecture have the same number of outputs, and
+    it is the length of no known class list.
     """
     if not outputs or outputs in CLASS_LISTS or infer_imagenet_subset({"num_classes": outputs}):
         return False

@@ -1,4 +1,4 @@
-"""The student alone, as files that timm and onnxruntime load, and the proof that they give the same outputs."""
+"""Exports the student to safetensors and ONNX, and measures the logit difference after loading it back."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from scalekd.common.files import cannot_write, replacing, write_text
 from .weights.card import read_card
 from .weights.match import sha256_of
 
-ONNX_MISSING = "ONNX export needs more packages: pip install 'scalekd[onnx]'"
+ONNX_MISSING = "ONNX export needs extra packages: pip install 'scalekd[onnx]'"
 
 
 def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
-    """Writes `path` (.safetensors) and, beside it, the card as JSON; loads it back with timm.
+    """Writes `path` (.safetensors) and the card as JSON next to it, and loads them back with timm.
 
-    card: model, kwargs, classes, mean, std, image_size, ... as `student_card` makes it.
-    Returns the largest difference between the logits of the student and of the file loaded back.
-    Raises `UserError` when it cannot be written.
+    card: model, kwargs, classes, mean, std, image_size, ... from `student_card`.
+    Returns the largest difference between the logits of the student and of the loaded file.
+    Raises `UserError` if the files cannot be written.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     with replacing(path) as file:
@@ -37,33 +37,35 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
 
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(the student in eval mode, its card) from an exported .safetensors file or a run's folder. Raises `UserError`."""
+    """The student in eval mode and its card, from an exported .safetensors file or a run's folder. Raises `UserError`."""
     file = path / "student.safetensors" if path.is_dir() else path
     card_file = file.with_suffix(".json")
-    # nothing but safetensors: other weights files may hold code
+    # only safetensors: other weights files may contain code
     if file.suffix != ".safetensors" or not file.is_file() or not card_file.is_file():
-        raise UserError(f"{path}: no student.safetensors with its .json there; `scalekd export RUN_FOLDER` makes them")
+        raise UserError(
+            f"{path} has no student.safetensors with its .json; create them with `scalekd export RUN_FOLDER`"
+        )
     card = read_card(card_file)
     if card.get("sha256", sha256_of(file)) != sha256_of(file):
         raise UserError(
-            f"{file} does not fit its card {card_file}: it has another sha256, so it was changed or is of another "
-            "export; `scalekd export RUN_FOLDER` makes both anew"
+            f"{file} does not fit its card {card_file}: the sha256 differs, so it was changed or is from another export; "
+            "export both again with `scalekd export RUN_FOLDER`"
         )
     return create_student(card, card_file, file).eval(), card
 
 
 def create_student(card: dict[str, Any], card_file: Path, weights: Path | None = None) -> nn.Module:
-    """The timm model that a card names, with its weights if given. Raises `UserError`."""
+    """The timm model of a card, with the weights of a file if given. Raises `UserError`."""
     try:
         return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
-    except Exception as error:  # whatever timm ends with, given such arguments or such a file
+    except Exception as error:  # timm raises anything on wrong arguments or files
         raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {first_line(error)}") from None
 
 
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
-    """Writes ONNX with a free batch size; returns the largest difference of logits under onnxruntime.
+    """Writes ONNX with a dynamic batch size. Returns the largest logit difference under onnxruntime.
 
-    Input: normalised images (B, C, H, W), as the timm model's. Raises `UserError` if the extra is missing.
+    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing.
     """
     try:
         import onnxruntime
@@ -87,12 +89,13 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     except OSError as error:
         raise cannot_write(path, error) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    # another batch size than the exporter saw, so that a fixed one would show
+    # not the exporter's batch size, to detect a graph with a fixed one
     again = torch.cat([images, images.flip(0)])
     return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
 
 
 def example_images(card: dict[str, Any]) -> Tensor:
+    """Four random inputs (4, C, H, W) of the card's size, always the same."""
     height, width = card["image_size"]
     return torch.randn(4, len(card["mean"]), height, width, generator=torch.Generator().manual_seed(0))
 

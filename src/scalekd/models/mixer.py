@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
-# timm's for its Mixers; register_model looks for this name
+# as for timm's own Mixers; register_model requires this name
 default_cfgs = generate_default_cfgs(
     {
         "mlp_mixer.untrained": {

@@ -1,4 +1,7 @@
-"""Weights that others released, as an exported student: read, recognised, renamed, checked. docs/how-to/released-weights.md."""
+"""Imports released weights as a student: finds, recognises, renames and checks its tensors.
+
+See docs/how-to/released-weights.md.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +18,41 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError
 from scalekd.common.text import printable, shortened
 
-from . import mixer  # noqa: F401 - adds a name to timm's
+from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
 from .inputs import usual_size
 from .options import Model
 from .released_keys import EXTRAS, KWARGS, RULES, SIGNS, TIMM
 from .weights.match import adapted as through_timm
 
 State = dict[str, Tensor]
-MOST_NAMES = 12  # of each kind, in an error
+MOST_NAMES = 12  # most names of a kind in an error
 
 
 @dataclass
 class Found:
-    """The student's own tensors, and how they were found."""
+    """The student's tensors in a file, and how they were found."""
 
     state: State
-    entry: str  # where in the file, such as `state_dict_ema`
-    beside: int  # tensors that are not the student's
-    notes: list[str] = field(default_factory=list)  # what was assumed or left out, for a person
+    entry: str  # key in the file, such as `state_dict_ema`
+    beside: int  # number of tensors that are not the student's
+    notes: list[str] = field(default_factory=list)  # assumptions and ignored tensors, for the user
 
 
 # ---------------------------------------------------------------- the file
 
 
-# An entry of averaged weights beside the one of plain weights.
+# Keys of averaged and of plain weights in a checkpoint.
 AVERAGED = ("state_dict_ema", "model_ema", "ema")
 PLAIN = ("state_dict", "model")
 
 
 def find_student(contents: dict[str, Any], file: Path, ema: bool) -> Found:
-    """The tensors of the student, without prefixes. Raises `UserError` if there are none.
+    """The student's tensors, without prefixes. Raises `UserError` if there are none.
 
-    Averaged weights are preferred. mmengine writes them into `state_dict` and the plain ones into `ema_state_dict`.
+    ema: prefer averaged weights. mmengine writes them to `state_dict`, and the plain ones to `ema_state_dict`.
     """
     entry, notes = "the file itself", []
-    for _ in range(3):  # a wrapper may be in a wrapper
+    for _ in range(3):  # wrappers may be nested
         averaged = next((k for k in AVERAGED if isinstance(contents.get(k), dict)), None)
         plain = next((k for k in PLAIN if isinstance(contents.get(k), dict)), None)
         if plain and isinstance(contents.get("ema_state_dict"), dict):
@@ -59,17 +62,23 @@ def find_student(contents: dict[str, Any], file: Path, ema: bool) -> Found:
             break
         if averaged and plain:
             kept, other = (
-                ("averaged", "--no-ema takes the others") if ema else ("plain", "without --no-ema the averaged")
+                ("averaged", "use --no-ema for the plain ones")
+                if ema
+                else ("plain", "leave out --no-ema for the averaged ones")
             )
-            notes.append(f"`{averaged}` (averaged) and `{plain}` (plain): the {kept} weights are taken; {other}")
+            notes.append(
+                f"the file has averaged (`{averaged}`) and plain weights (`{plain}`): using the {kept} weights; {other}"
+            )
         entry, contents = chosen, contents[chosen]
     state = {str(k): v for k, v in contents.items() if isinstance(v, Tensor)}
     everything = len(state)
     for prefix in ("module.", "_orig_mod.", "student.", "module."):
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        state = inside or state  # beside `student.` stand `teacher.`, projectors and `steps`
+        state = inside or state  # a distiller also has `teacher.`, projectors and `steps`
     if not state:
-        raise UserError(f"{file} holds no named tensors: {shortened(', '.join(map(str, contents)) or 'it is empty')}")
+        raise UserError(
+            f"{file} contains no named tensors: {shortened(', '.join(map(str, contents)) or 'it is empty')}"
+        )
     return Found(state, entry, everything - len(state), notes)
 
 
@@ -77,13 +86,14 @@ def find_student(contents: dict[str, Any], file: Path, ema: bool) -> Found:
 
 
 def recognise(state: State) -> str:
+    """Whose names these tensors have, such as `mmpretrain Swin`; timm's if no other is recognised."""
     return next((naming for naming, key in SIGNS.items() if key in state), TIMM)
 
 
 def renamed(found: Found, naming: str, spec: Model, file: Path) -> tuple[State, list[str], dict[str, Any]]:
-    """(tensors under timm's names, keys that no rule knows, arguments that the tensors ask for).
+    """The tensors with timm's names, the keys without a rule, and the model arguments that the tensors imply.
 
-    The user's own arguments, `spec.kwargs`, decide where a file fits two models. Adds to `found.notes`.
+    If a file fits two models, the user's arguments `spec.kwargs` decide. Adds to `found.notes`.
     """
     chosen = spec.kwargs
     state: State = {}
@@ -95,14 +105,14 @@ def renamed(found: Found, naming: str, spec: Model, file: Path) -> tuple[State, 
         if rule and not reason:
             state[re.sub(rule[0], rule[1], key)] = value
         elif reason and reason not in "".join(found.notes):
-            found.notes.append(f"left out: {printable(key)} and its like: {reason}")
+            found.notes.append(f"ignored: {printable(key)} and similar: {reason}")
         elif not reason:
             left.append(key)
     kwargs = dict(KWARGS.get(naming, {}))
     for name, default in kwargs.items():
         if name not in chosen:
             found.notes.append(
-                f"assumed, as the tensors do not tell: {name}={default}; --kwargs '{{{name}: ...}}' changes it"
+                f"assumed: {name}={default}, which the tensors do not show; change it with --kwargs '{{{name}: ...}}'"
             )
     if naming == "mmpretrain Swin":
         state = {k: patches_merged(v) if ".downsample." in k else v for k, v in state.items()}
@@ -116,25 +126,26 @@ def renamed(found: Found, naming: str, spec: Model, file: Path) -> tuple[State, 
 
 
 def patches_merged(value: Tensor) -> Tensor:
-    """The last dimension, 4C, from the order of nn.Unfold (channel, row, column) to timm's (column, row, channel).
+    """Reorders the last dimension, 4C, from nn.Unfold's (channel, row, column) to timm's (column, row, channel).
 
     It holds the 2x2 neighbours that a Swin merges: weight and bias of the norm (4C) and the reduction (2C, 4C).
     """
     if value.shape[-1] % 4:
-        return value  # of no merging; the check tells its shape
+        return value  # not a merging layer; `check` reports its shape
     channels = value.shape[-1] // 4
     return value.unflatten(-1, (channels, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3).contiguous()
 
 
 def vit_kwargs(state: State, chosen: dict[str, Any], notes: list[str], file: Path) -> dict[str, Any]:
-    """Class token and final norm. Takes out of `state` what mmclassification keeps of a class token that is not used.
+    """Arguments for the class token and the final norm of a ViT. Removes an unused class token from `state`.
 
-    Without a class token it still has the parameter, at its initial zeros, and a row for it in the position table.
+    Without a class token mmclassification still stores the parameter, at its initial zeros, and its row of the position
+    table.
     """
     if "norm.weight" in state and "fc_norm.weight" in state:
         raise UserError(
-            f"{file} is a ViT with a norm before the average over its tokens and another after it (ln1, ln2); "
-            "timm's has one of them, so it is not imported"
+            f"{file} is a ViT with norms both before and after the average over its tokens (ln1, ln2); timm's ViT has only one, "
+            "so it cannot be imported"
         )
     after = "fc_norm.weight" in state
     token = state.get("cls_token")
@@ -143,7 +154,7 @@ def vit_kwargs(state: State, chosen: dict[str, Any], notes: list[str], file: Pat
     positions = state.get("pos_embed")
     if token is not None:
         del state["cls_token"]
-        notes.append("left out: cls_token, which is not used (it is all zeros), and its row of pos_embed")
+        notes.append("ignored: cls_token, which is unused (all zeros), and its row of pos_embed")
         if positions is not None and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1:
             state["pos_embed"] = positions[:, 1:].contiguous()
     return {"class_token": False, "global_pool": "avg", "fc_norm": after}
@@ -153,7 +164,7 @@ def vit_kwargs(state: State, chosen: dict[str, Any], notes: list[str], file: Pat
 
 
 def mixer_sizes(model_name: str, state: State) -> dict[str, Any]:
-    """The sizes of `mlp_mixer`, which has none of its own."""
+    """Patch size, width and depth for `mlp_mixer`, from the tensors; {} for other models."""
     if model_name != "mlp_mixer" or "stem.proj.weight" not in state:
         return {}
     width, _, patch, _ = state["stem.proj.weight"].shape
@@ -162,7 +173,7 @@ def mixer_sizes(model_name: str, state: State) -> dict[str, Any]:
 
 
 def image_size(state: State, model_name: str, given: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) that the student was made for: given, or from tokens and patches, or timm's for the name.
+    """The student's input (height, width): from `given`, from the numbers of tokens and patches, or timm's default.
 
     Adds the patch size of a ViT to `given`.
     """
@@ -182,32 +193,32 @@ def image_size(state: State, model_name: str, given: dict[str, Any]) -> tuple[in
 
 
 def class_count(model_name: str, state: State, file: Path) -> int:
-    """The rows of the classifier. Raises `UserError` if the file has none under the model's name for it."""
+    """The number of classes. Raises `UserError` if the file has no classifier with the model's name for it."""
     cfg = timm.get_pretrained_cfg(model_name)
     names = (cfg and cfg.classifier) or "head"
     name = names if isinstance(names, str) else names[0]
-    # some files are named as timm's models once were, or as the models that timm's are made after
+    # some files have names of older timm versions, or of the original models
     heads = [f"{n}.weight" for n in (name, name.split(".")[0]) if f"{n}.weight" in state]
     if not heads:
         raise UserError(
             f"{file} has no {name}.weight, the classifier of {model_name}; it has {shortened(', '.join(state), 200)}.\n"
-            "Name the model that the weights were made with, and give the file of the whole classifier."
+            "Use the model that the weights were trained with, and a file that includes the classifier."
         )
     return len(state[heads[0]])
 
 
 def adapted(state: State, student: nn.Module) -> State:
-    """Through timm's own filter for older names. Raises `UserError` where that would resize a tensor."""
+    """The tensors after timm's filter for older names. Tensors that it would resize stay as they are."""
     try:
         new = through_timm(dict(state), student)
     except (KeyError, ValueError, RuntimeError, AttributeError, IndexError, TypeError):
-        return state  # of another model; `check` tells how
+        return state  # another model; `check` reports how
     resized = [k for k in state.keys() & new.keys() if state[k].shape != new[k].shape and state[k].ndim > 1]
-    return new | {k: state[k] for k in resized}  # `check` tells their shapes
+    return new | {k: state[k] for k in resized}  # `check` reports their shapes
 
 
 def check(student: nn.Module, state: State, left: list[str], what: str) -> None:
-    """Every tensor of the student is in `state` with its shape, and nothing is left over. Raises `UserError`."""
+    """Raises `UserError` if a tensor of the student is missing in `state` or of another shape, or any is left over."""
     wanted = student.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     extra = sorted([*left, *(state.keys() - wanted.keys())])
@@ -216,26 +227,26 @@ def check(student: nn.Module, state: State, left: list[str], what: str) -> None:
         for k in sorted(wanted.keys() & state.keys())
         if wanted[k].shape != state[k].shape
     ]
-    told = [
+    faults = [
         f"{len(names)} {kind}: " + printable(", ".join(names[:MOST_NAMES])) + ", ..." * (len(names) > MOST_NAMES)
         for kind, names in (("missing", missing), ("left over", extra), ("of another shape", shapes))
         if names
     ]
-    if told:
-        remedy = "Name the model that the weights were made with; --kwargs gives arguments of it."
-        raise UserError("\n".join([f"{what}:", *told, remedy]))
+    if faults:
+        remedy = "Use the model that the weights were trained with; set its arguments with `kwargs`."
+        raise UserError("\n".join([f"{what}:", *faults, remedy]))
 
 
 # ---------------------------------------------------------------- the card
 
 
 def preprocessing(student: nn.Module, naming: str) -> dict[str, Any]:
-    """How images reach the student in `evaluate`: timm's for its own names, else the ScaleKD configs'."""
+    """The evaluation preprocessing: timm's for timm's names, else that of the ScaleKD configs."""
     if naming == TIMM:
         own = resolve_model_data_config(student)
         return {
             k: list(own[k]) if k in ("mean", "std") else own[k] for k in ("mean", "std", "interpolation", "crop_pct")
         }
-    # short edge 256, centre 224
+    # resize the short edge to 256, crop the centre 224
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     return {"mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 0.875}

@@ -1,14 +1,14 @@
-"""How others name the tensors of their models, and timm's names for them: plain tables.
+"""Tables of the tensor names in released weights, and timm's names for them.
 
-The ScaleKD authors trained in a fork of mmclassification 1.0 (now mmpretrain). Names are as in mmpretrain's backbones
-and, where the fork differs, as in the fork and in cls_KD, which it comes from. Keys are those of the student alone.
+The ScaleKD authors trained in a fork of mmclassification 1.0 (now mmpretrain). The names are those of mmpretrain's
+backbones and, where the fork differs, those of the fork and of cls_KD, its origin. The keys are those of the student.
 """
 
 from __future__ import annotations
 
 TIMM = "timm"
 
-# naming -> a key that only this naming has; the first that is found decides
+# naming -> a key that only this naming has; the first match decides
 SIGNS = {
     "mmpretrain ResNet-D": "backbone.stem.0.conv.weight",
     "mmpretrain ResNet": "backbone.layer1.0.conv1.weight",
@@ -21,11 +21,11 @@ SIGNS = {
     "ScaleKD MobileNet-V1": "backbone.s1.0.0.weight",
 }
 
-# naming -> why no timm model computes what such a file was trained to compute
+# naming -> why no timm model computes the same as the file's model
 REFUSED = {
     "mmpretrain EVA-02": (
-        "mmpretrain's EVA-02 learns a key bias and rotates by another table of positions; timm's has neither, "
-        "so its outputs would be others"
+        "mmpretrain's EVA-02 has a learned key bias and another rotary position table than timm's, "
+        "so the outputs would differ"
     ),
 }
 
@@ -40,7 +40,7 @@ _RESNET_D = [
     (r"backbone\.stem\.1\.bn\.(.*)", r"conv1.4.\1"),
     (r"backbone\.stem\.2\.conv\.(.*)", r"conv1.6.\1"),
     (r"backbone\.stem\.2\.bn\.(.*)", r"bn1.\1"),
-    # without a stride mmpretrain has no average pool there, timm has an identity in its place
+    # without a stride mmpretrain has no average pool there; timm has an identity instead
     (r"backbone\.layer1\.0\.downsample\.0\.(.*)", r"layer1.0.downsample.1.\1"),
     (r"backbone\.layer1\.0\.downsample\.1\.(.*)", r"layer1.0.downsample.2.\1"),
     *_RESNET,
@@ -107,7 +107,7 @@ def _mobilenet(layers: list[str]) -> list[tuple[str, str]]:
     return rules
 
 
-# naming -> (pattern of a whole key, timm's key); the first that matches
+# naming -> (pattern of a whole key, timm's key); the first match decides
 RULES: dict[str, list[tuple[str, str]]] = {
     "mmpretrain ResNet-D": _RESNET_D,
     "mmpretrain ResNet": _RESNET,
@@ -119,17 +119,17 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "ScaleKD MobileNet-V1": _mobilenet([f"s{s}.{i}" for s in (1, 2, 3) for i in range(4)] + ["s4.0", "s4.1"]),
 }
 
-# naming -> arguments without which timm's model is another one, though the names and shapes of its tensors are the same
+# naming -> arguments that timm's model needs to compute the same; names and shapes of the tensors do not show them
 KWARGS: dict[str, dict[str, object]] = {
     "mmpretrain ConvNeXt": {"head_norm_first": True},  # the fork's last norm comes before the pooling
     "cls_KD MobileNet-V1": {"act_layer": "relu"},  # timm's has ReLU6
     "ScaleKD MobileNet-V1": {"act_layer": "relu"},
 }
 
-# pattern of a whole key -> why it is not imported; of any naming
+# pattern of a whole key, in any naming -> why it is not imported
 EXTRAS = {
     r"(.*\.)?relative_position_index": "computed from the window's size",
     r"(.*\.)?attn_mask": "computed from the map's size",
-    r"backbone\.norm[0-2]\..*": "norms of earlier maps, which the logits do not pass",
+    r"backbone\.norm[0-2]\..*": "norms of earlier maps, which the logits do not use",
     r"steps": "mmengine's count of averaged steps",
 }

@@ -12,7 +12,7 @@ from .stages import Features, StageView
 
 @dataclass
 class Shown:
-    """A model and how it sees pixels."""
+    """A model with the input size, mean and std of its images."""
 
     view: StageView
     size: tuple[int, int]
@@ -20,6 +20,6 @@ class Shown:
     std: Tensor
 
     def features(self, pixels: Tensor, maps: bool = True) -> Features:
-        """pixels (B, C, H, W) in [0, 1]. A model that can be run on from a stage gives `resume` with its maps."""
-        seen = resized(pixels, self.size, self.view.model)
-        return self.view((seen - self.mean) / self.std, maps=maps, resumable=maps and self.view.shapes.can_resume)
+        """Features of pixels (B, C, H, W) in [0, 1], with `Features.resume` if the model has a tail and `maps` is set."""
+        images = resized(pixels, self.size, self.view.model)
+        return self.view((images - self.mean) / self.std, maps=maps, resumable=maps and self.view.shapes.can_resume)

@@ -1,11 +1,7 @@
-"""The four-stage view of any timm model: what a distillation method sees of a network.
+"""The four-stage view of any timm model: four feature maps, the final map and logits for distillation methods.
 
-Every timm classifier is seen as four maps, the last map after the model's final norm, and logits,
-all taken in one forward pass. A hierarchical model gives its own last four stages; a plain ViT or
-MLP is cut in quarters of its depth, unless `cuts` says otherwise.
-
-Top to bottom: what a method gets (`Shapes`, `Features`), the view of a model (`StageView`), and how it
-finds its four features. How a frozen teacher is run on from the middle is in `tails.py`.
+All come from one forward pass. A hierarchical model is viewed by its last four stages; a plain ViT or MLP is cut into
+quarters of its depth, or at `cuts`. `tails.py` runs a frozen teacher from a stage to its end.
 """
 
 from __future__ import annotations
@@ -26,39 +22,39 @@ from .inputs import input_channels
 from .tails import TEACHER_TAILS, to_map
 
 MapShape = tuple[int, int, int]  # channels, height, width
-LARGE = 60_000_000  # parameters; from here on a model's shapes are found without computing
+LARGE = 60_000_000  # parameters; larger models are probed on the meta device
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a method knows of a model when it is built. A map is `(channels, height, width)`."""
+    """The shapes of a model's features, for building methods. A map is `(channels, height, width)`."""
 
     model: str  # the timm name, for messages
-    maps: tuple[MapShape, ...]  # four, first to last stage; empty for a model seen through logits only
-    final: MapShape | None  # the last map after the model's final norm; None as above
+    maps: tuple[MapShape, ...]  # of stages 1 to 4; empty if the model only gives logits
+    final: MapShape | None  # the last map after the model's final norm; None if `maps` is empty
     classes: int  # 0 for a model without a head
-    can_resume: bool = False  # there is a tail for it: `Features.resume` works
-    pooled: int = 0  # channels of what its classifier is given; 0: no one layer gives its logits
+    can_resume: bool = False  # `tails.py` has a tail for it, so `Features.resume` works
+    pooled: int = 0  # channels of its classifier's input; 0 if its logits are not the output of one layer
 
 
 @dataclass
 class Features:
-    """What a method gets of a model at each step. B images; D, H, W as in `Shapes`."""
+    """The features of a model for a batch of B images. D, H, W are as in `Shapes`."""
 
-    logits: Tensor  # (B, classes); what the pooling gives, (B, D), for a model without a head
+    logits: Tensor  # (B, classes); pooled features (B, D) for a model without a head
     maps: tuple[Tensor, ...] = ()  # four of (B, D, H, W), raw stage outputs
     final: Tensor | None = None  # (B, D, H, W), the last map after the model's final norm
-    prefix: tuple[Tensor | None, ...] = ()  # class / register tokens beside each map, (B, P, D) or None
+    prefix: tuple[Tensor | None, ...] = ()  # class and register tokens of each map, (B, P, D) or None
     resume: Callable[[int, Tensor], Tensor] | None = None
-    """Teachers only: `resume(k, map)` runs the frozen teacher on from the output of stage k (1 to 3),
-    `(n*B, D_k, H_k, W_k)` with n a whole number, to its final map `(n*B, D, H, W)`. The gradient flows
-    to `map`. The teacher's own prefix tokens of that stage are used, repeated n times."""
-    pooled: Tensor | None = None  # (B, P), what the classifier was given; teachers of methods that need it only
+    """Teachers only: `resume(k, map)` runs the frozen teacher from the output of stage k (1 to 3),
+    `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`. Gradients flow to `map`. It uses the
+    teacher's own prefix tokens of that stage, repeated n times."""
+    pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
     classify: Callable[[Tensor], Tensor] | None = None
-    """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. The gradient flows to its input."""
+    """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
 
     def first(self, count: int) -> Features:
-        """Those of the first `count` images, without `resume`."""
+        """The features of the first `count` images, without `resume`."""
         return Features(
             logits=self.logits[:count],
             maps=tuple(m[:count] for m in self.maps),
@@ -70,26 +66,30 @@ class Features:
 
 
 class StageView:
-    """Calls a timm model and gives its `Features`. Holds the model, changes nothing in it.
+    """Calls a timm model and returns its `Features`. Does not change the model.
 
-    `view(images)` is the model's own forward pass, in whatever mode the model is in: drop path, dropout
-    and batch norm act, and gradients flow, as in `model(images)`.
+    `view(images)` is the model's own forward pass, in its current mode: drop path, dropout and batch norm act, and
+    gradients flow, as in `model(images)`.
 
-    Which outputs are the four maps, by timm's own numbering of its features:
+    The four maps, in timm's numbering of its features:
 
-    - the features differ in stride (ResNet, Swin, ...): the last four. A fifth, the stem's, is left out.
-      GhostNet is the exception among those whose features end a stage: timm taps it after the first block of
-      each stride, so its maps 1 to 4 leave out what follows at that stride (`final` has all of it).
-    - all have one stride (ViT, Mixer, ...): stage i of four ends with block `floor(i * depth / 4)`,
-      counted from one. Depth 12 is cut after the blocks 2, 5, 8, 11, counted from zero as `cuts` are;
-      depth 24 after 5, 11, 17, 23; depth 6 after 0, 2, 3, 5. `cuts` names four blocks of your own.
+    - features with different strides (ResNet, Swin, ...): the last four, without the stem's. timm's GhostNet features
+      come after the first block of each stride, so its maps lack the later blocks of that stride; `final` includes them.
+    - features with one stride (ViT, Mixer, ...): stage i of four ends with block `floor(i * depth / 4)`, counted from
+      one. Counted from zero, as in `cuts`, depth 12 is cut after the blocks 2, 5, 8, 11; depth 24 after 5, 11, 17, 23;
+      depth 6 after 0, 2, 3, 5. `cuts` sets four other blocks.
 
-    `final` is the last map after the model's final norm, wherever the family keeps it: `norm` acts on the
-    map; `fc_norm` (a ViT that pools) and `head.norm` (ConvNeXt) act after pooling and are applied here at
-    every position. A model with a last convolution after its stages (EfficientNet) has widened it.
+    `final` is the last map after the model's final norm. Some families apply that norm after pooling: `fc_norm` (ViTs
+    with average pooling) and `head.norm` (ConvNeXt). Here it is applied at every position. In models with a convolution
+    after the last stage (EfficientNet), `final` includes that convolution.
 
-    A model that cannot be seen so has `refusal`, a message of two lines, and empty `shapes.maps`; its
-    logits still work, with `maps=False`.
+    If a model gives no maps, `refusal` is a two-line message with the reason and `shapes.maps` is empty. Its logits
+    still work with `maps=False`.
+
+    Example:
+        >>> view = StageView(timm.create_model("resnet18"), name="resnet18", image_size=(224, 224))
+        >>> [m.shape[1:] for m in view(torch.zeros(2, 3, 224, 224)).maps]
+        [torch.Size([64, 56, 56]), torch.Size([128, 28, 28]), torch.Size([256, 14, 14]), torch.Size([512, 7, 7])]
     """
 
     def __init__(self, model: nn.Module, *, name: str, image_size: tuple[int, int], cuts: Sequence[int] | None = None):
@@ -108,7 +108,7 @@ class StageView:
         logits = _try_on_copy(model, size, lambda twin, images: _one_logit_tensor(twin(images)))
         if isinstance(logits, Exception):
             message = f"{name} cannot be used at {image_size[0]}x{image_size[1]}: {_one_line(logits)}."
-            # what torch says when a convolution or pooling has nothing left
+            # torch's messages if a convolution or pooling gets too small a map
             small = re.search("kernel size|too small", message, re.IGNORECASE)
             raise ValueError(message + (" Use a larger data.image_size." if small else ""))
 
@@ -116,9 +116,9 @@ class StageView:
         if reason is None:
             features = _try_on_copy(model, size, lambda twin, images: self._tap(twin, images, classifier=True))
             if isinstance(features, Exception):
-                reason, features = f"its forward_intermediates does not fit: {_one_line(features)}", None
+                reason, features = f"its forward_intermediates fails: {_one_line(features)}", None
         if reason is not None:
-            self.refusal = _refuse(name, model, reason)
+            self.refusal = _refusal(name, model, reason)
 
         classes = getattr(model, "num_classes", None)
         self.shapes = Shapes(
@@ -133,15 +133,19 @@ class StageView:
     def __call__(
         self, images: Tensor, maps: bool = True, resumable: bool = False, classifier: bool = False
     ) -> Features:
-        """Images `(B, C, H, W)` to `Features`. `maps=False`: the logits alone, from `model(images)`.
+        """Normalised images `(B, C, H, W)` to `Features`.
 
-        `resumable=True`, for a frozen teacher in eval mode, adds `Features.resume`; `classifier=True`, with maps,
-        `pooled` and `classify`, of a model that has them (`Shapes.pooled`).
+        Args:
+            maps: False returns only the logits, from `model(images)`.
+            resumable: adds `Features.resume`; for a frozen teacher in eval mode.
+            classifier: with maps, adds `pooled` and `classify` if the model has them (`Shapes.pooled`).
+
+        Raises ValueError if the model has no maps or no tail but they are requested.
         """
         if resumable and not self.shapes.can_resume:
             known = ", ".join(sorted(c.__name__ for c in TEACHER_TAILS))
             raise ValueError(
-                f"{self.name} cannot be run on from a stage: {type(self.model).__name__} has no tail.\n"
+                f"{self.name} cannot run from a stage to its end: {type(self.model).__name__} has no tail.\n"
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
@@ -152,9 +156,11 @@ class StageView:
         return self.resumable(features) if resumable else features
 
     def resumable(self, features: Features) -> Features:
-        """`features` of this model, now with `resume`. Raises ValueError in train mode."""
+        """Adds `resume` to the `features` of this model. Raises ValueError in train mode."""
         if self.model.training:
-            raise ValueError(f"{self.name} is to be run on from a stage and is in train mode: call .eval().")
+            raise ValueError(
+                f"{self.name} is in train mode, but must be in eval mode to run from a stage to its end: call .eval()."
+            )
         features.resume = self._resume_from(features.prefix)
         return features
 
@@ -164,7 +170,7 @@ class StageView:
             images, indices=list(self.indices), norm=False, output_fmt="NCHW", **options
         )
         maps, prefix = zip(*outputs) if self._gives_prefix else (outputs, [None] * len(outputs))
-        _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it did not give four maps")
+        _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it does not return four maps")
         head = _head(model, x) if classifier else (_one_logit_tensor(model.forward_head(x)), None, None)
         return Features(
             logits=head[0],
@@ -191,40 +197,42 @@ class StageView:
 
 
 def obstacle(model: Any) -> str | None:
-    """Why the model cannot give maps at all, or None."""
+    """Why the model cannot give maps, or None."""
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         return "this class has no forward_intermediates in timm"
     if len(getattr(model, "feature_info", ())) == 0:
         return "this class has no feature_info in timm"
     for module in model.modules():
         if isinstance(module, (PatchDropout, PatchDropoutWithIndices)) and module.prob > 0:
-            return "it drops patches in training (patch_drop_rate), so its tokens form no map"
+            return "it drops patches in training (patch_drop_rate), so its tokens do not form a map"
     return None
 
 
 def _gives_prefix(model: Any) -> bool:
-    """Whether timm can give the class and register tokens beside each map."""
+    """Whether timm can return the class and register tokens with each map."""
     call = getattr(model, "forward_intermediates", _gives_prefix)
     wanted = "return_prefix_tokens" in inspect.signature(call).parameters
-    return wanted and getattr(model, "num_prefix_tokens", 0) > 0  # some fail when asked for none
+    return wanted and getattr(model, "num_prefix_tokens", 0) > 0  # some models fail if they have none
 
 
 def _choose(model: Any, name: str, cuts: Sequence[int] | None) -> tuple[tuple[int, ...], str | None]:
-    """Four of timm's features, and why there are not four, if so."""
+    """The numbers of four timm features, and the reason if there are not four. Raises ValueError for wrong `cuts`."""
     depth = len(model.feature_info)
     plain = len({f["reduction"] for f in model.feature_info}) == 1
     if cuts is not None:
         if not plain:
-            raise ValueError(f"cuts={list(cuts)}: {name} has stages of its own, only a plain model is cut.")
+            raise ValueError(
+                f"cuts={list(cuts)}: {name} has stages of its own; only plain ViTs and MLPs can be cut. Remove cuts."
+            )
         rising = list(cuts) == sorted(set(cuts))
         if len(cuts) != 4 or not rising or cuts[0] < 0 or cuts[-1] != depth - 1:
             raise ValueError(
-                f"cuts={list(cuts)}: give four block indices from 0, increasing, the last {depth - 1}, "
+                f"cuts={list(cuts)}: must be four block indices, increasing, from 0 to {depth - 1}, "
                 f"the last of {name}'s {depth} blocks. Quarters are {list(_quarters(depth))}."
             )
         return tuple(cuts), None
     if depth < 4:
-        return (), f"it has {depth} {'blocks' if plain else 'stages'}, four are needed"
+        return (), f"it has {depth} {'blocks' if plain else 'stages'}, but four are needed"
     return (_quarters(depth) if plain else tuple(range(depth - 4, depth))), None
 
 
@@ -232,11 +240,11 @@ def _quarters(depth: int) -> tuple[int, ...]:
     return tuple(i * depth // 4 - 1 for i in (1, 2, 3, 4))
 
 
-def _refuse(name: str, model: nn.Module, reason: str) -> str:
+def _refusal(name: str, model: nn.Module, reason: str) -> str:
     return (
-        f"{name} ({type(model).__name__}) gives no stage maps: {reason}.\n"
-        "Logit methods (ce, kd) work with it; feature methods need a model with four stages or blocks and "
-        "timm's forward_intermediates: ResNet, EfficientNet, ConvNeXt, Swin, ViT, DeiT, BEiT, EVA, Mixer, ..."
+        f"{name} ({type(model).__name__}) has no stage maps: {reason}.\n"
+        "Use logit methods (ce, kd), or a model with four stages or blocks and timm's forward_intermediates: "
+        "ResNet, EfficientNet, ConvNeXt, Swin, ViT, DeiT, BEiT, EVA, Mixer, ..."
     )
 
 
@@ -244,31 +252,34 @@ def _refuse(name: str, model: nn.Module, reason: str) -> str:
 
 
 def _one_logit_tensor(logits: Any) -> Tensor:
-    """A distilled DeiT in training gives two predictions; their mean is what it gives in evaluation."""
+    """The logits. In training a distilled DeiT returns two predictions; their mean is its output in evaluation."""
     if isinstance(logits, tuple) and len(logits) == 2 and logits[0].shape == logits[1].shape:
         logits = (logits[0] + logits[1]) / 2
-    _expect(isinstance(logits, Tensor), f"it returns a {type(logits).__name__}, not logits")
+    _expect(isinstance(logits, Tensor), f"it returns a {type(logits).__name__} instead of logits")
     return logits
 
 
 def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
-    """What the head is given, as `(B, D, H, W)`. timm has it as NCHW, as NHWC or as tokens."""
+    """The head's input as `(B, D, H, W)`. timm returns it as NCHW, NHWC or tokens."""
     _expect(isinstance(x, Tensor), "its features are not one tensor")
     if x.ndim == 4:
         x = x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x
-    elif hasattr(model, "reroll"):  # Hiera keeps its tokens by window, not by row
+    elif hasattr(model, "reroll"):  # Hiera orders its tokens by window, not by row
         x = model.reroll(x, len(model.blocks) - 1).permute(0, 3, 1, 2)
     else:
         extra = x.shape[1] - grid[0] * grid[1]
-        _expect(x.ndim == 3 and extra in (getattr(model, "num_prefix_tokens", 0), 1), "its tokens fit no grid")
-        x = to_map(x, extra, grid)  # 1: VOLO adds a class token at the end and does not say so
-    _expect(x.shape[-2:] == grid, "its features have another grid than its last stage")
+        _expect(x.ndim == 3 and extra in (getattr(model, "num_prefix_tokens", 0), 1), "its tokens do not fit a grid")
+        x = to_map(x, extra, grid)  # 1: VOLO adds a class token that num_prefix_tokens does not count
+    _expect(x.shape[-2:] == grid, "its features and its last stage have different grids")
     return x
 
 
 def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """The logits, what the classifier was given for them, and the classifier. The latter two are None for a model
-    whose logits are not, as they stand, what one module gave: one with two heads, or with a head on every token."""
+    """The logits, the classifier's input, and the classifier.
+
+    The latter two are None if the logits are not the output of one module, as in models with two heads or with a head on
+    every token.
+    """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Module):
         return _one_logit_tensor(model.forward_head(x)), None, None
@@ -284,10 +295,10 @@ def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tenso
 
 
 def _normed(model: Any, x: Tensor) -> Tensor:
-    """`(B, D, H, W)` through the layer norm that the model applies after pooling, if it has one there."""
+    """`(B, D, H, W)` after the layer norm that the model applies after pooling, if it has one."""
     norm = getattr(model, "fc_norm", None) or getattr(getattr(model, "head", None), "norm", None)
     if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (x.shape[1],):
-        return x  # none, or one over something else than the channels of a position
+        return x  # none, or not over the channels
     if isinstance(norm, (LayerNorm2d, LayerNorm2dFp32)):
         return norm(x)
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -299,11 +310,11 @@ def _expect(condition: bool, otherwise: str) -> None:
 
 
 def _try_on_copy(model: nn.Module, size: tuple[int, ...], call: Callable) -> Any:
-    """`call(copy of the model, zeros)` in eval mode, or the exception it ends with.
+    """The result of `call(copy of the model, zeros)` in eval mode, or the exception it raises.
 
-    The copy has modules of its own and shares the tensors, so neither training flags nor what some models
-    cache in eval mode reach the model. A large model is copied to the meta device, where a forward pass
-    costs nothing; if it computes with values, which meta tensors lack, it is run after all.
+    The copy shares the tensors but not the modules, so training flags and values that some models cache in eval mode do
+    not reach the model. A large model is copied to the meta device, where a forward pass costs nothing; if it fails
+    there, for example because it reads values, it runs on its own device.
     """
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
     like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
@@ -315,7 +326,7 @@ def _try_on_copy(model: nn.Module, size: tuple[int, ...], call: Callable) -> Any
             twin = copy.deepcopy(model, memo).eval()
             with torch.no_grad():
                 return call(twin, torch.zeros(size, dtype=like.dtype, device=device))
-        except Exception as problem:  # whatever it is, the message goes to the user
+        except Exception as problem:  # of any kind: the user gets the message
             error = problem
     return error
 

@@ -1,12 +1,12 @@
-"""Tails: how a frozen teacher is run on from the middle, by timm model class.
+"""Tails: run a frozen teacher from one of its features to its final map, by timm model class.
 
-A tail takes `(model, index, x, prefix)`: the model in eval mode, timm's number of one of its features,
-that feature's map `(B, D, H, W)`, and the class or register tokens beside it `(B, P, D)` or None. It
-gives the final map `(B, D', H', W')`, the one the model's head is given: from the model's own map, what
-the model's own forward pass gives. The gradient flows to `x`.
+A tail takes `(model, index, x, prefix)`: the model in eval mode, timm's number of one of its features, that feature's map
+`(B, D, H, W)`, and its class and register tokens `(B, P, D)` or None. It returns the final map `(B, D', H', W')`, the
+input of the model's head. From the model's own map it computes the same as the model's forward pass. Gradients flow to
+`x`.
 
-To add a class, write its tail and one line in `TEACHER_TAILS`, and add a model to `tests/models/test_stages.py`.
-A subclass needs a line of its own, as it may run its blocks differently.
+To add a class, write its tail, add a line to `TEACHER_TAILS`, and add a model to `tests/models/test_stages.py`. A subclass
+needs its own line, because it may run its blocks differently.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _beit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tens
 
 def _eva_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None) -> Tensor:
     tokens = to_tokens(x, prefix)
-    grid = x[:1].detach().permute(0, 2, 3, 1)  # its values do not matter: the model reads the rotation off it
+    grid = x[:1].detach().permute(0, 2, 3, 1)  # only its shape is used, for the rotary embedding
     _, rope = model._pos_embed(grid if model.dynamic_img_size else grid.flatten(1, 2))
     for i in range(index + 1, len(model.blocks)):
         per_block = getattr(model, "rope_mixed", False) and rope is not None

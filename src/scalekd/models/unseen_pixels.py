@@ -1,4 +1,4 @@
-"""Pixels at the edge of an image that a model does not look at: patches of 14 leave two of a hundred over."""
+"""Finds pixels lost because the image size is not a multiple of the patch size: 14 leaves 2 of 100 over."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from torch import nn
 
 
 class Unseen(NamedTuple):
-    rows: int  # at the bottom, without any effect
+    """Pixels without any effect on the model."""
+
+    rows: int  # at the bottom
     columns: int  # on the right
-    steps: tuple[int, int]  # pixels by which the height and the width that are looked at grow
+    steps: tuple[int, int]  # strides: pixels by which the used height and width grow
 
 
 class _Reached(Exception):
+    """Ends a forward pass at its first convolution."""
+
     def __init__(self, conv: nn.Conv2d, shape: torch.Size):
         self.conv, self.shape = conv, shape
 
 
 def unseen(model: nn.Module, channels: int, size: tuple[int, int]) -> Unseen | None:
-    """What the model's first convolution leaves out of images of `size`, found by its gradient to one; None for nothing.
+    """The rows and columns of images of `size` (height, width) that the model's first convolution ignores; None if none.
 
-    Only the model's steps up to there are run, so padding before it and in it counts. None as well where no
-    convolution is met, or an image that was made smaller.
+    Computed from the convolution's gradient with respect to its input. The model runs up to that convolution, so padding
+    before and in it counts. Also None for a model without convolution, or one that first shrinks its images.
     """
     first = _first_convolution(model, channels, size)
-    if first is None or any(met < whole for met, whole in zip(first.shape[-2:], size)):
+    if first is None or any(received < full for received, full in zip(first.shape[-2:], size)):
         return None
     weight = first.conv.weight
     images = torch.zeros(1, *first.shape[1:], device=weight.device, dtype=weight.dtype, requires_grad=True)
     with torch.enable_grad():
-        out = first.conv.forward(images)  # not called: no hooks
+        out = first.conv.forward(images)  # without its hooks
         (gradient,) = torch.autograd.grad(out, images, torch.ones_like(out))
-    seen = gradient[0, :, : size[0], : size[1]].abs().sum(0) > 0
-    if not seen.any():
+    used = gradient[0, :, : size[0], : size[1]].abs().sum(0) > 0
+    if not used.any():
         return None
-    rows, columns = (whole - int(seen.any(dim).nonzero().max()) - 1 for whole, dim in zip(size, (1, 0)))
+    rows, columns = (full - int(used.any(dim).nonzero().max()) - 1 for full, dim in zip(size, (1, 0)))
     steps = first.conv.stride
     return Unseen(rows, columns, (int(steps[0]), int(steps[1]))) if rows or columns else None
 
@@ -63,8 +67,8 @@ def _first_convolution(model: nn.Module, channels: int, size: tuple[int, int]) -
     return None
 
 
-def whole_sizes(left_out: Unseen, size: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """The nearest (height, width) of which all is looked at: below, and above."""
-    below = [whole - rest for whole, rest in zip(size, left_out[:2])]
-    above = [b + step if rest else b for b, step, rest in zip(below, left_out.steps, left_out[:2])]
+def whole_sizes(ignored: Unseen, size: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """The nearest (height, width) below and above `size` that the model uses completely."""
+    below = [full - rest for full, rest in zip(size, ignored[:2])]
+    above = [b + step if rest else b for b, step, rest in zip(below, ignored.steps, ignored[:2])]
     return below, above

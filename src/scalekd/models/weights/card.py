@@ -16,12 +16,12 @@ from scalekd.models.options import Model
 
 
 class Card(BaseModel):
-    """What a student's card must have, to be used without surprises; it has more."""
+    """The fields of a student's card that are needed to use it. The file has more."""
 
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
     model: str
     kwargs: dict[str, Any]
-    classes: list[str]  # none of a backbone without a classifier
+    classes: list[str]  # empty for a backbone without a classifier
     image_size: tuple[Pixels, Pixels]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
@@ -32,26 +32,26 @@ class Card(BaseModel):
     def _usable(self) -> Card:
         Model(model=self.model, kwargs=self.kwargs)
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
-            raise ValueError("mean and std are of one channel or of three")
+            raise ValueError("mean and std must each have one value or three")
         return self
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """Raises `UserError` for a file that is no card, or names anything but a model of timm's and its shape."""
+    """A student's card. Raises `UserError` if it is not valid, or its model is not a timm model."""
     try:
         card = json.loads(file.read_text())
         Card.model_validate(card)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{file} is not a student's card: {shortened(f'{place}: ' * bool(place) + first['msg'])}"
+            f"{file} is not a valid student card: {shortened(f'{key}: ' * bool(key) + first['msg'])}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a student's card: {first_line(error)}") from None
+        raise UserError(f"{file} is not a valid student card: {first_line(error)}") from None
     return card
 
 
 def short_floats(values: torch.Tensor) -> list[float]:
-    """0.485 and not 0.48500001430511475: the shortest decimals that are the same float32."""
+    """The shortest decimals with the same float32 values: 0.485 instead of 0.48500001430511475."""
     return [float(str(v)) for v in values.flatten().cpu().numpy()]

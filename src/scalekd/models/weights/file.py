@@ -1,4 +1,4 @@
-"""A file of weights: read without running code from it, and what timm's train.py says of its model in and beside it."""
+"""Reads weights files without running code from them, and what timm's train.py wrote about their model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from scalekd.common.yaml_file import parse_yaml
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
-# What a file may hold beside its tensors: module -> names. They are read as objects that do nothing.
-BESIDE = {
+# Objects that a file may contain besides tensors: module -> names. They are read as objects without behaviour.
+IGNORED = {
     "mmengine.logging.history_buffer": ["HistoryBuffer"],
     "numpy": ["ndarray", "dtype"],
     "numpy.core.multiarray": ["_reconstruct", "scalar"],
@@ -34,7 +34,7 @@ BESIDE = {
 
 
 class _Ignored:
-    """Stands for an object beside the tensors: takes anything, does nothing."""
+    """Replaces an object of `IGNORED`: accepts any arguments and state, does nothing."""
 
     def __new__(cls, *args: Any) -> _Ignored:
         return object.__new__(cls)
@@ -47,61 +47,61 @@ class _Ignored:
 
 
 def read_file(path: Path, others: Iterable[str] = ()) -> dict[Any, Any]:
-    """What a .safetensors or torch file holds. Runs no code from it. Raises `UserError` that begins with the path.
+    """The contents of a .safetensors or torch file. Runs no code from it. Raises `UserError` that begins with the path.
 
-    Objects of `BESIDE` (mmengine's log, numpy's numbers, paths) become `_Ignored`; their modules are not even imported.
-    timm's arguments are read as they are, plain values. A file with any other object is refused.
-    others: what may have been meant in place of a file.
+    Objects of `IGNORED` (mmengine's log, numpy's numbers, paths) become `_Ignored`, without importing their modules.
+    timm's arguments are read as plain values. A file with any other object is an error.
+    others: values other than a file that the user may have meant.
     """
     if not is_file(path):
         raise UserError(_no_file(path, others))
     try:
         contents = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
-    except Exception as error:  # a damaged zip or pickle can raise nearly anything
+    except Exception as error:  # a damaged zip or pickle can raise anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path} holds {shortened(code[1])} beside its tensors and is not opened: such objects can run code.\n"
-                "If you trust it, load it in a Python of its own and save its state_dict alone as .safetensors."
+                f"{path} contains {shortened(code[1])} besides tensors and is not opened: such objects can run code.\n"
+                "If you trust the file, load it in a separate Python process and save only its state_dict as .safetensors."
             ) from None
         raise UserError(f"{path} cannot be read as weights: {shortened(first_line(error))}") from None
     if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__} and no named tensors")
+        raise UserError(f"{path} contains no named tensors, but an object of type {type(contents).__name__}")
     return contents
 
 
 def _loaded(path: Path, mmap: bool = False) -> Any:
     stand_ins: list[Any] = [
-        type(name, (_Ignored,), {"__module__": module}) for module, names in BESIDE.items() for name in names
+        type(name, (_Ignored,), {"__module__": module}) for module, names in IGNORED.items() for name in names
     ]
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The files in a folder that are called as weights are, train.py's best one first; none where it cannot be read."""
+    """The files in a folder with the name of a weights file, train.py's best first; [] if it cannot be read."""
     try:
-        found = [p for p in folder.iterdir() if p.name.endswith(ENDINGS) and is_file(p)]
+        files = [p for p in folder.iterdir() if p.name.endswith(ENDINGS) and is_file(p)]
     except OSError:
         return []
-    return sorted(found, key=lambda p: (not p.name.startswith("model_best"), p.name))
+    return sorted(files, key=lambda p: (not p.name.startswith("model_best"), p.name))
 
 
 def _no_file(path: Path, others: Iterable[str]) -> str:
     try:
         folder = path.is_dir()
-    except (OSError, ValueError):  # no path at all: too long
+    except (OSError, ValueError):  # not a path, such as one that is too long
         return f"no file {path}.{nearest(path.name, others)}"
     if not folder:
         return f"no file {path}.{nearest(path.name, [*(p.name for p in weights_in(path.parent)), *others])}"
     files = weights_in(path)
-    told = f"; name a file in it, such as {files[0]}" if files else f", and no file in it ends in {', '.join(ENDINGS)}"
-    return f"{path} is a folder, not a file of weights{told}"
+    hint = f"; use a file in it, such as {files[0]}" if files else f", and no file in it ends in {', '.join(ENDINGS)}"
+    return f"{path} is a folder, not a weights file{hint}"
 
 
-# ---------------------------------------------------------------- what timm's train.py says of the model
+# ---------------------------------------------------------------- what timm's train.py wrote about the model
 
 
-SAID: dict[str, tuple[type, ...]] = {
+ARGUMENTS: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "num_classes": (int,),
     "in_chans": (int,),
@@ -114,10 +114,10 @@ SAID: dict[str, tuple[type, ...]] = {
 }
 
 
-def said_in(file: Path) -> dict[str, Any]:
-    """Of `SAID`, train.py's arguments for the model, what its checkpoint or its args.yaml gives; {} for any other file.
+def train_arguments(file: Path) -> dict[str, Any]:
+    """train.py's `ARGUMENTS` for the model, from its checkpoint or args.yaml; {} for any other file.
 
-    All are plain values and `model` is a name of timm's, but nobody has looked whether the rest is true or fits.
+    All are plain values and `model` is a timm name, but they may not fit the weights.
     """
     import timm
 
@@ -129,30 +129,30 @@ def said_in(file: Path) -> dict[str, Any]:
             args = contents.get("args")
             own = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
             values = {"model": contents.get("arch")} | own
-        found = {key: values[key] for key in SAID if values.get(key) and isinstance(values[key], SAID[key])}
-        json.dumps(found)
-    except Exception:  # it only helps to mend a mistake: what cannot be read says nothing
+        given = {key: values[key] for key in ARGUMENTS if values.get(key) and isinstance(values[key], ARGUMENTS[key])}
+        json.dumps(given)
+    except Exception:  # only used in error messages: ignore what cannot be read
         return {}
-    if not timm.is_model(found.get("model", "")):
-        found.pop("model", None)
-    return found
+    if not timm.is_model(given.get("model", "")):
+        given.pop("model", None)
+    return given
 
 
-def as_text(said: Mapping[str, Any]) -> str:
+def as_text(arguments: Mapping[str, Any]) -> str:
     """`model vit_tiny_patch16_224, num_classes 3`."""
-    return shortened(", ".join(f"{key} {value}" for key, value in said.items()))
+    return shortened(", ".join(f"{key} {value}" for key, value in arguments.items()))
 
 
-def as_overrides(said: Mapping[str, Any], weights: Path, role: str) -> str:
-    """What to set for a student's or teacher's model with these weights. The class count is the weights' own."""
-    kwargs = ({"global_pool": said["gp"]} if "gp" in said else {}) | said.get("model_kwargs", {})
-    size = kwargs.pop("img_size", None) or said.get("img_size") or said.get("input_size", [])[-2:]
+def as_overrides(arguments: Mapping[str, Any], weights: Path, role: str) -> str:
+    """Overrides for a student or teacher with these weights. The number of classes is that of the weights."""
+    kwargs = ({"global_pool": arguments["gp"]} if "gp" in arguments else {}) | arguments.get("model_kwargs", {})
+    size = kwargs.pop("img_size", None) or arguments.get("img_size") or arguments.get("input_size", [])[-2:]
     values = {
         "kwargs": kwargs,
         "image_size": None if role == "student" else size,  # a student's is data.image_size
-        "mean": said.get("mean"),
-        "std": said.get("std"),
+        "mean": arguments.get("mean"),
+        "std": arguments.get("std"),
     }
-    settings = [f"{role}.model={said.get('model', 'NAME')}", f"{role}.weights={weights}"]
+    settings = [f"{role}.model={arguments.get('model', 'NAME')}", f"{role}.weights={weights}"]
     settings += [f"{role}.{key}={json.dumps(value)}" for key, value in values.items() if value]
     return shortened(" ".join(map(shlex.quote, settings)), 800)

@@ -1,4 +1,4 @@
-"""Weights in files: read, found under whatever stands before their names, and proved to be a trained model's."""
+"""Matches the tensors of a weights file to a model: finds the prefix of their names, adapts and loads them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import nn
 from scalekd.common.errors import UserError
 from scalekd.common.text import shortened
 
-from .file import as_text, read_file, said_in
+from .file import as_text, read_file, train_arguments
 
 State = dict[str, torch.Tensor]
 
 
 def read_weights(path: Path, where: str) -> State:
-    """All tensors of a .safetensors or torch file, by name; those in dicts within dicts by names with dots.
+    """All tensors of a .safetensors or torch file, by name. Nested dicts are flattened with dots.
 
-    `{"teacher": {"backbone.norm.weight": ...}}` gives `teacher.backbone.norm.weight`. Runs no code from the file.
-    Raises `UserError`.
+    `{"teacher": {"backbone.norm.weight": ...}}` becomes `teacher.backbone.norm.weight`. Runs no code from the file.
+    Raises `UserError` that begins with `where`.weights.
     """
     try:
         flat = dict(_named(read_file(path, ("pretrained", "random") if path.parent == Path() else ())))
     except UserError as error:
         raise UserError(f"{where}.weights: {error}") from None
     if not flat:
-        raise UserError(f"{where}.weights: {path} holds no named tensors")
+        raise UserError(f"{where}.weights: {path} contains no named tensors")
     return flat
 
 
@@ -48,10 +48,11 @@ AVERAGED, PLAIN = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # in
 
 
 def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
-    """What to take off the names in a file so that they are the model's; "" if they are, or nothing helps.
+    """The prefix in front of the model's tensor names in a file; "" if there is none, or if no prefix fits exactly.
 
-    A prefix counts only if all of the model is found under it and nothing else is. Of timm's averaged and plain
-    weights the averaged are taken, as timm does. Raises `UserError` where several models of the file fit.
+    A prefix fits if the tensors under it are those of the model, with none missing and none left over. If timm's
+    averaged and plain weights both fit, the averaged ones are used, as in timm. Raises `UserError` if several models in
+    the file fit.
     """
     if _fits(model, flat):
         return ""
@@ -64,36 +65,37 @@ def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
         return averaged[0]
     if len(fitting) > 1:
         raise UserError(
-            f"{where}.weights: {path} holds several models that fit; choose one: "
+            f"{where}.weights: {path} contains several models that fit; choose one with "
             + " or ".join(f"{where}.prefix={shortened(prefix)}" for prefix in fitting[:5])
         )
     if fitting:
         return fitting[0]
-    # none fits: that with most of the names, so that the error tells what is wrong with it
+    # none fits: return the one with the most names, so that the error shows what does not fit
     common = Counter(start for key in flat for start in ["", *_starts(key)] if key.removeprefix(start) in wanted)
     return max(common, key=lambda start: common[start], default="")
 
 
 def _starts(key: str) -> list[str]:
-    """a.b.c: [a., a.b.]; not more than five."""
+    """Prefixes of a name, at most five: a.b.c gives [a., a.b.]."""
     return [key[: dot.end()] for dot in re.finditer(r"\.", key)][:5]
 
 
 def as_prefix(given: str, flat: State) -> str:
-    """What a person gave as a prefix, with the dot at its end if the names in the file have it there."""
+    """The user's prefix, with a dot added if the names in the file have one there."""
     names = [key for key in flat if key.startswith(given)]
     return given + "." if given and names and all(key.startswith(given + ".") for key in names) else given
 
 
 def under(prefix: str, flat: State) -> State:
+    """The tensors whose names begin with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
 
 
 def _fits(model: nn.Module, read: State) -> bool:
-    """Whether it is the model's, but perhaps for the classifier."""
+    """Whether these are the model's tensors, except perhaps the classifier."""
     try:
         state = adapted(read, model)
-    except Exception:  # timm's filters take other models' files as they come
+    except Exception:  # timm's filters raise anything on other models' files
         return False
     return _shapes(model.state_dict()) == _shapes(state) or other_classes(model, state) is not None
 
@@ -103,36 +105,37 @@ def _shapes(state: State) -> dict[str, torch.Size]:
 
 
 def grouped(keys: Iterable[str]) -> list[str]:
-    """Names in which a number stands for all: blocks.0.norm1.weight and its like as `blocks.*.norm1.weight (12)`."""
+    """Names grouped by replacing numbers with *: blocks.0.norm1.weight etc. become `blocks.*.norm1.weight (12)`."""
     groups: dict[str, list[str]] = {}
     for key in sorted(keys):
         groups.setdefault(re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", key), []).append(key)
     return [f"{group} ({len(names)})" if len(names) > 1 else names[0] for group, names in groups.items()]
 
 
-def told_briefly(keys: Iterable[str], most: int = 5) -> str:
+def briefly(keys: Iterable[str], most: int = 5) -> str:
+    """The first groups of `grouped`, and how many more there are."""
     groups = grouped(keys)
-    return shortened(", ".join(groups[:most]) + f" and {len(groups) - most} kinds more" * (len(groups) > most))
+    return shortened(", ".join(groups[:most]) + f" and {len(groups) - most} more groups" * (len(groups) > most))
 
 
 def adapted(state: State, model: nn.Module) -> State:
-    """Through timm's own filter for the family: other key names, position tables of another size."""
+    """The tensors after timm's filter for the model family, which renames keys and resizes position tables."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None or _shapes(state) == _shapes(model.state_dict()):
         return state
-    with warnings.catch_warnings():  # torch's, on how timm resizes tables of relative positions
-        for told in (".*searchsorted", ".*non-tuple sequence"):
-            warnings.filterwarnings("ignore", told, UserWarning)
+    with warnings.catch_warnings():  # from torch, about timm's resizing of relative position tables
+        for message in (".*searchsorted", ".*non-tuple sequence"):
+            warnings.filterwarnings("ignore", message, UserWarning)
         return adapt(dict(state), model)
 
 
 def classifier(model: nn.Module) -> State:
-    """The tensors of the model's classifier (or classifiers: a distilled DeiT has two)."""
+    """The tensors of the model's classifier, or of both classifiers of a distilled DeiT."""
     return {name: tensor for name, tensor in model.state_dict().items() if _of_classifier(name, model)}
 
 
 def without_classifier(state: State, model: nn.Module) -> State:
-    """`state` less the tensors of such a model's classifier, whether this one has it or not."""
+    """`state` without the tensors of the classifier, even if `model` was created without one."""
     return {name: tensor for name, tensor in state.items() if not _of_classifier(name, model)}
 
 
@@ -142,20 +145,20 @@ def _of_classifier(name: str, model: nn.Module) -> bool:
 
 
 def other_classes(model: nn.Module, state: State) -> int | None:
-    """The class count of `state`, if all fits `model` but a classifier for another number of classes; 0: it has none."""
+    """The number of classes of `state`, if only its classifier does not fit `model`; 0 if it has no classifier."""
     wanted = model.state_dict()
     if wanted.keys() - state.keys() == classifier(model).keys() != set() and not state.keys() - wanted.keys():
-        return 0  # a backbone's file, such as DINOv2's; shapes are looked at when it is loaded
+        return 0  # a backbone without a classifier, such as DINOv2; load_weights checks the shapes
     if wanted.keys() != state.keys():
         return None
     other = {name for name in wanted if wanted[name].shape != state[name].shape}
     counts = {len(state[name]) for name in other if state[name].ndim}
-    apart = all(wanted[name].shape[1:] == state[name].shape[1:] for name in other)
-    return counts.pop() if apart and len(counts) == 1 and other == classifier(model).keys() else None
+    rest_fits = all(wanted[name].shape[1:] == state[name].shape[1:] for name in other)
+    return counts.pop() if rest_fits and len(counts) == 1 and other == classifier(model).keys() else None
 
 
 def load_weights(model: nn.Module, state: State, path: Path, where: str) -> None:
-    """Fills every tensor of `model`; nothing may be missing or left over. Raises `UserError`."""
+    """Loads all tensors of `model`. Raises `UserError` if any is missing, left over or of another shape."""
     if _shapes(state) != _shapes(model.state_dict()):
         raise UserError(_misfit(model, state, path, where))
     model.load_state_dict(state)
@@ -165,24 +168,26 @@ def _misfit(model: nn.Module, state: State, path: Path, where: str) -> str:
     wanted, head = model.state_dict(), classifier(model).keys()
     backbone = {name: tensor for name, tensor in wanted.items() if name not in head}
     if not head & state.keys() and _shapes(backbone) != _shapes(state):
-        wanted = backbone  # a file without a classifier would do: that is not what is wrong with it
+        wanted = backbone  # a file may lack the classifier, so do not report it as missing
     common = wanted.keys() & state.keys()
     missing, extra = wanted.keys() - common, state.keys() - common
     other = [name for name in common if wanted[name].shape != state[name].shape]
     parts = (
         f"{len(common) - len(other)} of {len(wanted)} tensors matched",
-        f"{len(missing)} missing ({told_briefly(missing)})" if missing else "",
-        f"{len(extra)} left over ({told_briefly(extra)})" if extra else "",
+        f"{len(missing)} missing ({briefly(missing)})" if missing else "",
+        f"{len(extra)} left over ({briefly(extra)})" if extra else "",
         _shape_differences(other, wanted, state),
     )
     left_over = bool(extra) and not missing and not other
-    said = said_in(path)
+    arguments = train_arguments(path)
     lines = [
         f"{where}.weights: {path} does not fit {where}.model and its kwargs: {'; '.join(filter(None, parts))}.",
-        f"Of its model the file says: {as_text(said)}." if said else "",
-        "Give the model name, kwargs and class count that the weights were made with"
-        + (f", or {where}.prefix, what stands before the model's names in the file." if not common else "."),
-        "If what is left over is no part of the model, as MAE's decoder, save the others alone." if left_over else "",
+        f"The file says: {as_text(arguments)}." if arguments else "",
+        "Set the model name, kwargs and number of classes that the weights were trained with"
+        + (f", or set {where}.prefix to the prefix of the model's tensor names in the file." if not common else "."),
+        "If the tensors left over are not part of the model, such as MAE's decoder, save the file without them."
+        if left_over
+        else "",
     ]
     return "\n".join(filter(None, lines))
 
@@ -194,4 +199,5 @@ def _shape_differences(names: list[str], wanted: State, state: State) -> str:
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

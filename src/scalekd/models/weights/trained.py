@@ -1,4 +1,4 @@
-"""What is known of a model's weights: where they are from, and whether anyone trained them."""
+"""Where a model's weights came from, and whether they look trained."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ from .match import classifier
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is known of a model and its weights."""
+    """Where a model's weights came from, and how many of its tensors they filled."""
 
-    kwargs: dict[str, Any]  # what `timm.create_model` was given beside the name
+    kwargs: dict[str, Any]  # keyword arguments of `timm.create_model`
     source: str  # "pretrained (...)", a path, or "random"
     sha256: str | None  # of the file; `backbone_sha256` for timm's own weights
     matched: int  # tensors filled from the source
     total: int  # tensors of the model
-    initial: float  # share of biases and norm weights still exactly at their initial 0 or 1
-    head: str | None = None  # what is there instead, where the source's classifier was for other classes
-    prefix: str = ""  # what was taken off the names in the file
+    initial: float  # share of biases and norm weights that are exactly 0 or 1, their initial values
+    head: str | None = None  # the new classifier, if that of the source was not used
+    prefix: str = ""  # prefix of the tensor names in the file
     keys: dict[str, list[str]] = field(default_factory=dict)  # `matched`, `missing`, `unexpected`, as `grouped`
-    noise: float | None = None  # `noise_share`; None: not looked at, or nothing to look at
-    exported: bool = False  # whether the card of a scalekd run beside the file names its sha256
+    noise: float | None = None  # `noise_share`; None if unknown
+    exported: bool = False  # whether the card of a scalekd run next to the file has its sha256
 
     @property
     def untrained(self) -> bool:
-        """Whether weights that a source gave are those of a model that nobody trained."""
+        """Whether weights from a file or from timm are initial values."""
         return self.source != "random" and self.initial > 0.5
 
 
-NOISE, ALL_NOISE = 0.4, 0.9  # shares of weight matrices without structure; up to 17 % in trained models that were tried
+NOISE, ALL_NOISE = 0.4, 0.9  # thresholds for `noise_share`; trained models had up to 17 %
 
 
 class Verdict(NamedTuple):
-    """Whether anyone trained weights that a source gave, as far as their numbers tell."""
+    """Whether weights look trained. `meaning` says what the figures mean and how to fix it."""
 
     status: Literal["ok", "warn", "fail"]
     figures: str
-    meaning: str = ""  # with the way out
+    meaning: str = ""
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         return f"{self.figures}. {self.meaning}"
 
 
 def trained(loaded: Loaded) -> Verdict:
-    """`fail`: biases and norms at initial values, or matrices without structure that no card of a run speaks for.
+    """Whether the weights look trained, from the shares of initial values and of matrices without structure.
 
-    A short run of scalekd's own has such matrices too (a few dozen steps), so its export is not refused.
+    `fail` if most biases and norms are at initial values, or nearly all matrices have no structure. The latter is only a
+    warning for an exported student, because a run of a few dozen steps gives such matrices too.
     """
     if loaded.untrained:
         figures = f"{loaded.initial:.0%} of the biases and norms are at their initial values"
-        return Verdict("fail", figures, "These weights were never trained; give others")
+        return Verdict("fail", figures, "These weights were never trained; use others")
     figures = f"{loaded.initial:.0%} of the biases and norms at initial values"
     if loaded.noise is None:
         return Verdict("ok", figures)
@@ -65,22 +66,23 @@ def trained(loaded: Loaded) -> Verdict:
     if loaded.noise <= NOISE:
         return Verdict("ok", figures)
     if loaded.noise < ALL_NOISE or loaded.exported:
-        return Verdict("warn", figures, "So do weights look after a few steps of training; else they were never loaded")
+        return Verdict(
+            "warn", figures, "This is normal after a few steps of training; otherwise the weights were not loaded"
+        )
     return Verdict(
         "fail",
-        f"{figures}: their entries might as well be shuffled",
-        "So do weights look that nobody trained, and trained ones after a few steps only: give others, or train these "
-        "for longer",
+        f"{figures}: shuffling their entries changes nothing",
+        "These weights are untrained, or trained for only a few steps; use others, or train these for longer",
     )
 
 
 def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
-    """The sha256 of the weights' file; for timm's own weights, of the parameters as loaded.
+    """The sha256 of the weights file; for timm's own weights, of the loaded parameters.
 
-    The latter leaves out the classifier and the tables of positions, which timm resizes to the image size with
-    a rounding that may differ from machine to machine.
+    The latter excludes the classifier and the position tables, which timm resizes to the image size with rounding that
+    may differ between machines.
     """
-    if loaded.sha256:  # of timm's own, it is what stands below
+    if loaded.sha256:  # of the file, or computed before
         return loaded.sha256
     summed, head = hashlib.sha256(), classifier(model)
     for name, parameter in sorted(model.named_parameters()):
@@ -90,28 +92,30 @@ def backbone_sha256(model: nn.Module, loaded: Loaded) -> str:
     return summed.hexdigest()
 
 
-# ---------------------------------------------------------------- whether anyone trained them
+# ---------------------------------------------------------------- signs of training
 
 
 def initial_share(model: nn.Module) -> float:
-    """Share of one-dimensional parameters that hold only zeros or only ones, as timm initialises biases and norms.
+    """Share of one-dimensional parameters that are all zeros or all ones, as timm initialises biases and norms.
 
-    Verdict models have next to none; freshly built ones nearly all.
+    Near 0 in trained models, near 1 in new ones.
     """
-    flat = [p.detach() for p in model.parameters() if p.ndim == 1 and p.numel() > 1]
-    constant = sum(bool((p == 0).all() or (p == 1).all()) for p in flat)
-    return constant / max(1, len(flat))
+    vectors = [p.detach() for p in model.parameters() if p.ndim == 1 and p.numel() > 1]
+    constant = sum(bool((p == 0).all() or (p == 1).all()) for p in vectors)
+    return constant / max(1, len(vectors))
 
 
 def noise_share(model: nn.Module) -> float | None:
-    """Share of weight matrices without structure: their entries might as well be in any other order.
+    """Share of weight matrices without structure, whose entries could be shuffled without a difference.
 
-    That is so at initial values, which are drawn one by one, and after too few steps to matter; training gives rows
-    and columns that go together, and with them singular values larger than chance gives. Looked at is the norm of
-    W W^T, the root of the sum of the fourth powers of the singular values, against that of W with its entries shuffled:
-    W counts as noise up to 1.05 times that. The two are equal in distribution for independent entries whatever their
-    distribution; for matrices of 32 x 32 and more the ratio then was below 1.03 in 16 families.
-    At most 24 matrices, evenly spaced, and 512 rows and columns of each. None for a model without such matrices.
+    Initial values are independent draws, and a few training steps hardly change that. Training correlates rows and
+    columns and makes some singular values larger than chance does. So the norm of W W^T (the root of the sum of the
+    fourth powers of the singular values) is compared with that of W with its entries shuffled; W counts as noise up to a
+    ratio of 1.05. For independent entries of any distribution both norms have the same distribution; the ratio was below
+    1.03 for matrices of 32 x 32 and more in 16 model families.
+
+    Uses at most 24 matrices, evenly spaced, and 512 rows and columns of each. None for a model without matrices of
+    32 x 32 or more.
     """
     parameters = [p.detach() for p in model.parameters() if p.ndim > 1]
     matrices = [m for p in parameters if min((m := p.flatten(1)).shape) >= 32]
