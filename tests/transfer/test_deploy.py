@@ -107,7 +107,7 @@ def copy_of(exported, tmp_path, **changes):
     ("changes", "message"),
     [
         ({"backbone": "resnet5O"}, "timm has no model `resnet5O`.* Did you mean"),
-        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not here"),
+        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not allowed here"),
         ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not allowed here"),
         ({"kwargs": {"no_such": 1}}, "test_resnet cannot be built as .*no_such"),
         ({"mean": [0.5, 0.5]}, "one channel or of three"),
