@@ -10,7 +10,8 @@ from scipy.fft import dctn
 from scalekd.methods.distance import remove_direct
 from scalekd.methods.fd import FD
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.methods.scalekd import ScaleKD, cap, dfm, scalekd, tpp
+from scalekd.methods.scalekd import ScaleKD
+from scalekd.methods.scalekd_parts import cap, dfm, scalekd, tpp
 from scalekd.models.stages import Features, Shapes
 
 # ---------------------------------------------------------------- a plain, slow ScaleKD
