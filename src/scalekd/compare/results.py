@@ -80,8 +80,8 @@ def _key(recipe: dict[str, Any]) -> str:
 
     Options of the losses that the version which wrote the recipe did not have get their defaults.
     """
-    losses = {name: options for name, options in recipe["losses"].items() if name in METHODS}
-    whole = recipe | {"losses": recipe["losses"] | written_out(losses)}
+    defaults = written_out({name: {} for name in recipe["losses"] if name in METHODS})
+    whole = recipe | {"losses": {name: defaults.get(name, {}) | o for name, o in recipe["losses"].items()}}
     text = json.dumps({k: v for k, v in whole.items() if k != "name"}, sort_keys=True)
     return json.dumps(json.loads(text, parse_float=_integer_if_whole))
 

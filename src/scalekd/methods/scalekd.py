@@ -112,8 +112,7 @@ class ScaleKD(nn.Module):
         self.weights = view_weights(views, alpha, beta)
         _check_path(student, teacher, views, tpp, adaptive_queries)
         _check_views(teacher, self.weights)
-        if heads is not None and len(heads) != (2 if tpp else 1):
-            raise ValueError(f"heads is {list(heads)}; give (stage 3, stage 4) with tpp, otherwise (stage 4,)")
+        _check_heads(heads, tpp)
         if shared and not can_share(views, self.weights):
             raise ValueError("shared needs two different views")
         if student_views == "first" and not (tpp and len(self.weights) == 2):
@@ -194,6 +193,11 @@ def _check_views(teacher: Shapes, weights: dict[str, float]) -> None:
             f"{teacher.model} has a 1x1 final map, which is 0 without its direct component. "
             "Use a larger image size, or cap or tpp"
         )
+
+
+def _check_heads(heads: tuple[int, ...] | None, tpp: bool) -> None:
+    if heads is not None and len(heads) != (2 if tpp else 1):
+        raise ValueError(f"heads is {list(heads)}; give (stage 3, stage 4) with tpp, otherwise (stage 4,)")
 
 
 def view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
