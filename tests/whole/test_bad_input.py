@@ -81,7 +81,7 @@ def test_a_model_that_cannot_be_seen_as_asked(refused, override, message):
 
 def test_a_teacher_that_cannot_be_resumed(refused, cli, recipe_file):
     model = ["teacher.model=ghostnet_050", "teacher.kwargs={}", "data.image_size=64"]
-    instead = refused(*model).split("The same without it: ")[1].split()
+    instead = refused(*model).split("The same method without that stage: ")[1].split()
     assert instead == ["losses.scalekd=off", "losses.dfm={}"]
     assert cli("train", recipe_file, "--dry-run", *model, *instead).code == 0
 
