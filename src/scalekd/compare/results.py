@@ -15,6 +15,7 @@ from scalekd.common.intervals import half_width
 from scalekd.common.sections import to_yaml
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import check_config
+from scalekd.methods.names import METHODS
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 
@@ -75,8 +76,13 @@ def recipe_of(job: Job) -> dict[str, Any]:
 
 
 def _key(recipe: dict[str, Any]) -> str:
-    """A key for a recipe. Equal for recipes that differ only in name or in how a number is written (1 and 1.0)."""
-    text = json.dumps({k: v for k, v in recipe.items() if k != "name"}, sort_keys=True)
+    """A key for a recipe. Equal for recipes that differ only in name or in how a number is written (1 and 1.0).
+
+    Options of the losses that the version which wrote the recipe did not have get their defaults.
+    """
+    defaults = written_out({name: {} for name in recipe["losses"] if name in METHODS})
+    whole = recipe | {"losses": {name: defaults.get(name, {}) | o for name, o in recipe["losses"].items()}}
+    text = json.dumps({k: v for k, v in whole.items() if k != "name"}, sort_keys=True)
     return json.dumps(json.loads(text, parse_float=_integer_if_whole))
 
 

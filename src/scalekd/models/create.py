@@ -44,6 +44,7 @@ class Filled(NamedTuple):
     prefix: str = ""  # in front of the model's tensor names in the file
     unused: Collection[str] = ()  # tensors of the file that the model does not use
     exported: bool = False  # by scalekd, according to the card next to it
+    counters: Collection[str] = ()  # of batch norms, which the file does not have and the model does not need
 
 
 def build_plain(
@@ -67,15 +68,15 @@ def build_plain(
     total = len(model.state_dict())
     old = f"instead of {filled.theirs}" if filled.theirs else "the file has none"
     keys = {
-        "matched": model.state_dict().keys() - filled.new.keys(),
-        "missing": filled.new.keys(),
+        "matched": model.state_dict().keys() - filled.new.keys() - set(filled.counters),
+        "missing": {*filled.new, *filled.counters},
         "unexpected": filled.unused,
     }
     loaded = Loaded(
         kwargs,
         filled.source,
         filled.sha256,
-        total - len(filled.new),
+        total - len(filled.new) - len(filled.counters),
         total,
         initial_share(model),
         f"new head for {kwargs['num_classes']} classes ({old})" if filled.new else None,
@@ -144,9 +145,13 @@ def _filled_by_file(
         model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
         state = _adapted(read, model, path, image_size, where)
     load_weights(model, state | new, path, where)
-    renamed = state.keys() - read.keys()  # by timm's filter, so the names do not show which tensors it dropped
+    counters = {key for key in state.keys() - read.keys() if key.endswith("num_batches_tracked")}
+    renamed = (
+        state.keys() - read.keys() - counters
+    )  # by timm's filter, so the names do not show which tensors it dropped
     used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
-    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, flat.keys() - used, exported)
+    unused = flat.keys() - used
+    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, unused, exported, counters)
 
 
 def _adapted(read: State, model: nn.Module, path: Path, size: tuple[int, int], where: str) -> State:

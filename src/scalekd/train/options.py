@@ -26,7 +26,8 @@ class Steps(Section):
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Maximum norm of the gradient. By default it is not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the student's weights, which is then evaluated and exported."""
+    """Decay of an exponential moving average of the student's weights, which is then evaluated and exported. The average
+    is the plain mean of all steps up to step 1 / (1 - `ema`); the decay is constant from there on."""
     sync_batchnorm: bool = False
     """Compute the statistics of batch norms over all processes. CUDA only."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0

@@ -153,10 +153,15 @@ class Run(ABC):
 
 
 def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> dict[str, Any]:
-    """The fields `scaler` and `ema` of a `Run`. train: the recipe's section."""
+    """The fields `scaler` and `ema` of a `Run`. train: the recipe's section.
+
+    The decay of the average in step s, counted from zero, is min(`train.ema`, 1 - 1/s): the average is the mean of all
+    weights so far until `train.ema` is reached in step 1 / (1 - `train.ema`). timm's default, 1 - s^(-2/3), would reach
+    0.9999 after a million steps.
+    """
     return {
         "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
+        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True, warmup_power=1.0) if train.ema else None,
     }
 
 
