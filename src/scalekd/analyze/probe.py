@@ -138,7 +138,7 @@ def probe_named(
     for name, count in (("draws", draws), ("val_limit", val_limit)):
         if count is not None and count < 1:
             raise UserError(f"`{name}` {count}: must be 1 or more")
-    train, held = pair_of(data) or (data, None)
+    train, held = pair_of(data, test=True) or (data, None)
     size = None if image_size is None else section_of(Model, {"model": "resnet50", "image_size": image_size}, "teacher")
     device = pick_device(device_name)
     with explain_out_of_memory(device, "Try device cpu, a smaller image_size, or fewer shots."):

@@ -234,7 +234,7 @@ def fit_named(
         if count is not None and count < 1:
             raise UserError(f"`{name}` is {count} and must be 1 or more")
     spec = section_of(Model, written_out(teacher, "teacher", data["channels"] or 3), "teacher")
-    train, val = pair_of(data["train"]) or (data["train"], None)
+    train, val = pair_of(data["train"], test=True) or (data["train"], None)
     read = section_of(Data, data | {"train": train, "val": data["val"] or val}, "data")
     if crop_pct is not None:
         crop_pct = section_of(Augment, {"crop_pct": crop_pct}, "augment").crop_pct

@@ -163,7 +163,7 @@ def _open_evaluated(data: Path, classes: Path | None, card: dict[str, Any], run:
     file = classes or classes_file(data)
     names = read_classes(file)
     _expect_classes(card["classes"], names, file)
-    part = part_folders(data, "val")
+    part = part_folders(data, "val") or part_folders(data, "test")
     if part is None:
         masks = next((data / name for name in MASKS if (data / name).is_dir()), None)
         if masks is None or not (data / "images").is_dir() or part_folders(data, "train"):
