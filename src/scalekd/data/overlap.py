@@ -52,9 +52,9 @@ def copies(train: Source, train_indices: Sequence[int], val: Source, val_indices
     pairs = []
     for i in chosen:
         digest = _digest(val, i) if val_sizes[i] in by_size else None
-        if digest and (val_sizes[i], digest) in digests:
-            if len(pairs) > SURE or _is_readable(val, i):
-                pairs.append((i, digests[val_sizes[i], digest]))
+        is_copy = digest is not None and (val_sizes[i], digest) in digests
+        if is_copy and digest and (len(pairs) > SURE or _is_readable(val, i)):
+            pairs.append((i, digests[val_sizes[i], digest]))
     return Copies(pairs, len(chosen))
 
 

@@ -221,10 +221,7 @@ def _kind(name: str, feature: Any) -> str:
 
 
 def _listed(features: Any) -> str:
-    kinds = (
-        f"{name} ({getattr(feature, 'dtype', '') or type(feature).__name__})" for name, feature in features.items()
-    )
-    return printable(", ".join(kinds))
+    return printable(", ".join(f"{name} ({_type(feature)})" for name, feature in features.items()))
 
 
 def _type(feature: Any) -> str:
