@@ -6,10 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scalekd.common.text import counted, printable, shortened
+from rich.console import Console
 
+from scalekd.common import parallel
+from scalekd.common.text import counted, say, shortened
+
+from .images import BadImages
 from .sources.names import LeftOut
+from .sources.source import Source
 
+KEY = "data_description"  # its key in summary.json and other results
 FIRST = 5  # classes that are listed by name
 
 
@@ -24,14 +30,36 @@ def classes_of(names: Sequence[str], targets: Iterable[int]) -> dict[str, Any]:
     targets: the class of every image; images without a class have a negative one.
     """
     images = Counter(target for target in targets if target >= 0)
-    sizes = [(images[i], name) for i, name in enumerate(names)]
-    extremes = {}
-    if sizes:
-        extremes = {
-            "smallest": dict(zip(("images", "name"), min(sizes, key=lambda s: s[0]))),
-            "largest": dict(zip(("images", "name"), max(sizes, key=lambda s: s[0]))),
-        }
-    return {"count": len(names), "first": list(names[:FIRST]), **extremes}
+    described: dict[str, Any] = {"count": len(names), "first": list(names[:FIRST])}
+    for key, choose in (("smallest", min), ("largest", max)):
+        if names:
+            i = choose(range(len(names)), key=lambda i: images[i])
+            described[key] = {"name": names[i], "images": images[i]}
+    return described
+
+
+def of_source(source: Source, text: str) -> dict[str, Any]:
+    """The description of images that a model is evaluated on."""
+    validation = part(len(source), text, "", source.left_out)
+    return {"validation": validation, "classes": classes_of(source.classes, source.targets), "notes": []}
+
+
+def tell_data(console: Console, described: Mapping[str, Any]) -> None:
+    """Prints the description, in the first process only."""
+    if parallel.rank() == 0:
+        for line in lines_of(described):
+            say(console, line)
+
+
+def with_bad(described: Mapping[str, Any], **bad: BadImages | None) -> dict[str, Any]:
+    """The description with the images that could not be read; `training` and `validation` have a record of them."""
+    result = dict(described)
+    for name, found in bad.items():
+        if found is not None and found.found and name in result:
+            first, reason = next(iter(found.found.items()))
+            entry = {"count": len(found.found), "example": f"{first}: {reason}"}
+            result[name] = result[name] | {"left_out": result[name]["left_out"] | {"bad images": entry}}
+    return result
 
 
 def lines_of(described: Mapping[str, Any]) -> list[str]:
@@ -46,7 +74,7 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
     for name in ("training", "unlabelled", "validation"):
         for reason, entry in described.get(name, {}).get("left_out", {}).items():
             lines.append(f"left out of {name}: {entry['count']} {reason}, such as {shortened(entry['example'], 100)}")
-    return [printable(line) for line in [*lines, *described.get("notes", [])]]
+    return [*lines, *described.get("notes", [])]
 
 
 def _classes_line(classes: Mapping[str, Any]) -> str:

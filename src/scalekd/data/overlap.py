@@ -49,7 +49,7 @@ def copies(train: Source, train_indices: Sequence[int], val: Source, val_indices
         for i in by_size[size]:
             if digest := _digest(train, i):
                 digests.setdefault((size, digest), i)
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for i in chosen:
         digest = _digest(val, i) if val_sizes[i] in by_size else None
         is_copy = digest is not None and (val_sizes[i], digest) in digests

@@ -134,7 +134,7 @@ def images_below(folder: Path, left_out: LeftOut | None = None, root: Path | Non
             leave_out(left, LOOPS, name)
             continue
         seen.add((status.st_dev, status.st_ino))
-        links = []
+        links: list[tuple[str, str]] = []
         for entry in _entries(parent, name, left):
             below = f"{name}/{entry.name}" if name else entry.name
             if entry.is_dir():

@@ -97,10 +97,10 @@ class HuggingFace:
         return *self.origin, i
 
 
-def _lengths_and_paths(column: Any) -> tuple[list[int | None], list[str | None]]:
+def _lengths_and_paths(column: Any) -> tuple[Any, Any]:
     """The number of bytes in each cell of an Arrow column of images, and its path; None if it has none."""
-    import pyarrow
-    import pyarrow.compute
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.compute  # type: ignore[import-untyped]
 
     nothing: list[None] = [None] * len(column)
     if not pyarrow.types.is_struct(column.type):

@@ -63,7 +63,7 @@ class Idx:
         return self.images[i].tobytes()
 
     def stamps(self) -> list[str]:
-        return [hashlib.sha256(self.images).hexdigest()]
+        return [hashlib.sha256(self.images.tobytes()).hexdigest()]
 
 
 def fashion_mnist(split: str, key: str) -> Idx:

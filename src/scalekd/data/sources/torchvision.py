@@ -93,7 +93,7 @@ class TorchVision:
 
     def sizes(self) -> list[int] | None:
         """Known only for data sets that torchvision holds in memory."""
-        if not isinstance(getattr(self.images, "data", None), (np.ndarray, torch.Tensor)):
+        if not len(self) or not isinstance(getattr(self.images, "data", None), (np.ndarray, torch.Tensor)):
             return None
         return [np.asarray(self.images.data[0]).nbytes] * len(self)
 
@@ -103,7 +103,7 @@ class TorchVision:
     def stamps(self) -> list[str]:
         """Of the files that torchvision lists, or of the pixels that it holds in memory."""
         if self.sizes() is not None:
-            return [hashlib.sha256(np.ascontiguousarray(self.images.data)).hexdigest()]
+            return [hashlib.sha256(np.asarray(self.images.data).tobytes()).hexdigest()]
         listed: Any = next((getattr(self.images, a) for a in FILES if hasattr(self.images, a)), ())
         files = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in listed]
         return [stamp(file) for file in files if os.path.isfile(file)]
