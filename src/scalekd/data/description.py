@@ -24,17 +24,17 @@ def part(images: int, source: str, chosen: str = "", left_out: LeftOut | None = 
     return {"images": images, "from": source, "chosen": chosen, "left_out": dict(left_out or {})}
 
 
-def classes_of(names: Sequence[str], targets: Iterable[int]) -> dict[str, Any]:
+def classes_of(names: Sequence[str], targets: Iterable[int], what: str = "images") -> dict[str, Any]:
     """Number of classes, the first names, and the smallest and largest class by images.
 
-    targets: the class of every image; images without a class have a negative one.
+    targets: the class of every image; images without a class have a negative one. what: what is counted.
     """
     images = Counter(target for target in targets if target >= 0)
     described: dict[str, Any] = {"count": len(names), "first": list(names[:FIRST])}
     for key, choose in (("smallest", min), ("largest", max)):
         if names:
             i = choose(range(len(names)), key=lambda i: images[i])
-            described[key] = {"name": names[i], "images": images[i]}
+            described[key] = {"name": names[i], what: images[i]}
     return described
 
 
@@ -81,7 +81,10 @@ def _classes_line(classes: Mapping[str, Any]) -> str:
     names = ", ".join(classes["first"]) + ", ..." * (classes["count"] > len(classes["first"]))
     text = f"{counted(classes['count'], 'class').replace('classs', 'classes')}: {shortened(names, 200)}"
     if smallest := classes.get("smallest"):
-        largest = classes["largest"]
-        text += f"; smallest {shortened(smallest['name'], 40)} ({smallest['images']}), largest "
-        text += f"{shortened(largest['name'], 40)} ({largest['images']})"
+        sizes = [f"{shortened(c['name'], 40)} ({_number_of(c)})" for c in (smallest, classes["largest"])]
+        text += f"; smallest {sizes[0]}, largest {sizes[1]}"
     return text
+
+
+def _number_of(extreme: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value} {what}" for what, value in extreme.items() if what != "name")

@@ -14,6 +14,7 @@ from .images import BadImage
 from .sources.source import Source
 
 MOST_BYTES = 2 * 10**9  # read at most to compare images; docs/how-to/data.md says what that costs
+COPIES_ALLOWED = 0.1  # share of the validation images that may be copies of training images
 SURE = 200  # so many equal images are decoded, to see whether they are images
 
 

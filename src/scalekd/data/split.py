@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +16,13 @@ from scalekd.common.text import printable
 
 from .description import classes_of, part
 from .options import Data
-from .overlap import copies, same_files
+from .overlap import COPIES_ALLOWED, copies, same_files
 from .sources.folders import class_folders
+from .sources.names import split_of
 from .sources.open import open_source, open_unlabelled
 from .sources.source import Source
 from .sources.unlabelled import Joined, WithoutLabels
 
-COPIES_ALLOWED = 0.1  # share of the validation images that may be copies of training images; they are left out
 REST = "rest"  # value of `data.unlabelled`: the images that `data.limit` leaves out of `data.train`
 
 
@@ -185,6 +186,8 @@ def _described(split: Split, data: Data) -> dict[str, Any]:
         left_out = {} if data.unlabelled == REST else source.left_out
         described["unlabelled"] = part(rest, str(data.unlabelled), "without labels", left_out)
     held = f"held out: {data.val_fraction:.0%} of the images, balanced by class, seed {data.seed}"
+    if any(split_of(name) == "train" for name in re.split("[/:]", str(data.train))):
+        held += "; a test part, if there is one, is not used, because test images must not choose the checkpoint"
     chosen = "data.val" if data.val else held
     described["validation"] = part(
         len(split.val_indices), str(data.val or data.train), chosen, split.val.left_out if data.val else {}
