@@ -146,7 +146,7 @@ def test_boxes_that_contradict_their_masks_are_refused(folder, mask):
     one = [*good, annotation(9, bbox=(0, 0, 6, 6), segmentation=mask)]
     assert list(opened(folder, annotations=one).problems) == ["boxes that contradict their mask, skipped"]
     fractions = [annotation(i, bbox=(0.3, 0.1, 0.5, 0.9), segmentation=mask) for i in range(6)]
-    with pytest.raises(UserError, match="they are fractions of the image. Write x, y, width, height in pixels"):
+    with pytest.raises(UserError, match=r"they are fractions of the image\. Write x, y, width, height in pixels"):
         opened(folder, annotations=fractions)
     small = (
         [[20, 10, 30, 10, 30, 18, 20, 18]] if isinstance(mask, list) else {"size": [20, 40], "counts": [580, 60, 160]}

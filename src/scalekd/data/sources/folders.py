@@ -110,6 +110,8 @@ def _refuse_split_folders(root: Path, classes: list[str], images: list[list[str]
             f"{key}: {root} has folders named as splits, not as classes: {printable(', '.join(found))}. {printable(fix)}; "
             "each must have one sub-folder per class"
         )
+    if len(classes) == 1:  # refused by `open_split`, with a better hint
+        return
     below = {os.path.dirname(os.path.relpath(file, root)) for files in images for file in files}
     refuse_mixed(sorted(below), str(root), key)
 

@@ -80,7 +80,6 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
     refuse_fractions(data["annotations"], f"{key}: {annotations}")
     add_instances(data["annotations"], pictures, labels, problems)
     refuse_many_contradictions(data["annotations"], len(problems.get(CONTRADICTING, ())), f"{key}: {annotations}")
-    refuse_many_dropped(len(data["annotations"]), problems, f"{key}: {annotations}")
     coco = Coco(list(categories.values()), list(categories), present, problems)
     if classes is not None and coco.classes != classes:
         odd = sorted(set(classes) ^ set(coco.classes))
@@ -91,6 +90,7 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
     if not coco.with_objects():
         problems_found = "".join(f"\n{line}" for line in coco.summary()[1:6])
         raise UserError(f"{key}: {annotations} has no usable object.{problems_found}")
+    refuse_many_dropped(len(data["annotations"]), problems, f"{key}: {annotations}")
     return coco
 
 
