@@ -41,7 +41,8 @@ PNG = _png()  # a small, valid image
 
 def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
     """A shard with an image for each label; returns the name of the source."""
-    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", PNG), (f"{key}.cls", label))}
+    images = {key: PNG + f"{name} {key}".encode() for key in labels}  # decoders ignore what follows; no two are equal
+    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", images[key]), (f"{key}.cls", label))}
     return f"wds:{write_tar(tmp_path / name, members)}"
 
 

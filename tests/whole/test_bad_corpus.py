@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images/, tiny.yaml and run/, a finished run on them; the recipe names this folder."""
     folder = tmp_path_factory.mktemp("finished")
     for part, number in (("train", 8), ("val", 4)):
-        write_images(folder / "images" / part, per_class=number)
+        write_images(folder / "images" / part, per_class=number, seed=number)
     recipe = TINY | {"losses": {"ce": {}}, "teacher": None, "train": TINY["train"] | {"epochs": 1}, "track": []}
     recipe["data"] = TINY["data"] | {part: str(folder / "images" / part) for part in ("train", "val")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))

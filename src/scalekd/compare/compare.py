@@ -17,6 +17,8 @@ from scalekd.common.files import in_use, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import duration, say
+from scalekd.data.description import KEY, tell_data
+from scalekd.data.split import open_split
 from scalekd.distill.teacher_outputs import SUFFIX
 
 from .board import Board
@@ -65,6 +67,8 @@ def compare(
         counts = f"{len(planned)} runs, {len(records)} of them already finished"
         where = f"{len(places)} at a time on {places[0].device}"
         say(console, f"{ladder.title or ladder.name}: {counts}; {where}")
+        described = _described(planned[0], out, bool(missing))
+        tell_data(console, described)
         began = time.monotonic()
         failed: dict[Job, str] = {}
         try:
@@ -81,6 +85,7 @@ def compare(
                 command=command_line(),
                 versions=versions(),
                 teacher_top1=_teacher_top1(planned),
+                data_description=described,
                 wall_seconds=_total_wall_seconds(out, time.monotonic() - began if missing else 0.0),
                 failed=[_failure(job, error) for job, error in failed.items()],
             )
@@ -116,6 +121,19 @@ def _run_missing(
         run_all(missing, lambda job: out / "runs" / job.folder, outputs, places, ended, board.show, stop)
     if len(records) == len(planned):
         shutil.rmtree(out / "outputs", ignore_errors=True)
+
+
+def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
+    """The data of the first run, of which the others use the same; what an earlier call kept if no run is missing.
+
+    Raises `UserError` for anything wrong with the data, before any run starts.
+    """
+    if running:
+        return dict(open_split(job.config.data).described)
+    try:
+        return dict(json.loads((out / "summary.json").read_text())[KEY])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _check_out(out: Path) -> None:

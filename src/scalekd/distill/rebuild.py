@@ -34,7 +34,7 @@ def rebuild(config: Config, device: torch.device) -> DistillationRun:
     """
     student = config.student.model_copy(update={"weights": None, "prefix": None})
     train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
-    return build(config.model_copy(update={"student": student, "train": train}), device)
+    return build(config.model_copy(update={"student": student, "train": train}), device, strict=False)
 
 
 def load_trained(run: DistillationRun, state: dict[str, Any], path: Path) -> int:

@@ -18,6 +18,8 @@ from scalekd.common.files import cannot_write, replacing, write_text
 from .weights.card import read_card
 from .weights.match import sha256_of
 
+# largest difference of logits after an export, for logits of size 1; larger logits may differ by that much more
+TOLERANCE = 1e-3
 ONNX_MISSING = "ONNX export needs extra packages: pip install 'scalekd[onnx]'"
 
 
@@ -65,7 +67,8 @@ def create_student(card: dict[str, Any], card_file: Path, weights: Path | None =
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     """Writes ONNX with a dynamic batch size. Returns the largest logit difference under onnxruntime.
 
-    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing.
+    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing, and
+    if the logits differ by more than `TOLERANCE`: then the file is removed.
     """
     try:
         import onnxruntime
@@ -91,7 +94,21 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # not the exporter's batch size, to detect a graph with a fixed one
     again = torch.cat([images, images.flip(0)])
-    return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+    logits = _logits(student, again)
+    difference = _difference(logits, torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+    if not is_close(difference, logits):
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: its logits under onnxruntime differ from the student's by {difference:.1e}, more than "
+            f"{TOLERANCE:g} x (1 + the largest logit); the file was removed. Use student.safetensors, or other versions of "
+            "onnxruntime and onnxscript"
+        )
+    return difference
+
+
+def is_close(difference: float, logits: Tensor) -> bool:
+    """Whether a difference of logits is within `TOLERANCE`; False for NaN."""
+    return difference <= TOLERANCE * (1 + logits.abs().max().item())
 
 
 def example_images(card: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from scalekd.common.provenance import made_by
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
-from scalekd.data.sources.open import pair_of
+from scalekd.data.sources.open import evaluated_part
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
@@ -195,7 +195,7 @@ def _load_exported(student: nn.Module, weights: Path) -> None:
 
 
 def _with_data(config: Config, data: str) -> Config:
-    source = (pair_of(data) or ("", data))[1]
+    source = evaluated_part(data)
     other = {"train": source, "val": source, "limit": None, "unlabelled": None, "unlabelled_limit": None}
     small = {"batch_size": 2, "accumulate": 1}  # the source may be too small for a training batch
     return config.model_copy(

@@ -18,6 +18,7 @@ from scalekd.common.files import LOCK, in_use, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
+from scalekd.data.description import KEY, with_bad
 
 from .engine import train
 from .log import RunLog
@@ -72,6 +73,8 @@ def run_into(
         finally:
             log.close()
         if parallel.rank() == 0:
+            bad = {"training": run.train_images.bad, "validation": run.val_images.bad}
+            summary[KEY] = with_bad(run.described, **bad)
             outcome.finish(run, folder, summary)
             # last, because a folder with a summary counts as finished
             write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

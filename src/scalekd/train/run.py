@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +47,7 @@ class Run(ABC):
         model: all parameters that are trained.
         loaded: for each model, which weights were loaded.
         mix, repeats: as for `TrainSampler`.
+        described: the data, as `scalekd.data.description` makes it.
     """
 
     batch: ClassVar[Any]  # the type of a batch; made from (images, targets)
@@ -64,6 +65,7 @@ class Run(ABC):
     steps_per_epoch: int
     mix: Mix | None = None
     repeats: int = 1
+    described: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     @abstractmethod

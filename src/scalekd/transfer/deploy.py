@@ -191,6 +191,8 @@ def load(path: Path, task: TaskName) -> tuple[Any, dict[str, Any]]:
     model = _build(card, card_file)
     deployed = model.student if isinstance(model, Detector) else model
     _load_weights(deployed, file, card_file)
+    if not all(p.isfinite().all() for p in deployed.parameters()):
+        raise UserError(f"{file} has weights that are not finite: its run diverged; train it again")
     return model.eval(), card
 
 
