@@ -107,8 +107,8 @@ def copy_of(exported, tmp_path, **changes):
     ("changes", "message"),
     [
         ({"backbone": "resnet5O"}, "timm has no model `resnet5O`.* Did you mean"),
-        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not here"),
-        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
+        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg: not allowed here"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not allowed here"),
         ({"kwargs": {"no_such": 1}}, "test_resnet cannot be built from .*no_such"),
         ({"mean": [0.5, 0.5]}, "one value or three"),
         ({"std": [0.5, 0.5, 0]}, "std.2: Input should be greater than 0"),

@@ -106,8 +106,8 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
     "changes, message",
     [
         ({"model": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no model"),
-        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not here"),
-        ({"kwargs": {"pretrained": True}}, "pretrained: not here"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "checkpoint_path: not allowed here"),
+        ({"kwargs": {"pretrained": True}}, "pretrained: not allowed here"),
         ({"kwargs": ["x"]}, "valid dictionary"),
     ],
 )

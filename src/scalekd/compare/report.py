@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import make_folder, write_text
+from scalekd.common.files import make_folder, reject_links, write_text
 from scalekd.report.folder import read_json
 from scalekd.report.page import folded, section
 from scalekd.report.pictures import analysis_sections
@@ -65,6 +65,7 @@ def report_any(
 
     Returns the path of the page, and a line for each section that is missing from it.
     """
+    reject_links(folder)
     if not is_comparison(folder):
         return report(folder, device, baselines=baselines, data=data, images=images, analyses=analyses, out=out)
     given = {"baselines": baselines, "data": data, "images": images, "device": device}

@@ -12,6 +12,7 @@ import timm
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.text import in_shell
 
 from . import mixer  # noqa: F401 - adds a name to timm's
 from .options import Model
@@ -202,6 +203,6 @@ def _of_a_run(path: Path, sha256: str, where: str) -> bool:
     if card and card.sha256 and card.sha256 != sha256:
         raise UserError(
             f"{where}.weights: {path} is not the file that the card beside it tells of: it has another sha256. "
-            f"Make both anew (`scalekd export {path.parent}`), or take the file away from the card"
+            f"Make both anew (`scalekd export {in_shell(path.parent)}`), or take the file away from the card"
         )
     return card is not None and card.sha256 == sha256

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import cannot_write, replacing, write_text
+from scalekd.common.files import SCRATCH, cannot_write, reject_links, replacing, write_text
 
 from .weights.card import read_card
 from .weights.match import sha256_of
@@ -38,6 +40,8 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """(the student in eval mode, its card) from an exported .safetensors file or a run's folder. Raises `UserError`."""
+    if path.is_dir():
+        reject_links(path)
     file = path / "student.safetensors" if path.is_dir() else path
     card_file = file.with_suffix(".json")
     # nothing but safetensors: other weights files may hold code
@@ -65,11 +69,7 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
 
     Input: normalised images (B, C, H, W), as the timm model's. Raises `UserError` if the extra is missing.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError:
-        raise UserError(ONNX_MISSING) from None
+    onnxruntime = _onnx_runtime()
     images = example_images(card)
     student = copy.deepcopy(student).cpu().eval()
     program = torch.onnx.export(
@@ -83,13 +83,28 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     )
     assert program is not None
     try:
-        program.save(str(path))
+        # a new folder, so that nothing is written through a link; above 2 GB a second file holds the weights
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=SCRATCH) as scratch:
+            program.save(str(Path(scratch) / path.name))
+            for file in Path(scratch).iterdir():
+                os.replace(file, path.parent / file.name)
     except OSError as error:
         raise cannot_write(path, error) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # another batch size than the exporter saw, so that a fixed one would show
     again = torch.cat([images, images.flip(0)])
     return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+
+
+def _onnx_runtime() -> Any:
+    """The module onnxruntime, imported here and nowhere else, without its telemetry. Raises `UserError` without the extra."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the module is imported, also if torch's exporter does that
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError(ONNX_MISSING) from None
+    return onnxruntime
 
 
 def example_images(card: dict[str, Any]) -> Tensor:

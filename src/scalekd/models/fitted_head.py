@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file
+from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import shortened
 
 from . import mixer  # noqa: F401 - adds a name to timm's
@@ -59,6 +59,7 @@ def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
     file, card_file = folder / "head.safetensors", folder / "head.json"
     if not is_file(file) or not is_file(card_file):
         raise UserError(f"{where}: no head.safetensors with its head.json in {folder}; `scalekd head` makes them")
+    reject_links(folder)
     try:
         card = HeadCard.model_validate_json(card_file.read_bytes())
         tensors = load_file(file)

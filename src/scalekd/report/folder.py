@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file
+from scalekd.common.files import is_file, reject_links
 from scalekd.common.provenance import made_by
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
@@ -128,6 +128,7 @@ def read_run(folder: Path) -> RunFolder:
             f"{folder} is neither a run nor a comparison (no recipe.yaml, no summary.json of `scalekd compare`); choose a "
             "folder that `scalekd train` or `scalekd compare` wrote"
         )
+    reject_links(folder)
     try:
         text = recipe.read_text(encoding="utf-8")
         events = read_log(folder) if is_file(folder / "log.jsonl") else []

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
-from scalekd.common.files import LOCK, in_use, write_text
+from scalekd.common.files import LOCK, SCRATCH, in_use, reject_links, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
@@ -79,16 +79,17 @@ def run_into(
 
 
 def open_folder(folder: Path, config: Section, beforehand: Collection[Path] = ()) -> None:
-    """Raises `UserError` if `folder` cannot be used, or holds other files, another recipe's run or a finished run.
+    """Raises `UserError` if `folder` cannot be used, or holds links, other files, another recipe's run or a finished run.
 
     Writes nothing. beforehand: files and folders that the task writes before the run.
     """
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; choose a folder with `out`")
+        reject_links(folder)
         inside = list(folder.iterdir()) if folder.exists() else []
         # a run that failed before its first file leaves nothing else
-        if all(path.name.endswith(".part") or path.name == LOCK or path in beforehand for path in inside):
+        if all(path.name.endswith(SCRATCH) or path.name == LOCK or path in beforehand for path in inside):
             _check_writable(folder)
             return
         recipe = folder / "recipe.yaml"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
-from scalekd.data.images import BadImage, decode, is_image
+from scalekd.data.images import MOST_BYTES, BadImage, decode, is_image
 
 from .folders import real, reject_empty
 
@@ -35,6 +35,8 @@ class Place(NamedTuple):
 
         Opens the archive each time, so that processes share no file handle and cannot run out of them.
         """
+        if self.size > MOST_BYTES:
+            raise BadImage(f"it has {self.size / 1e9:,.1f} GB, more than {MOST_BYTES / 1e9:,.1f} GB")
         try:
             with open(self.archive, "rb", buffering=0) as file:
                 file.seek(self.offset)

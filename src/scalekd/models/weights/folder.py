@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd.common.errors import UserError, first_line, nearest
-from scalekd.common.files import is_file
-from scalekd.common.text import printable, shortened
+from scalekd.common.files import is_file, reject_links
+from scalekd.common.text import in_shell, printable, shortened
 
 from .file import ENDINGS, as_overrides, as_text, said_in, weights_in
 
@@ -129,6 +129,7 @@ def read_folder(folder: Path, role: str) -> Described:
     """The one model of `folder`, with a weights file that is there. Raises `UserError` that names the `role`'s model."""
     try:
         if is_file(folder / "student.json"):
+            reject_links(folder)  # not in timm's format: the Hub's cache consists of links
             told = _from_card(folder / "student.json")
         elif is_file(folder / "config.json"):
             told = _from_config(folder / "config.json")
@@ -137,7 +138,9 @@ def read_folder(folder: Path, role: str) -> Described:
     except UserError as error:
         raise UserError(f"{role}.model: {error}") from None
     if not is_file(told.weights):
-        remedy = f"`scalekd export {folder}` makes it" if told.weights.name == "student.safetensors" else "add it"
+        remedy = (
+            f"`scalekd export {in_shell(folder)}` makes it" if told.weights.name == "student.safetensors" else "add it"
+        )
         raise UserError(f"{role}.model: {folder} has no {told.weights.name}; {remedy}")
     return told
 

@@ -194,4 +194,9 @@ def _shape_differences(names: list[str], wanted: State, state: State) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Reads the file in pieces, because it may be larger than the memory."""
+    summed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            summed.update(piece)
+    return summed.hexdigest()

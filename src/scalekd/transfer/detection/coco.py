@@ -188,6 +188,8 @@ def _with_files(pictures: dict[Hashable, Picture], folder: Path, key: str, probl
 
 def _read_size(picture: Picture, problems: Problems) -> None:
     try:
+        if not os.path.isfile(picture.path):  # opening a FIFO would wait for its writer
+            raise OSError("not a plain file")
         with Image.open(picture.path) as image:
             picture.width, picture.height = image.size
     except Exception:  # Pillow raises nearly anything

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.data.batches import checked, loader
-from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels
+from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
 from scalekd.data.samplers import EvalSampler, Key
 
 from .coco import Coco
@@ -121,11 +120,7 @@ class DetectionImages(Dataset):
 
 def _read(picture: Picture) -> Image.Image:
     """Raises `BadImage` if the file cannot be read, differs from its annotations in size, or is too narrow."""
-    try:
-        data = Path(picture.path).read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
-    image = decode(data)
+    image = decode(read_file(picture.path))
     if image.size != (picture.width, picture.height):
         raise BadImage(
             f"it has {image.width}x{image.height} pixels after EXIF rotation, but its annotations are for "
