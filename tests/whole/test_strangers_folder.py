@@ -10,31 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from small_images import write_images
-from whole_runs import TINY, changed
 
 import scalekd
-from scalekd.cli.app import main
 from scalekd.common.errors import UserError
 from scalekd.common.files import append_to, in_use, reject_links, write_text
 from scalekd.models.export import export_onnx, load_student
 from scalekd.train import checkpoint
 
 PRECIOUS = "alias ls='ls -l'\n"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A finished run in `run`, its recipe.yaml next to it as `tiny.yaml`, and its images."""
-    root = tmp_path_factory.mktemp("stranger")
-    write_images(root / "train", per_class=8)
-    write_images(root / "val", per_class=4, seed=1)
-    recipe = changed(TINY, losses={"ce": {}}, teacher=None, train={"epochs": 1}, track=["tensorboard"])
-    recipe["data"] |= {"train": str(root / "train"), "val": str(root / "val")}
-    (root / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", str(root / "tiny.yaml"), "--out", str(root / "run"), "--no-preflight"]) == 0
-    return root
 
 
 @pytest.fixture

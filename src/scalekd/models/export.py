@@ -98,7 +98,7 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
 
 def _onnx_runtime() -> Any:
     """The module onnxruntime, imported here and nowhere else, without its telemetry. Raises `UserError` without the extra."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the module is imported, also if torch's exporter does that
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import, also if torch's exporter imports it first
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
