@@ -20,6 +20,7 @@ from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 
 from .engine import train
+from .inputs import check_inputs, inputs_of, write_inputs
 from .log import RunLog
 from .resume import recipe_difference
 from .run import Run, provenance
@@ -57,14 +58,21 @@ def run_into(
         UserError: for an error in the run; if the folder holds another or a finished run; if another process uses it.
     """
     config = run.config
+    notices: list[str] = []
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         if parallel.rank() == 0:
             open_folder(folder, config, beforehand)  # again, now locked: another process may have used it meanwhile
+            inputs = inputs_of(run)
+            notices = check_inputs(inputs, config.train.resume_anyway, folder)
             write_folder(folder, run, outcome)
+            write_inputs(inputs, folder)
         parallel.wait_for_all()
         trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
         log = RunLog(folder, console, title, trackers)
         try:
+            for notice in notices:
+                log.event("notice", text=notice)
+                log.say(f"{log.label} {notice}")
             with explain_out_of_memory(run.device, remedy + " This makes another run: choose a new folder with `out`."):
                 summary = train(run, folder, log, stop)
             for kind, values in run.notes().items():

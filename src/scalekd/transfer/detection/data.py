@@ -23,6 +23,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.data.batches import checked, loader
+from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
 from scalekd.data.samplers import EvalSampler, Key
 
@@ -83,6 +84,13 @@ class DetectionImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def listed(self) -> Listing:
+        """Names, objects and files of the images, for their fingerprint."""
+        pictures = [self.coco.pictures[i] for i in self.indices]
+        objects = [[(x.label, x.box, x.crowd) for x in picture.instances] for picture in pictures]
+        paths = [picture.path for picture in pictures]
+        return Listing(self.coco.classes, objects, paths, paths)
 
     def __getitem__(self, key: Key) -> DetectionBatch | UserError:
         epoch, index = key
