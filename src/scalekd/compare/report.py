@@ -32,7 +32,7 @@ def write_comparison(folder: Path, path: Path, summary: dict[str, Any] | None = 
     """
     try:
         text = html(summary or read_json(folder / "summary.json"), [*more, run_links(folder, path.parent)])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{folder / 'summary.json'} was not written by this version (no {error}); run `scalekd compare` again with "
             "the same `out` to rewrite it"

@@ -60,7 +60,7 @@ def write_run_report(
         else:
             left_out = "The student has no classifier, so it makes no predictions."
         found = replace(read_run(folder), summary=dict(summary))
-        _write(found, folder / FILE, facts, seen, [left_out], parts=count_parts(run) if run else None)
+        _write(found, folder / FILE, facts, seen, [left_out, *found.damage], parts=count_parts(run) if run else None)
     except Exception as error:  # a full disk, a log that was removed, ...
         message = f"no report: {first_line(error)}. The run is finished; `scalekd report {in_shell(folder)}` writes the report."
         print(printable(message), file=sys.stderr)
@@ -92,7 +92,7 @@ def report(
     pictures = analysis_sections(analyses)
     found = read_run(folder)
     others = {label: read_run(path) for label, path in zip(labels([folder, *baselines])[1:], baselines)}
-    seen, left_out = None, list[str]()
+    seen, left_out = None, [line for run in (found, *others.values()) for line in run.damage]
     counted = None
     if found.task:
         if unused:

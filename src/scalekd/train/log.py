@@ -163,8 +163,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(event, dict) or "event" not in event:
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             continue
+        if not isinstance(event.get("step", 0), int | float):
+            continue  # damaged
         if event["event"] == "resumed":
             events = [e for e in events if e["event"] != "finished" and e.get("step", 0) <= event.get("step", 0)]
         events.append(event)
