@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import in_use, write_text
+from scalekd.common.files import in_use, reject_links, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import duration, say
@@ -58,6 +58,7 @@ def compare(
         raise UserError("compare starts one process for each run itself; start it without torchrun")
     planned = jobs(ladder, overrides)
     for folder in known:
+        reject_links(folder)
         if not (folder / FILE).is_file():
             raise UserError(f"`known`: {folder} is not the folder of a comparison: it has no {FILE}")
     _check_out(out)

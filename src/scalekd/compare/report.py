@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import make_folder, write_text
+from scalekd.common.files import make_folder, reject_links, write_text
 from scalekd.report.folder import read_json
 from scalekd.report.page import folded, section
 from scalekd.report.pictures import analysis_sections
@@ -32,7 +32,7 @@ def write_comparison(folder: Path, path: Path, summary: dict[str, Any] | None = 
     """
     try:
         text = html(summary or read_json(folder / "summary.json"), [*more, run_links(folder, path.parent)])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{folder / 'summary.json'} was not written by this version (no {error}); run `scalekd compare` again with "
             "the same `out` to rewrite it"
@@ -58,6 +58,7 @@ def report_any(
 
     options: of `report`, for a run only. Returns the path of the page, and a line for each section that is missing.
     """
+    reject_links(folder)
     if not is_comparison(folder):
         return report(folder, device, analyses=analyses, out=out, **options)
     if unused := " and ".join(f"`{name}`" for name, value in (options | {"device": device}).items() if value):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scalekd.common.errors import UserError
+from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import write_text
 from scalekd.common.intervals import half_width
 from scalekd.common.sections import to_yaml
@@ -30,7 +30,16 @@ def record_of(job: Job, folder: Path) -> Record | None:
     recipe, summary = folder / "recipe.yaml", folder / "summary.json"
     if not summary.is_file() or not recipe.is_file() or recipe_difference(recipe.read_text(), job.config):
         return None
-    result, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+    try:
+        result, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+        return _record(job, folder, result, made)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder} holds a finished run whose files are damaged ({first_line(error)}); remove the folder to run it again"
+        ) from None
+
+
+def _record(job: Job, folder: Path, result: dict[str, Any], made: dict[str, Any]) -> Record:
     batch = job.config.train.batch_size
     validations = [e for e in read_log(folder) if e["event"] == "validation"]
     curve = {e["step"] * batch: e["top1"] for e in validations}  # a validation repeated after a resume counts once

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError
+from scalekd.common.files import append_to
 from scalekd.common.parallel import pick_device
 from scalekd.common.stop import Stopped, StopRequest
 
@@ -104,7 +105,7 @@ def _run(job: Job, folder: Path, outputs: Path | None, place: Place, check: bool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent sends SIGTERM
     log = folder.with_name(folder.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", buffering=1) as screen:
+    with append_to(log) as screen:
         os.dup2(screen.fileno(), sys.stdout.fileno())
         os.dup2(screen.fileno(), sys.stderr.fileno())
         sys.exit(_exit_code(job, folder, outputs, place, check))

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import cannot_write
+from scalekd.common.files import append_to, cannot_write, read_bytes
 from scalekd.common.text import printable
 
 # of the formats that Pillow decodes to pixels; not of those that it leaves to other programs (.eps) or cannot decode (.h5)
@@ -25,6 +25,7 @@ EXTENSIONS = (
     ".xbm", ".xpm", ".pcd", ".pxr", ".blp", ".ftc", ".ftu", ".gbr", ".fli", ".flc", ".fit", ".fits",
 )  # fmt: skip
 
+MOST_BYTES = 2 * 10**9  # of an image file; Pillow accepts fewer pixels than that
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,9 +49,9 @@ def is_image(name: str) -> bool:
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file. Raises `BadImage`."""
+    """The content of a file. Raises `BadImage`, also for what is no plain file and for more than `MOST_BYTES`."""
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
 
@@ -209,8 +210,8 @@ class BadImages:
         if self.file is None:
             return
         try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(text)
+            with append_to(self.file) as file:
+                file.write(text.encode())
         except OSError as error:
             raise cannot_write(self.file, error) from None
 

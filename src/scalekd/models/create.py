@@ -12,6 +12,7 @@ import timm
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.text import in_shell
 
 from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
 from .options import Model
@@ -213,6 +214,6 @@ def _is_exported(path: Path, sha256: str, where: str) -> bool:
     if card and card.sha256 and card.sha256 != sha256:
         raise UserError(
             f"{where}.weights: {path} does not match the sha256 in the card next to it. "
-            f"Export both again (`scalekd export {path.parent}`), or move the file to another folder"
+            f"Export both again (`scalekd export {in_shell(path.parent)}`), or move the file to another folder"
         )
     return card is not None and card.sha256 == sha256

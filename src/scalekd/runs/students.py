@@ -11,6 +11,7 @@ from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import reject_links
 from scalekd.common.sections import height_and_width
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.data.batches import Images, eval_batches
@@ -51,6 +52,7 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     Returns the checkpoint's top-1 in % and, for each file, the largest absolute difference of its logits from the
     student's. Needs neither the run's data nor its teacher. Raises `UserError`.
     """
+    reject_links(folder)
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
     if not card_file.is_file() or not state_file.is_file():
         raise UserError(

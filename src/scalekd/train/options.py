@@ -35,6 +35,9 @@ class Steps(Section):
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     """Maximum number of steps to skip because the loss or the gradient is not finite. Above 0, every step waits for the
     GPU."""
+    resume_anyway: tuple[Literal["data", "teacher", "versions"], ...] = ()
+    """Resume although the images, a teacher's weights or the libraries' versions are not those of before. The run is then
+    not the one that would have run without the stop (docs/how-to/resume-and-scale.md)."""
     log_every: Positive = 50
     """Steps between log lines. Losses are copied from the device only then."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scalekd.data.images import BadImage, read_file
+from scalekd.data.images import MOST_BYTES, BadImage, read_file
 
 
 def real(file: str) -> str:
@@ -34,6 +34,8 @@ class Place(NamedTuple):
 
         Opens the archive each time, so that processes share no file handle and cannot run out of them.
         """
+        if self.size > MOST_BYTES:
+            raise BadImage(f"it has {self.size / 1e9:,.1f} GB, more than {MOST_BYTES / 1e9:,.1f} GB")
         try:
             with open(self.archive, "rb", buffering=0) as file:
                 file.seek(self.offset)

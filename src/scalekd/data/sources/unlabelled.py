@@ -97,19 +97,20 @@ class Joined:
     def __len__(self) -> int:
         return len(self.labelled) + len(self.unlabelled)
 
-    def _part(self, i: int) -> tuple[Source, int]:
+    def part(self, i: int) -> tuple[Source, int]:
+        """The source of image i, and its index there."""
         return (self.labelled, i) if i < len(self.labelled) else (self.unlabelled, i - len(self.labelled))
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        source, number = self._part(i)
+        source, number = self.part(i)
         return source[number]
 
     def where(self, i: int) -> str:
-        source, number = self._part(i)
+        source, number = self.part(i)
         return source.where(number)
 
     def identity(self, i: int) -> Hashable:
-        source, number = self._part(i)
+        source, number = self.part(i)
         return source.identity(number)
 
     def sizes(self) -> Sequence[int] | None:
@@ -122,6 +123,16 @@ class Joined:
 
     def stamps(self) -> Iterable[str]:
         return [*self.labelled.stamps(), *self.unlabelled.stamps()]
+
+
+def stored(source: Source, i: int) -> str | Place | None:
+    """The file of image i, or its place in an archive; None if the source has neither for each image."""
+    if isinstance(source, Joined):
+        return stored(*source.part(i))
+    if isinstance(source, WithoutLabels):
+        return stored(source.source, i)
+    places: Sequence[str | Place] | None = getattr(source, "files", None) or getattr(source, "places", None)
+    return places[i] if places else None
 
 
 def loose_files(text: str, key: str) -> Loose:

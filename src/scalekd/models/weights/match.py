@@ -235,5 +235,9 @@ def _shape_differences(names: list[str], wanted: State, state: State) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The sha256 of a file, in hexadecimal. Reads it in pieces, because it may be larger than the memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
