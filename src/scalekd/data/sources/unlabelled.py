@@ -118,7 +118,7 @@ class Joined:
         return None if parts[0] is None or parts[1] is None else [*parts[0], *parts[1]]
 
     def content(self, i: int) -> bytes:
-        source, number = self._part(i)
+        source, number = self.part(i)
         return source.content(number)
 
     def stamps(self) -> Iterable[str]:
