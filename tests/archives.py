@@ -57,3 +57,10 @@ def save(tmp_path: Path, columns: dict[str, list], features: dict[str, object]) 
 
 
 CELLS = [{"bytes": PNG, "path": "a.png"}, {"bytes": PNG, "path": None}]
+
+
+def png_of(value: int) -> bytes:
+    """A PNG file of 4x4 pixels of that grey value."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value,) * 3).save(file, "png")
+    return file.getvalue()

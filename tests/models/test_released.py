@@ -479,7 +479,7 @@ def test_the_result_is_evaluated_and_starts_a_run(cli, tmp_path, recipe_file, cl
     shown = cli("import", tmp_path / "r.pth", *options)
     assert shown.code == 0, shown.err
     assert "largest difference of logits 0.0e+00" in shown.out and "sha256" in shown.out
-    assert cli("evaluate", tmp_path / "out", "--data", classes).out.startswith("top-1 ")
+    assert cli("evaluate", tmp_path / "out", "--data", classes).out.splitlines()[-1].startswith("top-1 ")
     card = json.loads((tmp_path / "out" / "student.json").read_text())
     used = {k: v for k, v in card["kwargs"].items() if k not in ("in_chans", "num_classes", "img_size")}
     student = {"model": card["model"], "kwargs": used, "weights": str(tmp_path / "out" / "student.safetensors")}

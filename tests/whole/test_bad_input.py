@@ -299,7 +299,7 @@ def test_students_that_cannot_be_evaluated(cli, recipe_file, image_folder, tmp_p
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
     assert "`--data` has other classes than the student" in message_of(cli(*evaluate))
     whole = message_of(cli("evaluate", tmp_path / "run", "--data", image_folder))
-    assert f"has a training and a validation part; give {image_folder / 'val'}" in whole
+    assert f"has several splits; name one of them, such as {image_folder / 'val'}" in whole
     (image_folder / "val" / "cow").rename(image_folder / "val" / "cat")
     damage(image_folder / "val" / "cat" / "0.png", "text")
     assert "cannot read" in message_of(cli(*evaluate))

@@ -355,7 +355,7 @@ def small(name: str, folder: Path) -> list[str]:
     teacher = config.teacher.model if config.teacher else ""
     size = 56 if "beit-l" in name or "14" in name else 64  # patches of 14 pixels, or of 16
     if config.data.train is None:
-        write_images(folder.with_name("pool"), per_class=2)
+        write_images(folder.with_name("pool"), per_class=2, seed=1)
         overrides += [f"data.unlabelled={folder.with_name('pool')}", f"data.val={folder}", "student.weights=random"]
     else:
         overrides += [f"data.train={folder}", "data.val=null", "student.weights=random"]
