@@ -16,7 +16,7 @@ def add_commands(commands: Any) -> None:
     sub = command(
         commands, "compare", _compare, "compare methods x students x seeds on your data; the same command resumes"
     )
-    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/how-to/compare.md)")
+    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (`scalekd docs compare`)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run, such as train.epochs=20")
     sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these methods and the baseline")
     sub.add_argument("--students", type=names, default=[], metavar="A,B", help="only these students")

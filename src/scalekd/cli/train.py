@@ -70,7 +70,7 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _report,
-        "write an HTML page about a run or a comparison, finished or not (docs/how-to/report.md)",
+        "write an HTML page about a run or a comparison, finished or not (`scalekd docs report`)",
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run or of a comparison")
     sub.add_argument(

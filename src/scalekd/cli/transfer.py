@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_detect(commands: Any) -> None:
     parser = commands.add_parser(
-        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (`scalekd docs transfer`)"
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "detection", "Train a detector. The same command resumes a stopped run.")
@@ -55,11 +55,11 @@ def _add_detect(commands: Any) -> None:
 
 def _add_segment(commands: Any) -> None:
     parser = commands.add_parser(
-        "segment", help="UPerNet on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+        "segment", help="UPerNet on a backbone: train, evaluate, predict (`scalekd docs transfer`)"
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "segmentation", "Train a segmenter. The same command resumes a stopped run.")
-    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/how-to/transfer.md)")
+    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (`scalekd docs transfer`)")
     sub = _evaluate_command(
         group, "segmentation", _evaluate_segmenter, "Print mIoU and accuracies of a trained segmenter."
     )

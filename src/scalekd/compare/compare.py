@@ -14,6 +14,7 @@ from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, reject_links, write_text
+from scalekd.common.pages import as_commands
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import duration, say
@@ -155,7 +156,7 @@ def _in_order(planned: Sequence[Job], records: dict[Job, Record]) -> dict[Job, R
 def _header(source: str) -> list[str]:
     """The comment lines of a ladder file."""
     lines = ladder_text(source).splitlines()
-    return [line.lstrip("# ").rstrip() for line in lines if line.startswith("#")]
+    return [as_commands(line.lstrip("# ").rstrip()) for line in lines if line.startswith("#")]
 
 
 def _teacher_top1(planned: Iterable[Job]) -> float | None:

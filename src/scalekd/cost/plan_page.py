@@ -31,7 +31,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines += [f"# {_title(run)}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in _rows(run))]
         lines += ["", "Assumptions:", "", *(f"- {line}" for line in run["assumed"]), ""]
     lines += [_total(found), ""] if _total(found) else []
-    return "\n".join([*lines, "Made by `scalekd plan` (docs/how-to/plan.md)."]) + "\n"
+    return "\n".join([*lines, "Made by `scalekd plan` (`scalekd docs plan`)."]) + "\n"
 
 
 def between(low: float, high: float) -> str:
