@@ -25,6 +25,7 @@ from scalekd.common.text import counted, duration, printable
 from scalekd.train.compile import explain_compile_failure
 from scalekd.train.run import AUTOCAST, Run
 
+from .loader import workers_check
 from .model import Check
 
 
@@ -65,7 +66,7 @@ def one_step(run: Run) -> list[Check]:
         torch.cuda.reset_peak_memory_stats(run.device)
     losses: dict[str, torch.Tensor] = {}
     data_s = step_s = 0.0
-    batches = run.train_batches(sampler, workers=0)
+    batches, last = run.train_batches(sampler, workers=0), None
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
@@ -78,13 +79,14 @@ def one_step(run: Run) -> list[Check]:
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         step_s = time.perf_counter() - began
+        last = batch
     dead = dead_parameters(d)
     d.zero_grad()
     with torch.no_grad():
         for name, b in d.named_buffers():
             b.copy_(before[name])
     values = {name: value.item() for name, value in losses.items()}
-    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s)]
+    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *workers_check(run, last)]
 
 
 def _bad_images(run: Run) -> list[Check]:

@@ -11,6 +11,7 @@ from PIL import Image
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, read_file
+from scalekd.data.reading import Outage, steadily
 
 from .folders import real
 
@@ -47,8 +48,8 @@ class HuggingFace:
 
     def _cell(self, i: int) -> dict[str, Any]:
         try:
-            return self.rows[i][self.image] or {}
-        except (MemoryError, KeyboardInterrupt):
+            return steadily(lambda: self.rows[i][self.image] or {}, str(self.origin[0]), alone=False)
+        except (MemoryError, Outage):
             raise
         except Exception as error:  # for a damaged Arrow file pyarrow may raise nearly anything
             raise BadImage(f"datasets cannot read it: {first_line(error)}") from None

@@ -16,6 +16,7 @@ from PIL import Image
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, is_image
+from scalekd.data.reading import steadily
 
 from .folders import real, reject_empty
 
@@ -31,19 +32,19 @@ class Place(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises `BadImage`.
+        """The bytes of the file. Raises `BadImage`, and `Outage` if the archive cannot be read.
 
         Opens the archive each time, so that processes share no file handle and cannot run out of them.
         """
-        try:
-            with open(self.archive, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        data = steadily(self._bytes, self.archive, alone=False)
         if len(data) < self.size:
             raise BadImage("the archive is shorter than when it was opened")
         return data
+
+    def _bytes(self) -> bytes:
+        with open(self.archive, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
     def identity(self) -> tuple[str, int]:
         """As `Source.identity`."""

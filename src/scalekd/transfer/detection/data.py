@@ -6,9 +6,9 @@ As in `scalekd.data`, items are indexed by (epoch, index) and every random choic
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +23,11 @@ from torchvision.transforms.v2 import functional as TF
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
-from scalekd.data.batches import checked, loader
-from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels
+from scalekd.data.batches import checked, unreadable
+from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
+from scalekd.data.reading import Outage
 from scalekd.data.samplers import EvalSampler, Key
+from scalekd.data.workers import loaded
 
 from .coco import Coco
 from .instances import Instance, Picture
@@ -104,11 +106,18 @@ class DetectionImages(Dataset):
                         "or set data.on_bad_image=skip"
                     )
                 skipped.append(Bad(picture.path, str(error)))
+            except Outage as error:
+                return error
             else:
                 pixels, target = self._item(image, picture)
                 target |= {"picture": torch.tensor(number), "size": torch.tensor([picture.height, picture.width])}
                 return DetectionBatch([pixels], [target], skipped)
         return DetectionBatch([], [], skipped)
+
+    def still_bad(self, names: Iterable[str]) -> dict[str, str]:
+        """The reason for each of these images that cannot be used. Raises `Outage`."""
+        pictures = (self.coco.pictures[number] for number in self.indices)
+        return unreadable(names, ((p.path, partial(_read, p)) for p in pictures))
 
     def _item(self, image: Image.Image, picture: Picture) -> tuple[Tensor, Target]:
         pixels = TF.pil_to_tensor(of_channels(self.scales.channels, image))
@@ -121,11 +130,7 @@ class DetectionImages(Dataset):
 
 def _read(picture: Picture) -> Image.Image:
     """Raises `BadImage` if the file cannot be read, differs from its annotations in size, or is too narrow."""
-    try:
-        data = Path(picture.path).read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
-    image = decode(data)
+    image = decode(read_file(picture.path))
     if image.size != (picture.width, picture.height):
         raise BadImage(
             f"it has {image.width}x{image.height} pixels after EXIF rotation, but its annotations are for "
@@ -175,7 +180,7 @@ def batches_of(
     images: DetectionImages, sampler: Sampler, workers: int, pin: bool
 ) -> Generator[DetectionBatch, None, None]:
     """The batches with the keys of `sampler`, a `TrainSampler` or `EvalSampler`. Raises `UserError`."""
-    return checked(loader(images, sampler, workers, pin, collate), images.bad)
+    return checked(loaded(images, sampler, workers, pin, collate), images.bad)
 
 
 def eval_batches(

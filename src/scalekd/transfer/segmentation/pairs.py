@@ -18,7 +18,7 @@ from PIL import Image
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.seeds import seed_from
 from scalekd.common.text import printable
-from scalekd.data.images import BadImage, decode, is_image
+from scalekd.data.images import BadImage, decode, is_image, read_file
 
 IGNORED = 255
 MOST_CLASSES = 255  # a mask has 8 bits, and one value means ignored
@@ -44,10 +44,7 @@ class Pairs:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Mask]:
         """The image, rotated upright, of mode L or RGB, and its mask. Raises `BadImage`."""
-        try:
-            image = decode(self.images[i].read_bytes())
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        image = decode(read_file(str(self.images[i])))
         try:
             mask = as_classes(read_mask(self.masks[i]), self.classes, self.reduce_zero_label)
         except BadImage as error:
@@ -229,11 +226,13 @@ def read_mask(file: Path) -> NDArray[np.int64]:
     A grey image of 1, 8, 16 or 32 bits gives its values, a palette image its indices. Colours are not class numbers.
     """
     try:
-        with Image.open(io.BytesIO(file.read_bytes())) as image:
+        data = read_file(str(file))
+    except BadImage as error:
+        raise BadImage(f"cannot be read: {error}") from None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             mode, values = image.mode, np.asarray(image)
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or first_line(error)}") from None
     except Exception as error:  # a damaged file can make Pillow raise nearly anything
         raise BadImage(f"cannot be read: {first_line(error)}") from None
     if mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
