@@ -37,8 +37,8 @@ def workers_check(run: Run, batch: Any) -> list[Check]:
     fix = "Set data.workers=0 or fewer, or provide more: docker run --shm-size=8g, or --ipc=host"
     free = _free()
     if free is not None and free < most:
-        status = "fail" if free < surely else "warn"
-        return [Check("workers", status, f"{told}, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB", fix)]
+        told += f", and {SHARED_MEMORY} has {free / 2**20:.0f} MiB"
+        return [Check("workers", "fail" if free < surely else "warn", told, fix)]
     files = len(tensors) * (ahead + rounds) + 2 * workers * FILES_OF_A_WORKER + _open_files()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit != resource.RLIM_INFINITY and limit < files:

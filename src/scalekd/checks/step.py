@@ -73,13 +73,13 @@ def one_step(run: Run) -> list[Check]:
         data_s = time.perf_counter() - began if batch else data_s
         if batch is None:
             break
+        last = batch
         seed_everything(config.seed, "pre-flight")
         began = time.perf_counter()
         losses = forward_backward(run, batch)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         step_s = time.perf_counter() - began
-        last = batch
     dead = dead_parameters(d)
     d.zero_grad()
     with torch.no_grad():

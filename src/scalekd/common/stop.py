@@ -130,15 +130,18 @@ class _Listener(threading.Thread):
     def close(self) -> None:
         self.closed.set()
         signal.set_wakeup_fd(self.before)
-        os.close(self.writer)
+        os.write(self.writer, b"\0")  # closing is not enough: forked processes hold the pipe open
         self.join()
+        os.close(self.writer)
+        os.close(self.reader)
 
     def run(self) -> None:
-        while numbers := os.read(self.reader, 64):
-            for number in numbers:
+        while True:
+            for number in os.read(self.reader, 64):
+                if not number:
+                    return
                 if number in EXIT_CODES:
                     self._hear(number)
-        os.close(self.reader)
 
     def _hear(self, number: int) -> None:
         again = number == signal.SIGINT and number in self.heard
