@@ -20,6 +20,7 @@ from scalekd.common.text import counted, duration, printable
 from scalekd.train.compile import explain_compile_failure
 from scalekd.train.run import AUTOCAST, Run
 
+from .loader import workers_check
 from .model import Check
 
 
@@ -66,13 +67,14 @@ def one_step(run: Run) -> list[Check]:
         torch.cuda.reset_peak_memory_stats(run.device)
     losses: dict[str, torch.Tensor] = {}
     data_s = step_s = 0.0
-    batches = run.train_batches(sampler, workers=0)
+    batches, last = run.train_batches(sampler, workers=0), None
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
         data_s = time.perf_counter() - began if batch else data_s
         if batch is None:
             break
+        last = batch
         seed_everything(config.seed, "pre-flight")
         began = time.perf_counter()
         losses = forward_backward(run, batch)
@@ -85,7 +87,8 @@ def one_step(run: Run) -> list[Check]:
         for name, b in d.named_buffers():
             b.copy_(before[name])
     values = {name: value.item() for name, value in losses.items()}
-    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *_average(run)]
+    more = [*workers_check(run, last), *_average(run)]
+    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *more]
 
 
 def _bad_images(run: Run) -> list[Check]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scalekd import api
-from scalekd.common.stop import StopRequest
+from scalekd.common import stop
 
-from .options import add_bad_images, command, names, overrides, recipe_overrides
+from .options import add_bad_images, command, keeps_result, names, overrides, recipe_overrides
 
 
 def add_commands(commands: Any) -> None:
@@ -43,31 +43,31 @@ def add_commands(commands: Any) -> None:
     )
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
     sub.add_argument("--dry-run", action="store_true", help="check and list all runs; write nothing")
+    keeps_result(sub)
 
 
 def _compare(args: argparse.Namespace) -> int:
-    with StopRequest() as stop:
-        if args.dry_run:
-            _list(args)
-            return 0
-        result = api.compare(
-            args.ladder,
-            data=args.data,
-            val=args.val,
-            teacher=args.teacher,
-            student=args.student,
-            methods=args.methods,
-            students=args.students,
-            seeds=args.seeds,
-            out=args.out,
-            known=args.known,
-            jobs=args.jobs,
-            share_teacher=args.share_teacher,
-            device=args.device,
-            overrides=overrides(args),
-            stop=stop,
-            verbose=True,
-        )
+    if args.dry_run:
+        _list(args)
+        return 0
+    result = api.compare(
+        args.ladder,
+        data=args.data,
+        val=args.val,
+        teacher=args.teacher,
+        student=args.student,
+        methods=args.methods,
+        students=args.students,
+        seeds=args.seeds,
+        out=args.out,
+        known=args.known,
+        jobs=args.jobs,
+        share_teacher=args.share_teacher,
+        device=args.device,
+        overrides=overrides(args),
+        stop=stop.current(),
+        verbose=True,
+    )
     return 1 if result.failed else 0
 
 
