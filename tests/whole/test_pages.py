@@ -68,5 +68,5 @@ def test_the_wheel_has_the_pages(tmp_path):
     done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    inside = [n.removeprefix("scalekd/pages/") for n in names if n.startswith("scalekd/pages/")]
-    assert sorted(inside) == sorted(str(f.relative_to(ROOT / "src/scalekd/pages")) for f in pages().values())
+    inside = [n.removeprefix("scalekd/common/docs/") for n in names if n.startswith("scalekd/common/docs/")]
+    assert sorted(inside) == sorted(str(f.relative_to(ROOT / "src/scalekd/common/docs")) for f in pages().values())
