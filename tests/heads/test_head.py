@@ -617,5 +617,5 @@ def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_fi
     no_labels["teacher"] = tiny_recipe["teacher"] | {"head": "fit"}
     with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images; set data\.train"):
         check_config(no_labels, "test")
-    with pytest.raises(UserError, match=r"the runs of a comparison share their teacher; fit its head once"):
+    with pytest.raises(UserError, match=r"the runs of a comparison share one teacher; fit its head once"):
         jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])

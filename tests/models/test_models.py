@@ -154,7 +154,7 @@ def test_the_pre_flight_and_the_provenance_tell_it(cli, recipe_file, tiny_recipe
     assert "new head for 3 classes (instead of 9)" in told
     assert "data 3, student 3; the teacher has 7 other classes: only its features are used" in told
     refused = cli("train", recipe_file, "--dry-run", *weights)
-    assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher of" in refused.err
+    assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher with" in refused.err
 
     tiny_recipe["student"]["weights"] = str(files["student"])
     run = build(check_config(tiny_recipe, "test"), torch.device("cpu"))

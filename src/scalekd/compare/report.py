@@ -52,23 +52,15 @@ def report_comparison(folder: Path, analyses: Sequence[Path] = (), out: Path | N
 
 
 def report_any(
-    folder: Path,
-    device: str | None = None,
-    *,
-    baselines: Sequence[Path] = (),
-    data: str | None = None,
-    images: int | None = None,
-    analyses: Sequence[Path] = (),
-    out: Path | None = None,
+    folder: Path, device: str | None = None, *, analyses: Sequence[Path] = (), out: Path | None = None, **options: Any
 ) -> tuple[Path, list[str]]:
-    """`report` for the folder of a run, `report_comparison` for that of a comparison. Raises `UserError`.
+    """`report` for a run's folder, `report_comparison` for a comparison's. Raises `UserError`.
 
-    Returns the path of the page, and a line for each section that is missing from it.
+    options: of `report`, for a run only. Returns the path of the page, and a line for each section that is missing.
     """
     if not is_comparison(folder):
-        return report(folder, device, baselines=baselines, data=data, images=images, analyses=analyses, out=out)
-    given = {"baselines": baselines, "data": data, "images": images, "device": device}
-    if unused := " and ".join(f"`{name}`" for name, value in given.items() if value):
+        return report(folder, device, analyses=analyses, out=out, **options)
+    if unused := " and ".join(f"`{name}`" for name, value in (options | {"device": device}).items() if value):
         raise UserError(f"{folder} is a comparison and its page shows its results alone; leave out {unused}")
     return report_comparison(folder, analyses, out), []
 
