@@ -1,7 +1,7 @@
 """Loads batches in worker processes, and waits for them without hanging.
 
 A PyTorch loader waits for ever for a worker that was stopped, and for a batch that got lost because a worker had no
-shared memory or no file descriptor to send it. Here a wait looks at signals and at the workers every second.
+shared memory or no file descriptor to send it. Here a thread looks at signals and at the workers during a wait.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ from scalekd.common.stop import Stopped, current, leave_signals_to_parent
 
 SILENCE = 120.0  # seconds without a batch, in which no worker does anything, after which the workers count as hung
 IDLE = 0.1  # seconds of processor time that idle workers use at most meanwhile, to look for work
-TIMED_OUT = re.compile(r"DataLoader timed out after")
+LOOK = 1.0  # seconds between two looks at a wait
 
 
 def count(workers: int) -> int:
@@ -51,22 +50,24 @@ def loaded(
         collate_fn=_Shared(collate) if workers else collate,
         pin_memory=pin,
         worker_init_fn=_start_worker,
-        timeout=1 if workers else 0,
     )
     if not workers:
         yield from loader
         return
     known = {process.pid for process in multiprocessing.active_children()}
     iterator: Any = None
+    watch: _Watch | None = None
     processes: list[BaseProcess] = []
     try:
         try:
             iterator = iter(loader)
         finally:  # some may run although not all could be started
             processes = [p for p in multiprocessing.active_children() if p.pid not in known]
+        watch = _Watch(processes)
+        watch.start()
         while True:
             try:
-                batch = _next(iterator, processes)
+                batch = _next(iterator, watch)
             except StopIteration:
                 return
             yield batch
@@ -74,32 +75,66 @@ def loaded(
         _kill(processes)  # PyTorch would wait for each of them
         raise
     finally:
+        if watch:
+            watch.done.set()
         iterator = None  # ends the workers
         _kill([p for p in processes if p.is_alive()])  # hung ones would hold up the end of this process
 
 
-def _next(iterator: Any, processes: Sequence[BaseProcess]) -> Any:
-    """The next batch of a loader's iterator with a timeout of a second."""
-    began, busy = time.monotonic(), _processor_seconds(processes)
-    while True:
-        try:
-            return next(iterator)
-        except RuntimeError as error:
-            if error.__cause__ is not None:
-                raise RuntimeError(f"{error}: {error.__cause__}") from None  # the cause has the worker's exit code
-            if not TIMED_OUT.search(str(error)):
-                raise
-        if number := current().number:
-            raise Stopped(number, current().saved)
-        now = _processor_seconds(processes)
-        if now is None or busy is None or now - busy > IDLE:
-            began, busy = time.monotonic(), now
-        elif time.monotonic() - began > SILENCE:
-            raise UserError(
-                f"no batch for {SILENCE:.0f} s, and the {len(processes)} data loader workers do nothing.\n"
-                "They may lack shared memory (docker run --shm-size=8g), wait for a file system, or have been stopped; "
-                "try data.workers=0. The same command resumes the run."
-            )
+def _next(iterator: Any, watch: _Watch) -> Any:
+    """The next batch of a loader's iterator. Raises the watch's reason if it ended the wait."""
+    watch.since = time.monotonic()
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise
+    except Exception as error:
+        if watch.reason is not None:
+            raise watch.reason from None
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            raise RuntimeError(f"{error}: {error.__cause__}") from None  # the cause has the worker's exit code
+        raise
+    finally:
+        watch.since = None
+
+
+class _Watch(threading.Thread):
+    """Kills the workers of a loader if a signal arrives while the main thread waits for them, or if they hang.
+
+    A thread, because the main thread may wait in a system call: a stopped worker still has to hand over the memory of
+    the batches that it sent. Killing the workers ends that call.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess]):
+        super().__init__(daemon=True)
+        self.processes, self.done = processes, threading.Event()
+        self.since: float | None = None  # when the current wait began; None: the main thread does not wait
+        self.reason: UserError | Stopped | None = None
+
+    def run(self) -> None:
+        seen, quiet, busy = None, 0.0, None
+        while not self.done.wait(LOOK):
+            now, since, used = time.monotonic(), self.since, _processor_seconds(self.processes)
+            if since is None:
+                continue
+            if since != seen or used is None or busy is None or used - busy > IDLE:
+                seen, quiet, busy = since, now, used
+            if (number := current().number) and now - since > LOOK:
+                self._end(Stopped(number, current().saved))
+            elif now - quiet > SILENCE:
+                self._end(
+                    UserError(
+                        f"no batch for {SILENCE:.0f} s, and the {len(self.processes)} data loader workers do nothing.\n"
+                        "They may lack shared memory (docker run --shm-size=8g), wait for a file system, or have been "
+                        "stopped; try data.workers=0. The same command resumes the run."
+                    )
+                )
+
+    def _end(self, reason: UserError | Stopped) -> None:
+        self.reason = reason
+        self.done.set()
+        for process in self.processes:
+            process.kill()
 
 
 def _processor_seconds(processes: Iterable[BaseProcess]) -> float | None:
