@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import UserError, nearest
 from .text import printable
 
-# In a checkout `pages` is a link to docs/, in an installation a folder; without docs/results
+
 FOLDER = Path(__file__).parent / "docs"  # a link to docs/ in a checkout, a copy in an installation
 PARTS = ("", "tutorials", "how-to", "reference", "explanation")
 
