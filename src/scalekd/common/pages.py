@@ -8,7 +8,6 @@ from pathlib import Path
 from .errors import UserError, nearest
 from .text import printable
 
-
 FOLDER = Path(__file__).parent / "docs"  # a link to docs/ in a checkout, a copy in an installation
 PARTS = ("", "tutorials", "how-to", "reference", "explanation")
 

@@ -29,7 +29,7 @@ def entry(recipe: str) -> dict[str, Any]:
     text, values = recipe_text(recipe), recipe_values(recipe)
     return {
         "name": values["name"],
-        **header(text),
+        **{key: as_commands(line) for key, line in header(text).items()},
         "base": parse_yaml(text, recipe).get("base"),
         "student": values["student"]["model"],
         "teacher": (values.get("teacher") or {}).get("model"),
