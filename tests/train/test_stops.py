@@ -68,7 +68,6 @@ def test_a_pending_signal_stops_what_follows_the_training():
 
 
 def test_a_signal_is_answered_while_python_does_not_run(tmp_path):
-    """`sum` of a range is one call in C: the handler has to wait for its end, the line on the screen has not."""
     code = (
         "import os, signal, threading\nfrom scalekd.common.stop import StopRequest\n"
         "with StopRequest(spoken=True) as stop:\n stop.wait_for_step = True\n"
@@ -129,6 +128,7 @@ def test_signals_at_many_moments(recipe, tmp_path):
 # ---------------------------------------------------------------- the screen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["{} train {} --out {} | true", "{} train {} --out {} > /dev/full"])
 def test_a_lost_screen_does_not_end_a_run(recipe, tmp_path, command):
     line = command.format(f"{sys.executable} -m scalekd", recipe, tmp_path / "run")

@@ -239,7 +239,7 @@ class BadImages:
         assert self.file is not None
         others = [file for file in _lists(self.file.parent) if file != self.file]
         if set(now) == set(before) and not others:
-            if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+            if self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n"):
                 self._write("\n")  # a killed run left an incomplete line
             return
         write_text(self.file, "".join("\t".join(entry) + "\n" for entry in now))
