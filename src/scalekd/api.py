@@ -378,9 +378,11 @@ def cost(
     from scalekd.cost.count import cost as count
     from scalekd.cost.page import write
     from scalekd.cost.seconds import measure as timed
+    from scalekd.train.auto import for_device
 
     config = _config(recipe, overrides_of(None, None, None, teacher, student, overrides, sections))
     on = pick_device(device)
+    config = for_device(config, on)
     found = count(config, classes=classes, batch=batch)
     if measure:
         found["measured"] = timed(config, on, classes=classes, batch=batch or 4)

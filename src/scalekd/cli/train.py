@@ -147,9 +147,11 @@ def _check(args: argparse.Namespace) -> None:
     from scalekd.common.parallel import processes
     from scalekd.config.recipe import load_recipe
     from scalekd.runs.assistants import check_chain
+    from scalekd.runs.distillation import check_teacher_outputs
 
     config = load_recipe(args.recipe, recipe_overrides(args))
     with processes(args.device) as device:
+        check_teacher_outputs(config, args.teacher_outputs)
         check_chain(config, device, Console(emoji=False))
 
 

@@ -16,7 +16,7 @@ from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
-from scalekd.common.text import counted
+from scalekd.common.text import counted, say
 from scalekd.config.recipe import Config
 from scalekd.distill.build import build
 from scalekd.distill.run import DistillationRun
@@ -26,6 +26,7 @@ from scalekd.models.options import Model
 from scalekd.models.stages import StageView
 from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
+from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
@@ -64,6 +65,7 @@ def execute(
     if config.assistant is not None:
         raise UserError("a recipe with an assistant needs two runs; `scalekd train` and `scalekd.train` start both")
     check_teacher_outputs(config, teacher_outputs)
+    config = for_device(config, device, folder)
     named = with_heads(config, folder)
     open_folder(folder, named, heads_of(named))
     parallel.wait_for_all()  # rank 0 writes into the folder below, which the others must find unchanged
@@ -102,6 +104,8 @@ def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: b
 
 def checked(config: Config, device: torch.device, console: Console) -> DistillationRun:
     """Builds a recipe and runs its pre-flight. Writes nothing. Raises `UserError`."""
+    if parallel.rank() == 0:
+        say(console, "Opening the data and building the models ...")
     run = _built(config, device)
     with explain_out_of_memory(device, smaller_steps(config)):
         preflight(run, console)

@@ -21,6 +21,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, export_onnx, export_student, load_student
 from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
+from scalekd.train.auto import workers_for
 from scalekd.train.run import provenance
 
 
@@ -97,7 +98,7 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
         return evaluate(
             student.to(device),
-            eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),
+            eval_batches(images, min(256, len(images)), workers_for(data.workers, device), device.type == "cuda"),
             mean,
             std,
             device,
