@@ -98,7 +98,8 @@ def check_teacher_outputs(config: Config, folder: Path | None) -> None:
 def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
-    summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
+    card = student_card(run) | {key: summary[key] for key in ("top1", "exported", "exported_step")}
+    summary["reload_difference"] = export_student(run.deployed, file, card)
     write_run_report(folder, summary, facts(run), run if look else None)
 
 

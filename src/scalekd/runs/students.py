@@ -59,11 +59,13 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     try:
         top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
         student.load_state_dict(state["deployed" if which == "last" else "student"])
+        step = int(state["progress"]["step"] if which == "last" else state["step"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{state_file} is not a checkpoint of the student in {card_file}: {first_line(error)}"
         ) from None
-    card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
+    made = {"top1": top1, "exported": which, "exported_step": step}
+    card = {key: value for key, value in card.items() if key != "sha256"} | made
     file = folder / "student.safetensors"
     differences = {file: export_student(student, file, card)}
     if onnx:

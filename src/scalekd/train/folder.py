@@ -18,8 +18,10 @@ from scalekd.common.files import LOCK, in_use, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
+from scalekd.common.text import say
 
 from .engine import train
+from .exported import use_exported
 from .log import RunLog
 from .resume import recipe_difference
 from .run import Run, provenance
@@ -72,6 +74,7 @@ def run_into(
         finally:
             log.close()
         if parallel.rank() == 0:
+            say(console, use_exported(run, folder, summary))
             outcome.finish(run, folder, summary)
             # last, because a folder with a summary counts as finished
             write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
