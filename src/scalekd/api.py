@@ -281,7 +281,8 @@ def compare(
         from scalekd.compare.ladder import chosen, load_ladder
         from scalekd.compare.runner import places
 
-        found = chosen(load_ladder(fspath(ladder)), students, methods, seeds, student)
+        whole = load_ladder(fspath(ladder))
+        found = chosen(whole, students, methods, seeds, student)
         folder = Path(out) if out else Path("runs") / f"compare-{found.name}"
         summary = run(
             found,
@@ -291,6 +292,7 @@ def compare(
             places(jobs, device),
             share=share_teacher,
             known=[Path(k) for k in known],
+            whole=chosen(whole, [], [], max(len(whole.seeds), len(found.seeds))),
             stop=stop,
             console=_console(verbose),
         )

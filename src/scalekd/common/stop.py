@@ -14,9 +14,9 @@ EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: 1
 class Stopped(Exception):
     """A signal stopped the run; the same command resumes it from its checkpoint. `exit_code` is for the command line."""
 
-    def __init__(self, number: int, step: int | None):
+    def __init__(self, number: int, step: int | None, where: str = ""):
         name = signal.Signals(number).name
-        where = "before the first step" if not step else f"after step {step} (saved)"
+        where = where or ("before the first step" if not step else f"after step {step} (saved)")
         super().__init__(f"stopped by {name} {where}; run the same command again to resume")
         self.exit_code = EXIT_CODES[signal.Signals(number)]
 

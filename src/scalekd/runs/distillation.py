@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def execute(
     title: str | None = None,
     stop: StopRequest | None = None,
     teacher_outputs: Path | None = None,
+    outputs_for: Sequence[str] = (),
     look: bool = True,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or resumes the run in it. Returns its summary.
@@ -55,6 +57,7 @@ def execute(
         title: the name on the progress line; by default the recipe's.
         stop: checked between steps.
         teacher_outputs: a folder in which runs that show their teacher the same pixels share its outputs.
+        outputs_for: the losses of all runs that share them; the first pass of the teacher then serves them all.
         look: evaluate the student's predictions on validation images for the report; takes a minute at most.
 
     Raises:
@@ -74,7 +77,7 @@ def execute(
     if teacher_outputs and config.teacher:
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
-        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
+        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records, outputs_for)
     return run_into(
         folder,
         run,

@@ -29,7 +29,7 @@ def for_device(config: C, device: torch.device, folder: Path | None = None, thre
     folder: of the run. If it began before, `precision` and `channels_last` are those of its recipe.yaml. threads: CPU
     cores for this run; by default those of the process.
     """
-    return resolved(config, device, _held(folder) if folder else {}, threads)
+    return resolved(config, device, held_in(folder) if folder else {}, threads)
 
 
 def resolved(config: C, device: torch.device, held: Mapping[str, Any], threads: int | None = None) -> C:
@@ -71,7 +71,7 @@ def workers_of(config: Any) -> int:
     return int(config.data.workers)
 
 
-def _held(folder: Path) -> dict[str, Any]:
+def held_in(folder: Path) -> dict[str, Any]:
     """The section `train` of the recipe in a run's folder; {} if there is none, or it cannot be read."""
     recipe = folder / "recipe.yaml"
     try:
