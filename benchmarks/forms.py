@@ -25,7 +25,7 @@ from scalekd.config.recipe import Config, load_recipe
 from scalekd.cost.count import stand_ins
 from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.build import make_optimizer, untrained
-from scalekd.methods.scalekd import scalekd
+from scalekd.methods.scalekd_parts import scalekd
 
 CLASSES = 1000
 RECIPES = (

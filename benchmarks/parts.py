@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scalekd.cost.flops import flop_counter
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.methods.scalekd import scalekd
+from scalekd.methods.scalekd_parts import scalekd
 from scalekd.models.stages import Features, StageView
 
 CHEAPER: dict[str, dict[str, Any]] = {  # changes to the published form

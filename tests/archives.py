@@ -41,7 +41,8 @@ PNG = _png()  # a small, valid image
 
 def shard(tmp_path: Path, labels: dict[str, bytes], name: str = "s.tar") -> str:
     """A shard with an image for each label; returns the name of the source."""
-    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", PNG), (f"{key}.cls", label))}
+    images = {key: PNG + f"{name} {key}".encode() for key in labels}  # decoders ignore what follows; no two are equal
+    members = {k: v for key, label in labels.items() for k, v in ((f"{key}.png", images[key]), (f"{key}.cls", label))}
     return f"wds:{write_tar(tmp_path / name, members)}"
 
 
@@ -56,3 +57,10 @@ def save(tmp_path: Path, columns: dict[str, list], features: dict[str, object]) 
 
 
 CELLS = [{"bytes": PNG, "path": "a.png"}, {"bytes": PNG, "path": None}]
+
+
+def png_of(value: int) -> bytes:
+    """A PNG file of 4x4 pixels of that grey value."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value,) * 3).save(file, "png")
+    return file.getvalue()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from archives import CELLS, PNG, add, save, shard, write_tar
+from archives import CELLS, PNG, add, png_of, save, shard, write_tar
 from bad_files import write_idx
 from PIL import Image
 from small_images import write_images
@@ -128,7 +128,10 @@ def tar(change: Callable[[bytes], bytes] = lambda raw: raw, **members: bytes) ->
     """An archive of `members`, by default of two valid classes, with its bytes changed."""
 
     def make(workspace: Workspace) -> list[object]:
-        path = write_tar(workspace.folder / "t.tar", members or {f"{c}/{i}.png": PNG for c in "ab" for i in range(9)})
+        path = write_tar(
+            workspace.folder / "t.tar",
+            members or {f"{c}/{i}.png": PNG + f"{c}{i}".encode() for c in "ab" for i in range(9)},
+        )
         path.write_bytes(change(path.read_bytes()))
         return source(f"tar:{path}")
 
@@ -205,7 +208,7 @@ ARCHIVES = [
     ("tar with a device", member("a/1.png", type=tarfile.BLKTYPE), LINK),
     ("tar of headers of names without end", tar(lambda raw: LONG_NAMES + raw), "is damaged or cut off"),
     ("tar with a name of exabytes", tar(lambda raw: EXABYTES + raw), "is damaged or cut off"),
-    ("image in a tar that is no image", tar(**{f"a/{i}.png": b"text" for i in range(30)}), "a/"),
+    ("image in a tar that is no image", tar(**{f"{c}/{i}.png": b"text" + bytes(i) for c in "ab" for i in range(15)}), "a/"),
     ("missing tar", lambda p: source(f"tar:{p.folder}/t.tar"), "cannot open"),
     ("image without a label", shard_of(a_png=PNG, a_cls=b"0", b_png=PNG), "sample b in"),
     ("label without an image", shard_of(a_png=PNG, a_cls=b"0", b_cls=b"1"), "sample b in"),
@@ -238,7 +241,10 @@ def hf(columns: dict[str, list], features: dict[str, Any], more: str = "") -> Ma
     return lambda workspace: source(save(workspace.folder, columns, features) + more)
 
 
-GOOD = ({"image": CELLS * 15, "label": [0, 1] * 15}, {"image": datasets.Image(), "label": CLASS})
+GOOD = (
+    {"image": [{"bytes": png_of(8 * i), "path": f"{i}.png"} for i in range(30)], "label": [0, 1] * 15},
+    {"image": datasets.Image(), "label": CLASS},
+)
 
 
 def hf_file(name: str, change: Callable[[bytes], bytes]) -> Make:

@@ -14,7 +14,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 def write_idx(prefix: Path, images: int, labels: int, cut: int = 0) -> None:
     """A pair of IDX files; `cut` bytes are missing at the end of the images."""
-    data = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (images, 4, 4)) + bytes(16 * images)
+    data = (
+        bytes([0, 0, 8, 3])
+        + b"".join(n.to_bytes(4, "big") for n in (images, 4, 4))
+        + bytes(i % 251 for i in range(16 * images))
+    )
     Path(f"{prefix}-images-idx3-ubyte").write_bytes(data[: len(data) - cut])
     data = bytes([0, 0, 8, 1]) + labels.to_bytes(4, "big") + bytes(i % 3 for i in range(labels))
     Path(f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(data))

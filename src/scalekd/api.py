@@ -97,18 +97,19 @@ def train(
     )
 
 
-def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None) -> Evaluation:
+def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None, verbose: bool = False) -> Evaluation:
     """Evaluates an exported student; `scalekd evaluate`.
 
     Args:
         student: a run's folder or its student.safetensors.
         data: images with the student's classes, in any form that `train` takes.
         device: as for `train`.
+        verbose: print what the data are.
     """
     from scalekd.runs.students import evaluate_student
 
-    found = evaluate_student(Path(student), fspath(data), device)
-    return Evaluation(found["top1"], found["top5"], found["loss"], int(found["images"]))
+    found, described = evaluate_student(Path(student), fspath(data), device, _console(verbose))
+    return Evaluation(found["top1"], found["top5"], found["loss"], int(found["images"]), described)
 
 
 def probe(

@@ -260,7 +260,7 @@ def test_all_problems_of_the_arguments_at_once():
 
 
 def test_a_value_that_no_recipe_can_hold():
-    with pytest.raises(scalekd.UserError, match="Tensor is none of them"):
+    with pytest.raises(scalekd.UserError, match="lists and mappings, not Tensor"):
         scalekd.train("demo", optim={"lr": torch.tensor(1.0)})
 
 

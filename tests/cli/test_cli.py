@@ -169,7 +169,9 @@ def test_shortcuts(cli, tiny_recipe, image_folder, tmp_path):
     assert (config.data.train, config.data.val) == (str(image_folder / "train"), str(image_folder / "val"))
 
 
-@pytest.mark.parametrize("name, val", [("val", True), ("validation", True), ("test", True), ("holdout", False)])
+@pytest.mark.parametrize(
+    "name, val", [("val", True), ("Valid", True), ("dev", True), ("test", False), ("holdout", False)]
+)
 def test_data_shortcut_finds_the_validation_images(image_folder, name, val):
     (image_folder / "val").rename(image_folder / name)
     args = parse(["train", "demo", "--data", str(image_folder)])

@@ -87,7 +87,7 @@ def test_what_is_evaluated_is_what_is_exported(recipe, tmp_path):
     recipe["train"] |= {"ema": 0.5, "epochs": 1}
     folder = torchrun(recipe, tmp_path, "--no-preflight")
     logged = [e for e in read_log(folder) if e["event"] == "validation"][-1]
-    result = evaluate_student(folder, recipe["data"]["val"], "cpu")
+    result, _ = evaluate_student(folder, recipe["data"]["val"], "cpu", Console(quiet=True))
     assert result == pytest.approx({key: logged[key] for key in result}, rel=1e-6)
 
 

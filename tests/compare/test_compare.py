@@ -490,6 +490,17 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     assert known_records(tmp_path / "b", second) == found  # reused records are known without the other comparison
 
 
+def test_records_of_a_version_with_fewer_options_are_known(ladder_file, tmp_path):
+    planned = jobs(load_ladder(ladder_file(methods={"none": METHODS["none"], "KD": METHODS["KD"]})))
+    records = {j: record(j, 1.0) for j in planned}
+    for record_ in records.values():
+        for options in record_["recipe"]["losses"].values():
+            options.pop("temperature", None)
+    (tmp_path / "a").mkdir()
+    write_records(tmp_path / "a", records)
+    assert set(known_records(tmp_path / "b", planned, [tmp_path / "a"])) == set(planned)
+
+
 def test_1_equals_1_0_and_large_seeds_stay_distinct(ladder_file, tmp_path):
     methods = {"none": METHODS["none"], "KD": {"losses": {"ce": {}, "kd": {"weight": 2}}}}
     planned = jobs(load_ladder(ladder_file(methods=methods, seeds=[2**62])))

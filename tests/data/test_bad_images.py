@@ -202,8 +202,8 @@ def test_a_run_skips_counts_and_lists(cli, light_file, damaged_folder, tmp_path)
     run = tmp_path / "run"
     result = cli("train", light_file, "--on-bad-image", "skip", "--out", run)
     assert result.code == 0, result.err
-    assert "cannot be read, such as" in " ".join(result.out.split())  # pre-flight
-    assert "3 image(s) could not be read and were skipped" in result.out
+    assert "cannot be opened, such as" in " ".join(result.out.split())  # pre-flight
+    assert "3 unreadable images skipped; see" in result.out
     assert json.loads((run / "summary.json").read_text())["bad_images"] == 3
     listed = [line.split("\t") for line in (run / "bad-images.txt").read_text().splitlines()]
     assert sorted((part, name) for part, name, _ in listed) == [

@@ -51,7 +51,7 @@ def test_which_columns(tmp_path):
     number = datasets.Value("int64")
     two = {"image": datasets.Image(), "mask": datasets.Image(), "fine": number, "labels": number}
     text = save(tmp_path, {"image": CELLS, "mask": CELLS, "fine": [1, 0], "labels": [0, 0]}, two)
-    assert "image (Image), mask (Image), fine (Value), labels (Value)" in refused(text)
+    assert "mask (Image), fine (int64), labels (int64). Name them: hf:" in refused(text)
     assert list(open_source(f"{text}::image,labels", "data.train").targets) == [0, 0]
     source = open_source(f"{text}::mask,fine", "data.train")
     assert (source.targets, source.classes, source.where(0)) == (
@@ -59,7 +59,7 @@ def test_which_columns(tmp_path):
         ["0", "1"],
         f"a.png (image 0 of {text}::mask,fine)",
     )
-    assert "Write" in refused(f"{text}::image,nothing")
+    assert "has no column `nothing`; it has image" in refused(f"{text}::image,nothing")
 
 
 def test_splits_of_a_hugging_face_folder(image_folder, tmp_path):

@@ -30,7 +30,7 @@ from scalekd.data.batches import train_batches, training_images
 from scalekd.data.images import BadImage
 from scalekd.data.options import Augment, Data
 from scalekd.data.samplers import TrainSampler
-from scalekd.data.sources.open import open_source
+from scalekd.data.sources.open import open_source, pair_of
 from scalekd.data.split import open_split
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -176,7 +176,8 @@ def test_compressed_archives(tmp_path, mode, name):
         ({}, "has no images"),
         ({"cat/notes.txt": b""}, "has no images"),
         ({"0.png": PNG}, "0.png in"),
-        ({"train/cat/0.png": PNG, "val/cat/0.png": PNG}, "class cat in two folders, train/cat and val/cat"),
+        ({"x/cat/0.png": PNG, "y/cat/0.png": PNG}, "class cat in two folders, x/cat and y/cat"),
+        ({"train/cat/0.png": PNG, "val/cat/0.png": PNG}, "mixes the splits train and val: train/cat, val/cat"),
         ({"cat/0.png": PNG, "./cat/0.png": PNG}, "t.tar twice; create the archive again"),
     ],
 )
@@ -268,11 +269,13 @@ def words(*options: object) -> list[str]:
 
 
 def test_one_name_for_both_splits(image_folder, tmp_path):
-    assert words("--data", "fashion-mnist") == ['data.train="fashion-mnist:train"', 'data.val="fashion-mnist:test"']
-    cifar = ["torchvision:CIFAR100:train:/data", "torchvision:CIFAR100:test:/data"]
-    assert words("--data", "torchvision:CIFAR100:/data") == [f'data.train="{cifar[0]}"', f'data.val="{cifar[1]}"']
+    assert words("--data", "fashion-mnist") == ['data.train="fashion-mnist:train"', "data.val=null"]
+    cifar = 'data.train="torchvision:CIFAR100:train:/data"'
+    assert words("--data", "torchvision:CIFAR100:/data") == [cifar, "data.val=null"]  # test chooses no checkpoint
+    assert pair_of("torchvision:CIFAR100:/data", test=True)[1] == "torchvision:CIFAR100:test:/data"
+    assert words("--data", "torchvision:DTD:/data")[1] == 'data.val="torchvision:DTD:val:/data"'
     splits = make_hf_splits(image_folder / "train", tmp_path).removesuffix(":train")
-    assert words("--data", splits) == [f'data.train="{splits}:train"', f'data.val="{splits}:test"']
+    assert words("--data", splits) == [f'data.train="{splits}:train"', "data.val=null"]
     (tmp_path / "parquet").mkdir()
     make_hf_parquet(image_folder / "train", tmp_path / "parquet")
     assert words("--data", f"hf:{tmp_path}/parquet")[1] == f'data.val="hf:{tmp_path}/parquet:validation"'

@@ -78,6 +78,33 @@ def test_teacher_stays_frozen_and_in_eval_mode(batch):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "losses", [{"ce": {}, "kd": {}}, {"ce": {}, "scalekd": {}}, {"ce": {}, "at": {}}, {"ce": {}, "srrl": {}}], ids=str
+)
+@pytest.mark.parametrize("part", ["whole", "one batch norm"])
+def test_a_teacher_in_train_mode_is_put_back(losses, part):
+    """`train()` of a module that holds the teacher too, as a Lightning module does, and of a part of the teacher."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=5)
+    distiller = Distiller(timm.create_model("test_resnet", num_classes=5), teacher, losses, image_size=(64, 64))
+    images, targets = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+    expected = distiller.eval()(images, targets)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    if part == "whole":
+        nn.ModuleDict({"distiller": distiller, "teacher": teacher}).train()
+        distiller.eval()
+    else:
+        next(m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)).train()
+    for run in (lambda: distiller(images, targets), lambda: distiller.teacher_features(images)):
+        if part == "whole":
+            teacher.train()
+        run()
+        assert not any(module.training for module in teacher.modules())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert distiller(images, targets)["total"].item() == expected["total"].item()
+
+
 def test_teacher_moves_along(batch):
     distiller = make().to(torch.float64)
     assert {p.dtype for p in distiller.teacher_view.model.parameters()} == {torch.float64}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
@@ -278,6 +279,9 @@ def test_features_are_computed_once_and_again_when_anything_changes(own, monkeyp
     shutil.rmtree(own / "val")
     write_images(own / "val", per_class=4, seed=2)
     assert images_computed("h") == val  # other images under the same names
+    flipped = Image.open(own / "train" / "cat" / "5.png").transpose(Image.Transpose.ROTATE_180)
+    flipped.save(own / "train" / "cat" / "5.png")  # not one of those whose pixels are compared
+    assert images_computed("i") == train
 
 
 MODELS = {
@@ -616,7 +620,7 @@ def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_fi
     no_labels["teacher"] = tiny_recipe["teacher"] | {"head": "fit"}
     with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images; set data\.train"):
         check_config(no_labels, "test")
-    with pytest.raises(UserError, match=r"the runs of a comparison share their teacher; fit its head once"):
+    with pytest.raises(UserError, match=r"the runs of a comparison share one teacher; fit its head once"):
         jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])
 
 

@@ -55,7 +55,7 @@ class ByNumpy:
             clean = (x - np.sqrt(1 - KEPT[time]) * guess) / np.sqrt(KEPT[time])
             kept = 1.0 if after is None else KEPT[after]
             x = np.sqrt(kept) * clean + np.sqrt(1 - kept) * guess
-        return self.layer("out", x)
+        return self.norm("out.1", self.layer("out.0", x))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,36 @@ def test_against_numpy(pair, latent, channels, steps, times, norm):
     for name, value in losses.items():
         # the noise schedule is kept in float32
         assert value.item() == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_by_hand():
+    """One channel, one position, two images: a batch norm of two different values gives -1 and 1.
+
+    Without noise and with a diffusion model that predicts zeros, only the last layers act. They turn -3 and 5 into -1
+    and 1, so the error to the code (0, 2) is 1 and 1. Without the norm it would be 9 and 9.
+    """
+    shapes = Shapes("m", ((1, 1, 1),) * 4, (1, 1, 1), 0)
+    denoising = DiffKD(shapes, shapes, latent=0, steps=1).denoisings["s4"].double()
+    denoising.align = torch.nn.Identity()
+    torch.nn.init.zeros_(denoising.adapter[3].weight)
+    denoising.adapter[3].bias.data = torch.tensor([99.0, 0.0], dtype=torch.float64)  # all of the map, no noise
+    denoising.predicted_noise = lambda x, times: torch.zeros_like(x)
+    torch.nn.init.ones_(denoising.out[0].weight)
+    mimic = denoising(torch.tensor([-3.0, 5.0], dtype=torch.float64).view(2, 1, 1, 1))
+    assert mimic.flatten().tolist() == pytest.approx([-1, 1], abs=1e-6)
+    assert ((mimic.flatten() - torch.tensor([0.0, 2.0])) ** 2).mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_checkpoints_from_before_the_last_norm(pair):
+    """They are rebuilt as they were trained: without the norm, with the convolution's bias."""
+    method = DiffKD(pair.student, pair.teacher)
+    state = method.state_dict()
+    weight = state["denoisings.s4.out.0.weight"]
+    old = {name: value for name, value in state.items() if ".out." not in name}
+    method.load_state_dict(old | {"denoisings.s4.out.weight": weight, "denoisings.s4.out.bias": torch.ones(6)})
+    x = torch.randn(2, 6, 3, 2)
+    expected = torch.nn.functional.conv2d(x, weight, torch.ones(6))
+    torch.testing.assert_close(method.denoisings["s4"].out(x), expected)
 
 
 def test_denoising_finds_the_map_under_the_noise(pair):

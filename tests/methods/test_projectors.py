@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -52,16 +54,18 @@ def np_norm(x, axes, channel_axis, weight, bias, eps):
     return y * weight.reshape(shape) + bias.reshape(shape)
 
 
-def np_map_norm(x, norm, weight, bias):
-    axes, eps = ((0, 2, 3), 1e-5) if norm == "batch" else ((1,), 1e-6)
-    return np_norm(x, axes, 1, weight, bias, eps)
+def np_map_norm(x, norm, weight, bias, eps=None):
+    axes, default = ((0, 2, 3), 1e-5) if norm == "batch" else ((1,), 1e-6)
+    return np_norm(x, axes, 1, weight, bias, eps or default)
 
 
-def np_cap(cap: CrossAttentionProjector, norm: str, x: np.ndarray, queries: list[np.ndarray]) -> np.ndarray:
+def np_cap(
+    cap: CrossAttentionProjector, norm: str, x: np.ndarray, queries: list[np.ndarray], scale: float = 5, eps: Any = None
+) -> np.ndarray:
     """Sample by sample, head by head; `queries` is (N, dt) for each sample. Gives (B, N, dt)."""
     p = weights(cap)
     x = np_conv3x3(x, p["conv.weight"], p["conv.bias"])
-    x = np.maximum(np_map_norm(x, norm, p["norm.weight"], p["norm.bias"]), 0) + p["position"]
+    x = np.maximum(np_map_norm(x, norm, p["norm.weight"], p["norm.bias"], eps), 0) + p["position"]
     outputs = []
     for sample, query in zip(x, queries, strict=True):
         tokens = np.array([sample[:, i, j] for i in range(sample.shape[1]) for j in range(sample.shape[2])])
@@ -71,7 +75,7 @@ def np_cap(cap: CrossAttentionProjector, norm: str, x: np.ndarray, queries: list
         heads = []
         for n in range(cap.heads):
             part = slice(n * size, (n + 1) * size)
-            e = np.exp(q[:, part] @ k[:, part].T * size**-0.5 * 5)
+            e = np.exp(q[:, part] @ k[:, part].T * size**-0.5 * scale)
             heads.append(e / e.sum(axis=1, keepdims=True) @ v[:, part])
         y = np.concatenate(heads, axis=1) @ p["out.weight"].T + p["out.bias"]
         y = np_norm(y, (1,), 1, p["out_norm.weight"], p["out_norm.bias"], 1e-5)
@@ -101,6 +105,15 @@ def test_cap_with_given_queries_against_numpy():
     x, queries = random(3, *STUDENT), random(3, *TEACHER)
     expected = np_cap(cap, "batch", x.numpy(), list(as_tokens(queries)))
     np.testing.assert_allclose(as_tokens(cap(x, queries)), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_attention_scale_and_eps_against_numpy(norm):
+    """An eps that is large, so that it counts."""
+    cap = randomised(CrossAttentionProjector(STUDENT, TEACHER, heads=3, norm=norm, attention_scale=0.2, norm_eps=0.3))
+    x = random(3, *STUDENT)
+    expected = np_cap(cap, norm, x.numpy(), [cap.queries.detach().numpy()] * 3, scale=0.2, eps=0.3)
+    np.testing.assert_allclose(as_tokens(cap(x)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_learned_queries_are_projected_once():

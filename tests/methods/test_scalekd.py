@@ -10,7 +10,8 @@ from scipy.fft import dctn
 from scalekd.methods.distance import remove_direct
 from scalekd.methods.fd import FD
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.methods.scalekd import ScaleKD, cap, dfm, scalekd, tpp
+from scalekd.methods.scalekd import ScaleKD
+from scalekd.methods.scalekd_parts import cap, dfm, scalekd, tpp
 from scalekd.models.stages import Features, Shapes
 
 # ---------------------------------------------------------------- a plain, slow ScaleKD
@@ -282,6 +283,32 @@ def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
     assert sum(p.numel() for p in method.parameters()) == 175_958_016
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_student_path_with_the_first_view_only(pair, shared):
+    """The other terms, and the parameters that are left, are those of the method with both views."""
+    both, first = (scalekd(pair.student, pair.teacher, shared=shared, student_views=v) for v in ("both", "first"))
+    randomised(both)
+    first.double().load_state_dict({k: v for k, v in both.state_dict().items() if k in first.state_dict()})
+    assert (len(both.state_dict()) > len(first.state_dict())) == (not shared)
+    batch = pair.features()
+    all_terms, terms = both(*batch), first(*batch)
+    assert list(terms) == ["ori", "proxy_ori", "proxy_alt"]
+    assert all(torch.equal(value, all_terms[name]) for name, value in terms.items())
+    sum(terms.values()).backward()
+    assert all(p.grad is not None for p in first.parameters())
+
+
+def test_stage_4_before_the_final_norm(pair):
+    method = randomised(scalekd(pair.student, pair.teacher, student_norm=False))
+    student, teacher, targets = pair.features()
+    sum(method(student, teacher, targets).values()).backward()
+    assert student.final.grad is None and student.maps[3].grad.abs().max() > 0
+    swapped = dataclasses.replace(student, final=student.maps[3])
+    normed = scalekd(pair.student, pair.teacher).double()
+    normed.load_state_dict(method.state_dict())
+    assert normed(swapped, teacher, targets)["ori"].item() == method(student, teacher, targets)["ori"].item()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,6 +327,11 @@ def test_heads_are_those_of_stage_3_and_stage_4(heads, expected):
         ({"beta": 1.0, "shared": True}, "shared needs two different views"),
         ({"tokens": "dilated"}, "tokens is 'dilated'"),
         ({"heads": (3, 4)}, "3 does not divide the teacher's 8"),
+        ({"attention_scale": 0.0}, "attention_scale is 0.0"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05"),
+        ({"student_views": "second"}, "student_views"),
+        ({"student_views": "first", "tpp": False}, "student_views: first needs the proxy path"),
+        ({"student_views": "first", "views": "single"}, "student_views: first needs the proxy path"),
     ],
 )
 def test_rejected_options(pair, options, message):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
@@ -20,7 +21,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models import export
 from scalekd.models.export import export_onnx, export_student, load_student
 from scalekd.models.weights.match import sha256_of
-from scalekd.runs.students import student_card
+from scalekd.runs.students import evaluate_student, student_card
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {"student": {"model": "test_resnet"}},
@@ -163,3 +164,21 @@ def test_onnx_without_its_packages(tiny_recipe, tmp_path, monkeypatch):
     run = student_run(tiny_recipe, "cnn")
     with pytest.raises(UserError, match=r"pip install 'scalekd\[onnx\]'"):
         export_onnx(run.deployed, tmp_path / "student.onnx", student_card(run))
+
+
+def test_a_graph_that_computes_something_else_is_refused(tiny_recipe, tmp_path, monkeypatch):
+    run = student_run(tiny_recipe, "cnn")
+    monkeypatch.setattr(export, "TOLERANCE", 1e-12)
+    with pytest.raises(UserError, match=r"its logits under onnxruntime differ .* the file was removed"):
+        export_onnx(run.deployed, tmp_path / "student.onnx", student_card(run))
+    assert not (tmp_path / "student.onnx").exists()
+    assert not export.is_close(float("nan"), torch.zeros(1))
+
+
+def test_a_student_that_diverged_is_not_evaluated(tiny_recipe, tmp_path, image_folder):
+    run = student_run(tiny_recipe, "cnn")
+    with torch.no_grad():
+        next(run.deployed.parameters()).fill_(float("nan"))
+    export_student(run.deployed, tmp_path / "student.safetensors", student_card(run))
+    with pytest.raises(UserError, match="the student's outputs are not finite, so its accuracy has no meaning"):
+        evaluate_student(tmp_path, str(image_folder / "val"), "cpu", Console(quiet=True))

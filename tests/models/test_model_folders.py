@@ -1,4 +1,4 @@
-"""A folder in place of a model's name: what it says is written out, what contradicts it is refused."""
+"""Model folders as `model` in a recipe: which of their values are used, and which contradictions are errors."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_the_pre_flight_and_the_provenance_tell_it(cli, recipe_file, tiny_recipe
     assert "new head for 3 classes (instead of 9)" in told
     assert "data 3, student 3; the teacher has 7 other classes: only its features are used" in told
     refused = cli("train", recipe_file, "--dry-run", *weights)
-    assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher of" in refused.err
+    assert refused.code == 2 and "kd: test_resnet has 3 classes and test_vit 7. Use a teacher with" in refused.err
 
     tiny_recipe["student"]["weights"] = str(files["student"])
     run = build(check_config(tiny_recipe, "test"), torch.device("cpu"))
@@ -216,6 +216,30 @@ LAYOUTS = {  # what a file holds -> what is taken off, and how many of its tenso
         "teacher.backbone.",
         "two",
     ),
+    "mmengine's": (  # the averaged ones are in state_dict
+        lambda s: {
+            "state_dict": s,
+            "ema_state_dict": named("module.", other(s)) | {"steps": torch.tensor(7)},
+            "meta": {"epoch": 3},
+        },
+        "state_dict.",
+        "one more",
+    ),
+    "averaged ones of others": (lambda s: {"state_dict": other(s), "ema_state_dict": s}, "ema_state_dict.", 1),
+    "torchvision's": (
+        lambda s: {"model": other(s), "model_ema": named("module.", s) | {"n_averaged": torch.tensor(7)}},
+        "model_ema.module.",
+        "one more",
+    ),
+    "Lightning's averaged": (
+        lambda s: {
+            "state_dict": named("model.", s),
+            "current_model_state": named("model.", other(s)),
+            "averaging_state": {"n_averaged": torch.tensor(7)},
+        },
+        "state_dict.model.",
+        "one more",
+    ),
     "torch's averaged": (lambda s: named("module.", s) | {"n_averaged": torch.tensor(7)}, "module.", "one"),
 }
 
@@ -228,8 +252,29 @@ def test_a_prefix_is_taken_off_where_all_of_the_model_is_under_it(tmp_path, layo
     model, loaded = made("teacher", tmp_path / "w.pt", "test_resnet", {})
     assert loaded.prefix == prefix and filled(model, state) == loaded.matched == loaded.total == len(state)
     unexpected = sum(count_of(group) for group in loaded.keys["unexpected"])
-    assert unexpected == {"one": 1, "two": 2}.get(left, left * len(state))
+    assert unexpected == {"one": 1, "two": 2, "one more": len(state) + 1}.get(left, left * len(state))
     assert sum(count_of(group) for group in loaded.keys["matched"]) == len(state) and not loaded.keys["missing"]
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("model", ["test_resnet", "test_efficientnet"])
+def test_batch_norms_without_counters_are_loaded(tmp_path, model, prefix):
+    """As torch loads them strictly. The counters are shown as missing, and nothing else may be."""
+    state = trained_file(tmp_path / "w.safetensors", model, 3)
+    old = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+    save_file(named(prefix, old), tmp_path / "w.safetensors")
+    loaded_model, loaded = made("teacher", tmp_path / "w.safetensors", model, {})
+    assert len(old) == loaded.matched < loaded.total == len(state)
+    assert loaded.prefix == prefix and not loaded.keys["unexpected"]
+    assert all("num_batches_tracked" in name for name in loaded.keys["missing"])
+    plain = timm.create_model(model, num_classes=3)
+    plain.load_state_dict(old)  # strict
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, loaded_model.state_dict()[name]), name
+    dropped = next(name for name in old if name.endswith("running_var"))
+    save_file({name: value for name, value in old.items() if name != dropped}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"1 missing \(.*running_var"):
+        made("teacher", tmp_path / "w.safetensors", model, {})
 
 
 def count_of(group: str) -> int:

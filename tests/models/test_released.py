@@ -479,7 +479,7 @@ def test_the_result_is_evaluated_and_starts_a_run(cli, tmp_path, recipe_file, cl
     shown = cli("import", tmp_path / "r.pth", *options)
     assert shown.code == 0, shown.err
     assert "largest difference of logits 0.0e+00" in shown.out and "sha256" in shown.out
-    assert cli("evaluate", tmp_path / "out", "--data", classes).out.startswith("top-1 ")
+    assert cli("evaluate", tmp_path / "out", "--data", classes).out.splitlines()[-1].startswith("top-1 ")
     card = json.loads((tmp_path / "out" / "student.json").read_text())
     used = {k: v for k, v in card["kwargs"].items() if k not in ("in_chans", "num_classes", "img_size")}
     student = {"model": card["model"], "kwargs": used, "weights": str(tmp_path / "out" / "student.safetensors")}
@@ -502,12 +502,19 @@ def test_a_distillers_checkpoint_has_the_student_and_more(tmp_path, classes):
     assert any("tensors do not belong to the student" in line and "; 0 " not in line for line in told)
 
 
+def test_batch_norms_without_counters_are_imported(tmp_path, classes):
+    model = theirs("resnet")
+    state = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    student, _ = imported("resnet", {"state_dict": state}, tmp_path, classes)
+    assert len(state) < len(student.state_dict()) and difference(model, student, 64) < 1e-5
+
+
 def average_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v * 0.5 if v.is_floating_point() else v for k, v in state.items()}
 
 
 @pytest.mark.parametrize("ema", [True, False])
-@pytest.mark.parametrize("kind", ["timm", "mmengine"])
+@pytest.mark.parametrize("kind", ["timm", "mmengine", "others", "lightning"])
 def test_averaged_weights_are_preferred(kind, ema, tmp_path, classes):
     plain = theirs("convnext").state_dict()
     averaged = average_of(plain)
@@ -515,6 +522,14 @@ def test_averaged_weights_are_preferred(kind, ema, tmp_path, classes):
     if kind == "mmengine":  # it swaps them when it saves
         swapped = {"steps": torch.tensor(7)} | {f"module.student.{k}": v for k, v in plain.items()}
         contents = {"state_dict": {f"student.{k}": v for k, v in averaged.items()}, "ema_state_dict": swapped}
+    if kind == "others":  # the same name as mmengine's, but what it says
+        contents = {"state_dict": plain, "ema_state_dict": averaged}
+    if kind == "lightning":
+        contents = {
+            "state_dict": averaged,
+            "current_model_state": plain,
+            "averaging_state": {"n_averaged": torch.ones(())},
+        }
     student, told = imported("convnext", contents, tmp_path, classes, ema=ema)
     chosen = averaged if ema else plain
     assert torch.equal(student.head.fc.weight, chosen["head.fc.weight"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scalekd.common import files
 from scalekd.common.errors import UserError
 from scalekd.train import checkpoint
 
@@ -28,11 +29,17 @@ def test_load_gives_what_was_saved(path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_full_disk_leaves_the_old_file(path):
-    before = path.read_bytes()
-    path.with_name("last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"cannot write .*last\.pt.*intact"):
+def test_full_disk_leaves_the_old_file(path, monkeypatch):
+    before, whole = path.read_bytes(), os.fdopen
+
+    def full(descriptor, mode):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+        return whole(descriptor, mode)
+
+    monkeypatch.setattr(files.os, "fdopen", full)
+    with pytest.raises(UserError, match=r"cannot write .*last\.pt: .*No space left.*intact"):
         checkpoint.save(path, STATE)
+    monkeypatch.undo()
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
     assert path.read_bytes() == before
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from scalekd.train import checkpoint
 from scalekd.train.engine import train_step
 from scalekd.train.log import RunLog, read_log
 from scalekd.train.optim import make_schedule
+from scalekd.train.run import scaler_and_average
 
 
 def checksum(model: nn.Module) -> str:
@@ -92,11 +94,36 @@ def test_average_of_weights_by_hand(tiny_recipe):
     average = {name: value.clone() for name, value in run.ema.module.state_dict().items()}
     for step in (5, 1000):
         train_step(run.distiller, one_batch(run), run, step)
-        decay = min(0.9, 1 - (1 + step - 1) ** (-2 / 3))  # timm counts the second step as the first
+        decay = min(0.9, 1 - 1 / step)
         for name, value in run.distiller.student.state_dict().items():
             if value.is_floating_point():
                 average[name] = decay * average[name] + (1 - decay) * value
                 torch.testing.assert_close(run.ema.module.state_dict()[name], average[name])
+
+
+@pytest.mark.parametrize(("decay", "constant_from"), [(0.9995, 2000), (0.9999, 10_000), (0.999975, 40_000)])
+def test_decay_over_a_long_run(decay, constant_from):
+    """The mean of all steps, and then the decay of the recipe; a quarter of the batch needs four times the steps."""
+    ema = scaler_and_average(SimpleNamespace(precision="float32", ema=decay), nn.Linear(1, 1), CPU)["ema"]
+    decays = [ema.get_decay(step) for step in range(400_001)]
+    assert decays[:4] == pytest.approx([0, 0, 1 / 2, 2 / 3])
+    assert all(d == pytest.approx(1 - 1 / s, abs=1e-12) for s, d in enumerate(decays[:constant_from]) if s)
+    assert set(decays[constant_from + 1 :]) == {decay}
+    # weight of the initial weights and of the first steps in the average at the end
+    assert math.prod(decays) == 0 and math.prod(decays[constant_from:]) < 1e-3
+
+
+@pytest.mark.parametrize(("decay", "half_life"), [(0.99, 69), (0.99**0.25, 276)])
+def test_half_life_of_the_average(decay, half_life):
+    """log(1/2) / log(decay) steps, measured: with a quarter of the batch four times as many steps, so as many images."""
+    model = nn.Linear(1, 1, bias=False)
+    ema = scaler_and_average(SimpleNamespace(precision="float32", ema=decay), model, CPU)["ema"].double()
+    steps = 0
+    for step in range(2000):
+        nn.init.constant_(model.weight, float(step >= 1000))
+        ema.update(model, step=step)
+        steps += step >= 1000 and ema.module.weight.item() <= 0.5
+    assert steps == pytest.approx(half_life, abs=1)
 
 
 def test_average_is_evaluated_and_exported(light_recipe, tmp_path):

@@ -7,11 +7,14 @@ import signal
 import threading
 
 import pytest
+import torch
 import yaml
-from whole_runs import Interrupted, assert_same, changed, events, final_state, start
+from whole_runs import CPU, Interrupted, assert_same, changed, events, final_state, start
 
 from scalekd.common.errors import UserError
 from scalekd.common.stop import StopRequest
+from scalekd.config.recipe import check_config
+from scalekd.distill.rebuild import load_trained, rebuild
 from scalekd.train import checkpoint, engine, folder
 from scalekd.train.log import read_log
 
@@ -69,6 +72,45 @@ def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
             start(recipe, tmp_path / "parts", stop)
     start(recipe, tmp_path / "parts")
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_older_checkpoints_go_on_with_the_average_that_they_began(random_recipe, tmp_path):
+    """Checkpoints without `ema_power` are of runs whose decay was 1 - s^(-2/3)."""
+    recipe = changed(
+        random_recipe, losses={"ce": {}, "kd": {}}, data={"workers": 0}, train={"save_minutes": 0, "ema": 0.9}
+    )
+    for name, power in (("new", 1.0), ("old", 2 / 3)):
+        with pytest.raises(Interrupted):
+            start(recipe, tmp_path / name, stop_at=3)
+        last = tmp_path / name / "last.pt"
+        state = checkpoint.load(last)
+        assert state["ema_power"] == 1.0
+        if name == "old":
+            del state["ema_power"]
+            checkpoint.save(last, state)
+        run = start(recipe, tmp_path / name)
+        assert run.ema.warmup_power == checkpoint.load(last)["ema_power"] == power
+        assert run.ema.get_decay(5) == pytest.approx(1 - 5**-power)
+
+
+def test_older_diffkd_is_not_resumed_but_shown(tiny_recipe, tmp_path):
+    """Its last convolution had no norm: the methods' layers follow the checkpoint, the optimiser cannot."""
+    recipe = changed(tiny_recipe, losses={"ce": {}, "kd": {}, "diffkd": {}}, train={"save_minutes": 0})
+    with pytest.raises(Interrupted):
+        start(recipe, tmp_path, stop_at=2)
+    state = checkpoint.load(tmp_path / "last.pt")
+    methods = {k: v for k, v in state["methods"].items() if ".out." not in k}
+    weight = state["methods"]["diffkd.denoisings.s4.out.0.weight"]
+    state["methods"] = methods | {
+        "diffkd.denoisings.s4.out.weight": weight,
+        "diffkd.denoisings.s4.out.bias": weight[:, 0, 0, 0],
+    }
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(UserError, match=r"`diffkd` had no norm after its last convolution.*\n.*Delete it"):
+        start(recipe, tmp_path)
+    run = rebuild(check_config(recipe, "test"), CPU)
+    assert load_trained(run, state, tmp_path / "last.pt") == 2
+    torch.testing.assert_close(run.distiller.methods["diffkd"].denoisings["s4"].out.weight, weight)
 
 
 def test_without_checkpoints_between_validations(light_recipe, tmp_path):

@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images/, tiny.yaml and run/, a finished run on them; the recipe names this folder."""
     folder = tmp_path_factory.mktemp("finished")
     for part, number in (("train", 8), ("val", 4)):
-        write_images(folder / "images" / part, per_class=number)
+        write_images(folder / "images" / part, per_class=number, seed=number)
     recipe = TINY | {"losses": {"ce": {}}, "teacher": None, "train": TINY["train"] | {"epochs": 1}, "track": []}
     recipe["data"] = TINY["data"] | {part: str(folder / "images" / part) for part in ("train", "val")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -254,7 +254,7 @@ CHECKPOINTS = [
     ("card of classes that are numbers", card(classes=[1, 2, 3]), CARD + "classes.0: Input should be a valid string"),
     ("card without deviations", card(std=None), CARD + "std: Field required"),
     ("card with a deviation of 0", card(std=[0, 0, 0]), CARD + "std.0: Input should be greater than 0"),
-    ("card with two means", card(mean=[0.5, 0.5]), CARD + "Value error, mean and std are of one channel or of three"),
+    ("card with two means", card(mean=[0.5, 0.5]), CARD + "Value error, mean and std must each have one value or three"),
     ("card with an image of 0 pixels", card(image_size=[0, 0]), CARD + "image_size.0: Input should be greater than 0"),
     ("card with an unknown interpolation", card(interpolation="x"), CARD),
     ("card with a crop of nothing", card(crop_pct=1e-9), CARD),
@@ -299,7 +299,7 @@ def test_valid_inputs_are_accepted(cli, workspace, tmp_path):
     assert cli(*evaluated(workspace)).code == 0
     assert cli("export", workspace.run).code == 0
     for given in (tar()(workspace), shards("a\nb\n", **{f"{c}{i}": c.encode() for c in "ab" for i in range(9)})(workspace),
-                  hf(*GOOD)(workspace), idx(30, 30)(workspace), mnist(sizes(30, 28, 28) + bytes(30 * 784))(workspace)):  # fmt: skip
+                  hf(*GOOD)(workspace), idx(30, 30)(workspace), mnist(sizes(30, 28, 28) + bytes(i % 251 for i in range(30 * 784)))(workspace)):  # fmt: skip
         assert cli("train", workspace.recipe, "--dry-run", *given).code == 0, given
     assert (
         cli(*resumed("last.pt", change=state(lambda s: s["progress"].update(step=2, history=[])))(workspace)).code == 0

@@ -50,7 +50,7 @@ def message_of(result) -> str:
         ("losses.fd.stages=[5]", "losses.fd: fd: stages is [5]; use some of the stages 1 to 4"),
         ("student.kwargs.num_classes=5", "num_classes must be the data's 3; remove it"),
         ("student.kwargs.in_chans=1", "in_chans must be data.channels, which is 3; remove it"),
-        ("teacher.kwargs.num_classes=5", "kd: test_resnet has 3 classes and test_vit 5. Use a teacher of the same"),
+        ("teacher.kwargs.num_classes=5", "kd: test_resnet has 3 classes and test_vit 5. Use a teacher with the same"),
         ("teacher.kwargs.dpeth=4", "teacher.kwargs: test_vit does not accept them"),
         ("teacher.kwargs.depth=3", "it has 3 blocks, but four are needed"),
         ("student.kwargs.block=5", "student: timm cannot create test_resnet"),
@@ -81,7 +81,7 @@ def test_a_model_that_cannot_be_seen_as_asked(refused, override, message):
 
 def test_a_teacher_that_cannot_be_resumed(refused, cli, recipe_file):
     model = ["teacher.model=ghostnet_050", "teacher.kwargs={}", "data.image_size=64"]
-    instead = refused(*model).split("The same without it: ")[1].split()
+    instead = refused(*model).split("The same method without that stage: ")[1].split()
     assert instead == ["losses.scalekd=off", "losses.dfm={}"]
     assert cli("train", recipe_file, "--dry-run", *model, *instead).code == 0
 
@@ -185,7 +185,7 @@ def test_weights_of_another_model(refused, tmp_path):
     path = tmp_path / "vit.pt"
     torch.save(timm.create_model("test_vit", **TINY_VIT | {"num_classes": 4}).state_dict(), path)
     message = refused(f"teacher.weights={path}")
-    assert "kd: test_resnet has 3 classes and test_vit 4. Use a teacher of the same classes" in message
+    assert "kd: test_resnet has 3 classes and test_vit 4. Use a teacher with the same classes" in message
 
 
 @pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.pt", "teacher.pth"])
@@ -299,7 +299,7 @@ def test_students_that_cannot_be_evaluated(cli, recipe_file, image_folder, tmp_p
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
     assert "`--data` has other classes than the student" in message_of(cli(*evaluate))
     whole = message_of(cli("evaluate", tmp_path / "run", "--data", image_folder))
-    assert f"has a training and a validation part; give {image_folder / 'val'}" in whole
+    assert f"has several splits; name one of them, such as {image_folder / 'val'}" in whole
     (image_folder / "val" / "cow").rename(image_folder / "val" / "cat")
     damage(image_folder / "val" / "cat" / "0.png", "text")
     assert "cannot read" in message_of(cli(*evaluate))

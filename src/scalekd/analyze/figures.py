@@ -10,6 +10,7 @@ from typing import Any
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import replacing, write_text
+from scalekd.common.text import printable
 
 FIGURES_MISSING = "figures need matplotlib: pip install 'scalekd[figures]'. Without `out` only the table is printed"
 
@@ -44,8 +45,15 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_plain(cell) for cell in row] for row in rows)
     write_text(path, lines.getvalue())
+
+
+def _plain(cell: Any) -> Any:
+    """Text on one line, which a spreadsheet does not take for a formula."""
+    if not isinstance(cell, str):
+        return cell
+    return f"'{printable(cell)}" if cell.startswith(("=", "+", "-", "@")) else printable(cell)
 
 
 def short(label: str) -> str:

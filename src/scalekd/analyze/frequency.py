@@ -29,7 +29,7 @@ from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import shortened
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
-from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
 from scalekd.models.export import load_student
@@ -142,8 +142,7 @@ def analyze(
             raise UserError(f"`{name}` {value}: must be 1 or more")
     if double := [text for i, text in enumerate(models) if text in models[:i]]:
         raise UserError(f"{double[0]} is given twice; name each model once")
-    pair = pair_of(data)
-    place = pair[1] if pair else data
+    place = evaluated_part(data)
     source = open_source(place, "`data`")
     n = min(images, len(source))
     indices = [i * len(source) // n for i in range(n)]

@@ -27,6 +27,7 @@ from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import counted, duration, printable, say
+from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Data
 from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, by_class, open_split
@@ -85,6 +86,7 @@ def probe(
     split = _split(data)
     sets = labelled_sets(split, shots, draws, data.seed)
     val = some(split.val, split.val_indices, val_limit, data.seed)
+    tell_data(console, split.described)
     _print_data(split, val, data, console)
     can_draw = _can_draw(console)
     backbones = {text: named_backbone(text, image_size, device) for text in models}
@@ -106,6 +108,7 @@ def probe(
     results = {text: {"card": backbones[text].card} | _result(fits[text], shots) for text in models}
     found = {
         "data": _data_facts(data, split, val),
+        KEY: dict(split.described),
         "shots": list(shots),
         "draws": draws,
         "neighbours": {"k": NEIGHBOURS, "temperature": TEMPERATURE},
@@ -138,7 +141,7 @@ def probe_named(
     for name, count in (("draws", draws), ("val_limit", val_limit)):
         if count is not None and count < 1:
             raise UserError(f"`{name}` {count}: must be 1 or more")
-    train, held = pair_of(data) or (data, None)
+    train, held = pair_of(data, test=True) or (data, None)
     size = None if image_size is None else section_of(Model, {"model": "resnet50", "image_size": image_size}, "teacher")
     device = pick_device(device_name)
     with explain_out_of_memory(device, "Try device cpu, a smaller image_size, or fewer shots."):

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scalekd.common.markdown import escaped, table_row
+from scalekd.common.markdown import code, escaped, table_row
 from scalekd.common.tables import fitted
 from scalekd.common.text import printable, tick_text
 
@@ -79,7 +79,7 @@ def markdown(found: dict[str, Any], figure: str | None) -> str:
         )
     made = found["provenance"]
     by = f"scalekd {made['scalekd']}, torch {made['torch']}, timm {made['timm']}, {made['machine']}"
-    return "\n".join([*lines, "", f"`{made['command']}`", "", f"{by}. Every draw: results.json.", ""])
+    return "\n".join([*lines, "", code(made["command"]), "", f"{by}. Every draw: results.json.", ""])
 
 
 def drawing(found: dict[str, Any]) -> Any:

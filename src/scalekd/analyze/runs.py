@@ -19,7 +19,7 @@ from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.version import __version__
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, eval_batches
-from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.sources.source import Source
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
@@ -132,7 +132,7 @@ def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch
     first = trained[0]
     place, source, indices = first.config.data.val or "data.train, held out", validation.source, validation.indices
     if data is not None:
-        place = (pair_of(data) or ("", data))[1]
+        place = evaluated_part(data)
         source = _opened(place, first)
         indices = range(len(source))
     n = min(most or len(indices), len(indices))

@@ -122,7 +122,7 @@ def one_step(run: Run) -> list[Check]:
         for name, b in d.named_buffers():
             b.copy_(before[name])
     values = {name: value.item() for name, value in losses.items()}
-    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s)]
+    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *_average(run)]
 
 
 def _bad_images(run: Run) -> list[Check]:
@@ -188,3 +188,16 @@ def _time(run: Run, data_s: float, step_s: float) -> Check:
         f"about {duration(step * run.total_steps)} for {counted(run.epochs(run.total_steps), 'epoch')} of "
         f"{counted(run.steps_per_epoch, 'step')}, {step:.2f} s per step, without validation",
     )
+
+
+def _average(run: Run) -> list[Check]:
+    """Whether the averaged weights get the decay of the recipe within the run."""
+    if not (decay := run.config.train.ema):
+        return []
+    reached, steps = round(1 / (1 - decay)), run.total_steps
+    if reached < steps:
+        return [
+            Check("averaged weights", "ok", f"decay {decay:g} from step {reached} of {steps}, before it their mean")
+        ]
+    text = f"train.ema {decay:g} averages over {reached} steps and the run has {steps}: the average is the mean of all of them"
+    return [Check("averaged weights", "warn", text, f"Use at most {max(0.5, 1 - 10 / steps):.6g}, or remove train.ema")]

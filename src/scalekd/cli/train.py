@@ -163,7 +163,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    result = api.evaluate(args.student, data=args.data, device=args.device)
+    result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
     if args.json:
         print(json.dumps(asdict(result)))
     else:

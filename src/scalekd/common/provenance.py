@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -57,15 +58,27 @@ def machine(device: torch.device) -> str:
 
 
 def git_state() -> str | None:
-    """The commit of the running code, with '+' if it has local changes; None outside a checkout."""
-    here = Path(__file__).parents[1]
+    """The commit of scalekd's own checkout, with '+' if it has local changes.
+
+    None outside of one, also if this code is in the repository of another project, such as in its environment.
+    """
+    return commit_of(Path(__file__).resolve().parents[1])
+
+
+def commit_of(package: Path) -> str | None:
+    """The commit of the repository whose `src/scalekd` is `package` and that tracks its files; None otherwise."""
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        top = Path(_git(package, "rev-parse", "--show-toplevel"))
+        if top.resolve() / "src" / "scalekd" != package.resolve():
+            return None
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        commit, changed = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", ".")
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit[:12] + ("+" if changed else "")
+
+
+def _git(folder: Path, *command: str) -> str:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # set inside git hooks
+    done = subprocess.run(["git", *command], cwd=folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -32,6 +32,8 @@ class Evaluation:
     top5: float
     loss: float
     images: int
+    data_description: dict[str, Any] = field(default_factory=dict)
+    """What was evaluated on: images, classes, and what was left out."""
 
 
 @dataclass(frozen=True)

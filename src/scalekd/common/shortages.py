@@ -19,6 +19,11 @@ SHARED = re.compile(r"shared memory|bus error|/torch_\w+>?:? No space left", re.
 WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: |exited unexpectedly)([\w ]*)")
 
 
+def is_worker_death(error: BaseException) -> bool:
+    """Whether PyTorch reports that a data loader worker died. It raises this in the middle of any other work."""
+    return WORKER.search(str(error)) is not None
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
     """Raises `UserError` in place of an out-of-memory error. remedy: how to use less memory of the device."""

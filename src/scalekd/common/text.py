@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ def printable(text: str) -> str:
     Apply it to names of files and classes, which may contain anything.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def in_shell(path: object) -> str:
+    """A path or a name, quoted for a command that a message prints for copying."""
+    return shlex.quote(str(path))
 
 
 def shortened(text: str, most: int = 400) -> str:

@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import in_use, write_text
+from scalekd.common.files import in_use, reject_links, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
+from scalekd.data.description import KEY, tell_data
+from scalekd.data.split import open_split
 from scalekd.train.auto import resolved
 
 from .board import Board
@@ -60,6 +62,7 @@ def compare(
         raise UserError("compare starts one process for each run itself; start it without torchrun")
     planned = settled(jobs(ladder, overrides), out, places[0])
     for folder in known:
+        reject_links(folder)
         if not (folder / FILE).is_file():
             raise UserError(f"`known`: {folder} is not the folder of a comparison: it has no {FILE}")
     _check_out(out)
@@ -69,6 +72,8 @@ def compare(
         counts = f"{len(planned)} runs, {len(records)} of them already finished"
         where = f"{len(places)} at a time on {places[0].device}"
         say(console, f"{ladder.title or ladder.name}: {counts}; {where}; {_budget(planned)}")
+        described = _described(planned[0], out, bool(missing))
+        tell_data(console, described)
         began = time.monotonic()
         failed: dict[Job, str] = {}
         try:
@@ -87,6 +92,7 @@ def compare(
                 command=command_line(),
                 versions=versions(),
                 teacher_top1=_teacher_top1(planned),
+                data_description=described,
                 wall_seconds=_total_wall_seconds(out, time.monotonic() - began if missing else 0.0),
                 failed=[_failure(job, error) for job, error in failed.items()],
             )
@@ -122,6 +128,19 @@ def _run_missing(
         run_all(missing, lambda job: out / "runs" / job.folder, folder, also, places, ended, board.show, stop)
     if outputs and len(records) == len(planned):
         outputs.finish(board.console)
+
+
+def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
+    """The data of the first run, of which the others use the same; what an earlier call kept if no run is missing.
+
+    Raises `UserError` for anything wrong with the data, before any run starts.
+    """
+    if running:
+        return dict(open_split(job.config.data).described)
+    try:
+        return dict(json.loads((out / "summary.json").read_text())[KEY])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _check_out(out: Path) -> None:

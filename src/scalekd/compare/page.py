@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scalekd.common.markdown import code, escaped
 from scalekd.common.text import duration
 from scalekd.report.page import NONE, facts_section, page, section
 from scalekd.report.svg import escape, finite, keys, svg_figure
@@ -39,14 +40,14 @@ class Table:
 def markdown(summary: dict[str, Any]) -> str:
     """The page as Markdown. summary: from `compare.results.summary`."""
     main, *details = _tables(summary)
-    blocks = [f"# {_escaped(summary['title'])}", *map(_escaped, _about(summary)), _escaped(_what_was_run(summary))]
-    blocks += [*_markdown_table(main), "\n".join(f"- {_escaped(line)}" for line in _legend(summary))]
+    blocks = [f"# {escaped(summary['title'])}", *map(escaped, _about(summary)), escaped(_what_was_run(summary))]
+    blocks += [*_markdown_table(main), "\n".join(f"- {escaped(line)}" for line in _legend(summary))]
     for table in details:
         blocks += _markdown_table(table)
     if summary["failed"]:
-        failed = (f"- {_escaped(which)}: {_code(error)}" for which, error in _failed(summary))
+        failed = (f"- {escaped(which)}: {code(error)}" for which, error in _failed(summary))
         blocks += ["## Failed runs", "\n".join(failed)]
-    facts = (f"- {name}: {_code(text) if name == 'command' else _escaped(text)}" for name, text in _facts(summary))
+    facts = (f"- {name}: {code(text) if name == 'command' else escaped(text)}" for name, text in _facts(summary))
     return "\n\n".join([*blocks, "## Facts", "\n".join(facts)]) + "\n"
 
 
@@ -209,27 +210,12 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- Markdown
 
 
-def _escaped(text: object) -> str:
-    """`text` escaped for Markdown. Underscores inside words are not emphasis and stay as they are."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text))
-    plain = re.sub(r"[\\`*\[\]|&~$]|<(?=[^\s\d])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
-    # a heading, a quote or a list at the start of a line
-    return re.sub(r"^(\s*)([#>+=-])|^(\s*\d+)([.)])(?!\S)", r"\1\3\\\2\4", plain)
-
-
-def _code(text: str) -> str:
-    """`text` as a code span on one line, fenced by more backticks than it has in a row."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
-    return f"{fence} {plain} {fence}" if "`" in plain else f"`{plain}`"
-
-
 def _markdown_table(table: Table) -> list[str]:
     """Title, note and table, with padded columns so that the source is readable too.
 
     The header and the first column are names from outside and are escaped. All other cells are numbers.
     """
-    lines = [list(map(_escaped, table.head)), *([_escaped(row[0]), *row[1:]] for row in table.rows)]
+    lines = [list(map(escaped, table.head)), *([escaped(row[0]), *row[1:]] for row in table.rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     texts = [
         " | ".join(f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(line, widths)))
@@ -237,7 +223,7 @@ def _markdown_table(table: Table) -> list[str]:
     ]
     rule = " | ".join("-" * (width - (i > 0)) + ":" * (i > 0) for i, width in enumerate(widths))
     drawn = "\n".join(f"| {text} |" for text in (texts[0], rule, *texts[1:]))
-    return [f"## {_escaped(table.title)}", *([_escaped(table.note)] if table.note else []), drawn]
+    return [f"## {escaped(table.title)}", *([escaped(table.note)] if table.note else []), drawn]
 
 
 # ---------------------------------------------------------------- HTML

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import make_folder, write_text
+from scalekd.common.files import make_folder, reject_links, write_text
 from scalekd.report.folder import read_json
 from scalekd.report.page import folded, section
 from scalekd.report.pictures import analysis_sections
@@ -32,7 +32,7 @@ def write_comparison(folder: Path, path: Path, summary: dict[str, Any] | None = 
     """
     try:
         text = html(summary or read_json(folder / "summary.json"), [*more, run_links(folder, path.parent)])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{folder / 'summary.json'} was not written by this version (no {error}); run `scalekd compare` again with "
             "the same `out` to rewrite it"
@@ -52,23 +52,16 @@ def report_comparison(folder: Path, analyses: Sequence[Path] = (), out: Path | N
 
 
 def report_any(
-    folder: Path,
-    device: str | None = None,
-    *,
-    baselines: Sequence[Path] = (),
-    data: str | None = None,
-    images: int | None = None,
-    analyses: Sequence[Path] = (),
-    out: Path | None = None,
+    folder: Path, device: str | None = None, *, analyses: Sequence[Path] = (), out: Path | None = None, **options: Any
 ) -> tuple[Path, list[str]]:
-    """`report` for the folder of a run, `report_comparison` for that of a comparison. Raises `UserError`.
+    """`report` for a run's folder, `report_comparison` for a comparison's. Raises `UserError`.
 
-    Returns the path of the page, and a line for each section that is missing from it.
+    options: of `report`, for a run only. Returns the path of the page, and a line for each section that is missing.
     """
+    reject_links(folder)
     if not is_comparison(folder):
-        return report(folder, device, baselines=baselines, data=data, images=images, analyses=analyses, out=out)
-    given = {"baselines": baselines, "data": data, "images": images, "device": device}
-    if unused := " and ".join(f"`{name}`" for name, value in given.items() if value):
+        return report(folder, device, analyses=analyses, out=out, **options)
+    if unused := " and ".join(f"`{name}`" for name, value in (options | {"device": device}).items() if value):
         raise UserError(f"{folder} is a comparison and its page shows its results alone; leave out {unused}")
     return report_comparison(folder, analyses, out), []
 

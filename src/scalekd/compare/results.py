@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scalekd.common.errors import UserError
+from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import write_text
 from scalekd.common.intervals import half_width
 from scalekd.common.sections import to_yaml
 from scalekd.common.text import printable
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import check_config
+from scalekd.methods.names import METHODS
 from scalekd.train.auto import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
@@ -31,7 +32,16 @@ def record_of(job: Job, folder: Path) -> Record | None:
     recipe, summary = folder / "recipe.yaml", folder / "summary.json"
     if not summary.is_file() or not recipe.is_file() or recipe_difference(recipe.read_text(), job.config):
         return None
-    result, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+    try:
+        result, made = json.loads(summary.read_text()), json.loads((folder / "provenance.json").read_text())
+        return _record(job, folder, result, made)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder} holds a finished run whose files are damaged ({first_line(error)}); remove the folder to run it again"
+        ) from None
+
+
+def _record(job: Job, folder: Path, result: dict[str, Any], made: dict[str, Any]) -> Record:
     batch = job.config.train.batch_size
     validations = [e for e in read_log(folder) if e["event"] == "validation"]
     curve = {e["step"] * batch: e["top1"] for e in validations}  # a validation repeated after a resume counts once
@@ -86,9 +96,15 @@ def recipe_of(job: Job) -> dict[str, Any]:
 
 
 def _key(recipe: dict[str, Any]) -> str:
-    """A key for a recipe. Equal for recipes that differ only in name, data workers, or how a number is written (1, 1.0)."""
+    """A key for a recipe. Equal for recipes that differ only in name, data workers, or how a number is written (1, 1.0).
+
+    Options of the losses that the version which wrote the recipe did not have get their defaults.
+    """
     data = {k: v for k, v in (recipe.get("data") or {}).items() if k != "workers"}
-    text = json.dumps({k: v for k, v in recipe.items() if k != "name"} | {"data": data}, sort_keys=True)
+    defaults = written_out({name: {} for name in recipe["losses"] if name in METHODS})
+    losses = {name: defaults.get(name, {}) | o for name, o in recipe["losses"].items()}
+    whole = recipe | {"data": data, "losses": losses}
+    text = json.dumps({k: v for k, v in whole.items() if k != "name"}, sort_keys=True)
     return json.dumps(json.loads(text, parse_float=_integer_if_whole))
 
 

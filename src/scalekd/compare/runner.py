@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import is_locked
+from scalekd.common.files import append_to, is_locked
 from scalekd.common.parallel import pick_device
 from scalekd.common.processor import asked_threads, cores
 from scalekd.common.stop import Stopped, StopRequest
@@ -115,7 +115,7 @@ def _run(job: Job, folder: Path, outputs: Path | None, also: Sequence[str], plac
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent sends SIGTERM
     log = folder.with_name(folder.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", buffering=1) as screen:
+    with append_to(log) as screen:
         os.dup2(screen.fileno(), sys.stdout.fileno())
         os.dup2(screen.fileno(), sys.stderr.fileno())
         threading.Thread(target=_stop_with_parent, daemon=True).start()

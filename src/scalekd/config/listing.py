@@ -100,7 +100,9 @@ def _losses(losses: dict[str, Any]) -> list[str]:
     for name, options in losses.items():
         doc = (METHODS[name].__doc__ or "").strip().split("\n\n")[0]
         lines += [f"  # {line}" for line in textwrap.wrap(" ".join(doc.split()), WIDTH - 4)]
-        lines.append(f"  {name}: {_flow(options)}")
+        line = f"  {name}: {_flow(options)}"
+        each = [f"    {key}: {_flow(value)}" for key, value in options.items()]
+        lines += [line] if len(line) <= WIDTH else [f"  {name}:", *each]
     return lines
 
 

@@ -14,6 +14,7 @@ from scalekd.common.errors import UserError, nearest
 from scalekd.config.assistants import chained
 from scalekd.config.listing import IMAGENET_IMAGES
 from scalekd.config.recipe import Config
+from scalekd.data.description import KEY
 from scalekd.data.split import Split, open_split
 from scalekd.distill.build import steps_of_an_epoch, untrained
 from scalekd.train.auto import MOST_WORKERS, for_device, resolved, workers_of
@@ -129,6 +130,7 @@ def _amount(config: Config, images: int | None, gpus: int) -> tuple[dict[str, An
     return {
         "images": images,
         "images_from": source,
+        KEY: dict(split.described) if split else {},
         "batch_per_gpu": train.batch_size // (train.accumulate * gpus),
         "steps": steps * train.epochs,
         "samples": steps * train.epochs * train.batch_size,

@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from scalekd.common.text import printable
+from scalekd.data.description import KEY, lines_of
+
 WIDE = 2.5  # factor between the ends of an interval
 UNITS = ((1, 120, "seconds"), (60, 7200, "minutes"), (3600, 72 * 3600, "hours"), (86400, float("inf"), "days"))
 
@@ -14,6 +17,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     for run in found["runs"]:
         width = max(len(name) for name, _ in _rows(run))
         lines = [_title(run), "", *(f"{name:{width}}  {text}" for name, text in _rows(run)), ""]
+        if told := lines_of(run.get(KEY, {})):
+            lines += ["Data:", *(f"  - {printable(line)}" for line in told)]
         lines += ["Assumptions:" if run["source"] == "counted" else "Measured, with these assumptions:"]
         lines += [f"  - {line}" for line in run["assumed"]]
         lines += [f"To narrow it: {line}." for line in narrower(run)]

@@ -19,11 +19,12 @@ from scalekd.common.seeds import seed_everything
 from scalekd.common.stop import leave_signals_to_parent
 from scalekd.common.text import printable
 
+from .fingerprint import Listing
 from .images import Bad, BadImage, BadImages
 from .options import Augment, Data
 from .samplers import EvalSampler, Key, TrainSampler
 from .sources.source import Source
-from .sources.unlabelled import UNLABELLED
+from .sources.unlabelled import UNLABELLED, stored
 from .split import Split
 from .transforms import Statistic, Transform, eval_transform, train_transform
 
@@ -72,6 +73,18 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def listed(self) -> Listing:
+        """Names, labels and files of the images, for their fingerprint."""
+        places = [stored(self.source, i) for i in self.indices]
+        targets = self.source.targets
+        return Listing(
+            self.source.classes,
+            [targets[i] for i in self.indices],
+            [place if isinstance(place, str) else str(place or i) for place, i in zip(places, self.indices)],
+            places,
+            lambda i: self.source[self.indices[i]][0].tobytes(),
+        )
 
     def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import cannot_write
+from scalekd.common.files import append_to, cannot_write, read_bytes
 from scalekd.common.text import printable
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# of the formats that Pillow decodes to pixels; not of those that it leaves to other programs (.eps) or cannot decode (.h5)
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst",
+    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".psd", ".qoi", ".dds", ".ico", ".cur", ".icns", ".ras", ".im", ".msp",
+    ".xbm", ".xpm", ".pcd", ".pxr", ".blp", ".ftc", ".ftu", ".gbr", ".fli", ".flc", ".fit", ".fits",
+)  # fmt: skip
 
+MOST_BYTES = 2 * 10**9  # of an image file; Pillow accepts fewer pixels than that
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,9 +49,9 @@ def is_image(name: str) -> bool:
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file. Raises `BadImage`."""
+    """The content of a file. Raises `BadImage`, also for what is no plain file and for more than `MOST_BYTES`."""
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
 
@@ -53,12 +61,34 @@ def decode(data: bytes) -> Image.Image:
 
     Transparency is dropped, and 16-bit grey is scaled so that 65535 becomes 255. docs/how-to/data.md has the full table.
     """
+    return _opened(data, plain)
+
+
+def decode_values(data: bytes) -> NDArray[np.int64]:
+    """(H, W): the values in an encoded mask, turned upright as `decode` turns its image. Raises `BadImage`.
+
+    A grey image of 1, 8, 16 or 32 bits gives its values, a palette image its indices. Colours are not class numbers.
+    """
+    return _opened(data, _values)
+
+
+def decode_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image, turned upright as by `decode`. Reads no pixels. Raises `BadImage`."""
+    return _opened(data, _upright_size, load=False)
+
+
+T = TypeVar("T")
+
+
+def _opened(data: bytes, use: Callable[[Image.Image], T], load: bool = True) -> T:
+    """`use` of an encoded image. Raises `BadImage` if it is damaged."""
     if not data:
         raise BadImage("it is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return plain(image)
+            if load:
+                image.load()
+            return use(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -69,26 +99,58 @@ def decode(data: bytes) -> Image.Image:
 
 def plain(image: Image.Image) -> Image.Image:
     """A loaded image, turned upright, as 8-bit mode L or RGB. Raises `BadImage` if the range of its pixels is unknown."""
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # the pixels may be fine although the EXIF data is damaged
-        turn = None
-    if turn is not None:
-        image = image.transpose(turn)
+    image = _upright(image)
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers of unknown range; convert it to 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("its pixels are not within 0 to 65535; convert it to 8 or 16 bits")
+        if 0 < values.max() < 256:  # scaled from 16 bits it would be black
+            raise BadImage(
+                f"its pixels have 16 or 32 bits, but none is above {values.max()}: it holds 8-bit values. "
+                "Convert it to 8 bits"
+            )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     image.info.pop("transparency", None)  # of a palette; Pillow would warn that `convert` drops it
-    return of_channels(1 if image.mode in ("1", "L", "LA") else 3, image)
+    return of_channels(1 if image.mode in ("1", "L", "LA", "La") else 3, image)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn an image upright, from its EXIF data."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # the pixels may be fine although the EXIF data is damaged
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    sideways = (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_270,
+    )
+    return (height, width) if _turn(image) in sideways else (width, height)
+
+
+def _values(image: Image.Image) -> NDArray[np.int64]:
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise BadImage(f"is an image of mode {image.mode}; a mask has one channel with class numbers")
+    return np.asarray(_upright(image)).astype(np.int64)
 
 
 def of_channels(channels: int, image: Image.Image) -> Image.Image:
     """The image in grey for 1 channel, else in RGB. `convert` would copy it even if its mode is right (0.1 ms a photo)."""
     mode = "L" if channels == 1 else "RGB"
+    if image.mode in ("La", "RGBa"):  # Pillow converts premultiplied alpha only to plain alpha
+        image = image.convert(image.mode.upper())
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -148,8 +210,8 @@ class BadImages:
         if self.file is None:
             return
         try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(text)
+            with append_to(self.file) as file:
+                file.write(text.encode())
         except OSError as error:
             raise cannot_write(self.file, error) from None
 

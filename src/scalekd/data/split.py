@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +14,11 @@ from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_from
 from scalekd.common.text import printable
 
+from .description import classes_of, part
 from .options import Data
+from .overlap import COPIES_ALLOWED, copies, same_files
+from .sources.folders import class_folders
+from .sources.names import split_of
 from .sources.open import open_source, open_unlabelled
 from .sources.source import Source
 from .sources.unlabelled import Joined, WithoutLabels
@@ -28,12 +35,35 @@ class Split(NamedTuple):
     val: Source
     val_indices: Sequence[int]
     labelled: int  # how many of train_indices have labels; they come first
+    described: Mapping[str, Any] = MappingProxyType({})  # as `scalekd.data.description` makes it
 
 
-def open_split(data: Data) -> Split:
-    """Opens the sources of a run. Raises `UserError`, for example for missing folders, empty classes or unequal classes."""
-    if data.train is None:
-        return _with_unlabelled(None, data)
+def open_split(data: Data, strict: bool = True) -> Split:
+    """Opens the sources of a run. Raises `UserError`, for example for missing folders, empty classes or unequal classes.
+
+    strict: raise also if validation images are training images. False is for a run that was trained so earlier.
+    """
+    split = _opened(data) if data.train is not None else _with_unlabelled(None, data)
+    if len(split.classes) < 2:
+        raise UserError(
+            f"data.{'train' if data.train else 'val'} has a single class, {printable(', '.join(split.classes))}: nothing "
+            "can be learned. Name the folder whose sub-folders are the classes" + _lower(data.train or data.val)
+        )
+    split, notes = _without_copies(split, data, strict)
+    return split._replace(described=_described(split, data) | {"notes": notes})
+
+
+def _lower(text: str | None) -> str:
+    """A hint at a folder with class folders one level below."""
+    root = Path(text or "").expanduser()
+    names = class_folders(root) if text and root.is_dir() else []
+    below = [root / name for name in names if len(class_folders(root / name)) > 1]
+    return f", such as {printable(str(below[0]))}" if below else ""
+
+
+def _opened(data: Data) -> Split:
+    """The split of labelled training images and validation images, with `data.unlabelled` if it is set."""
+    assert data.train is not None
     train = open_source(data.train, "data.train")
     unused = sorted(set(range(len(train.classes))) - set(train.targets)) if _numbered(train.classes) else []
     if unused:
@@ -95,19 +125,75 @@ def _with_unlabelled(split: Split | None, data: Data, rest: Sequence[int] = ()) 
     else:
         appended = [len(split.train) + i for i in indices]
         split = split._replace(train=Joined(split.train, unlabelled), train_indices=[*split.train_indices, *appended])
-    _reject_validation_images(split)
     return split
 
 
-def _reject_validation_images(split: Split) -> None:
-    """Raises `UserError` if validation images are among the unlabelled training images."""
-    held_out = {split.val.identity(i) for i in split.val_indices}
-    shared = [i for i in split.train_indices[split.labelled :] if split.train.identity(i) in held_out]
-    if shared:
+def _without_copies(split: Split, data: Data, strict: bool) -> tuple[Split, list[str]]:
+    """The split without validation images that equal training images, and notes for the description.
+
+    Raises `UserError` if they are the same files, or more than `COPIES_ALLOWED` of them are copies; not if not `strict`.
+    """
+    parts = split.train, split.train_indices, split.val, split.val_indices
+    same = same_files(*parts)
+    if same and strict:
+        _refuse_same(split, data, same)
+    if same:
+        return split, [f"{len(same)} training images are also validation images"]
+    found, compared = copies(*parts, data.seed)
+    example = f"{split.val.where(found[0][0])} is {split.train.where(found[0][1])}" if found else ""
+    if len(found) > COPIES_ALLOWED * compared:
+        if strict:
+            raise UserError(
+                f"{len(found)} of {compared} validation images are copies of training images: {example}. "
+                + ("Set data.val to other images" if data.val else "Remove the copies, or set data.val to other images")
+            )
+        return split, [f"{len(found)} validation images are copies of training images: {example}"]
+    total, notes = len(split.val_indices), []
+    if compared < total:
+        notes.append(f"{compared} of {total} validation images were compared with the training images by their bytes")
+    if found:
+        notes.append(f"left out of validation: {len(found)} duplicates of training images; {example}")
+        copied = {i for i, _ in found}
+        split = split._replace(val_indices=[i for i in split.val_indices if i not in copied])
+    return split, notes
+
+
+def _refuse_same(split: Split, data: Data, same: list[int]) -> None:
+    labelled = split.train_indices[: split.labelled]
+    example = split.train.where(same[0])
+    if same[0] in set(labelled):
         raise UserError(
-            f"data.unlabelled contains {len(shared)} of the validation images, such as {split.train.where(shared[0])}. "
-            "Choose a source without them; `data.unlabelled: rest` uses the images that data.limit leaves out of data.train"
+            f"{len(same)} of the validation images are also training images, such as {example}. Set data.val to other "
+            "images, or leave it out to hold out a part of data.train"
         )
+    raise UserError(
+        f"data.unlabelled contains {len(same)} of the validation images, such as {example}. "
+        "Choose a source without them; `data.unlabelled: rest` uses the images that data.limit leaves out of data.train"
+    )
+
+
+def _described(split: Split, data: Data) -> dict[str, Any]:
+    """What the commands print before they start and keep; see `scalekd.data.description`."""
+    targets = split.train.targets
+    labelled = [targets[i] for i in split.train_indices[: split.labelled]]
+    described: dict[str, Any] = {}
+    if data.train is not None:
+        first = split.train.labelled if isinstance(split.train, Joined) else split.train
+        limited = f"{data.limit} by data.limit, seed {data.seed}" if data.limit else ""
+        described["training"] = part(split.labelled, data.train, limited, first.left_out)
+    if rest := len(split.train_indices) - split.labelled:
+        source = split.train.unlabelled if isinstance(split.train, Joined) else split.train
+        left_out = {} if data.unlabelled == REST else source.left_out
+        described["unlabelled"] = part(rest, str(data.unlabelled), "without labels", left_out)
+    held = f"held out: {data.val_fraction:.0%} of the images, balanced by class, seed {data.seed}"
+    if any(split_of(name) == "train" for name in re.split("[/:]", str(data.train))):
+        held += "; a test part, if there is one, is not used, because test images must not choose the checkpoint"
+    chosen = "data.val" if data.val else held
+    described["validation"] = part(
+        len(split.val_indices), str(data.val or data.train), chosen, split.val.left_out if data.val else {}
+    )
+    counted_on = labelled or [split.val.targets[i] for i in split.val_indices]
+    return described | {"classes": classes_of(split.classes, counted_on)}
 
 
 def same_classes(known: Sequence[str], other: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from scalekd.common.sections import height_and_width
 from .images import of_channels
 from .options import Augment, Data
 
+THINNEST = 32  # ratio of the sides from which on validation crops before it resizes
 Statistic = tuple[float, ...]  # one value per channel, for pixels in [0, 1]
 
 
@@ -55,14 +57,30 @@ def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statisti
 
 def eval_transform(data: Data, augment: Augment) -> Transform:
     """The transform of validation images, resize and centre crop: PIL image -> uint8 (C, H, W)."""
+    size = height_and_width(data.image_size)
     last = create_transform(
-        (data.channels, *height_and_width(data.image_size)),
+        (data.channels, *size),
         is_training=False,
         normalize=False,
         crop_pct=augment.crop_pct,
         interpolation=augment.interpolation,
     )
-    return T.Compose([_convert(data.channels), last])
+    most = THINNEST * max(size) / min(size)
+    return T.Compose([T.Lambda(partial(_middle, most)), _convert(data.channels), last])
+
+
+def _middle(most: float, image: Image.Image) -> Image.Image:
+    """The middle of a very thin image, whose long side is `most` times the short one; other images unchanged.
+
+    The centre crop keeps a part of it only, but the resize before it would make an image of gigabytes.
+    """
+    width, height = image.size
+    longest = math.ceil(most * min(width, height))
+    if max(width, height) <= longest:
+        return image
+    wide, high = min(width, longest), min(height, longest)
+    left, top = (width - wide) // 2, (height - high) // 2
+    return image.crop((left, top, left + wide, top + high))
 
 
 def _convert(channels: int) -> Transform:

@@ -39,12 +39,15 @@ from .distiller import Distiller
 from .run import DistillationRun, gives_embeddings, logit_losses
 
 
-def build(config: Config, device: torch.device) -> DistillationRun:
-    """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`."""
+def build(config: Config, device: torch.device, strict: bool = True) -> DistillationRun:
+    """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`.
+
+    strict: as for `open_split`.
+    """
     config = for_device(config, device)
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
     data, train = config.data, config.train
-    split = open_split(data)
+    split = open_split(data, strict)
     size, classes = height_and_width(data.image_size), len(split.classes)
     head = classes if any(map(reads_logits, config.losses)) else 0
     student, student_loaded = build_model(
@@ -74,6 +77,7 @@ def build(config: Config, device: torch.device) -> DistillationRun:
         steps_per_epoch=steps_per_epoch,
         mix=mix,
         repeats=config.augment.repeats,
+        described=split.described,
         **scaler_and_average(train, distiller.student, device),
     )
 

@@ -51,6 +51,15 @@ class Teacher:
         features = (see or self.see)(resized(pixels, self.size, self.view.model))
         return self.view.resumable(features) if self.needs_maps and self.view.shapes.can_resume else features
 
+    def stay_in_eval(self) -> None:
+        """Puts the model back into eval mode if the caller's loop put it, or a part of it, into train mode.
+
+        `module.train()` of a module that also holds the teacher does so, for example. In train mode batch norms would
+        use and change their statistics, and drop path would act.
+        """
+        if any(module.training for module in self.view.model.modules()):
+            self.view.model.eval()
+
     def see(self, pixels: Tensor) -> Features:
         """The features, without `resume`, for pixels `(B, C, H, W)` in [0, 1] of the teacher's input size."""
         return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=self.needs_classifier)
@@ -60,7 +69,7 @@ class Distiller(nn.Module):
     """The student and the methods as one trainable module, with frozen teachers.
 
     The teachers are moved with the module, but they are not in its `parameters()` or `state_dict()`, and DDP does not
-    see them. They stay in eval mode.
+    see them. They stay in eval mode; `forward` puts them back if something else changed it.
 
     Methods on logits alone (`kd`, `dkd`, ...) use the mean of the logits of several teachers. Any other method is built
     once for each of its teachers, named `scalekd@swin`, with its own parameters and an equal share of the weight.
@@ -210,6 +219,8 @@ class Distiller(nn.Module):
             expect_unit_range(images)
             self.pixels_checked = True
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        for frozen in self.teachers.values():
+            frozen.stay_in_eval()
         if teacher is None:
             by_teacher = self._all_features(pixels, compiled.teachers if compiled else None)
         else:
@@ -241,7 +252,10 @@ class Distiller(nn.Module):
 
         Raises `UserError` if there are several teachers.
         """
-        return None if self.only_teacher() is None else self._all_features(pixels)[next(iter(self.teachers))]
+        if (only := self.only_teacher()) is None:
+            return None
+        only.stay_in_eval()
+        return self._all_features(pixels)[next(iter(self.teachers))]
 
     def _all_features(
         self, pixels: Tensor, compiled: Mapping[str, Callable[[Tensor], Features]] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import reject_links
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config, check_config
 
@@ -17,6 +18,7 @@ from .run import DistillationRun
 
 def read_recipe(folder: Path) -> Config:
     """The recipe in a run's folder. Raises `UserError`."""
+    reject_links(folder)
     recipe = folder / "recipe.yaml"
     try:
         text = recipe.read_text(encoding="utf-8")
@@ -34,7 +36,7 @@ def rebuild(config: Config, device: torch.device) -> DistillationRun:
     """
     student = config.student.model_copy(update={"weights": None, "prefix": None})
     train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
-    return build(config.model_copy(update={"student": student, "train": train}), device)
+    return build(config.model_copy(update={"student": student, "train": train}), device, strict=False)
 
 
 def load_trained(run: DistillationRun, state: dict[str, Any], path: Path) -> int:

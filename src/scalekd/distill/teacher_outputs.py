@@ -114,7 +114,7 @@ class TeacherOutputs:
                     f"{free / 1e9:,.1f} GB free; choose another folder with `teacher_outputs`, or leave it out"
                 )
             # allocate all blocks now: if the disk filled up later, writing to the map would end the process by SIGBUS
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(descriptor, 0, whole)

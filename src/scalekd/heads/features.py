@@ -202,13 +202,15 @@ def _keep(file: Path, indices: Sequence[int], part: Tensor) -> None:
 def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path) -> Path:
     """The cache folder of a model and a source.
 
-    It differs if the weights, the preprocessing or the images differ: names, labels, and the pixels of 16 images. Reading
-    all pixels would take almost as long as running a small model.
+    It differs if the weights, the preprocessing or the images differ: names, labels, sizes and times of change of the
+    files, and the pixels of 16 images. Reading all pixels would take almost as long as running a small model.
     """
     card = {k: v for k, v in backbone.card.items() if k != "weights"}  # a copy of the weights file counts as the same
     summed = hashlib.sha256(json.dumps([card, name, timm.__version__], sort_keys=True, default=str).encode())
     for i, target in enumerate(source.targets):
         summed.update(f"{source.where(i)} {target}\n".encode())
+    for stamp in source.stamps():
+        summed.update(f"{stamp}\n".encode())
     sample = range(0, len(source), max(1, len(source) // 16))[:16]
     for batch in eval_batches(Images(source, sample, backbone.transform, None), 16, 0, False):
         summed.update(batch.images.numpy().tobytes())

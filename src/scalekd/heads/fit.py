@@ -31,6 +31,7 @@ from scalekd.common.seeds import seed_from
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, eval_batches
+from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, open_split
@@ -124,6 +125,7 @@ def fit_head(
     splits = [open_split(data.model_copy(update={"seed": data.seed + k})) for k in range(draws)]
     for split in splits:
         _refuse_empty_classes(split, data)
+    tell_data(console, splits[0].described)
     teacher = Teacher(spec, data, device, where, crop_pct, interpolation)
     _tell_backbone(teacher, console)
     fits = []
@@ -141,6 +143,7 @@ def fit_head(
     with replacing(out / "head.safetensors") as file:
         file.write(save(tensors))
     card = _card(teacher, splits[0], data, fits, sha256_of(out / "head.safetensors")) | {
+        KEY: dict(splits[0].described),
         "largest_logit_difference": difference,
         "provenance": {
             "command": command_line(),
@@ -236,7 +239,7 @@ def fit_named(
         if count is not None and count < 1:
             raise UserError(f"`{name}` is {count} and must be 1 or more")
     spec = section_of(Model, written_out(teacher, "teacher", data["channels"] or 3), "teacher")
-    train, val = pair_of(data["train"]) or (data["train"], None)
+    train, val = pair_of(data["train"], test=True) or (data["train"], None)
     read = section_of(Data, data | {"train": train, "val": data["val"] or val}, "data")
     if crop_pct is not None:
         crop_pct = section_of(Augment, {"crop_pct": crop_pct}, "augment").crop_pct

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +96,7 @@ class Denoising(nn.Module):
       bottleneck blocks, a 1x1 convolution and a norm.
     - Student: its map is resampled to the teacher's grid and goes through a 1x1 convolution to C channels.
     - Noise adapter: a bottleneck block, the mean over positions, a linear layer and a softmax give a fraction g for
-      each image. Denoising starts from `g * map + (1 - g) * noise`. A 1x1 convolution follows.
+      each image. Denoising starts from `g * map + (1 - g) * noise`. A 1x1 convolution and a norm follow.
     - Autoencoder: `encode` (1x1 convolution, norm) and `decode` (1x1 convolution), None with `latent` 0.
 
     Args:
@@ -122,10 +124,18 @@ class Denoising(nn.Module):
             nn.Conv2d(channels, channels, 1, bias=False),
             make_norm(norm, channels),
         )
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.out: nn.Module = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), make_norm(norm, channels))
         spacing = TIMES // 2 // steps
         self.times = [spacing * i for i in reversed(range(steps))]
         self.register_buffer("kept", torch.linspace(1 - FIRST, 1 - LAST, TIMES).cumprod(dim=0), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Checkpoints from before the last norm was added: rebuild the layer that they were trained with, so that reports
+        # and analyses show the run as it was. Such a run cannot be resumed (train/resume.py).
+        if f"{prefix}out.weight" in state_dict:
+            like = self.time.weight
+            self.out = nn.Conv2d(like.shape[1], like.shape[1], 1, device=like.device, dtype=like.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoises a student map `(B, ds, h, w)` to `(B, C, H, W)`. Values between layers are in float32 or float64."""

@@ -21,7 +21,7 @@ Norm = Literal["batch", "layer"]
 Tokens = Literal["conv", "grouped", "separable", "pointwise", "reduced"]
 
 GROUPS = 4  # groups of channels with `tokens: grouped`
-SOFTMAX_SCALE = 5.0  # fixed sharpening of the attention in the authors' release; not in the paper
+SOFTMAX_SCALE = 5.0  # factor of the attention logits in most released configurations; not in the paper
 
 
 def default_heads(dim: int) -> int:
@@ -30,14 +30,18 @@ def default_heads(dim: int) -> int:
     return min(divisors, key=lambda n: (abs(n - dim / 64), n))
 
 
-def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """`batch`: BatchNorm2d. `layer`: LayerNorm over the channels of each position.
+def make_norm(norm: Norm, channels: int, eps: float | None = None) -> nn.Module:
+    """`batch`: BatchNorm2d, eps 1e-5 by default. `layer`: LayerNorm over the channels of each position, eps 1e-6.
 
-    Raises ValueError for any other name.
+    Raises ValueError for any other name, and for an eps that is not positive.
     """
     if norm not in ("batch", "layer"):
         raise ValueError(f"norm is {norm!r}; choose 'batch' or 'layer'")
-    return nn.BatchNorm2d(channels) if norm == "batch" else LayerNorm2d(channels)
+    if eps is not None and not eps > 0:
+        raise ValueError(f"norm_eps is {eps} and must be positive")
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, eps=1e-5 if eps is None else eps)
+    return LayerNorm2d(channels, eps=1e-6 if eps is None else eps)
 
 
 def make_tokens(tokens: Tokens, ds: int, dt: int) -> tuple[nn.Module, int]:
@@ -75,7 +79,7 @@ class CrossAttentionProjector(nn.Module):
     and a feed-forward block (4 x dt, ReLU) whose residual adds the normalised input.
 
     Where the paper does not say or differs, this follows the authors' release: one token per student position (the
-    paper mentions patchifying), attention logits times 5, no residual around the attention.
+    paper mentions patchifying), attention logits times 5 (`attention_scale`), no residual around the attention.
 
     Args:
         student: shape of the student's map, `(ds, h, w)`. With one position the output is the same vector everywhere;
@@ -87,11 +91,13 @@ class CrossAttentionProjector(nn.Module):
             the caller passes queries at each call.
         tokens: convolution of the student branch, see `make_tokens`. All except `conv` are our cheaper additions.
         expansion: hidden channels of the feed-forward block, as a multiple of dt. 4 in the authors' release.
+        attention_scale: factor of the attention logits besides 1 / sqrt(head size). Default 5.
+        norm_eps: eps of that norm. None: 1e-5 for `batch`, 1e-6 for `layer`.
         grad_checkpointing: store no activations after the student branch's ReLU; compute them again in the backward
             pass.
 
     Raises:
-        ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown, or `expansion` is not
+        ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown, or a number is not
             positive; when called, if the student's map does not have the shape that it was built for.
     """
 
@@ -105,6 +111,8 @@ class CrossAttentionProjector(nn.Module):
         learned_queries: bool = True,
         tokens: Tokens = "conv",
         expansion: int = 4,
+        attention_scale: float = SOFTMAX_SCALE,
+        norm_eps: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -118,10 +126,12 @@ class CrossAttentionProjector(nn.Module):
         if self.heads < 1 or dt % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide the teacher's {dt} channels")
         self.grad_checkpointing = grad_checkpointing
-        self.scale = SOFTMAX_SCALE * (dt // self.heads) ** -0.5
+        if not attention_scale > 0:
+            raise ValueError(f"attention_scale is {attention_scale} and must be positive")
+        self.scale = attention_scale * (dt // self.heads) ** -0.5
 
         self.conv, width = make_tokens(tokens, ds, dt)
-        self.norm = make_norm(norm, width)
+        self.norm = make_norm(norm, width, norm_eps)
         self.position = nn.Parameter(torch.empty(1, width, h, w))
         nn.init.trunc_normal_(self.position, std=0.02)
 

@@ -1,6 +1,6 @@
-"""ScaleKD (Fan et al., NeurIPS 2024, arXiv:2411.06786): `cap`, `dfm`, `tpp` and `scalekd`.
+"""ScaleKD (Fan et al., NeurIPS 2024, arXiv:2411.06786): one class with all parts of the paper.
 
-One class has all parts of the paper. Recipes use the four functions below it, each with the options that apply to it.
+Recipes use the functions in `scalekd_parts.py`, each with the options that apply to it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from scalekd.models.stages import Features, Shapes
 
 from .distance import ALPHA, Reduction, normalized_distance, only_direct, remove_direct
-from .projectors import CrossAttentionProjector, Norm, Tokens
+from .projectors import SOFTMAX_SCALE, CrossAttentionProjector, Norm, Tokens
 from .shared import check_choice, check_features, check_positions, check_positive, full_precision
 
 BETA = 0.571  # released configurations: 0.08 / (0.08 + 0.06); the paper's best is 0.6 (Fig. 4)
 
-TwoViews = Literal["dual_path", "all_alt", "dir_alt"]
+StudentViews = Literal["both", "first"]
 
 VIEWS = {  # names of the views; the first has weight beta, the second 1 - beta
     "single": ("ori",),
@@ -63,6 +63,12 @@ class ScaleKD(nn.Module):
             released.
         shared: one CAP per path serves both views, which halves the cost of the method. Default False: eq. 3 has one
             for each view. With two different views only.
+        attention_scale: factor of the CAPs' attention logits. Default 5; released configurations have 5, 1 or 0.2.
+        norm_eps: eps of that norm. None: 1e-5 for `batch`, 1e-6 for `layer`; the release has 1e-5 for both.
+        student_norm: False takes the student's stage 4 before its final norm, as the released configurations of Mixers.
+            Default True. No effect for students without a norm there, such as ResNets.
+        student_views: `first`: the student path has the first view only, as in the released configurations of Swin-S.
+            The proxy path keeps both. Default `both`. With `tpp` and two views only.
         grad_checkpointing: use less memory and more time. Activations after the CAPs' convolutions and in the teacher's
             last stage are computed again in the backward pass, view by view. The values are the same. Default False.
 
@@ -91,34 +97,26 @@ class ScaleKD(nn.Module):
         tokens: Tokens = "conv",
         expansion: int = 4,
         shared: bool = False,
+        attention_scale: float = SOFTMAX_SCALE,
+        norm_eps: float | None = None,
+        student_norm: bool = True,
+        student_views: StudentViews = "both",
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         teacher = check_features(student, teacher)
         check_positive("ScaleKD", alpha=alpha)
         check_choice("ScaleKD", "reduction", reduction, ("mean", "sum"))
+        check_choice("ScaleKD", "student_views", student_views, ("both", "first"))
         assert student.final is not None and teacher.final is not None
-        self.weights = _view_weights(views, alpha, beta)
-        if tpp and not teacher.can_resume:
-            name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
-            raise ValueError(
-                f"{name} runs the teacher's last stage alone, which is not supported for {teacher.model} "
-                f"(docs/reference/methods.md).\nThe same method without that stage: losses.{name}=off losses.{instead}={{}}"
-            )
-        check_positions(student, (3, 4) if tpp else (4,))
-        if "alt" in self.weights and teacher.final[1] * teacher.final[2] == 1:
-            raise ValueError(
-                f"{teacher.model} has a 1x1 final map, which is 0 without its direct component. "
-                "Use a larger image size, or cap or tpp"
-            )
-        if adaptive_queries is not None and not tpp:
-            raise ValueError("adaptive_queries is an option with tpp only")
-        paths = 2 if tpp else 1
-        if heads is not None and len(heads) != paths:
-            raise ValueError(f"heads is {list(heads)}; give (stage 3, stage 4) with tpp, otherwise (stage 4,)")
-
-        if shared and not _can_share(views, self.weights):
+        self.weights = view_weights(views, alpha, beta)
+        _check_path(student, teacher, views, tpp, adaptive_queries)
+        _check_views(teacher, self.weights)
+        _check_heads(heads, tpp)
+        if shared and not can_share(views, self.weights):
             raise ValueError("shared needs two different views")
+        if student_views == "first" and not (tpp and len(self.weights) == 2):
+            raise ValueError("student_views: first needs the proxy path and two views with a weight")
 
         self.adaptive = tpp and adaptive_queries is not False
         self.reduction: Reduction = reduction
@@ -129,29 +127,33 @@ class ScaleKD(nn.Module):
             norm=norm,
             tokens=tokens,
             expansion=expansion,
+            attention_scale=attention_scale,
+            norm_eps=norm_eps,
             grad_checkpointing=grad_checkpointing,
         )
+        self.student_norm = student_norm
         self.cap_of = {view: SHARED if shared else view for view in self.weights}
-        caps = dict.fromkeys(self.cap_of.values())
-        self.student_caps = nn.ModuleDict(
-            {key: build(student.final, teacher.final, heads=heads_4, learned_queries=not self.adaptive) for key in caps}
-        )
-        self.proxy_caps = nn.ModuleDict(
-            {key: build(student.maps[2], teacher.maps[2], heads=heads_3) for key in (caps if tpp else ())}
-        )
+        self.student_path = tuple(self.weights)[: 1 if student_views == "first" else None]  # the views of that path
+        stage_4 = student.final if student_norm else student.maps[3]
+        of_student = partial(build, stage_4, teacher.final, heads=heads_4, learned_queries=not self.adaptive)
+        of_proxy = partial(build, student.maps[2], teacher.maps[2], heads=heads_3)
+        keys = dict.fromkeys(self.cap_of[view] for view in self.student_path)
+        self.student_caps = nn.ModuleDict({key: of_student() for key in keys})
+        keys = dict.fromkeys(self.cap_of.values() if tpp else ())
+        self.proxy_caps = nn.ModuleDict({key: of_proxy() for key in keys})
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """One scalar per view and path, with weights applied. The targets are not used."""
         assert teacher is not None and teacher.final is not None and student.final is not None
         proxies = self._proxies(student, teacher)
-        mimics = {
-            key: cap(student.final, proxies[key] if self.adaptive else None) for key, cap in self.student_caps.items()
-        }
+        stage_4 = student.final if self.student_norm else student.maps[3]
+        mimics = {key: cap(stage_4, proxies[key] if self.adaptive else None) for key, cap in self.student_caps.items()}
         losses = {}
         for view, weight in self.weights.items():
             transform, key = TRANSFORMS[view], self.cap_of[view]
             target = transform(teacher.final.detach())
-            losses[view] = weight * normalized_distance(transform(mimics[key]), target, self.reduction)
+            if view in self.student_path:
+                losses[view] = weight * normalized_distance(transform(mimics[key]), target, self.reduction)
             if proxies:
                 distance = normalized_distance(transform(proxies[key]), target, self.reduction)
                 losses[f"proxy_{view}"] = weight * distance
@@ -171,7 +173,34 @@ class ScaleKD(nn.Module):
         return dict(zip(maps, final.chunk(len(maps)), strict=True))
 
 
-def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
+def _check_path(student: Shapes, teacher: Shapes, views: str, tpp: bool, adaptive_queries: bool | None) -> None:
+    """Raises ValueError if the paths cannot be built for these models."""
+    if tpp and not teacher.can_resume:
+        name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
+        raise ValueError(
+            f"{name} runs the teacher's last stage alone, which is not supported for {teacher.model} "
+            f"(docs/reference/methods.md).\nThe same method without that stage: losses.{name}=off losses.{instead}={{}}"
+        )
+    check_positions(student, (3, 4) if tpp else (4,))
+    if adaptive_queries is not None and not tpp:
+        raise ValueError("adaptive_queries is an option with tpp only")
+
+
+def _check_views(teacher: Shapes, weights: dict[str, float]) -> None:
+    assert teacher.final is not None
+    if "alt" in weights and teacher.final[1] * teacher.final[2] == 1:
+        raise ValueError(
+            f"{teacher.model} has a 1x1 final map, which is 0 without its direct component. "
+            "Use a larger image size, or cap or tpp"
+        )
+
+
+def _check_heads(heads: tuple[int, ...] | None, tpp: bool) -> None:
+    if heads is not None and len(heads) != (2 if tpp else 1):
+        raise ValueError(f"heads is {list(heads)}; give (stage 3, stage 4) with tpp, otherwise (stage 4,)")
+
+
+def view_weights(views: str, alpha: float, beta: float | None) -> dict[str, float]:
     """The weight of each view with a positive weight. Raises ValueError."""
     if views not in VIEWS:
         raise ValueError(f"views is {views!r}; choose from {', '.join(VIEWS)}")
@@ -187,156 +216,6 @@ def _view_weights(views: str, alpha: float, beta: float | None) -> dict[str, flo
     return {view: weight for view, weight in weights.items() if weight > 0}
 
 
-def _can_share(views: str, weights: dict[str, float]) -> bool:
+def can_share(views: str, weights: dict[str, float]) -> bool:
     """Whether there are two different views, which one CAP can serve."""
     return len(weights) == 2 and views != "dual_path"
-
-
-def cap(
-    student: Shapes,
-    teacher: Shapes | None,
-    *,
-    alpha: float = ALPHA,
-    heads: int | None = None,
-    norm: Norm = "batch",
-    reduction: Reduction = "mean",
-    tokens: Tokens = "conv",
-    expansion: int = 4,
-    grad_checkpointing: bool = False,
-) -> ScaleKD:
-    """`cap`: match stage 4 through a cross attention projector (eq. 1).
-
-    `heads`: number of heads of that CAP. For the other options see `ScaleKD`.
-    """
-    return ScaleKD(
-        student,
-        teacher,
-        views="single",
-        tpp=False,
-        alpha=alpha,
-        heads=None if heads is None else (heads,),
-        norm=norm,
-        reduction=reduction,
-        tokens=tokens,
-        expansion=expansion,
-        grad_checkpointing=grad_checkpointing,
-    )
-
-
-def dfm(
-    student: Shapes,
-    teacher: Shapes | None,
-    *,
-    alpha: float = ALPHA,
-    beta: float = BETA,
-    views: TwoViews = "all_alt",
-    heads: int | None = None,
-    norm: Norm = "batch",
-    reduction: Reduction = "mean",
-    tokens: Tokens = "conv",
-    expansion: int = 4,
-    shared: bool = False,
-    grad_checkpointing: bool = False,
-) -> ScaleKD:
-    """`dfm`: `cap` in two views (eq. 3).
-
-    `heads`: number of heads of each CAP. For the other options see `ScaleKD`.
-    """
-    _check_two_views("dfm", views)
-    return ScaleKD(
-        student,
-        teacher,
-        views=views,
-        tpp=False,
-        alpha=alpha,
-        beta=beta,
-        heads=None if heads is None else (heads,),
-        norm=norm,
-        reduction=reduction,
-        tokens=tokens,
-        expansion=expansion,
-        shared=shared,
-        grad_checkpointing=grad_checkpointing,
-    )
-
-
-def tpp(
-    student: Shapes,
-    teacher: Shapes | None,
-    *,
-    alpha: float = ALPHA,
-    adaptive_queries: bool = True,
-    heads: tuple[int, int] | None = None,
-    norm: Norm = "batch",
-    reduction: Reduction = "mean",
-    tokens: Tokens = "conv",
-    expansion: int = 4,
-    grad_checkpointing: bool = False,
-) -> ScaleKD:
-    """`tpp`: `cap` and the proxy path, in one view (eq. 4).
-
-    `heads`: (stage 3, stage 4). For the other options see `ScaleKD`.
-    """
-    return ScaleKD(
-        student,
-        teacher,
-        views="single",
-        tpp=True,
-        adaptive_queries=adaptive_queries,
-        alpha=alpha,
-        heads=heads,
-        norm=norm,
-        reduction=reduction,
-        tokens=tokens,
-        expansion=expansion,
-        grad_checkpointing=grad_checkpointing,
-    )
-
-
-def scalekd(
-    student: Shapes,
-    teacher: Shapes | None,
-    *,
-    alpha: float = ALPHA,
-    beta: float = BETA,
-    views: TwoViews = "all_alt",
-    adaptive_queries: bool = True,
-    heads: tuple[int, int] | None = None,
-    norm: Norm = "batch",
-    reduction: Reduction = "mean",
-    tokens: Tokens = "conv",
-    expansion: int = 1,
-    shared: bool | None = None,
-    grad_checkpointing: bool = False,
-) -> ScaleKD:
-    """`scalekd`: CAP, DFM and TPP (eq. 5 without its task and KD terms); by default one narrow projector for each path.
-
-    By default `expansion` is 1, and `shared` is True if there are two different views. This teaches as well as the
-    published form (docs/explanation/laboratory.md) at less than half of its added cost
-    (docs/explanation/performance.md). The published form is `shared=False, expansion=4`, as in the recipes for the
-    paper's rows. For the options see `ScaleKD`.
-    """
-    _check_two_views("scalekd", views)
-    if shared is None:
-        shared = _can_share(views, _view_weights(views, alpha, beta))
-    return ScaleKD(
-        student,
-        teacher,
-        views=views,
-        tpp=True,
-        adaptive_queries=adaptive_queries,
-        alpha=alpha,
-        beta=beta,
-        heads=heads,
-        norm=norm,
-        reduction=reduction,
-        tokens=tokens,
-        expansion=expansion,
-        shared=shared,
-        grad_checkpointing=grad_checkpointing,
-    )
-
-
-def _check_two_views(method: str, views: str) -> None:
-    if views == "single":
-        raise ValueError(f"{method} needs two views. For one view, use {'cap' if method == 'dfm' else 'tpp'}")

@@ -12,6 +12,7 @@ import timm
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.text import in_shell
 
 from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
 from .options import Model
@@ -44,6 +45,7 @@ class Filled(NamedTuple):
     prefix: str = ""  # in front of the model's tensor names in the file
     unused: Collection[str] = ()  # tensors of the file that the model does not use
     exported: bool = False  # by scalekd, according to the card next to it
+    counters: Collection[str] = ()  # of batch norms, which the file does not have and the model does not need
 
 
 def build_plain(
@@ -67,15 +69,15 @@ def build_plain(
     total = len(model.state_dict())
     old = f"instead of {filled.theirs}" if filled.theirs else "the file has none"
     keys = {
-        "matched": model.state_dict().keys() - filled.new.keys(),
-        "missing": filled.new.keys(),
+        "matched": model.state_dict().keys() - filled.new.keys() - set(filled.counters),
+        "missing": {*filled.new, *filled.counters},
         "unexpected": filled.unused,
     }
     loaded = Loaded(
         kwargs,
         filled.source,
         filled.sha256,
-        total - len(filled.new),
+        total - len(filled.new) - len(filled.counters),
         total,
         initial_share(model),
         f"new head for {kwargs['num_classes']} classes ({old})" if filled.new else None,
@@ -144,9 +146,13 @@ def _filled_by_file(
         model, kwargs = create(spec.model, image_size, False, kwargs | {"num_classes": theirs}, where)
         state = _adapted(read, model, path, image_size, where)
     load_weights(model, state | new, path, where)
-    renamed = state.keys() - read.keys()  # by timm's filter, so the names do not show which tensors it dropped
+    counters = {key for key in state.keys() - read.keys() if key.endswith("num_batches_tracked")}
+    renamed = (
+        state.keys() - read.keys() - counters
+    )  # by timm's filter, so the names do not show which tensors it dropped
     used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
-    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, flat.keys() - used, exported)
+    unused = flat.keys() - used
+    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, unused, exported, counters)
 
 
 def _adapted(read: State, model: nn.Module, path: Path, size: tuple[int, int], where: str) -> State:
@@ -208,6 +214,6 @@ def _is_exported(path: Path, sha256: str, where: str) -> bool:
     if card and card.sha256 and card.sha256 != sha256:
         raise UserError(
             f"{where}.weights: {path} does not match the sha256 in the card next to it. "
-            f"Export both again (`scalekd export {path.parent}`), or move the file to another folder"
+            f"Export both again (`scalekd export {in_shell(path.parent)}`), or move the file to another folder"
         )
     return card is not None and card.sha256 == sha256

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import cannot_write, replacing, write_text
+from scalekd.common.files import SCRATCH, cannot_write, reject_links, replacing, write_text
 
 from .weights.card import read_card
 from .weights.match import sha256_of
 
+# largest difference of logits after an export, for logits of size 1; larger logits may differ by that much more
+TOLERANCE = 1e-3
 ONNX_MISSING = "ONNX export needs extra packages: pip install 'scalekd[onnx]'"
 
 
@@ -38,6 +42,8 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The student in eval mode and its card, from an exported .safetensors file or a run's folder. Raises `UserError`."""
+    if path.is_dir():
+        reject_links(path)
     file = path / "student.safetensors" if path.is_dir() else path
     card_file = file.with_suffix(".json")
     # only safetensors: other weights files may contain code
@@ -65,13 +71,10 @@ def create_student(card: dict[str, Any], card_file: Path, weights: Path | None =
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     """Writes ONNX with a dynamic batch size. Returns the largest logit difference under onnxruntime.
 
-    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing.
+    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing, and
+    if the logits differ by more than `TOLERANCE`: then the file is removed.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError:
-        raise UserError(ONNX_MISSING) from None
+    onnxruntime = _onnx_runtime()
     images = example_images(card)
     student = copy.deepcopy(student).cpu().eval()
     program = torch.onnx.export(
@@ -85,13 +88,42 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     )
     assert program is not None
     try:
-        program.save(str(path))
+        # a new folder, so that nothing is written through a link; above 2 GB a second file holds the weights
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=SCRATCH) as scratch:
+            program.save(str(Path(scratch) / path.name))
+            for file in Path(scratch).iterdir():
+                os.replace(file, path.parent / file.name)
     except OSError as error:
         raise cannot_write(path, error) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # not the exporter's batch size, to detect a graph with a fixed one
     again = torch.cat([images, images.flip(0)])
-    return _difference(_logits(student, again), torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+    logits = _logits(student, again)
+    difference = _difference(logits, torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
+    if not is_close(difference, logits):
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: its logits under onnxruntime differ from the student's by {difference:.1e}, more than "
+            f"{TOLERANCE:g} x (1 + the largest logit); the file was removed. Use student.safetensors, or other versions of "
+            "onnxruntime and onnxscript"
+        )
+    return difference
+
+
+def is_close(difference: float, logits: Tensor) -> bool:
+    """Whether a difference of logits is within `TOLERANCE`; False for NaN."""
+    return difference <= TOLERANCE * (1 + logits.abs().max().item())
+
+
+def _onnx_runtime() -> Any:
+    """The module onnxruntime, imported here and nowhere else, without its telemetry. Raises `UserError` without the extra."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import, also if torch's exporter imports it first
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError(ONNX_MISSING) from None
+    return onnxruntime
 
 
 def example_images(card: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file
+from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import shortened
 
 from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
@@ -61,6 +61,7 @@ def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
         raise UserError(
             f"{where}: {folder} has no head.safetensors with its head.json; create them with `scalekd head`"
         )
+    reject_links(folder)
     try:
         card = HeadCard.model_validate_json(card_file.read_bytes())
         tensors = load_file(file)

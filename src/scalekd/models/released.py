@@ -23,6 +23,7 @@ from .inputs import usual_size
 from .options import Model
 from .released_keys import EXTRAS, KWARGS, RULES, SIGNS, TIMM
 from .weights.match import adapted as through_timm
+from .weights.match import averaged_and_plain, missing_counters
 
 State = dict[str, Tensor]
 MOST_NAMES = 12  # most names of a kind in an error
@@ -41,22 +42,15 @@ class Found:
 # ---------------------------------------------------------------- the file
 
 
-# Keys of averaged and of plain weights in a checkpoint.
-AVERAGED = ("state_dict_ema", "model_ema", "ema")
-PLAIN = ("state_dict", "model")
-
-
 def find_student(contents: dict[str, Any], file: Path, ema: bool) -> Found:
     """The student's tensors, without prefixes. Raises `UserError` if there are none.
 
-    ema: prefer averaged weights. mmengine writes them to `state_dict`, and the plain ones to `ema_state_dict`.
+    ema: prefer averaged weights, see `averaged_and_plain`.
     """
     entry, notes = "the file itself", []
     for _ in range(3):  # wrappers may be nested
-        averaged = next((k for k in AVERAGED if isinstance(contents.get(k), dict)), None)
-        plain = next((k for k in PLAIN if isinstance(contents.get(k), dict)), None)
-        if plain and isinstance(contents.get("ema_state_dict"), dict):
-            averaged, plain = plain, "ema_state_dict"
+        entries = {key: value for key, value in contents.items() if isinstance(value, dict)}
+        averaged, plain = averaged_and_plain(f"{entry}.{name}" for entry, value in entries.items() for name in value)
         chosen = (averaged or plain) if ema else (plain or averaged)
         if chosen is None:
             break
@@ -217,8 +211,12 @@ def adapted(state: State, student: nn.Module) -> State:
     return new | {k: state[k] for k in resized}  # `check` reports their shapes
 
 
-def check(student: nn.Module, state: State, left: list[str], what: str) -> None:
-    """Raises `UserError` if a tensor of the student is missing in `state` or of another shape, or any is left over."""
+def check(student: nn.Module, state: State, left: list[str], what: str) -> State:
+    """`state` with the counters of batch norms that it lacks (`missing_counters`).
+
+    Raises `UserError` if another tensor of the student is missing in `state` or of another shape, or any is left over.
+    """
+    state = state | missing_counters(state, student)
     wanted = student.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     extra = sorted([*left, *(state.keys() - wanted.keys())])
@@ -235,6 +233,7 @@ def check(student: nn.Module, state: State, left: list[str], what: str) -> None:
     if faults:
         remedy = "Use the model that the weights were trained with; set its arguments with `kwargs`."
         raise UserError("\n".join([f"{what}:", *faults, remedy]))
+    return state
 
 
 # ---------------------------------------------------------------- the card

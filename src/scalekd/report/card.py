@@ -44,7 +44,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
         "## Results",
         _results(folder, seen),
         "## Training",
-        facts_list({"losses": losses_text(card["losses"])} | dict(facts)),
+        facts_list({"losses": losses_text(card.get("losses") or {})} | dict(facts)),
         "`recipe.yaml` has all settings; `report.html` has the curves and the errors by class.",
     ]
     if classes:

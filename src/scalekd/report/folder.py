@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file
+from scalekd.common.files import is_file, reject_links
 from scalekd.common.provenance import made_by
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
-from scalekd.data.sources.open import pair_of
+from scalekd.data.sources.open import evaluated_part
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
@@ -31,9 +31,8 @@ from scalekd.train.log import read_log
 from scalekd.transfer.tasks import TASKS, TaskName, task_of
 
 from .curves import TOP1, ReportRun
+from .intact import FIGURES, KNOWN, MADE, RESULTS, check_sections, intact_card, intact_events, intact_json
 from .series import events_of
-
-NAMES = TOP1 | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 
 @dataclass
@@ -48,6 +47,7 @@ class RunFolder:
     made: dict[str, Any]  # provenance.json
     known: dict[str, Any]  # report.json of an earlier report
     card: dict[str, Any]  # of the student, detector or segmenter; empty until it is written
+    damage: list[str]  # lines on what is damaged and left out
 
     @property
     def task(self) -> TaskName | None:
@@ -85,8 +85,8 @@ class RunFolder:
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         few = 0 < len(self.card.get("classes") or []) <= 5  # every answer is among the first five
-        keys = [key for key in NAMES if key in logged and not (few and key == "top5")]
-        return {key: neighbours * (key == "top1") + NAMES[key] for key in keys} or TOP1
+        keys = [key for key in FIGURES if key in logged and not (few and key == "top5")]
+        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or TOP1
 
     @property
     def step(self) -> tuple[int, int | None]:
@@ -146,17 +146,24 @@ def read_run(folder: Path) -> RunFolder:
             f"{folder} is neither a run nor a comparison (no recipe.yaml, no summary.json of `scalekd compare`); choose a "
             "folder that `scalekd train` or `scalekd compare` wrote"
         )
+    reject_links(folder)
     try:
         text = recipe.read_text(encoding="utf-8")
         events = read_log(folder) if is_file(folder / "log.jsonl") else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
     values = parse_yaml(text, str(recipe))
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} is not a recipe: it must be a mapping with data, student, ...")
-    card = str(Path(weights_name(task_of(values))).with_suffix(".json"))
-    files = ("summary.json", "provenance.json", "report.json", card)
-    return RunFolder(folder, values, text, events, *(read_json(folder / name) for name in files))
+    check_sections(values, str(recipe))
+    task = task_of(values)
+    found = [
+        intact_events(events, str(folder / "log.jsonl")),
+        intact_json(folder / "summary.json", RESULTS),
+        intact_json(folder / "provenance.json", MADE),
+        intact_json(folder / "report.json", KNOWN),
+        intact_card((folder / weights_name(task)).with_suffix(".json"), task),
+    ]
+    kept: list[Any] = [*(part for part, _ in found), [line for _, lines in found for line in lines]]
+    return RunFolder(folder, values, text, *kept)
 
 
 def weights_name(task: TaskName | None) -> str:
@@ -217,7 +224,7 @@ def _load_exported(student: nn.Module, weights: Path) -> None:
 
 
 def _with_data(config: Config, data: str) -> Config:
-    source = (pair_of(data) or ("", data))[1]
+    source = evaluated_part(data)
     other = {"train": source, "val": source, "limit": None, "unlabelled": None, "unlabelled_limit": None}
     small = {"batch_size": 2, "accumulate": 1}  # the source may be too small for a training batch
     return config.model_copy(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scalekd.common.errors import UserError
+from scalekd.common.files import reject_links
+from scalekd.common.text import in_shell
 
 from .page import section
 from .svg import escape
@@ -18,9 +20,12 @@ def analysis_sections(folders: Sequence[Path]) -> list[str]:
     """A section for each folder, with its PNG files. Raises `UserError` if a folder has none, or for more than MOST_BYTES."""
     sections, left = [], MOST_BYTES
     for folder in folders:
+        reject_links(folder)
         files = sorted(folder.glob("*.png")) if folder.is_dir() else []
         if not files:
-            raise UserError(f"`analyses`: {folder} has no figures; `scalekd analyze ... --out {folder}` writes some")
+            raise UserError(
+                f"`analyses`: {folder} has no figures; `scalekd analyze ... --out {in_shell(folder)}` writes some"
+            )
         left -= sum(file.stat().st_size for file in files)
         if left < 0:
             raise UserError(

@@ -17,7 +17,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, write_text
 from scalekd.common.parallel import pick_device
 from scalekd.common.shortages import explain_out_of_memory
-from scalekd.common.text import duration, printable
+from scalekd.common.text import duration, in_shell, printable
 from scalekd.cost.count import cost
 from scalekd.cost.flops import flop_counter
 from scalekd.distill.rebuild import read_recipe
@@ -60,9 +60,9 @@ def write_run_report(
         else:
             left_out = "The student has no classifier, so it makes no predictions."
         found = replace(read_run(folder), summary=dict(summary))
-        _write(found, folder / FILE, facts, seen, [left_out], parts=count_parts(run) if run else None)
+        _write(found, folder / FILE, facts, seen, [left_out, *found.damage], parts=count_parts(run) if run else None)
     except Exception as error:  # a full disk, a log that was removed, ...
-        message = f"no report: {first_line(error)}. The run is finished; `scalekd report {folder}` writes the report."
+        message = f"no report: {first_line(error)}. The run is finished; `scalekd report {in_shell(folder)}` writes the report."
         print(printable(message), file=sys.stderr)
 
 
@@ -92,7 +92,7 @@ def report(
     pictures = analysis_sections(analyses)
     found = read_run(folder)
     others = {label: read_run(path) for label, path in zip(labels([folder, *baselines])[1:], baselines)}
-    seen, left_out = None, list[str]()
+    seen, left_out = None, [line for run in (found, *others.values()) for line in run.damage]
     counted = None
     if found.task:
         if unused:

@@ -40,7 +40,7 @@ def escape(text: object) -> str:
 
 
 def finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # an int may be too large for a float
 
 
 @dataclass

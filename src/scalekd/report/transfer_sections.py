@@ -12,7 +12,8 @@ from scalekd.transfer.tasks import TASKS
 
 from .answer_sections import name, worst_and_best
 from .curves import losses_text
-from .folder import RunFolder, read_json
+from .folder import RunFolder
+from .intact import TAUGHT, intact_json
 from .page import NONE, code, section, table
 from .svg import escape, finite
 
@@ -27,7 +28,7 @@ def teacher_fact(folder: RunFolder) -> dict[str, str]:
     weights = (folder.recipe.get("backbone") or {}).get("weights")
     if not isinstance(weights, str) or weights in ("pretrained", "random"):
         return {}
-    card = read_json(Path(weights).expanduser().parent / "student.json")
+    card, _ = intact_json(Path(weights).expanduser().parent / "student.json", TAUGHT)
     loaded = (folder.made.get("weights") or {}).get("backbone") or {}
     if Path(weights).name == "student.safetensors" and loaded.get("sha256") != card.get("sha256"):
         return {}  # the folder has another student now

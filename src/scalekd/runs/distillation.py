@@ -19,6 +19,7 @@ from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, say
 from scalekd.config.recipe import Config
+from scalekd.data.description import tell_data
 from scalekd.distill.build import build
 from scalekd.distill.run import DistillationRun
 from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
@@ -73,7 +74,7 @@ def execute(
     open_folder(folder, named, heads_of(named))
     parallel.wait_for_all()  # rank 0 writes into the folder below, which the others must find unchanged
     config = fit_heads(config, folder, device, console)
-    run = checked(config, device, console) if check else _built(config, device)
+    run = checked(config, device, console) if check else _built(config, device, console)
     if teacher_outputs and config.teacher:
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
@@ -110,18 +111,21 @@ def checked(config: Config, device: torch.device, console: Console) -> Distillat
     """Builds a recipe and runs its pre-flight. Writes nothing. Raises `UserError`."""
     if parallel.rank() == 0:
         say(console, "Opening the data and building the models ...")
-    run = _built(config, device)
+    run = _built(config, device, console)
     with explain_out_of_memory(device, smaller_steps(config)):
         preflight(run, console)
     return run
 
 
-def _built(config: Config, device: torch.device) -> DistillationRun:
+def _built(config: Config, device: torch.device, console: Console) -> DistillationRun:
+    """Builds a recipe and prints what its data are."""
     check_trackers(config.track)
     if device.type == "cpu":
         keep_freed_memory()
     with explain_out_of_memory(device, smaller_steps(config)):
-        return build(config, device)
+        run = build(config, device)
+    tell_data(console, run.described)
+    return run
 
 
 def outcome(look: bool) -> Outcome:

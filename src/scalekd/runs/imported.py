@@ -74,8 +74,8 @@ def import_student(
     )
     if naming == TIMM:
         state = adapted(state, student)
-    check(student, state, unused, f"{file}, recognised as {naming}, does not fit {spec.model} with {loaded.kwargs}")
-    student.load_state_dict(state)
+    what = f"{file}, recognised as {naming}, does not fit {spec.model} with {loaded.kwargs}"
+    student.load_state_dict(check(student, state, unused, what))
 
     card = {
         "model": spec.model,

@@ -33,7 +33,7 @@ def _built(recipe: dict[str, Any], where: str, device: torch.device) -> Run:
     """Builds a recipe of any task."""
     task = task_of(recipe)
     if task is None:
-        return build(check_config(recipe, where), device)
+        return build(check_config(recipe, where), device, strict=False)
     from scalekd.transfer.config import SCHEMAS
 
     from .transfer import build as build_transfer

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import reject_links
 from scalekd.common.sections import height_and_width
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.data.batches import Images, eval_batches
+from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
-from scalekd.data.sources.open import open_source, pair_of
+from scalekd.data.sources.open import evaluated_part, open_source, parts_of
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.evaluate import evaluate
@@ -49,6 +53,7 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     Returns the checkpoint's top-1 in % and, for each file, the largest absolute difference of its logits from the
     student's. Needs neither the run's data nor its teacher. Raises `UserError`.
     """
+    reject_links(folder)
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
     if not card_file.is_file() or not state_file.is_file():
         raise UserError(
@@ -73,10 +78,12 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     return top1, differences
 
 
-def evaluate_student(path: Path, source_text: str, device_name: str | None) -> dict[str, float]:
-    """Top-1 and top-5 (%), loss and number of images of an exported student on a data source.
+def evaluate_student(
+    path: Path, source_text: str, device_name: str | None, console: Console
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Top-1 and top-5 (%), loss and number of images of an exported student on a data source; and the data described.
 
-    Raises `UserError` if the classes differ.
+    Raises `UserError` if the classes differ, and if the student's outputs are not finite.
     """
     student, card = load_student(path)
     if not card["classes"]:
@@ -85,10 +92,12 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
             "Measure its features with `scalekd probe` instead"
         )
     device = parallel.pick_device(device_name)
+    if len(parts_of(source_text)) > 1:
+        raise UserError(
+            f"`data`: {source_text} has several splits; name one of them, such as {evaluated_part(source_text)}"
+        )
     source = open_source(source_text, "`data`")
     if not same_classes(card["classes"], source.classes):
-        if pair := pair_of(source_text):
-            raise UserError(f"`data`: {source_text} has a training and a validation part; give {pair[1]}")
         raise UserError(
             f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
             f"instead of {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
@@ -97,11 +106,19 @@ def evaluate_student(path: Path, source_text: str, device_name: str | None) -> d
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
     mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
+    described = of_source(source, source_text)
+    tell_data(console, described)
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
-        return evaluate(
+        found = evaluate(
             student.to(device),
             eval_batches(images, min(256, len(images)), workers_for(data.workers, device), device.type == "cuda"),
             mean,
             std,
             device,
         )
+    if not math.isfinite(found["loss"]):
+        raise UserError(
+            f"{path}: the student's outputs are not finite, so its accuracy has no meaning. Its run diverged or its file is "
+            "damaged: train it again, or export another checkpoint with `scalekd export`"
+        )
+    return found, described

@@ -16,6 +16,7 @@ from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, say
+from scalekd.data.description import tell_data
 from scalekd.report.run import write_run_report
 from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
@@ -67,6 +68,7 @@ def train(
 
 def preflight(run: Any, console: Console) -> None:
     """Prints the data, and checks the backbone's weights and two training steps. Raises `UserError`."""
+    tell_data(console, run.described)
     if parallel.rank() == 0:
         for line in run.data_summary():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

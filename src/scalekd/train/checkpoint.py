@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from scalekd.common.errors import UserError, first_line
+from scalekd.common.files import cannot_write, flush, flush_folder, unfinished
+from scalekd.common.shortages import is_worker_death
 
 FORMAT = 2
 
@@ -20,34 +23,21 @@ def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> Non
     previous: keep the old file under this name. A run that is killed between the two renames resumes from it.
     Raises `UserError` if the disk is full or the folder is not writable.
     """
-    scratch = path.with_name(path.name + ".part")
     try:
-        with open(scratch, "wb") as file:
+        with unfinished(path) as (scratch, file):
             torch.save({"format": FORMAT} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(scratch, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
+            flush(file)
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(scratch, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    except RuntimeError as error:
+        if is_worker_death(error):  # raised by a signal handler, wherever this process is
+            raise
         # torch.save reports a full disk as a RuntimeError
-        reason = f"is the disk full? {first_line(error)}" if isinstance(error, RuntimeError) else first_line(error)
-        raise UserError(
-            f"cannot write {path}: {reason}. The previous checkpoint is intact; "
-            "free some space and start the same command again."
-        ) from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flushes renames in `folder` to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise cannot_write(path, OSError(errno.ENOSPC, f"is the disk full? {first_line(error)}")) from None
 
 
 def load(path: Path) -> dict[str, Any]:

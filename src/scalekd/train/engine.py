@@ -21,6 +21,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.stop import Stopped, StopRequest
+from scalekd.common.text import counted
 from scalekd.data.images import read_list
 
 from . import checkpoint, health, resume
@@ -129,7 +130,7 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
             log.say(f"{error}; returning to the last checkpoint, and checking every step from there")
     summary = _summary(run, progress, folder)
     if summary["bad_images"]:
-        log.say(f"{summary['bad_images']} image(s) could not be read and were skipped; see {folder}/bad-images.txt")
+        log.say(f"{counted(summary['bad_images'], 'unreadable image')} skipped; see {folder}/bad-images.txt")
     log.event("finished", **summary)
     return summary
 

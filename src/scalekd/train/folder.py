@@ -14,14 +14,16 @@ from rich.console import Console
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
-from scalekd.common.files import LOCK, in_use, write_text
+from scalekd.common.files import LOCK, SCRATCH, in_use, reject_links, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import say
+from scalekd.data.description import KEY, with_bad
 
 from .engine import train
 from .exported import use_exported
+from .inputs import check_inputs, inputs_of, write_inputs
 from .log import RunLog
 from .resume import recipe_difference
 from .run import Run, provenance
@@ -59,14 +61,21 @@ def run_into(
         UserError: for an error in the run; if the folder holds another or a finished run; if another process uses it.
     """
     config = run.config
+    notices: list[str] = []
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         if parallel.rank() == 0:
             open_folder(folder, config, beforehand)  # again, now locked: another process may have used it meanwhile
+            inputs = inputs_of(run)
+            notices = check_inputs(inputs, config.train.resume_anyway, folder)
             write_folder(folder, run, outcome)
+            write_inputs(inputs, folder)
         parallel.wait_for_all()
         trackers = partial(open_trackers, config.track, folder, config.model_dump(mode="json"), config.name)
         log = RunLog(folder, console, title, trackers)
         try:
+            for notice in notices:
+                log.event("notice", text=notice)
+                log.say(f"{log.label} {notice}")
             with explain_out_of_memory(run.device, remedy + " This makes another run: choose a new folder with `out`."):
                 summary = train(run, folder, log, stop)
             for kind, values in run.notes().items():
@@ -75,6 +84,8 @@ def run_into(
             log.close()
         if parallel.rank() == 0:
             say(console, use_exported(run, folder, summary))
+            bad = {"training": run.train_images.bad, "validation": run.val_images.bad}
+            summary[KEY] = with_bad(run.described, **bad)
             outcome.finish(run, folder, summary)
             # last, because a folder with a summary counts as finished
             write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -82,16 +93,17 @@ def run_into(
 
 
 def open_folder(folder: Path, config: Section, beforehand: Collection[Path] = ()) -> None:
-    """Raises `UserError` if `folder` cannot be used, or holds other files, another recipe's run or a finished run.
+    """Raises `UserError` if `folder` cannot be used, or holds links, other files, another recipe's run or a finished run.
 
     Writes nothing. beforehand: files and folders that the task writes before the run.
     """
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; choose a folder with `out`")
+        reject_links(folder)
         inside = list(folder.iterdir()) if folder.exists() else []
         # a run that failed before its first file leaves nothing else
-        if all(path.name.endswith(".part") or path.name == LOCK or path in beforehand for path in inside):
+        if all(path.name.endswith(SCRATCH) or path.name == LOCK or path in beforehand for path in inside):
             _check_writable(folder)
             return
         recipe = folder / "recipe.yaml"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from scalekd.common import parallel
-from scalekd.common.files import cannot_write
+from scalekd.common.files import append_to, cannot_write
 from scalekd.common.text import duration, printable
 
 from .trackers import Tracker
@@ -46,7 +46,7 @@ class RunLog:
         self.path = folder / "log.jsonl"
         try:
             # unbuffered: on a full disk the error is raised here, not at a later flush
-            self.file = open(self.path, "ab", buffering=0) if self.active else None  # noqa: SIM115 - until close()
+            self.file = append_to(self.path) if self.active else None
             if self.active and self.path.read_bytes()[-1:] not in (b"", b"\n"):
                 self._append("\n")  # a run that was killed may have left half a line
         except OSError as error:
@@ -163,8 +163,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(event, dict) or "event" not in event:
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             continue
+        if not isinstance(event.get("step", 0), int | float):
+            continue  # damaged
         if event["event"] == "resumed":
             events = [e for e in events if e["event"] != "finished" and e.get("step", 0) <= event.get("step", 0)]
         events.append(event)

@@ -60,37 +60,40 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def make_schedule(config: Any, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's schedule for a recipe's `schedule` and `train.epochs`. Call `schedule.step_update(step)` before each step."""
-    s, epochs = config.schedule, config.train.epochs
-    schedule, _ = create_scheduler_v2(
+    s = config.schedule
+    return _per_step(
         optimizer,
-        sched=s.name,
-        num_epochs=epochs,
+        s,
+        num_epochs=config.train.epochs,
         warmup_epochs=s.warmup_epochs,
-        warmup_lr=s.warmup_lr,
-        warmup_prefix=False,
-        min_lr=s.min_lr,
+        updates_per_epoch=steps_per_epoch,
         decay_milestones=list(s.milestones),
         decay_rate=s.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
     )
-    assert schedule is not None
-    return schedule
 
 
 def make_iteration_schedule(schedule: Any, iterations: int, optimizer: Optimizer) -> Scheduler:
     """timm's cosine or polynomial schedule over `iterations` steps. schedule: a section with `warmup_iterations`."""
-    made, _ = create_scheduler_v2(
+    return _per_step(
         optimizer,
-        sched=schedule.name,
+        schedule,
         num_epochs=iterations,
         warmup_epochs=schedule.warmup_iterations,
-        warmup_lr=schedule.warmup_lr,
-        warmup_prefix=False,
-        min_lr=schedule.min_lr,
-        decay_rate=schedule.power,  # timm's factory uses it as the power of `poly`
-        step_on_epochs=False,
         updates_per_epoch=1,
+        decay_rate=schedule.power,  # timm's factory uses it as the power of `poly`
     )
-    assert made is not None
-    return made
+
+
+def _per_step(optimizer: Optimizer, section: Any, **lengths: Any) -> Scheduler:
+    """A schedule that changes the learning rate at every step. lengths: arguments of timm's factory."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=section.name,
+        warmup_lr=section.warmup_lr,
+        warmup_prefix=False,
+        min_lr=section.min_lr,
+        step_on_epochs=False,
+        **lengths,
+    )
+    assert schedule is not None
+    return schedule

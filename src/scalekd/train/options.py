@@ -30,7 +30,8 @@ class Steps(Section):
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Maximum norm of the gradient. By default it is not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the student's weights, which is then evaluated and exported."""
+    """Decay of an exponential moving average of the student's weights, which is then evaluated and exported. The average
+    is the plain mean of all steps up to step 1 / (1 - `ema`); the decay is constant from there on."""
     sync_batchnorm: bool = False
     """Compute the statistics of batch norms over all processes. CUDA only."""
     save_minutes: Annotated[float, Field(ge=0)] = 10.0
@@ -38,6 +39,9 @@ class Steps(Section):
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     """Maximum number of steps to skip because the loss or the gradient is not finite. Above 0, every step waits for the
     GPU."""
+    resume_anyway: tuple[Literal["data", "teacher", "versions"], ...] = ()
+    """Resume although the images, a teacher's weights or the libraries' versions are not those of before. The run is then
+    not the one that would have run without the stop (docs/how-to/resume-and-scale.md)."""
     log_every: Positive = 50
     """Steps between log lines. Losses are copied from the device only then."""
 

@@ -19,6 +19,7 @@ from .log import RunLog
 from .optim import load_state
 from .run import Run
 
+OLD_EMA_POWER = 2 / 3  # of checkpoints that do not say it; their runs go on with the warm-up that they began with
 REMEDY = "Delete it to start this run from the beginning, or restore a copy."
 
 
@@ -43,6 +44,7 @@ def snapshot(run: Run, progress: Progress) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "ema": run.ema.state_dict() if run.ema else None,
+        "ema_power": run.ema.warmup_power if run.ema else None,
         "progress": asdict(progress),
         "recipe": to_yaml(run.config),
     }
@@ -69,6 +71,8 @@ def restore(run: Run, folder: Path, log: RunLog) -> Progress:
     progress = load_snapshot(run, checkpoint.load(Path(path)), path)
     log.event("resumed", step=progress.step, checkpoint=Path(path).name)
     log.say(f"{log.label} resumes from step {progress.step} of {run.total_steps}")
+    if run.ema and run.ema.warmup_power == OLD_EMA_POWER:
+        log.say(f"{log.label} keeps the warm-up of train.ema that it began with, 1 - s^(-2/3) in step s")
     return progress
 
 
@@ -102,12 +106,18 @@ def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
         progress = TypeAdapter(Progress).validate_python(values)
         if not 0 <= progress.step <= run.total_steps:
             raise ValueError(f"step {progress.step} of {run.total_steps}")
+        built = [id(p) for p in run.model.parameters()]
         for part, module in run.parts.items():
             module.load_state_dict(state[part])
+        if built != [id(p) for p in run.model.parameters()]:  # by a method, to load older weights for analyses
+            raise ValueError(
+                "`diffkd` had no norm after its last convolution in the version that wrote it; finish it there"
+            )
         load_state(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             run.ema.load_state_dict(state["ema"])
+            run.ema.warmup_power = float(state.get("ema_power", OLD_EMA_POWER))
         return progress
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{name} does not fit this recipe: {first_line(error)}\n{REMEDY}") from None
@@ -134,5 +144,6 @@ def _without_changeable(config: Any) -> Any:
     """`config` with fixed values for the keys that may change when a run is resumed."""
     # on_bad_image and max_bad may change because a run that stops at a bad image has not trained on one
     data = config.data.model_copy(update={"workers": 0, "on_bad_image": "error", "max_bad": 0.01})
-    train = config.train.model_copy(update={"save_minutes": 0.0, "skip_nonfinite": 0, "export": "last"})
+    changeable = {"save_minutes": 0.0, "skip_nonfinite": 0, "resume_anyway": (), "export": "last"}
+    train = config.train.model_copy(update=changeable)
     return config.model_copy(update={"data": data, "train": train, "track": ()})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +47,7 @@ class Run(ABC):
         model: all parameters that are trained.
         loaded: for each model, which weights were loaded.
         mix, repeats: as for `TrainSampler`.
+        described: the data, as `scalekd.data.description` makes it.
     """
 
     batch: ClassVar[Any]  # the type of a batch; made from (images, targets)
@@ -64,6 +65,7 @@ class Run(ABC):
     steps_per_epoch: int
     mix: Mix | None = None
     repeats: int = 1
+    described: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     @abstractmethod
@@ -153,10 +155,15 @@ class Run(ABC):
 
 
 def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> dict[str, Any]:
-    """The fields `scaler` and `ema` of a `Run`. train: the recipe's section."""
+    """The fields `scaler` and `ema` of a `Run`. train: the recipe's section.
+
+    The decay of the average in step s, counted from zero, is min(`train.ema`, 1 - 1/s): the average is the mean of all
+    weights so far until `train.ema` is reached in step 1 / (1 - `train.ema`). timm's default, 1 - s^(-2/3), would reach
+    0.9999 after a million steps.
+    """
     return {
         "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True) if train.ema else None,
+        "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True, warmup_power=1.0) if train.ema else None,
     }
 
 

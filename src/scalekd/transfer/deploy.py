@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line, nearest
-from scalekd.common.files import is_file, replacing, write_text
+from scalekd.common.files import is_file, reject_links, replacing, write_text
 from scalekd.common.sections import Pixels
-from scalekd.common.text import printable, shortened
+from scalekd.common.text import in_shell, printable, shortened
 from scalekd.models.options import Backbone
 from scalekd.models.weights.match import sha256_of
 
@@ -177,6 +177,8 @@ def load(path: Path, task: TaskName) -> tuple[Any, dict[str, Any]]:
     if the task's extra is missing.
     """
     need_extra(task)
+    if path.is_dir():
+        reject_links(path)
     file = path / TASKS[task].weights if path.is_dir() else path
     card_file = file.with_suffix(".json")
     # safetensors only: other weights files may contain code
@@ -191,6 +193,8 @@ def load(path: Path, task: TaskName) -> tuple[Any, dict[str, Any]]:
     model = _build(card, card_file)
     deployed = model.student if isinstance(model, Detector) else model
     _load_weights(deployed, file, card_file)
+    if not all(p.isfinite().all() for p in deployed.parameters()):
+        raise UserError(f"{file} has weights that are not finite: its run diverged; train it again")
     return model.eval(), card
 
 
@@ -221,7 +225,7 @@ def _no_export(path: Path, task: TaskName) -> str:
             return f"{path} contains a run of `{other.command}`; use it with that command"
         if (path / "student.safetensors").is_file():
             return (
-                f"{path} contains a distilled student; `{wanted.command} train RECIPE backbone.model={path}` trains a "
+                f"{path} contains a distilled student; `{wanted.command} train RECIPE {in_shell(f'backbone.model={path}')}` trains a "
                 f"{wanted.trained} on it"
             )
     elif not path.exists():

@@ -16,6 +16,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.markdown import table_row
 from scalekd.common.text import counted, printable
 from scalekd.common.yaml_file import parse_yaml
+from scalekd.data.description import FIRST, KEY, classes_of, part, tell_data
 
 from .deploy import load
 from .detection.coco import Coco, open_coco
@@ -49,6 +50,8 @@ def evaluate_detector(
     detector, card = load(run, "detection")
     coco = open_coco(annotations, images, "`annotations`")
     _expect_classes(card["classes"], coco.classes, annotations)
+    described = describe_coco(coco, str(annotations))
+    tell_data(console, described)
     for line in coco.summary():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     items = DetectionImages(coco, Scales(channels=len(card["mean"])), None)
@@ -61,10 +64,19 @@ def evaluate_detector(
         "weights": card["sha256"],
         "annotations": str(annotations),
         "images": len(coco.pictures),
+        KEY: described,
         **{kind: {key: percent(shares[kind][key]) for key in FIGURES} for kind in ("box", "mask")},
         "per_class": _per_class(coco, shares),
         "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
     }
+
+
+def describe_coco(coco: Coco, annotations: str) -> dict[str, Any]:
+    """As `scalekd.data.description` makes it; the size of a class is its number of objects."""
+    left = {kind: {"count": len(at), "example": at[0]} for kind, at in coco.problems.items()}
+    labels = [x.label - 1 for picture in coco.pictures for x in picture.instances if not x.crowd]
+    validation = part(len(coco.pictures), annotations, "", left)
+    return {"validation": validation, "classes": classes_of(coco.classes, labels, "objects"), "notes": []}
 
 
 @torch.inference_mode()
@@ -147,12 +159,22 @@ def evaluate_segmenter(
     pairs = _open_evaluated(data, classes, card, run)
     inference = choose_inference(model, card, mode)
     channels = len(card["mean"])
+    validation = part(len(pairs), str(data), "", pairs.left_out)
+    classes_found = {"count": len(pairs.classes), "first": list(pairs.classes[:FIRST])}
+    described = {"validation": validation, "classes": classes_found, "notes": []}
+    tell_data(console, described)
     items = SegmentationImages(pairs, Crops(size=(card["short"], card["short"]), channels=channels), None)
     mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     batches = segmentation_batches(items, 1, workers, device.type == "cuda")
     tracked = track(batches, "images", len(items), console=console, transient=True, disable=not console.is_terminal)
     scores = evaluate(model.to(device), tracked, mean, std, device, pairs.classes, inference)
-    source = {"task": "segmentation", "weights": card["sha256"], "data": str(data), "images": len(pairs)}
+    source = {
+        "task": "segmentation",
+        "weights": card["sha256"],
+        "data": str(data),
+        "images": len(pairs),
+        KEY: described,
+    }
     return source | {"inference": mode or card["inference"]} | scores
 
 
@@ -163,7 +185,7 @@ def _open_evaluated(data: Path, classes: Path | None, card: dict[str, Any], run:
     file = classes or classes_file(data)
     names = read_classes(file)
     _expect_classes(card["classes"], names, file)
-    part = part_folders(data, "val")
+    part = part_folders(data, "val") or part_folders(data, "test")
     if part is None:
         masks = next((data / name for name in MASKS if (data / name).is_dir()), None)
         if masks is None or not (data / "images").is_dir() or part_folders(data, "train"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coco_files import GOOD, POLYGON, annotation, opened
+from PIL import Image
 
 from scalekd.common.errors import UserError
 from scalekd.transfer.detection.coco import Coco, open_coco
@@ -93,10 +94,11 @@ def test_unusable_annotations_are_skipped(folder, changed, problem):
 
 
 def test_boxes_partly_outside_are_clipped(folder):
-    coco = with_annotation(folder, bbox=(-5, 12, 20, 30))
+    coco = with_annotation(folder, bbox=(-5, 12, 20, 30), segmentation=[[-5, 12, 15, 12, 15, 42, -5, 42]])
     assert coco.pictures[2].instances[0].box == (0, 12, 15, 8)
     assert coco.summary()[1] == "boxes partly outside their image, clipped: 1 (annotation 9)"
-    rounded = with_annotation(folder, bbox=(-0.3, 0, 40.6, 20))
+    whole = [[0, 0, 40, 0, 40, 20, 0, 20]]
+    rounded = with_annotation(folder, bbox=(-0.3, 0, 40.6, 20), segmentation=whole)
     assert rounded.pictures[2].instances[0].box == (0, 0, 40, 20) and not rounded.problems
 
 
@@ -124,11 +126,46 @@ def test_ids_that_occur_twice(folder):
 
 
 def test_a_problem_is_one_line(folder):
-    many = [annotation(i, bbox=(99, 2, 5, 5)) for i in range(10, 60)]
-    coco = opened(folder, annotations=[*GOOD["annotations"], *many])
+    many = [annotation(i, bbox=(99, 2, 5, 5)) for i in range(10, 14)]
+    coco = opened(folder, annotations=[*(annotation(i) for i in range(9)), *many])
     assert coco.summary()[1] == (
-        "boxes entirely outside their image, skipped: 50 (annotation 10, annotation 11, annotation 12, ...)"
+        "boxes entirely outside their image, skipped: 4 (annotation 10, annotation 11, annotation 12, ...)"
     )
+    with pytest.raises(UserError, match=r"4 of 6 annotations cannot be used; repair the file.\nboxes entirely outside"):
+        opened(folder, annotations=[annotation(1), annotation(2), *many])
+
+
+# A mask of 20x30 pixels at (15, 0) of a 40x20 image, as polygon and as runs down the columns
+SQUARE: list[Any] = [[[15, 0, 35, 0, 35, 20, 15, 20]], {"size": [20, 40], "counts": [300, 400, 100]}]
+
+
+@pytest.mark.parametrize("mask", SQUARE, ids=["polygon", "runs"])
+def test_boxes_that_contradict_their_masks_are_refused(folder, mask):
+    good = [annotation(i, bbox=(15, 0, 20, 20), segmentation=mask) for i in range(6)]
+    assert len(opened(folder, annotations=good).pictures[0].instances) == 6
+    one = [*good, annotation(9, bbox=(0, 0, 6, 6), segmentation=mask)]
+    assert list(opened(folder, annotations=one).problems) == ["boxes that contradict their mask, skipped"]
+    fractions = [annotation(i, bbox=(0.3, 0.1, 0.5, 0.9), segmentation=mask) for i in range(6)]
+    with pytest.raises(UserError, match=r"they are fractions of the image\. Write x, y, width, height in pixels"):
+        opened(folder, annotations=fractions)
+    small = (
+        [[20, 10, 30, 10, 30, 18, 20, 18]] if isinstance(mask, list) else {"size": [20, 40], "counts": [580, 60, 160]}
+    )
+    corners = [
+        annotation(i, bbox=(20, 10, 32, 20) if isinstance(mask, list) else (29, 0, 32, 20), segmentation=small)
+        for i in range(6)
+    ]
+    with pytest.raises(UserError, match=r"6 boxes of 6 annotations contradict.*x1, y1, x2, y2; COCO's are x, y, width"):
+        opened(folder, annotations=corners)
+
+
+def test_a_missing_size_is_that_of_the_upright_image(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 40)).save(folder / "images" / "1.jpg", exif=exif)
+    image = {"id": 1, "file_name": "1.jpg"}
+    coco = opened(folder, images=[image], annotations=[annotation(1)])
+    assert (coco.pictures[0].width, coco.pictures[0].height) == (40, 20)
 
 
 # ---------------------------------------------------------------- images
@@ -233,9 +270,11 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def test_whatever_stands_anywhere_is_told_and_what_is_kept_can_be_used(folder):
-    runs = annotation(3, segmentation={"size": [20, 40], "counts": [100, 50, 650]})
+    runs = annotation(3, bbox=(5, 0, 3, 20), segmentation={"size": [20, 40], "counts": [100, 50, 650]})
     text = annotation(
-        4, segmentation={"size": [20, 40], "counts": mask_tools().encode(np.eye(20, 40, dtype="u1"))["counts"]}
+        4,
+        bbox=(0, 0, 20, 20),
+        segmentation={"size": [20, 40], "counts": mask_tools().encode(np.eye(20, 40, dtype="u1"))["counts"]},
     )
     text["segmentation"]["counts"] = str(text["segmentation"]["counts"], "ascii")
     whole = GOOD | {"annotations": [*GOOD["annotations"], runs, text]}

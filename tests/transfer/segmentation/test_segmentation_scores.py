@@ -13,7 +13,6 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.data.batches import Batch
 from scalekd.transfer.segmentation.scores import (
-    _starts,
     classes_of,
     confusion_matrix,
     evaluate,
@@ -22,6 +21,7 @@ from scalekd.transfer.segmentation.scores import (
     sliding,
     table,
     whole,
+    window_starts,
 )
 
 NAMES = ["wall", "floor", "sky", "sea"]
@@ -118,14 +118,14 @@ def test_windows_cover_everything_and_are_averaged():
     "length, expected", [(512, [0]), (300, [0]), (513, [0, 1]), (853, [0, 341]), (900, [0, 341, 388])]
 )
 def test_where_windows_start(length, expected):
-    assert _starts(length, 512, 341) == expected
+    assert window_starts(length, 512, 341) == expected
 
 
 def test_ways_of_inference():
     assert make_inference("whole", (8, 8)) is whole
     model, x = Seen(), torch.randn(1, 3, 20, 8)
     make_inference("sliding", (8, 8))(model, x)
-    assert len(model.sizes) == len(_starts(20, 8, 5)) == 4  # two thirds of 8
+    assert len(model.sizes) == len(window_starts(20, 8, 5)) == 4  # two thirds of 8
     assert 2 * 512 // 3 == 341  # the papers'
     with pytest.raises(UserError, match="must be whole or sliding"):
         make_inference("both", (8, 8))

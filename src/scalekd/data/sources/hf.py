@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, read_file
 
-from .folders import real
+from .content import real, sizes_of, stamp
+from .names import LeftOut, refuse_splits, split_of
 
 LABELS = ("label", "labels", "class", "target", "fine_label")
 
@@ -28,30 +30,61 @@ class HuggingFace:
         split, _, columns = rest.partition(":")
         self.text = f"hf:{text}"
         self.origin = real(folder), split
-        rows = _open(folder, split, key)
-        self.image, label = _columns(rows, columns, self.text, key)
-        self.classes, self.targets = _labels(rows, label, self.text, key)
-        from datasets import Image as ImageFeature
-
-        self.rows = rows.select_columns([self.image]).cast_column(self.image, ImageFeature(decode=False))
+        datasets = _datasets(key)
+        rows = _open(folder, split, key).with_format(None)  # one saved with a format would return tensors
+        self.image, label = columns_of(rows, columns, f"hf:{folder}:{split}", key)
+        self.classes, self.targets = labels_of(rows, label, self.text, key)
+        refuse_splits(self.classes, self.text, key)
+        self.left_out: LeftOut = {}
+        rows = rows.select_columns([self.image])
+        if isinstance(rows.features[self.image], datasets.Image):
+            rows = rows.cast_column(self.image, datasets.Image(decode=False))
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return decode(self.content(i)), self.targets[i]
+
+    def content(self, i: int) -> bytes:
         cell = self._cell(i)
         data = cell.get("bytes")
         if data is None and cell.get("path"):
             data = read_file(cell["path"])
-        return decode(data or b""), self.targets[i]
+        return data or b""
 
     def _cell(self, i: int) -> dict[str, Any]:
         try:
-            return self.rows[i][self.image] or {}
+            cell = self.rows[i][self.image]
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # for a damaged Arrow file pyarrow may raise nearly anything
             raise BadImage(f"datasets cannot read it: {first_line(error)}") from None
+        if isinstance(cell, bytes):
+            return {"bytes": cell}
+        return {"path": cell} if isinstance(cell, str) else cell or {}
+
+    def sizes(self) -> list[int] | None:
+        """From the offsets in the Arrow files, which are read, but not the images."""
+        sizes: list[int] = []
+        rows = self.rows.with_format("arrow")
+        try:
+            for first in range(0, len(self), 1000):
+                column = rows[first : first + 1000][self.image].combine_chunks()
+                sizes += [_size(*cell) for cell in zip(*_lengths_and_paths(column))]
+        except Exception:  # the image that cannot be read is named when it is read
+            return None
+        return sizes
+
+    def stamps(self) -> Iterator[str]:
+        yield str(self.rows._fingerprint)
+        for file in self.rows.cache_files:
+            yield stamp(file["filename"])
+        rows = self.rows.with_format("arrow")
+        for first in range(0, len(self), 1000):
+            lengths, paths = _lengths_and_paths(rows[first : first + 1000][self.image].combine_chunks())
+            yield from (stamp(path) for length, path in zip(lengths, paths) if length is None and path)
 
     def where(self, i: int) -> str:
         try:
@@ -64,16 +97,31 @@ class HuggingFace:
         return *self.origin, i
 
 
-def pair(text: str) -> tuple[str, str] | None:
-    """The training and validation sources in a folder named without a split.
+def _lengths_and_paths(column: Any) -> tuple[Any, Any]:
+    """The number of bytes in each cell of an Arrow column of images, and its path; None if it has none."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.compute  # type: ignore[import-untyped]
 
-    They are the splits `train` and `validation`, `val` or `test`; None if one is missing.
-    """
+    nothing: list[None] = [None] * len(column)
+    if not pyarrow.types.is_struct(column.type):
+        text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        lengths = nothing if text else pyarrow.compute.binary_length(column).to_pylist()
+        return lengths, column.to_pylist() if text else nothing
+    fields = [field.name for field in column.type]
+    paths = column.field("path").to_pylist() if "path" in fields else nothing
+    return pyarrow.compute.binary_length(column.field("bytes")).to_pylist(), paths
+
+
+def _size(length: int | None, path: str | None) -> int:
+    return sizes_of([path])[0] if length is None and path else length or 0
+
+
+def parts(text: str) -> dict[str, str]:
+    """The sources of the splits `train`, `val` and `test` in a folder named without a split."""
     if ":" in text or not Path(text).expanduser().is_dir():
-        return None
-    splits = _splits(Path(text).expanduser(), "data.train")
-    val = next((name for name in ("validation", "val", "test") if name in splits), None)
-    return (f"hf:{text}:train", f"hf:{text}:{val}") if "train" in splits and val else None
+        return {}
+    named = {split_of(name): name for name in reversed(_splits(Path(text).expanduser(), "data.train"))}
+    return {split: f"hf:{text}:{name}" for split, name in named.items() if split}
 
 
 def _datasets(key: str) -> Any:
@@ -130,34 +178,93 @@ def _unreadable(root: Path | str, error: Exception, key: str) -> UserError:
     return UserError(f"{key}: datasets cannot read {root}: {printable(first_line(error))}")
 
 
-def _columns(rows: Any, names: str, text: str, key: str) -> tuple[str, str]:
-    """The image column and the label column: those in `names` (IMAGE,LABEL), else the only ones of their types."""
-    from datasets import ClassLabel
-    from datasets import Image as ImageFeature
+def columns_of(rows: Any, names: str, text: str, key: str) -> tuple[str, str]:
+    """The image column and the label column: those in `names` (IMAGE,LABEL), else the only ones of their types.
 
+    text: the source up to its split, to which the fix adds columns.
+    """
     features = rows.features
-    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [name for name in LABELS if "int" in getattr(features.get(name), "dtype", "")]
+    kinds = {name: _kind(name, feature) for name, feature in features.items()}
     if names:
         image, _, label = names.partition(",")
-        images, labels = [n for n in images if n == image], [n for n in features if n == label]
+        _check_named(image, label, kinds, features, text, key)
+        return image, label
+    images = [name for name, kind in kinds.items() if kind == "image"]
+    images = images or [name for name, kind in kinds.items() if kind == "bytes"]
+    labels = [name for name, kind in kinds.items() if kind == "class"]
+    labels = labels or [name for name in LABELS if kinds.get(name) in ("number", "text")]
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
-    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
     raise UserError(
-        f"{key}: the image and label columns of {text} are unclear. It has {printable(listed)}. "
-        f"Write {':'.join(text.split(':')[:2])}:SPLIT:IMAGE,LABEL"
+        f"{key}: the image and label columns of {text.rstrip(':')} are unclear. It has {_listed(features)}. "
+        + _remedy(images, labels, kinds, text)
     )
 
 
-def _labels(rows: Any, column: str, text: str, key: str) -> tuple[list[str], list[int]]:
-    """The class names and the class of every row."""
+def _kind(name: str, feature: Any) -> str:
+    """What a column may hold: image, bytes (of an image), class, number, text, or "" for anything else."""
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    if isinstance(feature, ImageFeature):
+        return "image"
+    if isinstance(feature, ClassLabel):
+        return "class"
+    if isinstance(feature, dict):
+        return "bytes" if "binary" in getattr(feature.get("bytes"), "dtype", "") else ""
+    dtype = getattr(feature, "dtype", "")
+    if not isinstance(dtype, str):
+        return ""
+    return next(
+        (kind for word, kind in (("int", "number"), ("binary", "bytes"), ("string", "text")) if word in dtype), ""
+    )
+
+
+def _listed(features: Any) -> str:
+    return printable(", ".join(f"{name} ({_type(feature)})" for name, feature in features.items()))
+
+
+def _type(feature: Any) -> str:
+    return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def _remedy(images: list[str], labels: list[str], kinds: dict[str, str], text: str) -> str:
+    """How to name the columns, or why no name would help."""
+    labels = labels or [name for name, kind in kinds.items() if kind in ("number", "text")]
+    if not images or not labels:
+        what = "images (of type Image, or their encoded bytes)" if not images else "labels (classes, numbers or text)"
+        return f"No column holds {what}; add one to the data set"
+    return printable(f"Name them: {text}:{images[0]},{labels[0]}")
+
+
+def _check_named(image: str, label: str, kinds: dict[str, str], features: Any, text: str, key: str) -> None:
+    """Raises `UserError` for a named column that is missing or of a wrong type."""
+    for name, what, right in (
+        (image, "images", ("image", "bytes", "text")),
+        (label, "labels", ("class", "number", "text")),
+    ):
+        if name not in kinds:
+            raise UserError(f"{key}: {text} has no column `{printable(name)}`; it has {_listed(features)}")
+        if kinds[name] not in right:
+            raise UserError(
+                f"{key}: column `{printable(name)}` of {text} cannot hold {what}: it has {_listed(features)}. "
+                "Name another column, or convert this one"
+            )
+
+
+def labels_of(rows: Any, column: str, text: str, key: str) -> tuple[list[str], list[int]]:
+    """The class names and the class of every row. Text labels are class names, in alphabetical order."""
     names = getattr(rows.features[column], "names", None)
     try:
         targets = list(rows.select_columns([column])[:][column])
     except Exception as error:
         raise _unreadable(text, error, key) from None
+    if not targets:
+        raise UserError(f"{key}: {text} has no images")
+    if not names and _kind(column, rows.features[column]) == "text":
+        names = sorted({target for target in targets if target})
+        number = {name: i for i, name in enumerate(names)}
+        targets = [number.get(target, target) for target in targets]
     limit = len(names) if names else 1_000_000
     wrong = next((i for i, t in enumerate(targets) if not isinstance(t, int) or not 0 <= t < limit), None)
     if wrong is not None:
@@ -165,6 +272,4 @@ def _labels(rows: Any, column: str, text: str, key: str) -> tuple[list[str], lis
         raise UserError(
             f"{key}: `{column}` of image {wrong} of {text} is {printable(repr(targets[wrong]))}, which is not {valid}"
         )
-    if not targets:
-        raise UserError(f"{key}: {text} has no images")
     return list(names or (str(i) for i in range(max(targets) + 1))), targets

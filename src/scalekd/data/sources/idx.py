@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 
 from scalekd.common.errors import UserError
 
-from .folders import real
+from .content import real
+from .names import LeftOut
 
 FASHION_CLASSES = [
     "T-shirt/top",
@@ -33,6 +35,7 @@ class Idx:
 
     def __init__(self, prefix: str, classes: list[str] | None, key: str):
         self.prefix = prefix
+        self.left_out: LeftOut = {}
         self.images = _read_idx(f"{prefix}-images-idx3-ubyte", 3, key)
         self.targets = _read_idx(f"{prefix}-labels-idx1-ubyte", 1, key).tolist()
         if len(self.images) != len(self.targets):
@@ -52,6 +55,15 @@ class Idx:
 
     def identity(self, i: int) -> tuple[str, int]:
         return real(self.prefix), i
+
+    def sizes(self) -> list[int]:
+        return [self.images[0].size] * len(self.targets)
+
+    def content(self, i: int) -> bytes:
+        return self.images[i].tobytes()
+
+    def stamps(self) -> list[str]:
+        return [hashlib.sha256(self.images.tobytes()).hexdigest()]
 
 
 def fashion_mnist(split: str, key: str) -> Idx:

@@ -13,15 +13,19 @@ from pathlib import Path
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.text import shortened
 
-from .folders import Folder
+from .folders import Folder, any_image, class_folders
 from .hf import HuggingFace
-from .hf import pair as hf_pair
+from .hf import parts as hf_parts
 from .idx import Idx, fashion_mnist
+from .names import are_splits, split_of
 from .shards import Shards
 from .source import Source
 from .tars import Tar
 from .torchvision import TorchVision
 from .unlabelled import WithoutLabels, loose_files, loose_members
+
+# torchvision's data sets with validation images
+WITH_VAL = ("DTD", "FGVCAircraft", "Flowers102", "ImageNet", "PCAM", "RenderedSST2")
 
 
 def open_source(text: str, key: str) -> Source:
@@ -91,26 +95,54 @@ def _open_labelled(text: str, key: str) -> Source:
     return Folder(rest if kind == "folder" else text, key)
 
 
-def pair_of(text: str) -> tuple[str, str] | None:
-    """The training and validation sources for a name without a split, or None if it does not stand for two."""
-    try:
-        return _pair(text)
-    except (OSError, ValueError, RuntimeError):  # `open_source` raises an error that says why
+def pair_of(text: str, test: bool = False) -> tuple[str, str | None] | None:
+    """The training and validation sources for a name without a split, or None if it does not stand for splits.
+
+    The second is None if there are no validation images, so that a part of the first is held out.
+
+    test: whether test images may serve for validation if there are no others. A run chooses its best checkpoint by its
+        validation images, so it must not; a probe or a fitted head chooses nothing by them.
+    """
+    parts = parts_of(text)
+    if "train" not in parts:
         return None
+    return parts["train"], parts.get("val") or (parts.get("test") if test else None)
 
 
-def _pair(text: str) -> tuple[str, str] | None:
+def evaluated_part(text: str) -> str:
+    """The source to evaluate on for a name without a split: its validation or test images; else `text` itself."""
+    parts = parts_of(text)
+    return parts.get("val") or parts.get("test") or text
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """The sources of the splits `train`, `val` and `test` for a name without a split; empty if it stands for none."""
+    try:
+        return _parts(text)
+    except (OSError, ValueError, RuntimeError):  # `open_source` raises an error that says why
+        return {}
+
+
+def _parts(text: str) -> dict[str, str]:
     kind, _, rest = text.partition(":")
     if not text:
-        return None
+        return {}
     if text == "fashion-mnist":
-        return "fashion-mnist:train", "fashion-mnist:test"
+        return {"train": "fashion-mnist:train", "test": "fashion-mnist:test"}
     if kind == "torchvision":
         name, _, folder = rest.partition(":")
         if folder and folder.partition(":")[0] not in ("train", "test", "val"):
-            return f"torchvision:{name}:train:{folder}", f"torchvision:{name}:test:{folder}"
+            second = "val" if name in WITH_VAL else "test"
+            return {split: f"torchvision:{name}:{split}:{folder}" for split in ("train", second)}
+        return {}
     if kind == "hf":
-        return hf_pair(rest)
-    root = Path(text)
-    val = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
-    return (str(root / "train"), str(val)) if val and (root / "train").is_dir() else None
+        return hf_parts(rest)
+    root = Path(rest if kind == "folder" else text).expanduser()
+    if kind in ("tar", "wds", "idx", "fashion-mnist") or not root.is_dir():
+        return {}
+    names = class_folders(root)
+    if len(are_splits(names, [name for name in names if any_image(root / name)])) < len(
+        [n for n in names if split_of(n)]
+    ):
+        return {}  # a class that is called train
+    return {split: str(root / name) for name in reversed(names) if (split := split_of(name))}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from scalekd.common.errors import UserError
 from scalekd.common.text import printable, shortened
-from scalekd.data.images import EXTENSIONS, decode, is_image
+from scalekd.data.images import EXTENSIONS, decode
 
-from .tars import Place, index
+from .content import Place, sizes_of, stamps_of
+from .names import LeftOut, is_hidden, leave_out, refuse_mixed, refuse_splits, told, words_of
+from .tars import images_of, index
 
+OTHER_FIELDS = "other fields of samples (the key ends at the first dot of a name)"
 MAX_CLASSES = 1_000_000
 MAX_LABEL = 1000  # bytes
 MAX_SHARDS = 100_000
@@ -29,16 +32,18 @@ class Shards:
 
     def __init__(self, text: str, key: str):
         paths = shard_paths(text, key)
+        self.left_out: LeftOut = {}
         self.names: list[str] = []
         self.places: list[Place] = []
         labels: list[str] = []
         for path in paths:
-            for name, place, label in _samples(path, key):
+            for name, place, label in _samples(path, key, self.left_out):
                 self.names.append(name)
                 self.places.append(place)
                 labels.append(label)
         if not labels:
-            raise UserError(f"{key}: {text} has no images")
+            raise UserError(f"{key}: {text} has no images{told(self.left_out)}")
+        refuse_mixed({name.rpartition("/")[0] for name in self.names}, text, key)
         self.classes, number = _classes(paths[0].parent / "classes.txt", labels, key)
         wrong = next((i for i, label in enumerate(labels) if label not in number), None)
         if wrong is not None:
@@ -47,6 +52,7 @@ class Shards:
                 f"{len(self.classes)} classes; use numbers from 0 in all shards, or names in all shards"
             )
         self.targets = [number[label] for label in labels]
+        refuse_splits(self.classes, text, key)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,11 +66,34 @@ class Shards:
     def identity(self, i: int) -> tuple[str, int]:
         return self.places[i].identity()
 
+    def sizes(self) -> list[int]:
+        return sizes_of(self.places)
 
-def is_sample_image(name: str) -> bool:
-    """Whether a file in a shard is the image of a sample. `0.mask.png`, for example, is not."""
-    extension = name.rpartition("/")[2].partition(".")[2]
-    return is_image(name) and f".{extension.lower()}" in EXTENSIONS
+    def content(self, i: int) -> bytes:
+        return self.places[i].read()
+
+    def stamps(self) -> Iterator[str]:
+        return stamps_of(self.places)
+
+
+def sample_images(names: Iterable[str], left_out: LeftOut) -> list[str]:
+    """The files in a shard that are the image of a sample; `0.mask.png`, for example, is not. Counts the others.
+
+    As WebDataset defines it, the key of a sample ends at the first dot of the file name, and the rest is the field.
+    """
+    images = []
+    for name in images_of(names, left_out):
+        if f".{_key_and_field(name)[1].lower()}" in EXTENSIONS:
+            images.append(name)
+        else:
+            leave_out(left_out, OTHER_FIELDS, name)
+    return images
+
+
+def _key_and_field(name: str) -> tuple[str, str]:
+    folder, _, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, field
 
 
 def shard_paths(text: str, key: str) -> list[Path]:
@@ -73,6 +102,7 @@ def shard_paths(text: str, key: str) -> list[Path]:
     paths = [path for p in _ranges(pattern, key) for path in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
     if not paths:
         raise UserError(f"{key}: no file matches {text}")
+    refuse_mixed((words_of(Path(path).stem) for path in paths), text, key)
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise UserError(f"{key}: {len(missing)} of {len(paths)} shards of {text} do not exist, such as {missing[0]}")
@@ -96,30 +126,42 @@ def _ranges(pattern: str, key: str) -> list[str]:
     return paths
 
 
-def _samples(path: Path, key: str) -> list[tuple[str, Place, str]]:
+def _samples(path: Path, key: str, left_out: LeftOut) -> list[tuple[str, Place, str]]:
     """(name of the image, its position in the archive, its label) for every sample in a shard."""
-    images: dict[str, str] = {}
-    labels: dict[str, Place] = {}
     places, _ = index(path, key)
-    for name, place in places.items():
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        sample = f"{folder}/{stem}" if folder else stem
-        if extension == "cls" and not base.startswith("."):
-            labels[sample] = place
-        elif is_sample_image(name):
-            if sample in images:
-                raise UserError(
-                    f"{key}: {printable(images[sample])} and {printable(name)} in {path} belong to one sample; keep one of them"
-                )
-            images[sample] = name
+    labels = {_key_and_field(name)[0]: name for name in places if _is_label(name)}
+    images: dict[str, str] = {}
+    for name in sample_images((name for name in places if name not in labels.values()), left_out):
+        sample = _key_and_field(name)[0]
+        if sample in images:
+            raise UserError(
+                f"{key}: {printable(images[sample])} and {printable(name)} in {path} belong to one sample; keep one of them"
+            )
+        images[sample] = name
+    _refuse_dotted_keys(places, path, key)
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
         problem = "no label (.cls)" if odd[0] in images else "a label and no image"
         raise UserError(
             f"{key}: sample {printable(odd[0])} in {path} has {problem}; {len(odd)} samples in this shard are incomplete"
         )
-    return [(name, places[name], _label(labels[sample], sample, path, key)) for sample, name in images.items()]
+    return [(name, places[name], _label(places[labels[sample]], sample, path, key)) for sample, name in images.items()]
+
+
+def _is_label(name: str) -> bool:
+    return _key_and_field(name)[1] == "cls" and not is_hidden(name)
+
+
+def _refuse_dotted_keys(names: Iterable[str], path: Path, key: str) -> None:
+    """Raises `UserError` if labels belong to keys with a dot in them, `a.1.cls`: their images would be lost."""
+    dotted = [name for name in names if name.endswith(".cls") and not _is_label(name) and not is_hidden(name)]
+    if dotted:
+        sample, field = _key_and_field(dotted[0])
+        raise UserError(
+            f"{key}: the key of a sample ends at the first dot, so {printable(dotted[0])} in {path} is the field "
+            f"`{printable(field)}` of sample {printable(sample)}, not a label; {len(dotted)} labels in this shard are such. "
+            "Write the shards again with keys without dots"
+        )
 
 
 def _label(place: Place, sample: str, path: Path, key: str) -> str:

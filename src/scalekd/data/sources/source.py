@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from PIL import Image
+
+from .names import LeftOut
 
 
 class Source(Protocol):
@@ -21,6 +23,11 @@ class Source(Protocol):
         """The class of every image, or `UNLABELLED`."""
         ...
 
+    @property
+    def left_out(self) -> LeftOut:
+        """Files that the source did not take, by reason."""
+        ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         """Image i, loaded, mode L or RGB, and its class. Raises `BadImage`."""
@@ -32,4 +39,16 @@ class Source(Protocol):
 
     def identity(self, i: int) -> Hashable:
         """A key that is equal for the same image in two sources, even if their paths differ. Reads no image."""
+        ...
+
+    def sizes(self) -> Sequence[int] | None:
+        """The bytes of every encoded image, to find equal ones; None if the source cannot tell. Reads no image."""
+        ...
+
+    def content(self, i: int) -> bytes:
+        """The encoded image i, or its pixels if it is not encoded. Raises `BadImage`."""
+        ...
+
+    def stamps(self) -> Iterable[str]:
+        """Texts that change when the images change under the same names. Reads no image."""
         ...

@@ -6,48 +6,23 @@ Any process can read the images in any order. Nothing is ever unpacked.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from PIL import Image
 
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
-from scalekd.data.images import BadImage, decode, is_image
+from scalekd.data.images import decode
 
-from .folders import real, reject_empty
+from .content import Place, sizes_of, stamps_of
+from .folders import reject_empty
+from .names import LeftOut, is_hidden, leave_out, refuse_mixed, refuse_splits, told, why_left_out
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512
-
-
-class Place(NamedTuple):
-    """The position of a file in an archive."""
-
-    archive: str
-    offset: int  # bytes
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes of the file. Raises `BadImage`.
-
-        Opens the archive each time, so that processes share no file handle and cannot run out of them.
-        """
-        try:
-            with open(self.archive, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
-        if len(data) < self.size:
-            raise BadImage("the archive is shorter than when it was opened")
-        return data
-
-    def identity(self) -> tuple[str, int]:
-        """As `Source.identity`."""
-        return real(self.archive), self.offset
 
 
 class Tar:
@@ -56,12 +31,15 @@ class Tar:
     def __init__(self, text: str, key: str):
         self.archive = Path(text).expanduser()
         places, folders = index(self.archive, key)
-        self.names = sorted((name for name in places if is_image(name)), key=lambda name: (_class(_parent(name)), name))
+        self.left_out: LeftOut = {}
+        self.names = sorted(images_of(places, self.left_out), key=lambda name: (_class(_parent(name)), name))
         if not self.names:
-            raise UserError(f"{key}: {text} has no images")
+            raise UserError(f"{key}: {text} has no images{told(self.left_out)}")
         if not _parent(self.names[0]):
             raise UserError(f"{key}: {printable(self.names[0])} in {text} is not in a class folder")
         parents = list(dict.fromkeys(_parent(name) for name in self.names))
+        refuse_mixed(parents, text, key)
+        refuse_splits(map(_class, parents), text, key)
         for a, b in pairwise(parents):
             if _class(a) == _class(b):
                 raise UserError(
@@ -69,7 +47,7 @@ class Tar:
                     f"{printable(b)}. Use separate archives for training and validation images."
                 )
         above = {"/".join(parts[:i]) for parts in (p.split("/") for p in parents) for i in range(1, len(parts) + 1)}
-        reject_empty(sorted(folders - above), text, key)
+        reject_empty(sorted(f for f in folders - above if not is_hidden(f)), text, key)
         self.classes = [_class(parent) for parent in parents]
         number = {parent: i for i, parent in enumerate(parents)}
         self.places = [places[name] for name in self.names]
@@ -86,6 +64,26 @@ class Tar:
 
     def identity(self, i: int) -> tuple[str, int]:
         return self.places[i].identity()
+
+    def sizes(self) -> list[int]:
+        return sizes_of(self.places)
+
+    def content(self, i: int) -> bytes:
+        return self.places[i].read()
+
+    def stamps(self) -> Iterator[str]:
+        return stamps_of(self.places)
+
+
+def images_of(names: Iterable[str], left_out: LeftOut) -> list[str]:
+    """The images among the files of an archive; the others are counted in `left_out`."""
+    images = []
+    for name in names:
+        if reason := why_left_out(name):
+            leave_out(left_out, reason, name)
+        else:
+            images.append(name)
+    return images
 
 
 def _parent(name: str) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from scalekd.common.errors import UserError, first_line, nearest
-from scalekd.data.images import BadImage, plain
+from scalekd.data.images import BadImage, decode, plain, read_file
 
-from .folders import real
+from .content import real, stamp
+from .names import LeftOut
+
+FILES = ("samples", "imgs", "_samples", "_image_files", "_images", "images")  # attributes that may list files
+
+
+def _load(path: str) -> Image.Image:
+    return decode(read_file(path))
 
 
 class TorchVision:
@@ -40,6 +51,9 @@ class TorchVision:
         except Exception as error:  # for damaged files it may raise nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{key}: torchvision cannot open {name} ({split}) under {root}: {reason}") from None
+        if hasattr(self.images, "loader"):  # torchvision's own drops the orientation and clips 16 bits
+            self.images.loader = _load
+        self.left_out: LeftOut = {}
         self.name, self.root = f"{name} {split}", real(root)
         labels: Any = next(
             (getattr(self.images, a) for a in ("targets", "labels", "_labels") if hasattr(self.images, a)), None
@@ -63,6 +77,8 @@ class TorchVision:
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         try:
             image, _ = self.images[i]
+            if not isinstance(image, Image.Image):
+                raise BadImage(f"torchvision returns {type(image).__name__}, not an image")
             return plain(image), self.targets[i]
         except (BadImage, MemoryError):
             raise
@@ -74,3 +90,20 @@ class TorchVision:
 
     def identity(self, i: int) -> tuple[str, str, int]:
         return self.name, self.root, i
+
+    def sizes(self) -> list[int] | None:
+        """Known only for data sets that torchvision holds in memory."""
+        if not len(self) or not isinstance(getattr(self.images, "data", None), (np.ndarray, torch.Tensor)):
+            return None
+        return [np.asarray(self.images.data[0]).nbytes] * len(self)
+
+    def content(self, i: int) -> bytes:
+        return np.asarray(self.images.data[i]).tobytes()
+
+    def stamps(self) -> list[str]:
+        """Of the files that torchvision lists, or of the pixels that it holds in memory."""
+        if self.sizes() is not None:
+            return [hashlib.sha256(np.asarray(self.images.data).tobytes()).hexdigest()]
+        listed: Any = next((getattr(self.images, a) for a in FILES if hasattr(self.images, a)), ())
+        files = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in listed]
+        return [stamp(file) for file in files if os.path.isfile(file)]

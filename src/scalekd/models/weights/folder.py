@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file
-from scalekd.common.text import printable, shortened
+from scalekd.common.files import is_file, reject_links
+from scalekd.common.text import in_shell, printable, shortened
 
 from ..names import models_like
 from .file import ENDINGS, as_overrides, as_text, train_arguments, weights_in
@@ -130,6 +130,7 @@ def read_folder(folder: Path, role: str) -> Described:
     """The model in `folder`, whose weights file exists. Raises `UserError` that begins with `role`.model."""
     try:
         if is_file(folder / "student.json"):
+            reject_links(folder)  # not in timm's format: the Hub's cache consists of links
             described = _from_card(folder / "student.json")
         elif is_file(folder / "config.json"):
             described = _from_config(folder / "config.json")
@@ -138,9 +139,8 @@ def read_folder(folder: Path, role: str) -> Described:
     except UserError as error:
         raise UserError(f"{role}.model: {error}") from None
     if not is_file(described.weights):
-        remedy = (
-            f"create it with `scalekd export {folder}`" if described.weights.name == "student.safetensors" else "add it"
-        )
+        made = described.weights.name == "student.safetensors"
+        remedy = f"create it with `scalekd export {in_shell(folder)}`" if made else "add it"
         raise UserError(f"{role}.model: {folder} has no {described.weights.name}; {remedy}")
     return described
 

@@ -44,14 +44,34 @@ def _named(contents: object, within: str = "", depth: int = 0) -> Iterable[tuple
             yield from _named(value, f"{within}{key}.", depth + 1)
 
 
-AVERAGED, PLAIN = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # in timm's checkpoints
+# Entries of checkpoints that keep averaged weights beside plain ones: (averaged, plain). timm: state_dict_ema; DeiT and
+# torchvision: model_ema; others: ema, ema_state_dict.
+AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema", "ema_state_dict"), ("state_dict", "model")
+SWAPPED = {  # entries with the plain weights beside averaged ones in `state_dict`, and a tensor or entry that shows it
+    "ema_state_dict": "ema_state_dict.steps",  # mmengine's averaged model, whose values are swapped when it is saved
+    "current_model_state": "averaging_state.n_averaged",  # Lightning's WeightAveraging
+}
+
+
+def averaged_and_plain(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """The entries of a checkpoint with averaged and with plain weights; None for one that it does not have.
+
+    names: of all its tensors, with the names of the entries that they are in: `state_dict_ema.fc.bias`.
+    """
+    known = set(names)
+    entries = {name.partition(".")[0] for name in known if "." in name}
+    for swapped, sign in SWAPPED.items():
+        if swapped in entries and "state_dict" in entries and sign in known:
+            return "state_dict", swapped
+    averaged, plain = (next((e for e in kind if e in entries), None) for kind in (AVERAGED, PLAIN))
+    return averaged, plain
 
 
 def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
     """The prefix in front of the model's tensor names in a file; "" if there is none, or if no prefix fits exactly.
 
-    A prefix fits if the tensors under it are those of the model, with none missing and none left over. If timm's
-    averaged and plain weights both fit, the averaged ones are used, as in timm. Raises `UserError` if several models in
+    A prefix fits if the tensors under it are those of the model, with none missing and none left over. If averaged and
+    plain weights both fit, the averaged ones are used, as in timm (`averaged_and_plain`). Raises `UserError` if several models in
     the file fit.
     """
     if _fits(model, flat):
@@ -60,9 +80,10 @@ def find_prefix(model: nn.Module, flat: State, path: Path, where: str) -> str:
     counts = Counter(start for key in flat for start in _starts(key))
     large = [prefix for prefix, count in counts.items() if 2 * count >= len(wanted)]
     fitting = [prefix for prefix in large if _fits(model, under(prefix, flat))]
-    averaged = [prefix for prefix in fitting if prefix.split(".")[0] in AVERAGED]
-    if len(averaged) == 1 and all(p in averaged or p.split(".")[0] in PLAIN for p in fitting):
-        return averaged[0]
+    averaged, plain = averaged_and_plain(flat)
+    entries = [prefix.partition(".")[0] for prefix in fitting]
+    if entries.count(str(averaged)) == 1 and set(entries) <= {averaged, plain}:
+        return fitting[entries.index(str(averaged))]
     if len(fitting) > 1:
         raise UserError(
             f"{where}.weights: {path} contains several models that fit; choose one with "
@@ -120,13 +141,28 @@ def briefly(keys: Iterable[str], most: int = 5) -> str:
 
 def adapted(state: State, model: nn.Module) -> State:
     """The tensors after timm's filter for the model family, which renames keys and resizes position tables."""
+    state = state | missing_counters(state, model)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None or _shapes(state) == _shapes(model.state_dict()):
         return state
     with warnings.catch_warnings():  # from torch, about timm's resizing of relative position tables
         for message in (".*searchsorted", ".*non-tuple sequence"):
             warnings.filterwarnings("ignore", message, UserWarning)
-        return adapt(dict(state), model)
+        state = adapt(dict(state), model)
+    return state | missing_counters(state, model)
+
+
+def missing_counters(state: State, model: nn.Module) -> State:
+    """The model's own `num_batches_tracked` of batch norms that are in `state` without it.
+
+    Old files do not have these counters. torch fills them in the same way when it loads such a file strictly.
+    """
+    counters = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[2] == "num_batches_tracked"}
+    return {
+        name: tensor
+        for name, tensor in counters.items()
+        if name not in state and name.removesuffix("num_batches_tracked") + "running_mean" in state
+    }
 
 
 def classifier(model: nn.Module) -> State:
@@ -199,5 +235,9 @@ def _shape_differences(names: list[str], wanted: State, state: State) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The sha256 of a file, in hexadecimal. Reads it in pieces, because it may be larger than the memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

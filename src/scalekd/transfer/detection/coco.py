@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import counted, printable, shortened
-from scalekd.data.images import is_image
+from scalekd.data.images import BadImage, decode_size, is_image, read_file
 
 from .instances import FARTHEST, Picture, Problems, add_instances, is_whole, note, shown
 from .masks import mask_tools
+from .plausible import CONTRADICTING, refuse_fractions, refuse_many_contradictions, refuse_many_dropped
 
 MISSING_ALLOWED = 0.05  # share of images that may have no file; more means a wrong folder
 
@@ -78,7 +77,9 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
     pictures = _pictures(data["images"], images, key, problems)
     labels = {id: label for label, id in enumerate(categories, 1)}
     present = _with_files(pictures, images, key, problems)
+    refuse_fractions(data["annotations"], f"{key}: {annotations}")
     add_instances(data["annotations"], pictures, labels, problems)
+    refuse_many_contradictions(data["annotations"], len(problems.get(CONTRADICTING, ())), f"{key}: {annotations}")
     coco = Coco(list(categories.values()), list(categories), present, problems)
     if classes is not None and coco.classes != classes:
         odd = sorted(set(classes) ^ set(coco.classes))
@@ -89,6 +90,7 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
     if not coco.with_objects():
         problems_found = "".join(f"\n{line}" for line in coco.summary()[1:6])
         raise UserError(f"{key}: {annotations} has no usable object.{problems_found}")
+    refuse_many_dropped(len(data["annotations"]), problems, f"{key}: {annotations}")
     return coco
 
 
@@ -188,9 +190,8 @@ def _with_files(pictures: dict[Hashable, Picture], folder: Path, key: str, probl
 
 def _read_size(picture: Picture, problems: Problems) -> None:
     try:
-        with Image.open(picture.path) as image:
-            picture.width, picture.height = image.size
-    except Exception:  # Pillow raises nearly anything
+        picture.width, picture.height = decode_size(read_file(picture.path))
+    except BadImage:
         note(
             problems,
             "images without width and height whose file cannot be read, skipped",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,8 @@ from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.data.batches import checked, loader
-from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels
+from scalekd.data.fingerprint import Listing
+from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
 from scalekd.data.samplers import EvalSampler, Key
 
 from .coco import Coco
@@ -85,6 +85,13 @@ class DetectionImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def listed(self) -> Listing:
+        """Names, objects and files of the images, for their fingerprint."""
+        pictures = [self.coco.pictures[i] for i in self.indices]
+        objects = [[(x.label, x.box, x.crowd) for x in picture.instances] for picture in pictures]
+        paths = [picture.path for picture in pictures]
+        return Listing(self.coco.classes, objects, paths, paths)
+
     def __getitem__(self, key: Key) -> DetectionBatch | UserError:
         epoch, index = key
         if self.seed is not None:
@@ -121,11 +128,7 @@ class DetectionImages(Dataset):
 
 def _read(picture: Picture) -> Image.Image:
     """Raises `BadImage` if the file cannot be read, differs from its annotations in size, or is too narrow."""
-    try:
-        data = Path(picture.path).read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
-    image = decode(data)
+    image = decode(read_file(picture.path))
     if image.size != (picture.width, picture.height):
         raise BadImage(
             f"it has {image.width}x{image.height} pixels after EXIF rotation, but its annotations are for "

@@ -13,6 +13,7 @@ from typing import Any
 from scalekd.common.text import shortened
 
 from .masks import rle_counts
+from .plausible import CONTRADICTING, contradicts
 
 SHORTEST = 0.1  # pixels: a box is skipped if a side within its image is shorter
 FARTHEST = 1e5  # pixels: largest coordinate of a polygon, because drawing takes memory in proportion to its sides
@@ -107,6 +108,9 @@ def _instance(entry: dict[str, Any], picture: Picture, label: int, where: str, p
     if problem:
         note(problems, problem, where)
     if mask is None:
+        return None
+    if contradicts(clipped, mask, picture.height, picture.width):
+        note(problems, CONTRADICTING, where)
         return None
     area: Any = entry.get("area")
     return Instance(label, clipped, mask, bool(crowd), float(area) if is_number(area) and area > 0 else None)

@@ -14,6 +14,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.data.batches import bad_images
+from scalekd.data.description import classes_of, part
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.auto import for_device
 from scalekd.train.optim import make_schedule
@@ -22,6 +23,7 @@ from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Detection
 from scalekd.transfer.pyramid import Pyramid, Size
+from scalekd.transfer.shared import refuse_shared
 from scalekd.transfer.tasks import TASKS
 
 from .coco import Coco, open_coco
@@ -126,7 +128,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     data = config.data
     coco = open_coco(Path(data.annotations), Path(data.images), "data.annotations")
     val = open_coco(Path(data.val_annotations), Path(data.val_images), "data.val_annotations", coco.classes)
-    _expect_disjoint(coco, val)
+    notes = _expect_disjoint(coco, val)
     backbone, loaded, size, (mean, std) = build_backbone(config.backbone, data.channels)
     model = Detector(
         Pyramid(backbone, size),
@@ -156,16 +158,24 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, steps),
         steps_per_epoch=steps,
+        described=_described(config, coco, val, notes),
         **scaler_and_average(config.train, model.student, device),
     )
 
 
-def _expect_disjoint(coco: Coco, val: Coco) -> None:
-    """Raises `UserError` if validation images are also trained on."""
-    held = {str(Path(picture.path).resolve()) for picture in val.pictures}
-    both = [coco.pictures[i].path for i in coco.with_objects() if str(Path(coco.pictures[i].path).resolve()) in held]
-    if both:
-        raise UserError(
-            f"{len(both)} of the validation images are also training images, such as {both[0]}; "
-            "set data.val_annotations to others"
-        )
+def _expect_disjoint(coco: Coco, val: Coco) -> list[str]:
+    """Notes on validation images that are copies of training images. Raises `UserError` if there are too many."""
+    train = [coco.pictures[i].path for i in coco.with_objects()]
+    fix = "set data.val_annotations to others"
+    return refuse_shared(train, [picture.path for picture in val.pictures], fix)
+
+
+def _described(config: Detection, coco: Coco, val: Coco, notes: list[str]) -> dict[str, Any]:
+    """As `scalekd.data.description` makes it; the size of a class is its number of objects."""
+    data = config.data
+    parts = {}
+    for name, part_of, source in (("training", coco, data.annotations), ("validation", val, data.val_annotations)):
+        left = {kind: {"count": len(at), "example": at[0]} for kind, at in part_of.problems.items()}
+        parts[name] = part(len(part_of.pictures), source, "", left)
+    labels = [x.label - 1 for picture in coco.pictures for x in picture.instances if not x.crowd]
+    return {**parts, "classes": classes_of(coco.classes, labels, "objects"), "notes": notes}

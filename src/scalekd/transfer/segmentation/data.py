@@ -22,6 +22,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.data.batches import Batch, checked, loader
+from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, of_channels
 from scalekd.data.samplers import EvalSampler, Key
 from scalekd.data.transforms import Statistic
@@ -148,6 +149,11 @@ class SegmentationImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def listed(self) -> Listing:
+        """Names and files of the images and masks, for their fingerprint."""
+        files = [str(file) for pair in zip(self.pairs.images, self.pairs.masks) for file in pair]
+        return Listing(self.pairs.classes, [self.pairs.reduce_zero_label] * len(self.pairs), files, files)
 
     def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key

@@ -5,9 +5,8 @@ A mask has the class of every pixel; `IGNORED` marks a pixel without a class, wh
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,13 @@ from PIL import Image
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.seeds import seed_from
 from scalekd.common.text import printable
-from scalekd.data.images import BadImage, decode, is_image
+from scalekd.data.images import BadImage, decode, decode_values, read_file
+from scalekd.data.sources.folders import class_folders, images_below
+from scalekd.data.sources.names import LeftOut, split_of
 
 IGNORED = 255
 MOST_CLASSES = 255  # a mask has 8 bits, and one value means ignored
 MASKS = ("annotations", "masks", "labels")  # possible names of the mask folder
-PARTS = {"train": ("training", "train"), "val": ("validation", "val", "test")}
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
 SAMPLED = 8  # pairs read when a set is opened, enough to find problems that all pairs have
 
@@ -38,16 +38,15 @@ class Pairs:
     masks: Sequence[Path]
     classes: Sequence[str]
     reduce_zero_label: bool = False
+    left_out: LeftOut = field(default_factory=dict)  # files without use, by reason
+    chosen: str = ""  # how these pairs were chosen for their part
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Mask]:
         """The image, rotated upright, of mode L or RGB, and its mask. Raises `BadImage`."""
-        try:
-            image = decode(self.images[i].read_bytes())
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        image = decode(read_file(str(self.images[i])))
         try:
             mask = as_classes(read_mask(self.masks[i]), self.classes, self.reduce_zero_label)
         except BadImage as error:
@@ -77,7 +76,7 @@ def open_segments(
 
     Args:
         root: contains `images/training`, `annotations/training`, `images/validation`, `annotations/validation` as in
-            ADE20K, or `train/images`, `train/masks` and so on (`MASKS` and `PARTS` list the names). Without parts, only
+            ADE20K, or `train/images`, `train/masks` and so on (`MASKS` and `SPLITS` list the names). Without parts, only
             `images` and `masks`, a seeded `val_fraction` of the pairs is held out for validation.
         classes: a file with one class name per line, class 0 first; by default `root/classes.txt`, or ADE20K's list.
         reduce_zero_label: in the masks, 0 means "other", which is ignored, and classes start at 1, as in ADE20K.
@@ -88,12 +87,14 @@ def open_segments(
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
     names = read_classes(classes or classes_file(root))
-    folders = {part: part_folders(root, part) for part in PARTS}
-    if folders["train"] and folders["val"]:
-        train, val = (open_pairs(*pair, names, reduce_zero_label) for pair in folders.values() if pair)
-        return train, val
+    folders = {part: part_folders(root, part) for part in ("train", "val", "test")}
+    train, val = folders["train"], folders["val"]
+    if train and val:
+        return open_pairs(*train, names, reduce_zero_label), open_pairs(*val, names, reduce_zero_label)
+    if train and folders["test"]:  # test images choose no checkpoint
+        return _held_out(open_pairs(*train, names, reduce_zero_label), val_fraction, seed)
     whole = next(((root / "images", root / m) for m in MASKS if (root / m).is_dir()), None)
-    if whole is None or not whole[0].is_dir() or folders["train"] or folders["val"]:
+    if whole is None or not whole[0].is_dir() or any(folders.values()):
         raise UserError(
             f"{root} has no images with masks; it needs images/training, annotations/training, images/validation and "
             "annotations/validation, or train/images, train/masks, val/images and val/masks, or only images and masks"
@@ -109,14 +110,16 @@ def open_pairs(images: Path, masks: Path, classes: Sequence[str], reduce_zero_la
     most = MOST_CLASSES - reduce_zero_label
     if len(classes) > most:
         raise UserError(f"{len(classes)} classes are too many: masks have 8 bits, for at most {most} classes")
-    image_files, mask_files = _by_name(images), _by_name(masks)
+    left_out: LeftOut = {}
+    image_files, mask_files = _by_name(images, left_out), _by_name(masks, {})
     _expect_partners(image_files, mask_files, images, masks, "masks")
     _expect_partners(mask_files, image_files, masks, images, "images")
     lossy = next((file for file in mask_files.values() if file.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
     if lossy is not None:
         raise UserError(f"{lossy}: {lossy.suffix} does not preserve the values of a mask; save masks as .png")
     names = sorted(image_files)
-    pairs = Pairs([image_files[n] for n in names], [mask_files[n] for n in names], list(classes), reduce_zero_label)
+    files = [image_files[n] for n in names], [mask_files[n] for n in names]
+    pairs = Pairs(*files, list(classes), reduce_zero_label, left_out)
     _check_sample(pairs)
     return pairs
 
@@ -133,15 +136,13 @@ def _expect_partners(
         )
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
+def _by_name(folder: Path, left_out: LeftOut) -> dict[str, Path]:
     """The images in a folder and below, by path without extension. Raises `UserError`."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     files: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in map(Path, images_below(folder, left_out)):
         name = file.relative_to(folder).with_suffix("").as_posix()
-        if not is_image(file.name):
-            continue
         if name in files:
             raise UserError(f"{files[name]} and {file.name} have the same name without extension; remove one of them")
         files[name] = file
@@ -151,10 +152,15 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def part_folders(root: Path, part: str) -> tuple[Path, Path] | None:
-    """The folders of images and masks of a part, such as images/training or training/images; None if missing."""
-    for name in PARTS[part]:
+    """The folders of images and masks of a part, `train`, `val` or `test`, such as images/training or training/images.
+
+    None if missing. Names of parts are those of `scalekd.data.sources.names.SPLITS`, in any case.
+    """
+    images = root / "images"
+    named = {name for folder in (root, images) if folder.is_dir() for name in class_folders(folder)}
+    for name in sorted((name for name in named if split_of(name) == part), key=len, reverse=True):
         for masks in MASKS:
-            for pair in ((root / "images" / name, root / masks / name), (root / name / "images", root / name / masks)):
+            for pair in ((images / name, root / masks / name), (root / name / "images", root / name / masks)):
                 if all(folder.is_dir() for folder in pair):
                     return pair
     return None
@@ -167,10 +173,10 @@ def _held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     generator = torch.Generator().manual_seed(seed_from("held out", seed))
     order = torch.randperm(len(pairs), generator=generator).tolist()
     train, val = (
-        Pairs([pairs.images[i] for i in part], [pairs.masks[i] for i in part], pairs.classes, pairs.reduce_zero_label)
+        replace(pairs, images=[pairs.images[i] for i in part], masks=[pairs.masks[i] for i in part])
         for part in (sorted(order[held:]), sorted(order[:held]))
     )
-    return train, val
+    return train, replace(val, chosen=f"held out: {share:.0%} of the images, seed {seed}", left_out={})
 
 
 def _check_sample(pairs: Pairs) -> None:
@@ -224,21 +230,11 @@ def read_classes(file: Path) -> list[str]:
 
 
 def read_mask(file: Path) -> NDArray[np.int64]:
-    """(H, W): the values in a mask file. Raises `BadImage`.
-
-    A grey image of 1, 8, 16 or 32 bits gives its values, a palette image its indices. Colours are not class numbers.
-    """
+    """(H, W): the values in a mask file, upright as its image. Raises `BadImage`."""
     try:
-        with Image.open(io.BytesIO(file.read_bytes())) as image:
-            image.load()
-            mode, values = image.mode, np.asarray(image)
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or first_line(error)}") from None
-    except Exception as error:  # a damaged file can make Pillow raise nearly anything
-        raise BadImage(f"cannot be read: {first_line(error)}") from None
-    if mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
-        raise BadImage(f"is an image of mode {mode}; a mask has one channel with class numbers")
-    return values.astype(np.int64)
+        return decode_values(read_file(str(file)))
+    except BadImage as error:
+        raise BadImage(str(error) if str(error).startswith("is an image") else f"cannot be read: {error}") from None
 
 
 def as_classes(values: NDArray[np.int64], classes: Sequence[str], reduce_zero_label: bool) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import counted
 from scalekd.data.batches import Batch, bad_images
+from scalekd.data.description import FIRST, part
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.train.auto import for_device
 from scalekd.train.optim import make_iteration_schedule
@@ -24,11 +26,12 @@ from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Segmentation
 from scalekd.transfer.pyramid import Size
+from scalekd.transfer.shared import refuse_shared
 from scalekd.transfer.tasks import TASKS
 
 from .data import Crops, SegmentationImages, batches_of, collate, eval_batches
 from .model import Segmenter
-from .pairs import open_segments
+from .pairs import Pairs, open_segments
 from .scores import evaluate, make_inference
 
 
@@ -122,6 +125,8 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
         val_fraction=data.val_fraction,
         seed=data.seed,
     )
+    fix = "move them to one part"
+    notes = refuse_shared(list(map(str, train_pairs.images)), list(map(str, val_pairs.images)), fix)
     backbone, loaded, size, stats = build_backbone(config.backbone, data.channels)
     model = Segmenter(backbone, size, len(train_pairs.classes), config.segmenter.width, stats)
     _expect_fit(model.student.pyramid.canvas, crop, config)
@@ -142,8 +147,22 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
         optimizer=optimizer,
         schedule=make_iteration_schedule(config.schedule, config.train.iterations, optimizer),
         steps_per_epoch=steps_per_epoch(len(train_images), config),
+        described=_described(config, train_pairs, val_pairs, notes),
         **scaler_and_average(config.train, model.student, device),
     )
+
+
+def _described(config: Segmentation, train: Pairs, val: Pairs, notes: list[str]) -> dict[str, Any]:
+    """As `scalekd.data.description` makes it; classes have no sizes, because that needs all masks."""
+    parts = {
+        name: part(len(pairs), _common_folder(pairs), pairs.chosen, pairs.left_out)
+        for name, pairs in (("training", train), ("validation", val))
+    }
+    return {**parts, "classes": {"count": len(train.classes), "first": list(train.classes[:FIRST])}, "notes": notes}
+
+
+def _common_folder(pairs: Pairs) -> str:
+    return os.path.commonpath([os.path.dirname(image) for image in pairs.images])
 
 
 def _expect_fit(canvas: Size | None, crop: Size, config: Segmentation) -> None:

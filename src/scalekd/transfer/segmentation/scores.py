@@ -39,8 +39,8 @@ def sliding(
     height, width = x.shape[-2:]
     summed: Tensor | None = None
     times = torch.zeros(1, 1, height, width, device=x.device)
-    for top in _starts(height, crop[0], stride[0]):
-        for left in _starts(width, crop[1], stride[1]):
+    for top in window_starts(height, crop[0], stride[0]):
+        for left in window_starts(width, crop[1], stride[1]):
             window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
             logits = model(x[window]).float()
             if summed is None:
@@ -51,7 +51,7 @@ def sliding(
     return summed / times
 
 
-def _starts(length: int, crop: int, stride: int) -> list[int]:
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
     """Starts of windows that cover all of `length`."""
     if not 0 < stride <= crop:
         raise UserError(f"sliding windows of {crop} pixels need a stride from 1 to {crop}, not {stride}")
