@@ -23,10 +23,12 @@ class Stopped(BaseException):
     step: the last step, which was saved; 0: the run had not made a step; None: there is no run yet.
     """
 
-    def __init__(self, number: int, step: int | None):
+    def __init__(self, number: int, step: int | None, where: str = ""):
         name = signal.Signals(number).name
-        where = "" if step is None else f" after step {step} (saved)" if step else " before the first step"
-        super().__init__(f"stopped by {name}{where}; run the same command again" + " to resume" * bool(step))
+        if step is not None and not where:
+            where = f"after step {step} (saved)" if step else "before the first step"
+        resume = " to resume" * bool(step or (where and step is None))
+        super().__init__(f"stopped by {name}{' ' * bool(where)}{where}; run the same command again{resume}")
         self.exit_code = EXIT_CODES[signal.Signals(number)]
 
 
