@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from scalekd.cli.app import parse
+from scalekd.cli.doctor import bf16_instructions
 from scalekd.cli.options import recipe_overrides
-from scalekd.common.processor import bf16_instructions
 from scalekd.common.version import __version__
 from scalekd.config.files import recipe_names
 from scalekd.config.recipe import load_recipe

@@ -27,7 +27,7 @@ from scalekd.cost.plan import (
     plan,
     workers_needed,
 )
-from scalekd.cost.plan_page import between, duration, markdown, narrower
+from scalekd.cost.plan_page import between, duration, markdown
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "how-to" / "plan.md").read_text()
@@ -228,14 +228,3 @@ def test_imagenet_is_taken_where_a_recipe_names_it(light_recipe):
 def test_the_docs_name_every_card():
     for gpu, (name, plain, half, has_bf16, gb) in GPUS.items():
         assert f"| `{gpu}` | {name} | {plain:g} | {half:g} | {'yes' if has_bf16 else 'no'} | {gb:g} |" in DOCS
-
-
-def test_what_would_narrow_a_wide_interval():
-    counted = {"source": "counted", "hours": [1.9, 14.0]}
-    assert "--measure" in narrower(counted)[0] and narrower(counted | {"hours": [1.9, 3.0]}) == []
-    measured = counted | {"source": "measured", "shared_cores": True, "workers": 4, "limit": "reading"}
-    measured |= {"train": [50.0, 60.0], "read": [200.0, 300.0], "probe": {"read": [0.01, 0.02]}}
-    assert [line.partition(";")[0] for line in narrower(measured)] == ["data.workers=0"]
-    assert "name the data" in narrower(measured | {"probe": {}})[0]
-    busy = narrower(measured | {"workers": 0, "train": [10.0, 60.0]})
-    assert len(busy) == 1 and "nothing else runs here" in busy[0]
