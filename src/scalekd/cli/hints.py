@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from scalekd.common.sections import Section
+if TYPE_CHECKING:
+    from scalekd.common.sections import Section
 
 WHICH = {
     "recipe": "name a shipped recipe (`scalekd recipes` lists them) or a YAML file, such as `scalekd {command} own-data`",
@@ -53,5 +54,7 @@ def _keys() -> Iterator[str]:
 
 def _section(annotation: Any) -> type[Section] | None:
     """The section that a field holds; None for a plain value or a mapping."""
+    from scalekd.common.sections import Section
+
     options = (annotation, *get_args(annotation)) if getattr(annotation, "__origin__", None) is not dict else ()
     return next((a for a in options if inspect.isclass(a) and issubclass(a, Section)), None)
