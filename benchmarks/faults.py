@@ -102,7 +102,7 @@ def kill_at(point: str, variant: str, folder: Path, start_up: float, chance: ran
         if point == "step" and last_step(folder) >= target:
             time.sleep(0.05 * moment)  # about the duration of a step
             break
-        if point == "checkpoint" and last_step(folder) >= target and (folder / "last.pt.part").exists():
+        if point == "checkpoint" and last_step(folder) >= target and any(folder.glob("last.pt.*.part")):
             time.sleep(0.004 * moment)  # about the duration of writing
             break
         if point in ("end of epoch", "validation") and last_step(folder) >= epoch_end:
@@ -140,7 +140,7 @@ def descendants(pid: int) -> list[int]:
 
 def activity(folder: Path, before: int) -> str:
     """What a killed run was doing, judging by its folder. before: the last step when it started."""
-    if (folder / "last.pt.part").exists() or (folder / "best.pt.part").exists():
+    if any(folder.glob("last.pt.*.part")) or any(folder.glob("best.pt.*.part")):
         return "in a checkpoint"
     step, logged = last_step(folder), events(folder)
     if step <= before and (not logged or logged[-1]["event"] in ("resumed", "step")):

@@ -17,7 +17,7 @@ def write_idx(prefix: Path, images: int, labels: int, cut: int = 0) -> None:
     data = (
         bytes([0, 0, 8, 3])
         + b"".join(n.to_bytes(4, "big") for n in (images, 4, 4))
-        + bytes(i % 251 for i in range(16 * images))
+        + b"".join(bytes([i]) * 16 for i in range(images))
     )
     Path(f"{prefix}-images-idx3-ubyte").write_bytes(data[: len(data) - cut])
     data = bytes([0, 0, 8, 1]) + labels.to_bytes(4, "big") + bytes(i % 3 for i in range(labels))

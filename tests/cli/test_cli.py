@@ -206,4 +206,4 @@ def test_ctrl_c_says_how_to_resume(cli, recipe_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "train_step", interrupted)
     result = cli("train", recipe_file, "--out", tmp_path / "run")
-    assert result.code == 130 and "The same command resumes from the last checkpoint" in result.err
+    assert result.code == 130 and "there is no checkpoint yet" in result.err

@@ -79,6 +79,7 @@ def test_an_image_of_a_hugging_face_folder_that_cannot_be_read(tmp_path):
         (tmp_path / "hf" / "train" / name).mkdir(parents=True)
         (tmp_path / "hf" / "train" / name / "0.png").write_bytes(data)
     source = open_source(f"hf:{tmp_path / 'hf'}", "data.train")
+    (tmp_path / "hf" / "train" / "cat" / "notes.txt").write_text("an empty folder would be an outage")
     (tmp_path / "hf" / "train" / "cat" / "0.png").unlink()
     for i, (name, reason) in enumerate([("ant", "Pillow|truncated|broken"), ("bee", "empty"), ("cat", "No such file")]):
         with pytest.raises(BadImage, match=reason):

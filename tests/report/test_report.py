@@ -249,7 +249,7 @@ def test_a_percent_axis_covers_all_points_above_and_says_if_some_are_below():
 
 
 def test_title_and_top5(tmp_path):
-    folder = RunFolder(tmp_path / "photos-2", {"name": "own-data"}, "", [], {}, {}, {}, {"classes": list("abcde")})
+    folder = RunFolder(tmp_path / "photos-2", {"name": "own-data"}, "", [], {}, {}, {}, {"classes": list("abcde")}, [])
     assert folder.title == "photos-2 (recipe own-data)"
     validation = {"event": "validation", "step": 1, "epoch": 1, "top1": 50.0, "top5": 100.0}
     assert list(replace(folder, events=[validation]).figures) == ["top1"]

@@ -315,7 +315,7 @@ def test_errors(cli, runs, tmp_path, without_costs):
     assert "trained for other classes" in cli("report", folder, "--baseline", other).err
     (folder / "recipe.yaml").write_text("- no mapping")
     told = cli("report", folder)
-    assert told.code == 2 and "is not a run's recipe" in told.err
+    assert told.code == 2 and "is not a recipe" in told.err
 
 
 # ---------------------------------------------------------------- the model card

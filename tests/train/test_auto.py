@@ -64,7 +64,7 @@ def test_a_run_keeps_what_it_began_with(tiny_recipe, tmp_path, monkeypatch):
     config, console = check_config(recipe, "test"), Console(file=io.StringIO())
     monkeypatch.setattr(auto, "bf16_instructions", lambda: "amx_bf16")
     stop = StopRequest()
-    stop.number = 15
+    monkeypatch.setattr(stop, "begin", lambda: setattr(stop, "number", 15))  # stops before its first step, saved
     with pytest.raises(Stopped):
         execute(config, tmp_path / "run", CPU, console, check=False, stop=stop, look=False)
     held = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]

@@ -179,11 +179,14 @@ def test_signals_before_training_end_at_once(command, tmp_path, monkeypatch):
 
 def test_a_second_interrupt_does_not_wait():
     with StopRequest() as stop:
-        stop.wait_for_step = True
+        stop.wait_for_step, stop.saved = True, 0
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        assert "no checkpoint yet" in stop.unsaved()
+        stop.saved = 4
+        assert "resumes from step 4" in stop.unsaved()
 
 
 def test_another_thread_catches_nothing():

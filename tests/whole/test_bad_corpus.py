@@ -299,7 +299,7 @@ def test_valid_inputs_are_accepted(cli, workspace, tmp_path):
     assert cli(*evaluated(workspace)).code == 0
     assert cli("export", workspace.run).code == 0
     for given in (tar()(workspace), shards("a\nb\n", **{f"{c}{i}": c.encode() for c in "ab" for i in range(9)})(workspace),
-                  hf(*GOOD)(workspace), idx(30, 30)(workspace), mnist(sizes(30, 28, 28) + bytes(i % 251 for i in range(30 * 784)))(workspace)):  # fmt: skip
+                  hf(*GOOD)(workspace), idx(30, 30)(workspace), mnist(sizes(30, 28, 28) + b"".join(bytes([i]) * 784 for i in range(30)))(workspace)):  # fmt: skip
         assert cli("train", workspace.recipe, "--dry-run", *given).code == 0, given
     assert (
         cli(*resumed("last.pt", change=state(lambda s: s["progress"].update(step=2, history=[])))(workspace)).code == 0

@@ -154,7 +154,7 @@ def test_damaged_values_are_named_and_others_are_shown(damaged):
         for line in damaged("log.jsonl", log.replace('"lr": ', '"lr": "x", "b": ', 1).encode())
     )
     (line,) = damaged("recipe.yaml", b"name: x\nstudent: 3\ndata: {}\n")
-    assert "recipe.yaml is not a run's recipe: unusable values at student" in line
+    assert "recipe.yaml is not a recipe: unusable values at student" in line
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -22,6 +22,7 @@ from scalekd.train.auto import precision_for
 from scalekd.train.compile import explain_compile_failure
 from scalekd.train.run import AUTOCAST, Run
 
+from .loader import workers_check
 from .model import Check
 
 NAMES = 16  # width of the column of names
@@ -103,13 +104,14 @@ def one_step(run: Run) -> list[Check]:
         torch.cuda.reset_peak_memory_stats(run.device)
     losses: dict[str, torch.Tensor] = {}
     data_s = step_s = 0.0
-    batches = run.train_batches(sampler, workers=0)
+    batches, last = run.train_batches(sampler, workers=0), None
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
         data_s = time.perf_counter() - began if batch else data_s
         if batch is None:
             break
+        last = batch
         seed_everything(config.seed, "pre-flight")
         began = time.perf_counter()
         losses = forward_backward(run, batch)
@@ -122,7 +124,8 @@ def one_step(run: Run) -> list[Check]:
         for name, b in d.named_buffers():
             b.copy_(before[name])
     values = {name: value.item() for name, value in losses.items()}
-    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *_average(run)]
+    more = [*workers_check(run, last), *_average(run)]
+    return [_gradients(values, dead), _memory(run), _time(run, data_s, step_s), *more]
 
 
 def _bad_images(run: Run) -> list[Check]:

@@ -11,7 +11,7 @@ from typing import Any
 def add_commands(commands: Any) -> None:
     """Adds `analyze` to the sub-commands of `scalekd`."""
     sub = commands.add_parser(
-        "analyze", help="analyse features, and how close students are to their teacher (docs/how-to/analyze.md)"
+        "analyze", help="analyse features, and how close students are to their teacher (`scalekd docs analyze`)"
     )
     analyses = sub.add_subparsers(title="analyses", metavar="ANALYSIS", required=True)
 

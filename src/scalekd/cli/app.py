@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from scalekd.common.errors import UserError
-from scalekd.common.stop import Stopped
+from scalekd.common.screen import Screen, lasting_screen
+from scalekd.common.stop import Stopped, StopRequest
 from scalekd.common.text import printable
 from scalekd.common.version import __version__
 
@@ -23,24 +23,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code.
 
     0: success. 1: a check or a run failed. 2: an error in the input. 75: a scheduler stopped the run and may start the
-    same command again. 130: Ctrl-C.
+    same command again. 129: the terminal was closed. 130: Ctrl-C.
     """
-    args = parse(argv)
-    try:
-        return args.run(args) or 0
-    except UserError as error:
-        text = with_options(str(error), args)
-        print("\n".join(printable(line) for line in f"scalekd: {text}".split("\n")), file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"scalekd: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("\nscalekd: stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `scalekd recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    with lasting_screen() as screen:
+        stop = StopRequest(spoken=True)
+        args = parse(argv)
+        try:
+            with stop:  # before the slow imports, so that signals are handled during them too
+                code = args.run(args) or 0
+        except UserError as error:
+            text = with_options(str(error), args)
+            print("\n".join(printable(line) for line in f"scalekd: {text}".split("\n")), file=sys.stderr)
+            return 2
+        except Stopped as stopped:
+            print(f"scalekd: {stopped}", file=sys.stderr)
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            print(f"\nscalekd: {stop.unsaved()}", file=sys.stderr)
+            return 130
+        return code if hasattr(args, "folder_holds_result") else _written(screen, code)
+
+
+def _written(screen: Screen | None, code: int) -> int:
+    """The exit code of a command whose result is on standard output."""
+    if screen is None:
+        return code
+    screen.flush()
+    if code or screen.lost is None or isinstance(screen.lost, BrokenPipeError):  # `scalekd recipes | head`
+        return code
+    print(f"scalekd: cannot write to standard output: {screen.lost.strerror or screen.lost}", file=sys.stderr)
+    return 2
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

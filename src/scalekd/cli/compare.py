@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from scalekd import api
-from scalekd.common.stop import StopRequest
+from scalekd.common import stop
 
-from .options import add_bad_images, command, names, overrides, recipe_overrides
+from .options import add_bad_images, command, keeps_result, names, overrides, recipe_overrides
 
 
 def add_commands(commands: Any) -> None:
     sub = command(
         commands, "compare", _compare, "compare methods x students x seeds on your data; the same command resumes"
     )
-    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (docs/how-to/compare.md)")
+    sub.add_argument("ladder", help="a shipped ladder's name or a YAML file (`scalekd docs compare`)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run, such as train.epochs=20")
     sub.add_argument("--methods", type=names, default=[], metavar="A,B", help="only these methods and the baseline")
     sub.add_argument("--students", type=names, default=[], metavar="A,B", help="only these students")
@@ -43,31 +43,31 @@ def add_commands(commands: Any) -> None:
     )
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: all GPUs if there are any)")
     sub.add_argument("--dry-run", action="store_true", help="check and list all runs; write nothing")
+    keeps_result(sub)
 
 
 def _compare(args: argparse.Namespace) -> int:
-    with StopRequest() as stop:
-        if args.dry_run:
-            _list(args)
-            return 0
-        result = api.compare(
-            args.ladder,
-            data=args.data,
-            val=args.val,
-            teacher=args.teacher,
-            student=args.student,
-            methods=args.methods,
-            students=args.students,
-            seeds=args.seeds,
-            out=args.out,
-            known=args.known,
-            jobs=args.jobs,
-            share_teacher=args.share_teacher,
-            device=args.device,
-            overrides=overrides(args),
-            stop=stop,
-            verbose=True,
-        )
+    if args.dry_run:
+        _list(args)
+        return 0
+    result = api.compare(
+        args.ladder,
+        data=args.data,
+        val=args.val,
+        teacher=args.teacher,
+        student=args.student,
+        methods=args.methods,
+        students=args.students,
+        seeds=args.seeds,
+        out=args.out,
+        known=args.known,
+        jobs=args.jobs,
+        share_teacher=args.share_teacher,
+        device=args.device,
+        overrides=overrides(args),
+        stop=stop.current(),
+        verbose=True,
+    )
     return 1 if result.failed else 0
 
 

@@ -22,7 +22,7 @@ def _add_head(commands: Any) -> None:
         commands,
         "head",
         _head,
-        "fit a linear classifier for your classes on a frozen teacher (docs/how-to/any-teacher.md)",
+        "fit a linear classifier for your classes on a frozen teacher (`scalekd docs any-teacher`)",
     )
     sub.add_argument("model", metavar="MODEL", help="the teacher's timm name, or its folder")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="as for train")
@@ -56,7 +56,7 @@ def _add_head(commands: Any) -> None:
 
 def _add_probe(commands: Any) -> None:
     sub = command(
-        commands, "probe", _probe, "evaluate frozen features with few labels per class (docs/how-to/transfer.md)"
+        commands, "probe", _probe, "evaluate frozen features with few labels per class (`scalekd docs transfer`)"
     )
     sub.add_argument(
         "models", nargs="+", metavar="MODEL", help="an exported student, a timm name, or NAME=FILE for other weights"

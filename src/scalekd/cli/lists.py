@@ -1,4 +1,4 @@
-"""`scalekd methods`, `teachers`, `recipes` and `doctor`."""
+"""`scalekd methods`, `teachers`, `recipes`, `docs` and `doctor`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def add_commands(commands: Any) -> None:
     )
     sub.add_argument("show", nargs="*", metavar="show NAME")
     sub.add_argument("--json", action="store_true")
+
+    sub = command(commands, "docs", _docs, "list the pages of the documentation, or print one")
+    sub.add_argument("page", nargs="?", metavar="PAGE", help="a name in the list, such as any-teacher")
 
     sub = command(commands, "doctor", _doctor, "check this machine: versions, devices, a small distillation step")
     sub.add_argument("--json", action="store_true")
@@ -84,6 +87,16 @@ def _recipes(args: argparse.Namespace) -> None:
         print(explained(args.show[1]), end="")
     else:
         print(json.dumps(api.recipes(), indent=2) if args.json else table(api.recipes()))
+
+
+def _docs(args: argparse.Namespace) -> None:
+    from scalekd.common.pages import page_text, pages, title
+
+    if args.page:
+        print(page_text(args.page), end="")
+        return
+    for name, file in pages().items():
+        print(f"{name:20} {title(file)}")
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ def command(
     return sub
 
 
+def keeps_result(sub: argparse.ArgumentParser) -> None:
+    """The command's result is in a folder, so it continues if the screen is lost."""
+    sub.set_defaults(folder_holds_result=True)
+
+
 def add_recipe(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="a shipped recipe's name (`scalekd recipes`) or a YAML file")
     sub.add_argument(

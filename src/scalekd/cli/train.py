@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from scalekd import api
+from scalekd.common import stop
 from scalekd.common.errors import UserError
-from scalekd.common.stop import StopRequest
 from scalekd.common.text import printable
 
-from .options import DEVICE, add_bad_images, add_models, add_recipe, add_sources, command, overrides, recipe_overrides
+from .options import (
+    DEVICE,
+    add_bad_images,
+    add_models,
+    add_recipe,
+    add_sources,
+    command,
+    keeps_result,
+    overrides,
+    recipe_overrides,
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -42,12 +52,14 @@ def add_commands(commands: Any) -> None:
     _add_import(commands)
 
     sub = command(commands, "demo", _demo, "distil a ViT into a small CNN on embedded real images; offline, in minutes")
+    keeps_result(sub)
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds per method (default: 1)")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: runs/demo)")
 
 
 def _add_train(commands: Any) -> None:
     sub = command(commands, "train", _train, "train a student from a recipe; the same command resumes a stopped run")
+    keeps_result(sub)
     add_recipe(sub)
     add_sources(sub)
     sub.add_argument(
@@ -75,7 +87,7 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _report,
-        "write an HTML page about a run or a comparison, finished or not (docs/how-to/report.md)",
+        "write an HTML page about a run or a comparison, finished or not (`scalekd docs report`)",
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run or of a comparison")
     sub.add_argument(
@@ -117,25 +129,24 @@ def _add_import(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with StopRequest() as stop:  # before the slow imports, so that signals are handled during them too
-        if args.dry_run:
-            _check(args)
-            return
-        result = api.train(
-            args.recipe,
-            data=args.data,
-            val=args.val,
-            unlabelled=args.unlabelled,
-            teacher=args.teacher,
-            student=args.student,
-            out=args.out,
-            device=args.device,
-            preflight=not args.no_preflight,
-            teacher_outputs=args.teacher_outputs,
-            overrides=overrides(args),
-            stop=stop,
-            verbose=True,
-        )
+    if args.dry_run:
+        _check(args)
+        return
+    result = api.train(
+        args.recipe,
+        data=args.data,
+        val=args.val,
+        unlabelled=args.unlabelled,
+        teacher=args.teacher,
+        student=args.student,
+        out=args.out,
+        device=args.device,
+        preflight=not args.no_preflight,
+        teacher_outputs=args.teacher_outputs,
+        overrides=overrides(args),
+        stop=stop.current(),
+        verbose=True,
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         if result.summary["exported_step"] != result.summary["best_step"]:
             print(printable(f"`scalekd export {result.folder} --checkpoint best` exports the best weights instead"))

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scalekd.common import stop
 from scalekd.common.errors import UserError
-from scalekd.common.stop import StopRequest
 from scalekd.common.text import printable
 from scalekd.transfer.tasks import TASKS, need_extra
+
+from .options import keeps_result
 
 DEVICE = "cpu, cuda, cuda:1 (default: a GPU if there is one)"
 # options of train and the recipe keys that they set
@@ -35,7 +37,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_detect(commands: Any) -> None:
     parser = commands.add_parser(
-        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (`scalekd docs transfer`)"
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "detection", "Train a detector. The same command resumes a stopped run.")
@@ -55,11 +57,11 @@ def _add_detect(commands: Any) -> None:
 
 def _add_segment(commands: Any) -> None:
     parser = commands.add_parser(
-        "segment", help="UPerNet on a backbone: train, evaluate, predict (docs/how-to/transfer.md)"
+        "segment", help="UPerNet on a backbone: train, evaluate, predict (`scalekd docs transfer`)"
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "segmentation", "Train a segmenter. The same command resumes a stopped run.")
-    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (docs/how-to/transfer.md)")
+    sub.add_argument("--data", metavar="DIR", help="images and masks, as in ADE20K (`scalekd docs transfer`)")
     sub = _evaluate_command(
         group, "segmentation", _evaluate_segmenter, "Print mIoU and accuracies of a trained segmenter."
     )
@@ -81,6 +83,7 @@ def _command(group: Any, name: str, function: Callable[..., None], task: str, te
 
 def _train_command(group: Any, task: str, text: str) -> argparse.ArgumentParser:
     sub = _command(group, "train", _train, task, text)
+    keeps_result(sub)
     sub.add_argument("recipe", help=f"a shipped recipe's name (`{TASKS[task].command} recipes`) or a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
     sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
@@ -130,18 +133,17 @@ def _add_inference(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with StopRequest() as stop:  # before the slow imports, so that a signal during them is handled too
-        need_extra(args.task)
-        from rich.console import Console
+    need_extra(args.task)
+    from rich.console import Console
 
-        from scalekd.common.parallel import processes
-        from scalekd.runs.transfer import train
-        from scalekd.transfer.config import load
+    from scalekd.common.parallel import processes
+    from scalekd.runs.transfer import train
+    from scalekd.transfer.config import load
 
-        config = load(args.task, args.recipe, [*shortcuts(args), *args.overrides])
-        folder = args.out or Path("runs") / config.name
-        with processes(args.device) as device:
-            summary = train(config, folder, device, Console(emoji=False), stop=stop, dry_run=args.dry_run)
+    config = load(args.task, args.recipe, [*shortcuts(args), *args.overrides])
+    folder = args.out or Path("runs") / config.name
+    with processes(args.device) as device:
+        summary = train(config, folder, device, Console(emoji=False), stop=stop.current(), dry_run=args.dry_run)
     if summary and int(os.environ.get("RANK", "0")) == 0:
         figures = "  ".join(f"{name} {summary[key]:.2f} %" for key, name in TASKS[args.task].figures.items())
         report = folder / "report.html"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .errors import UserError
+from .stop import Stopped, current
 
 T = TypeVar("T")
 PEER_GONE = re.compile(r"gloo.*(closed|reset|refused|timed out|timeout)|NCCL.*remote|Broken pipe", re.IGNORECASE | re.S)
@@ -47,6 +48,8 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
         yield chosen
     except RuntimeError as error:
         if world() > 1 and PEER_GONE.search(str(error)):
+            if number := current().number:  # the signal that stopped the other one
+                raise Stopped(number, current().saved) from None
             raise UserError(
                 "another process of this run ended, so this one stops too; see the message of that process"
             ) from None

@@ -16,6 +16,8 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|can.t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE
 )
 SHARED = re.compile(r"shared memory|bus error|/torch_\w+>?:? No space left", re.IGNORECASE)
+FILES = re.compile(r"too many open files|exit code 24\b", re.IGNORECASE)  # 24: EMFILE, see data/workers.py
+UNSENT = "exit code 28"  # ENOSPC: a worker could not send a batch
 WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: |exited unexpectedly)([\w ]*)")
 
 
@@ -29,7 +31,7 @@ def explain_out_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
     """Raises `UserError` in place of an out-of-memory error. remedy: how to use less memory of the device."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         message = _message(error, device, remedy)
         if message is None:
             raise
@@ -39,7 +41,12 @@ def explain_out_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
 def _message(error: Exception, device: torch.device, remedy: str) -> str | None:
     text = str(error)
     killed = WORKER.search(text)
-    if SHARED.search(text):
+    if FILES.search(text):
+        return (
+            "the data loader has too many open files.\n"
+            "Raise the limit in the shell (`ulimit -n 4096`), or try data.workers=0."
+        )
+    if SHARED.search(text) or UNSENT in text:
         return (
             "the data loader workers are out of shared memory (/dev/shm).\n"
             "Try data.workers=0, or provide more: docker run --shm-size=8g, or --ipc=host."

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, reject_links, write_text
+from scalekd.common.pages import as_commands
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
@@ -186,7 +187,7 @@ def _in_order(planned: Sequence[Job], records: dict[Job, Record]) -> dict[Job, R
 def _header(source: str) -> list[str]:
     """The comment lines of a ladder file."""
     lines = ladder_text(source).splitlines()
-    return [printable(line.lstrip("# ").rstrip()) for line in lines if line.startswith("#")]
+    return [printable(as_commands(line.lstrip("# ").rstrip())) for line in lines if line.startswith("#")]
 
 
 def _teacher_top1(planned: Iterable[Job]) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from scalekd.common.pages import as_commands
 from scalekd.common.yaml_file import parse_yaml
 
 from .files import header, header_lines, recipe_names, recipe_text, recipe_values
@@ -28,7 +29,7 @@ def entry(recipe: str) -> dict[str, Any]:
     text, values = recipe_text(recipe), recipe_values(recipe)
     return {
         "name": values["name"],
-        **header(text),
+        **{key: as_commands(line) for key, line in header(text).items()},
         "base": parse_yaml(text, recipe).get("base"),
         "student": values["student"]["model"],
         "teacher": (values.get("teacher") or {}).get("model"),
@@ -65,7 +66,11 @@ def explained(recipe: str) -> str:
     base = parse_yaml(text, recipe).get("base")
     notes = [f"This is {config.name} with the values of its base, {base}, filled in."] if base else []
     notes += _amount(config)
-    lines = [*header_lines(text), "", *(f"# {line}" for note in notes for line in textwrap.wrap(note, WIDTH - 2))]
+    lines = [
+        *map(as_commands, header_lines(text)),
+        "",
+        *(f"# {line}" for note in notes for line in textwrap.wrap(note, WIDTH - 2)),
+    ]
     for section in sorted(values, key=list(Config.model_fields).index):
         lines += _losses(values[section]) if section == "losses" else _section(section, values[section])
     return "\n".join(lines) + "\n"

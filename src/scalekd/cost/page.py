@@ -66,7 +66,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """Writes NAME.json and NAME.md to `folder`. Raises `UserError` if they cannot be written."""
     lines = [f"# {_title(found)}", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in cost_rows(found)]
-    lines += ["", *(f"- {line}" for line in cost_lines(found)), "", "Made by `scalekd cost` (docs/how-to/cost.md)."]
+    lines += ["", *(f"- {line}" for line in cost_lines(found)), "", "Made by `scalekd cost` (`scalekd docs cost`)."]
     make_folder(folder)
     write_text(folder / f"{found['name']}.json", json.dumps(found, indent=2) + "\n")
     write_text(folder / f"{found['name']}.md", "\n".join(lines) + "\n")

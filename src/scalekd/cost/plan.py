@@ -157,7 +157,7 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
         assumed.append(f"{name} has no bf16, so the run is counted as fp16; set train.precision=fp16")
     assumed.append(
         f"a step reaches {100 * share[0]:g} to {100 * share[1]:g} % of the card's {peak:g} TFLOP/s "
-        f"in {'fp16/bf16' if in_half else 'float32'} (docs/how-to/plan.md; not verified by a run)"
+        f"in {'fp16/bf16' if in_half else 'float32'} (`scalekd docs plan`; not verified by a run)"
     )
     assumed.append(f"memory is {MEMORY_COUNTED[0]:g} to {MEMORY_COUNTED[1]:g} times what is counted")
     assumed.append(f"a worker loads {READ_BY_WORKER[0]:g} to {READ_BY_WORKER[1]:g} images/s: a guess, not measured")

@@ -34,7 +34,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", "Assumptions:", "", *(f"- {line}" for line in run["assumed"]), ""]
         lines += [line for text in narrower(run) for line in (f"To narrow it: {text}.", "")]
     lines += [_total(found), ""] if _total(found) else []
-    return "\n".join([*lines, "Made by `scalekd plan` (docs/how-to/plan.md)."]) + "\n"
+    return "\n".join([*lines, "Made by `scalekd plan` (`scalekd docs plan`)."]) + "\n"
 
 
 def narrower(run: dict[str, Any]) -> list[str]:

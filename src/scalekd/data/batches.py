@@ -6,27 +6,28 @@ stop and resume at any step and see the same pixels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
-from scalekd.common.stop import leave_signals_to_parent
 from scalekd.common.text import printable
 
 from .fingerprint import Listing
 from .images import Bad, BadImage, BadImages
 from .options import Augment, Data
+from .reading import Outage
 from .samplers import EvalSampler, Key, TrainSampler
 from .sources.source import Source
 from .sources.unlabelled import UNLABELLED, stored
 from .split import Split
 from .transforms import Statistic, Transform, eval_transform, train_transform
+from .workers import loaded
 
 
 class Batch(NamedTuple):
@@ -50,7 +51,8 @@ class Images(Dataset):
 
     For an image that cannot be read it returns a `UserError` in place of the sample, because an exception in a worker
     process would show as a traceback. With `bad`, it skips the image and records it instead: in training the next
-    readable image replaces it, so batches stay full and depend on the keys only.
+    readable image replaces it, so batches stay full and depend on the keys only. An outage, and a class without a
+    readable image, are errors in any case.
 
     Args:
         indices: which images of `source`; those with labels come first.
@@ -70,6 +72,7 @@ class Images(Dataset):
     ):
         self.source, self.indices, self.transform, self.seed, self.bad = source, indices, transform, seed, bad
         self.labelled = len(indices) if labelled is None else labelled
+        self.alive: set[int] = set()  # classes with bad images that have a readable one
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,10 +107,56 @@ class Images(Dataset):
                         f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file, "
                         "or set data.on_bad_image=skip to train without it."
                     )
+                if dead := self._dead_class(number):
+                    return dead
                 skipped.append(Bad(self.source.where(number), str(error)))
+            except Outage as error:
+                return error
             else:
                 return Sample(self.transform(image), target, skipped)
         return Sample(None, -1, skipped)
+
+    def _dead_class(self, number: int) -> UserError | None:
+        """The error if no image of the class of this bad image can be read."""
+        targets = self.source.targets
+        target = targets[number]
+        if target == UNLABELLED or target in self.alive:
+            return None
+        others = [i for i in self.indices if targets[i] == target]
+        for i in others:
+            try:
+                self.source[i]
+            except BadImage:
+                continue
+            except Outage as error:
+                return error
+            self.alive.add(target)
+            return None
+        part = "training" if self.seed is not None else "validation"
+        return UserError(
+            f"none of the {len(others)} {part} images of the class {printable(self.source.classes[target])} can be read, "
+            f"such as {self.source.where(number)}. Repair them, or remove the class from training and validation."
+        )
+
+    def still_bad(self, names: Iterable[str]) -> dict[str, str]:
+        """The reason for each of these names of images that cannot be read. Raises `Outage`."""
+        return unreadable(names, ((self.source.where(i), partial(self.source.__getitem__, i)) for i in self.indices))
+
+
+def unreadable(names: Iterable[str], images: Iterable[tuple[str, Callable[[], Any]]]) -> dict[str, str]:
+    """Name -> reason for those of `names` that still cannot be read.
+
+    images: the name of each image, and a function that reads it. Raises `Outage`.
+    """
+    listed, reasons = set(names), dict[str, str]()
+    for name, read in images:
+        if printable(name) not in listed:
+            continue
+        try:
+            read()
+        except BadImage as error:
+            reasons[printable(name)] = printable(str(error))
+    return reasons
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
@@ -146,7 +195,7 @@ def bad_images(part: str, data: Any, images: int) -> BadImages | None:
 
 def train_batches(images: Images, sampler: TrainSampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The micro-batches of a run, from the sampler's first step to its last. Raises `UserError` for an unreadable image."""
-    return checked(loader(images, sampler, workers, pin, _collate), images.bad)
+    return checked(loaded(images, sampler, workers, pin, _collate), images.bad)
 
 
 def eval_batches(
@@ -154,27 +203,12 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's batches of all images, in order. Raises `UserError` for an unreadable image."""
     sampler = EvalSampler(len(images), batch_size, rank, world)
-    return checked(loader(images, sampler, workers, pin, _collate), images.bad)
+    return checked(loaded(images, sampler, workers, pin, _collate), images.bad)
 
 
 def load_batch(images: Images, keys: list[Key]) -> Batch:
     """One batch, read in this process and equal to a loader's. Raises `UserError` for an unreadable image."""
     return next(checked([_collate([images[key] for key in keys])], images.bad))
-
-
-def loader(
-    images: Dataset, sampler: Sampler, workers: int, pin: bool, collate: Callable[[list[Any]], Any]
-) -> DataLoader:
-    """A DataLoader over the keys from `sampler`, with at most one worker per CPU core. Workers ignore stop signals."""
-    workers = min(workers, os.cpu_count() or 1)  # the images do not depend on the number
-    return DataLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=leave_signals_to_parent,
-    )
 
 
 class Checkable(Protocol):

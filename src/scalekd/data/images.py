@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -14,8 +14,10 @@ from PIL import Image, UnidentifiedImageError
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import append_to, cannot_write, read_bytes
+from scalekd.common.files import append_to, cannot_write, read_bytes, write_text
 from scalekd.common.text import printable
+
+from .reading import steadily
 
 # of the formats that Pillow decodes to pixels; not of those that it leaves to other programs (.eps) or cannot decode (.h5)
 EXTENSIONS = (
@@ -49,9 +51,13 @@ def is_image(name: str) -> bool:
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file. Raises `BadImage`, also for what is no plain file and for more than `MOST_BYTES`."""
+    """The content of a file.
+
+    Raises `BadImage`, also for what is no plain file and for more than `MOST_BYTES`, and `Outage` if the file cannot be
+    read for a reason of the system.
+    """
     try:
-        return read_bytes(path, MOST_BYTES)
+        return steadily(lambda: read_bytes(path, MOST_BYTES), path)
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
 
@@ -167,8 +173,7 @@ class Bad(NamedTuple):
 class BadImages:
     """The unreadable images that a run skipped, each listed once; stops the run if there are too many.
 
-    With several processes each counts the images that it met itself, plus all listed ones when the run starts or
-    resumes.
+    Each process adds the images that it meets; `exchange` gives them to all processes. The first one writes the list.
 
     Args:
         part: `train` or `val`.
@@ -179,17 +184,27 @@ class BadImages:
     def __init__(self, part: str, images: int, share: float):
         self.part, self.images, self.allowed = part, images, _allowed(images, share)
         self.found: dict[str, str] = {}  # name: reason, both on one line
+        self.fresh: list[Bad] = []  # those of them that the other processes do not know
         self.file: Path | None = None
 
-    def keep_in(self, folder: Path) -> None:
-        """Lists bad images in `folder/bad-images.txt` from now on, and counts those already listed there."""
-        listed = {name: reason for part, name, reason in read_list(folder) if part == self.part}
-        rank = parallel.rank()
-        self.file = folder / (f"bad-images-{rank}.txt" if rank else "bad-images.txt")
-        if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
-            self._write("\n")  # a killed run left an incomplete line
-        before, self.found = self.found, listed
+    def keep_in(self, folder: Path, still_bad: Callable[[Iterable[str]], dict[str, str]] | None = None) -> None:
+        """Lists bad images in `folder/bad-images.txt` from now on, and counts those already listed there.
+
+        still_bad: gives the reason for each of the listed names that still cannot be read; the others are removed from
+        the list. All processes must call this.
+        """
+        first = parallel.rank() == 0
+        listed = parallel.from_first(read_list(folder) if first else [])
+        before, self.found = self.found, {name: reason for part, name, reason in listed if part == self.part}
+        if still_bad and self.found:
+            self.found = parallel.from_first(still_bad(self.found) if first else {})
+        if first:
+            self.file = folder / "bad-images.txt"
+            others = [entry for entry in listed if entry[0] != self.part]
+            self._rewrite(listed, [*others, *((self.part, name, reason) for name, reason in self.found.items())])
+        self.fresh = []
         self.add(Bad(name, reason) for name, reason in before.items())
+        self.exchange()
 
     def add(self, bad: Iterable[Bad]) -> None:
         """Records bad images. Raises `UserError` if there are now more than allowed."""
@@ -197,7 +212,20 @@ class BadImages:
             name, reason = printable(name), printable(reason)
             if name not in self.found:
                 self.found[name] = reason
+                self.fresh.append(Bad(name, reason))
                 self._write(f"{self.part}\t{name}\t{reason}\n")
+        if parallel.world() == 1:
+            self.check()
+
+    def exchange(self) -> None:
+        """Adds what the other processes found. All must call it. Raises the same `UserError` in all, as `check`."""
+        for bad in parallel.gather(self.fresh):
+            self.add(bad)
+        self.fresh = []
+        self.check()
+
+    def check(self) -> None:
+        """Raises `UserError` if there are more bad images than allowed."""
         if len(self.found) > self.allowed:
             name, reason = next(iter(self.found.items()))
             listed = f" {self.file} lists them." if self.file else ""
@@ -205,6 +233,18 @@ class BadImages:
                 f"{len(self.found)} of {self.images} images cannot be read, and data.max_bad allows {self.allowed}. "
                 f"The first: {name}: {reason}.{listed}\nRepair or remove them, or raise data.max_bad."
             )
+
+    def _rewrite(self, before: Sequence[Entry], now: Sequence[Entry]) -> None:
+        """Writes the whole list if it changed, or if it is not in one complete file."""
+        assert self.file is not None
+        others = [file for file in _lists(self.file.parent) if file != self.file]
+        if set(now) == set(before) and not others:
+            if self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n"):
+                self._write("\n")  # a killed run left an incomplete line
+            return
+        write_text(self.file, "".join("\t".join(entry) + "\n" for entry in now))
+        for file in others:  # of the other processes of an earlier version
+            file.unlink(missing_ok=True)
 
     def _write(self, text: str) -> None:
         if self.file is None:
@@ -216,6 +256,9 @@ class BadImages:
             raise cannot_write(self.file, error) from None
 
 
+Entry = tuple[str, str, str]  # part, name and reason of a bad image
+
+
 def _allowed(images: int, share: float) -> int:
     """A share of the images, but at least 3 (a tenth of fewer than 30): one bad file must not stop a small data set."""
     if share == 0:
@@ -223,10 +266,14 @@ def _allowed(images: int, share: float) -> int:
     return max(math.floor(images * share + 1e-9), min(3, images // 10))
 
 
-def read_list(folder: Path) -> list[tuple[str, str, str]]:
-    """(part, name, reason) of every bad image listed in a run's folder by any of its processes, without repeats."""
+def _lists(folder: Path) -> list[Path]:
+    return sorted(folder.glob("bad-images*.txt"))
+
+
+def read_list(folder: Path) -> list[Entry]:
+    """(part, name, reason) of every bad image listed in a run's folder, without repeats."""
     entries: dict[tuple[str, str], str] = {}
-    for file in sorted(folder.glob("bad-images*.txt")):
+    for file in _lists(folder):
         for line in file.read_text(encoding="utf-8").split("\n"):
             fields = line.split("\t")
             if len(fields) == 3:

@@ -179,7 +179,7 @@ def _check_path(student: Shapes, teacher: Shapes, views: str, tpp: bool, adaptiv
         name, instead = ("tpp", "cap") if views == "single" else ("scalekd", "dfm")
         raise ValueError(
             f"{name} runs the teacher's last stage alone, which is not supported for {teacher.model} "
-            f"(docs/reference/methods.md).\nThe same method without that stage: losses.{name}=off losses.{instead}={{}}"
+            f"(`scalekd docs methods`).\nThe same method without that stage: losses.{name}=off losses.{instead}={{}}"
         )
     check_positions(student, (3, 4) if tpp else (4,))
     if adaptive_queries is not None and not tpp:

@@ -88,8 +88,8 @@ class StageView:
 
     Example:
         >>> view = StageView(timm.create_model("resnet18"), name="resnet18", image_size=(224, 224))
-        >>> [m.shape[1:] for m in view(torch.zeros(2, 3, 224, 224)).maps]
-        [torch.Size([64, 56, 56]), torch.Size([128, 28, 28]), torch.Size([256, 14, 14]), torch.Size([512, 7, 7])]
+        >>> tuple(view(torch.zeros(2, 3, 224, 224)).maps[0].shape)
+        (2, 64, 56, 56)
     """
 
     def __init__(self, model: nn.Module, *, name: str, image_size: tuple[int, int], cuts: Sequence[int] | None = None):

@@ -34,7 +34,7 @@ def _frequency(seen: Seen) -> str:
     figure = chart(curves, x, y, "half waves over the map", "magnitude, direct component 1")
     note = (
         f"DCT of the last maps, {seen.map_images} images. The direct component is each channel's mean over positions. Its share of the energy "
-        "is shown ± the standard deviation over images. ScaleKD assumes that this share is large in teachers; docs/how-to/analyze.md."
+        "is shown ± the standard deviation over images. ScaleKD assumes that this share is large in teachers; `scalekd docs analyze`."
     )
     head = ["model", "map", "direct component (% of the energy)"]
     content = panels([f"<figure>{figure}{legend(curves)}</figure>"]) + table(head, rows, "numbers")
@@ -73,7 +73,7 @@ def cost_section(cost: dict[str, Any] | None) -> str:
     if cost is None:
         return ""
     notes = "".join(f"<li>{escape(line)}</li>" for line in cost_lines(cost))
-    note = "Counted, not measured. GMACs and saved activations are per image (docs/how-to/cost.md)."
+    note = "Counted, not measured. GMACs and saved activations are per image (`scalekd docs cost`)."
     return section(
         "Cost of a step", table(COLUMNS, cost_rows(cost), "numbers") + f'<ul class="note">{notes}</ul>', note
     )

@@ -140,7 +140,7 @@ def intact_card(file: Path, task: TaskName | None) -> tuple[dict[str, Any], list
 
 def check_sections(recipe: Any, where: str) -> None:
     """Raises `UserError` for a recipe whose sections are not of the right kind: without them there is nothing to show."""
-    wrong = "" if isinstance(recipe, dict) else "it must be a mapping with data, student, ..."
+    wrong = "" if isinstance(recipe, dict) else "it must be a mapping with data, student and other sections"
     if not wrong:
         models = {key: recipe.get(key) for key in ("student", "teacher", "backbone")} | (
             _usable(recipe.get("teachers"))
@@ -155,7 +155,7 @@ def check_sections(recipe: Any, where: str) -> None:
         ]
         wrong = f"unusable values at {', '.join(bad)}" if bad else ""
     if wrong:
-        raise UserError(f"{where} is not a run's recipe: {wrong}. Restore the file from a copy of the run")
+        raise UserError(f"{where} is not a recipe: {wrong}. Restore the file from a copy of the run")
 
 
 def _usable(value: Any) -> dict[str, Any]:

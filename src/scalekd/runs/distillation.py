@@ -16,7 +16,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
-from scalekd.common.stop import StopRequest
+from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import counted, say
 from scalekd.config.recipe import Config
 from scalekd.data.description import tell_data
@@ -68,6 +68,7 @@ def execute(
     """
     if config.assistant is not None:
         raise UserError("a recipe with an assistant needs two runs; `scalekd train` and `scalekd.train` start both")
+    (stop or current()).begin()
     check_teacher_outputs(config, teacher_outputs)
     config = for_device(config, device, folder)
     named = with_heads(config, folder)

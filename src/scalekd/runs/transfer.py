@@ -14,7 +14,7 @@ from scalekd.common import parallel
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
-from scalekd.common.stop import StopRequest
+from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import counted, say
 from scalekd.data.description import tell_data
 from scalekd.report.run import write_run_report
@@ -47,6 +47,7 @@ def train(
     dry_run: stop after the pre-flight and write nothing.
     Raises `UserError`, and `Stopped` when a signal stopped the run after its checkpoint.
     """
+    (stop or current()).begin()
     config = for_device(config, device, folder)
     if not dry_run:
         open_folder(folder, config)

@@ -20,12 +20,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
-from scalekd.common.stop import Stopped, StopRequest
+from scalekd.common.stop import Stopped, StopRequest, current
 from scalekd.common.text import counted
 from scalekd.data.images import read_list
 
 from . import checkpoint, health, resume
 from .compile import explain_compile_failure
+from .fetch import Agreed, agree, fetch
 from .health import NonFinite
 from .log import RunLog
 from .meter import Meter
@@ -109,16 +110,16 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
 
     Raises:
         Stopped: if `stop` was requested; the checkpoint is written.
-        UserError: if a loss or gradient is not finite.
+        UserError: if a loss or gradient is not finite, or data cannot be read; the last step is saved.
     """
-    stop = stop or StopRequest()
+    stop = stop or current()
     checked = looks_at_every_step(run)
-    stop.wait_for_step = True
     for images in (run.train_images, run.val_images):
         if images.bad is not None:
-            images.bad.keep_in(folder)
+            images.bad.keep_in(folder, images.still_bad)
     while True:
         progress = resume.restore(run, folder, log)
+        stop.saved, stop.wait_for_step = progress.step, True
         try:
             _train_from(run, progress, folder, log, stop, checked)
             break
@@ -163,7 +164,7 @@ def _train_from(run: Run, progress: Progress, folder: Path, log: RunLog, stop: S
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     log.start(progress.step, run.total_steps)
     meter = Meter(run, log, progress)
-    saver = _Saver(run, progress, folder, meter)
+    saver = _Saver(run, progress, folder, meter, stop)
     if not checked and not progress.step:
         saver.save()  # the checkpoint to return to if a step turns out not to be finite
     model.train()
@@ -173,27 +174,20 @@ def _train_from(run: Run, progress: Progress, folder: Path, log: RunLog, stop: S
         while True:
             if _validation_is_due(run, progress):
                 meter.flush(progress.step)
-                try:
-                    validate(run, progress, stop, folder, log, meter)
-                except Stopped:
-                    saver.save()
-                    raise
+                validate(run, progress, folder, log, meter, saver)
                 saver.save()
                 parallel.wait_for_all()
                 meter.resume()
             if progress.step == run.total_steps:
                 break
-            # agreed between the processes, so that all of them stop and save after the same step
-            signal, due = parallel.highest(stop.number, saver.age() >= 60 * config.train.save_minutes)
-            if signal or due:
-                saver.save()
-            if signal:
-                raise Stopped(signal, progress.step)
             with meter.data.timing(torch.device("cpu")):
-                micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+                fetched = fetch(batches, config.train.accumulate, stop)
+            # agreed between the processes, so that all of them stop and save after the same step
+            overdue = saver.age() >= 60 * config.train.save_minutes
+            _save_and_raise(agree(stop, fetched.failure, run.train_images.bad, overdue), saver)
             run.schedule.step_update(progress.step)
             try:
-                done = train_step(model, micro_batches, run, progress.step, checked)
+                done = train_step(model, fetched.batches, run, progress.step, checked)
             except NonFinite as error:
                 if progress.skipped == config.train.skip_nonfinite:
                     raise
@@ -210,8 +204,8 @@ def _train_from(run: Run, progress: Progress, folder: Path, log: RunLog, stop: S
 class _Saver:
     """Writes the checkpoints of a run, and never the same state twice."""
 
-    def __init__(self, run: Run, progress: Progress, folder: Path, meter: Meter):
-        self.run, self.progress, self.folder, self.meter = run, progress, folder, meter
+    def __init__(self, run: Run, progress: Progress, folder: Path, meter: Meter, stop: StopRequest):
+        self.run, self.progress, self.folder, self.meter, self.stop = run, progress, folder, meter, stop
         self.saved = (progress.step, len(progress.history)) if progress.step else None
         self.when = time.monotonic()
 
@@ -220,7 +214,7 @@ class _Saver:
         if state != self.saved:
             self.meter.write_to(self.progress)
             resume.save(self.run, self.progress, self.folder)
-            self.saved = state
+            self.saved, self.stop.saved = state, self.progress.step
         self.when = time.monotonic()
 
     def age(self) -> float:
@@ -237,14 +231,17 @@ def _validation_is_due(run: Run, progress: Progress) -> bool:
     return boundary and progress.step > validated
 
 
-def validate(run: Run, progress: Progress, stop: StopRequest, folder: Path, log: RunLog, meter: Meter) -> None:
-    """Appends a validation to `progress.history`, and writes best.pt if it is the best so far. Raises `Stopped`."""
+def validate(run: Run, progress: Progress, folder: Path, log: RunLog, meter: Meter, saver: _Saver) -> None:
+    """Appends a validation to `progress.history`, and writes best.pt if it is the best so far.
+
+    Saves before it raises `Stopped` or an error of the data.
+    """
     parallel.copy_buffers_of_first(run.deployed)
     health.expect_finite(run.deployed, progress.step)
     size, images = run.eval_batch_size, len(run.val_images)
     rounds = math.ceil(math.ceil(images / size) / parallel.world())
     with contextlib.closing(run.eval_batches(size, run.config.data.workers)) as batches:
-        result = run.validate(_until_stopped(batches, rounds, stop, progress.step))
+        result = run.validate(_until_stopped(batches, rounds, run, saver))
     if not math.isfinite(result.get("loss", 0.0)):
         raise UserError(
             f"the validation loss is not finite after step {progress.step}. "
@@ -268,13 +265,21 @@ def validate(run: Run, progress: Progress, stop: StopRequest, folder: Path, log:
         checkpoint.save(folder / "best.pt", best)
 
 
-def _until_stopped(batches: Iterator[Any], rounds: int, stop: StopRequest, step: int) -> Iterator[Any]:
+def _until_stopped(batches: Iterator[Any], rounds: int, run: Run, saver: _Saver) -> Iterator[Any]:
     """Yields the batches. In every round all processes agree on whether to stop, also those without a batch left."""
     for _ in range(rounds):
-        (signal,) = parallel.highest(stop.number)
-        if signal:
-            raise Stopped(signal, step)
-        batch = next(batches, None)
-        if batch is not None:
-            yield batch
+        fetched = fetch(batches, 1, saver.stop)
+        _save_and_raise(agree(saver.stop, fetched.failure, run.val_images.bad), saver)
+        yield from fetched.batches
     yield from batches  # a task may split what the sampler asks for into several batches
+    _save_and_raise(agree(saver.stop, None, run.val_images.bad), saver)
+
+
+def _save_and_raise(agreed: Agreed, saver: _Saver) -> None:
+    """Ends the run in all processes, saved, if one of them has a signal or a failure."""
+    if agreed.signal or agreed.failure or agreed.due:
+        saver.save()
+    if agreed.failure:
+        raise agreed.failure
+    if agreed.signal:
+        raise Stopped(agreed.signal, saver.progress.step)

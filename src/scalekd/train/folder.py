@@ -17,7 +17,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.files import LOCK, SCRATCH, in_use, reject_links, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
-from scalekd.common.stop import StopRequest
+from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import say
 from scalekd.data.description import KEY, with_bad
 
@@ -60,7 +60,7 @@ def run_into(
         Stopped: if `stop` was requested; the checkpoint is written.
         UserError: for an error in the run; if the folder holds another or a finished run; if another process uses it.
     """
-    config = run.config
+    config, stop = run.config, stop or current()
     notices: list[str] = []
     with in_use(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         if parallel.rank() == 0:
@@ -82,11 +82,13 @@ def run_into(
                 log.event(kind, **values)
         finally:
             log.close()
+        stop.at_once()  # the rest can be repeated from the last checkpoint
         if parallel.rank() == 0:
             say(console, use_exported(run, folder, summary))
             bad = {"training": run.train_images.bad, "validation": run.val_images.bad}
             summary[KEY] = with_bad(run.described, **bad)
             outcome.finish(run, folder, summary)
+            stop.wait_for_step = True  # from here on the run is finished, and no signal may report anything else
             # last, because a folder with a summary counts as finished
             write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -43,7 +43,8 @@ class Run(ABC):
 
     Attributes:
         config: a recipe with `name`, `seed`, `data`, `train` and `track`.
-        train_images, val_images: have a length and `bad`: the `BadImages` that lists skipped images, or None.
+        train_images, val_images: have a length, `bad`: the `BadImages` that lists skipped images, or None, and
+            `still_bad(names)`: the reasons of those of them that still cannot be read.
         model: all parameters that are trained.
         loaded: for each model, which weights were loaded.
         mix, repeats: as for `TrainSampler`.

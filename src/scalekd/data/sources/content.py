@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scalekd.data.images import MOST_BYTES, BadImage, read_file
+from scalekd.data.reading import steadily
 
 
 def real(file: str) -> str:
@@ -30,21 +31,21 @@ class Place(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises `BadImage`.
+        """The bytes of the file. Raises `BadImage`, and `Outage` if the archive cannot be read.
 
         Opens the archive each time, so that processes share no file handle and cannot run out of them.
         """
         if self.size > MOST_BYTES:
             raise BadImage(f"it has {self.size / 1e9:,.1f} GB, more than {MOST_BYTES / 1e9:,.1f} GB")
-        try:
-            with open(self.archive, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        data = steadily(self._bytes, self.archive, alone=False)
         if len(data) < self.size:
             raise BadImage("the archive is shorter than when it was opened")
         return data
+
+    def _bytes(self) -> bytes:
+        with open(self.archive, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
     def identity(self) -> tuple[str, int]:
         """As `Source.identity`."""

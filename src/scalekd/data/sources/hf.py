@@ -12,6 +12,7 @@ from PIL import Image
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
 from scalekd.data.images import BadImage, decode, read_file
+from scalekd.data.reading import Outage, steadily
 
 from .content import real, sizes_of, stamp
 from .names import LeftOut, refuse_splits, split_of
@@ -56,8 +57,8 @@ class HuggingFace:
 
     def _cell(self, i: int) -> dict[str, Any]:
         try:
-            cell = self.rows[i][self.image]
-        except (MemoryError, KeyboardInterrupt):
+            cell = steadily(lambda: self.rows[i][self.image], str(self.origin[0]), alone=False)
+        except (MemoryError, Outage):
             raise
         except Exception as error:  # for a damaged Arrow file pyarrow may raise nearly anything
             raise BadImage(f"datasets cannot read it: {first_line(error)}") from None

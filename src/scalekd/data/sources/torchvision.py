@@ -13,6 +13,7 @@ from PIL import Image
 
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.data.images import BadImage, decode, plain, read_file
+from scalekd.data.reading import Outage, steadily
 
 from .content import real, stamp
 from .names import LeftOut
@@ -76,11 +77,12 @@ class TorchVision:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         try:
-            image, _ = self.images[i]
+            # Pillow's own errors about damaged files have no number; those of the system are an outage
+            image, _ = steadily(lambda: self.images[i], self.root + "/")
             if not isinstance(image, Image.Image):
                 raise BadImage(f"torchvision returns {type(image).__name__}, not an image")
             return plain(image), self.targets[i]
-        except (BadImage, MemoryError):
+        except (BadImage, MemoryError, Outage):
             raise
         except Exception as error:  # for a damaged file torchvision and Pillow may raise nearly anything
             raise BadImage(first_line(error)) from None

@@ -6,8 +6,9 @@ As in `scalekd.data`, items are indexed by (epoch, index) and every random choic
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,12 @@ from torchvision.transforms.v2 import functional as TF
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
-from scalekd.data.batches import checked, loader
+from scalekd.data.batches import checked, unreadable
 from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
+from scalekd.data.reading import Outage
 from scalekd.data.samplers import EvalSampler, Key
+from scalekd.data.workers import loaded
 
 from .coco import Coco
 from .instances import Instance, Picture
@@ -111,11 +114,18 @@ class DetectionImages(Dataset):
                         "or set data.on_bad_image=skip"
                     )
                 skipped.append(Bad(picture.path, str(error)))
+            except Outage as error:
+                return error
             else:
                 pixels, target = self._item(image, picture)
                 target |= {"picture": torch.tensor(number), "size": torch.tensor([picture.height, picture.width])}
                 return DetectionBatch([pixels], [target], skipped)
         return DetectionBatch([], [], skipped)
+
+    def still_bad(self, names: Iterable[str]) -> dict[str, str]:
+        """The reason for each of these images that cannot be used. Raises `Outage`."""
+        pictures = (self.coco.pictures[number] for number in self.indices)
+        return unreadable(names, ((p.path, partial(_read, p)) for p in pictures))
 
     def _item(self, image: Image.Image, picture: Picture) -> tuple[Tensor, Target]:
         pixels = TF.pil_to_tensor(of_channels(self.scales.channels, image))
@@ -178,7 +188,7 @@ def batches_of(
     images: DetectionImages, sampler: Sampler, workers: int, pin: bool
 ) -> Generator[DetectionBatch, None, None]:
     """The batches with the keys of `sampler`, a `TrainSampler` or `EvalSampler`. Raises `UserError`."""
-    return checked(loader(images, sampler, workers, pin, collate), images.bad)
+    return checked(loaded(images, sampler, workers, pin, collate), images.bad)
 
 
 def eval_batches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,13 @@ from torchvision.transforms.v2 import functional as TF
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
-from scalekd.data.batches import Batch, checked, loader
+from scalekd.data.batches import Batch, checked, unreadable
 from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, of_channels
+from scalekd.data.reading import Outage
 from scalekd.data.samplers import EvalSampler, Key
 from scalekd.data.transforms import Statistic
+from scalekd.data.workers import loaded
 
 from .pairs import IGNORED, Mask, Pairs
 
@@ -173,9 +176,15 @@ class SegmentationImages(Dataset):
                         "or set data.on_bad_image=skip"
                     )
                 skipped.append(Bad(self.pairs.where(number), str(error)))
+            except Outage as error:
+                return error
             else:
                 return Sample(transform(image, mask, self.crops), skipped)
         return Sample(None, skipped)
+
+    def still_bad(self, names: Iterable[str]) -> dict[str, str]:
+        """The reason for each of these pairs that cannot be used. Raises `Outage`."""
+        return unreadable(names, ((self.pairs.where(i), partial(self.pairs.__getitem__, i)) for i in range(len(self))))
 
 
 def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
@@ -201,7 +210,7 @@ def collate(samples: list[Sample | UserError]) -> list[Batch] | UserError:
 
 def batches_of(images: SegmentationImages, sampler: Sampler, workers: int, pin: bool) -> Generator[Batch, None, None]:
     """The batches with the keys of `sampler`, a `TrainSampler` or `EvalSampler`. Raises `UserError`."""
-    return checked(_flattened(loader(images, sampler, workers, pin, collate)), images.bad)
+    return checked(_flattened(loaded(images, sampler, workers, pin, collate)), images.bad)
 
 
 def eval_batches(
