@@ -75,7 +75,5 @@ def _list(args: argparse.Namespace) -> None:
     from scalekd.compare.ladder import chosen, jobs, load_ladder
 
     ladder = chosen(load_ladder(args.ladder), args.students, args.methods, args.seeds, args.student)
-    planned = jobs(ladder, recipe_overrides(args))
-    print(f"{len(planned)} runs, {sum(job.config.train.epochs for job in planned)} epochs in total")
-    for job in planned:
+    for job in jobs(ladder, recipe_overrides(args)):
         print(f"{job}: {', '.join(job.config.losses)}")

@@ -23,11 +23,10 @@ class Stopped(BaseException):
     step: the last step, which was saved; 0: the run had not made a step; None: there is no run yet.
     """
 
-    def __init__(self, number: int, step: int | None, where: str = ""):
+    def __init__(self, number: int, step: int | None):
         name = signal.Signals(number).name
-        saved = "" if step is None else f" after step {step} (saved)" if step else " before the first step"
-        text = f" {where}" if where else saved
-        super().__init__(f"stopped by {name}{text}; run the same command again" + " to resume" * bool(step or where))
+        where = "" if step is None else f" after step {step} (saved)" if step else " before the first step"
+        super().__init__(f"stopped by {name}{where}; run the same command again" + " to resume" * bool(step))
         self.exit_code = EXIT_CODES[signal.Signals(number)]
 
 
