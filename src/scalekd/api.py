@@ -282,7 +282,8 @@ def compare(
         from scalekd.compare.ladder import chosen, load_ladder
         from scalekd.compare.runner import places
 
-        found = chosen(load_ladder(fspath(ladder)), students, methods, seeds, student)
+        whole = load_ladder(fspath(ladder))
+        found = chosen(whole, students, methods, seeds, student)
         folder = Path(out) if out else Path("runs") / f"compare-{found.name}"
         summary = run(
             found,
@@ -292,6 +293,7 @@ def compare(
             places(jobs, device),
             share=share_teacher,
             known=[Path(k) for k in known],
+            whole=chosen(whole, [], [], max(len(whole.seeds), len(found.seeds))),
             stop=stop,
             console=_console(verbose),
         )
@@ -379,9 +381,11 @@ def cost(
     from scalekd.cost.count import cost as count
     from scalekd.cost.page import write
     from scalekd.cost.seconds import measure as timed
+    from scalekd.train.auto import for_device
 
     config = _config(recipe, overrides_of(None, None, None, teacher, student, overrides, sections))
     on = pick_device(device)
+    config = for_device(config, on)
     found = count(config, classes=classes, batch=batch)
     if measure:
         found["measured"] = timed(config, on, classes=classes, batch=batch or 4)

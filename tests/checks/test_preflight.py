@@ -632,3 +632,17 @@ def test_warnings_about_low_accuracy(light_recipe, monkeypatch, top1, images, kn
 def test_one_epoch_of_steps_is_no_epochs(cli, recipe_file, epochs, text):
     shown = cli("train", recipe_file, "--dry-run", f"train.epochs={epochs}", "losses={ce: {}}", "teacher=null")
     assert text in " ".join(shown.out.split())
+
+
+def test_lines_are_printed_as_they_are_known(run, monkeypatch):
+    screen, shown = Console(file=io.StringIO(), width=120), []
+
+    def seen(*_: object) -> list[Any]:
+        shown.append(screen.file.getvalue())
+        return []
+
+    monkeypatch.setattr("scalekd.checks.preflight.teacher_accuracy", seen)
+    monkeypatch.setattr(step_module, "one_step", seen)
+    preflight(run, screen)
+    assert "teacher input" in shown[0] and "... teacher: a sample of the validation images" in shown[0]
+    assert "device" not in shown[0] and "device" in shown[1] and "... two trial steps" in shown[1]

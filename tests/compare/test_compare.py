@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,15 +15,22 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 from whole_runs import TINY
 
 from scalekd.common.errors import UserError
 from scalekd.common.intervals import half_width
+from scalekd.common.stop import Stopped, StopRequest
+from scalekd.compare import runner
+from scalekd.compare.board import Board
+from scalekd.compare.compare import settled
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
+from scalekd.compare.outputs import Outputs
 from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
-from scalekd.compare.runner import places
+from scalekd.compare.runner import Place, places, run_all
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.train import auto
 
 METHODS = {
     "none": {"teacher": None, "losses": {"ce": {}}},
@@ -152,7 +160,10 @@ def test_the_ladder_in_the_docs_loads(tmp_path):
     assert {j.config.train.epochs for j in planned} == {50}
 
 
-def test_places():
+def test_places(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert places(1, "cpu") == [Place("cpu", 1)] and len(places(None, "cpu")) == len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert [p.device for p in places(3, "cpu")] == ["cpu"] * 3
     assert places(1, "cpu")[0].threads == len(os.sched_getaffinity(0))
     with pytest.raises(UserError, match="`jobs` 0: must be 1 or more"):
@@ -231,6 +242,134 @@ def test_a_stopped_comparison_resumes(ladder_file, tmp_path):
     code, text, err = finish(compare(*options))
     assert code == 0 and "2 of 2 runs finished" in text
     assert any('"resumed"' in log.read_text() for log in runs.rglob("log.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_ends_its_runs_and_resumes(ladder_file, tmp_path):
+    file = ladder_file(methods={k: METHODS[k] for k in ("none", "KD")}, seeds=[0])
+    options = (file, "train.epochs=15", "--out", tmp_path / "out", "--jobs", "1")
+    process = compare(*options)
+    runs = tmp_path / "out" / "runs"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not any('"step"' in log.read_text() for log in runs.rglob("log.jsonl")):
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    code, text, err = finish(compare(*options))  # at once: the run of the first call may still be saving
+    assert code == 0 and "2 of 2 runs finished" in text, (text, err)
+    (folder,) = runs.rglob("none/seed-0")
+    assert '"resumed"' in (folder / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_logit_and_feature_methods_share_one_teacher_pass(ladder_file, tmp_path):
+    out, methods = tmp_path / "out", METHODS | {"CE again": {"teacher": None, "losses": {"ce": {"smoothing": 0.1}}}}
+    options = (ladder_file(methods=methods, seeds=[0]), "--out", out, "--jobs", "1", "--share-teacher")
+    code, text, err = finish(compare(*options, "--methods", "KD,FD (s4)"))
+    assert code == 0 and "keeps the teacher's outputs" in text and (out / "outputs").is_dir(), err
+    events = {
+        log.parent.parent.name: json.loads(line)
+        for log in (out / "runs").rglob("log.jsonl")
+        for line in log.read_text().splitlines()
+        if '"teacher_outputs"' in line
+    }
+    # the first micro-batch of a run is always computed, to know what is stored
+    assert {name: (e["computed"], e["read"]) for name, e in events.items()} == {"KD": (3, 0), "FD__s4_": (1, 2)}
+
+
+def test_outputs_stay_for_the_rest_of_the_ladder(ladder_file, tmp_path):
+    planned = jobs(load_ladder(ladder_file()))
+    now, later = planned[:2], planned[2:3]
+    file, screen = tmp_path / "outputs" / "seed-0-abc.outputs", Console(file=io.StringIO(), width=200)
+    file.parent.mkdir()
+    file.write_bytes(b"x" * 5000)
+    outputs = Outputs(tmp_path, now, later)
+    assert outputs.losses == ["ce", "kd"]
+    outputs.remove_done(0, now)
+    outputs.finish(screen)
+    assert file.exists() and "for the ladder's other 1 runs" in screen.file.getvalue()
+    outputs = Outputs(tmp_path, later, [])
+    outputs.remove_done(0, later)
+    outputs.finish(screen)
+    assert not file.parent.exists()
+
+
+def test_stopped_after_some_runs(ladder_file, tmp_path, monkeypatch):
+    class Ended:
+        exitcode = 0
+
+        def start(self):
+            started.append(self)
+
+        def join(self, timeout=None):
+            if len(started) == 4:
+                stop.number = signal.SIGTERM
+
+        terminate = start
+
+    started, stop = [], StopRequest()
+    monkeypatch.setattr(runner.SERVER, "Process", lambda **_: Ended())
+    monkeypatch.setattr(runner.SERVER, "set_forkserver_preload", lambda _: None)
+    planned = jobs(load_ladder(ladder_file()))
+    with pytest.raises(Stopped, match="stopped by SIGTERM after 4 of 6 runs; run the same command"):
+        run_all(planned, lambda _: tmp_path, None, [], [Place("cpu", 1)], lambda *_: None, lambda _: None, stop)
+
+
+def test_labels_that_share_a_folder(ladder_file):
+    file = ladder_file(students={"r 18": {}, "r_18": {}})
+    with pytest.raises(UserError, match="students: `r 18` and `r_18` give the same folder name"):
+        load_ladder(file)
+
+
+def test_escape_codes_do_not_reach_the_terminal(ladder_file, cli, tmp_path):
+    file = ladder_file(title="\x1b]0;owned\x07 red", seeds=[0], methods={"none": METHODS["none"]})
+    planned = jobs(load_ladder(file))
+    (tmp_path / "out").mkdir()
+    write_records(tmp_path / "out", {planned[0]: record(planned[0], 50.0)})
+    result = cli("compare", file, "--out", tmp_path / "out", "--device", "cpu")
+    texts = [result.out, result.err, *(p.read_text() for p in (tmp_path / "out").glob("summary.*"))]
+    assert result.code == 0 and all("\x1b" not in text and "\x07" not in text for text in texts)
+
+
+def test_auto_keeps_the_values_of_the_runs_that_began(ladder_file, tmp_path, monkeypatch):
+    planned = jobs(load_ladder(ladder_file(set={"train": {"precision": "auto", "channels_last": "auto"}})))
+    monkeypatch.setattr(auto, "bf16_instructions", lambda: "none")
+    fresh = settled(planned, tmp_path, Place("cpu", 2))
+    assert {(j.config.train.precision, j.config.train.channels_last) for j in fresh} == {("float32", True)}
+    folder = tmp_path / "runs" / planned[0].folder
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("train: {precision: bf16, channels_last: false}")
+    held = settled(planned, tmp_path, Place("cpu", 2))
+    assert {(j.config.train.precision, j.config.train.channels_last) for j in held} == {("bf16", False)}
+
+
+def test_a_renamed_row_finds_its_records(ladder_file, tmp_path):
+    old = jobs(load_ladder(ladder_file(methods={"none": METHODS["none"], "old": METHODS["KD"]}, seeds=[0])))
+    write_records(tmp_path, {job: record(job, 50.0) for job in old})
+    new = jobs(load_ladder(ladder_file(methods={"none": METHODS["none"], "KD": METHODS["KD"]}, seeds=[0])))
+    assert {job.method for job in known_records(tmp_path, new)} == {"none", "KD"}
+
+
+def test_how_long_it_takes(ladder_file, tmp_path, cli):
+    ladder = load_ladder(ladder_file())
+    planned = jobs(ladder)
+    assert "6 runs, 6 epochs in total" in cli("compare", ladder_file(), "--dry-run").out
+    screen, records = Console(file=io.StringIO(), width=200), {}
+    board = Board(ladder, planned, records, tmp_path, screen, 2)
+    with board:
+        log = tmp_path / "runs" / planned[0].folder / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text('{"event": "step", "step": 1, "steps": 9, "left_s": 600.0}\n')
+        board.show({planned[0]: time.monotonic()})
+        assert "about 30.0 min for 6 runs" in screen.file.getvalue()
+        # the first run of a seed computes the teacher's outputs and takes longer than the others
+        for job, seconds in zip(planned, (100.0, 10.0, 10.0), strict=False):
+            records[job] = record(job, 50.0) | {"seconds": seconds}
+            board.show({planned[len(records)]: time.monotonic()})
+        board.ended(planned[2], records[planned[2]], None)
+        assert board._expected(planned[3]) == 100.0
+        records[planned[3]] = record(planned[3], 50.0) | {"seconds": 100.0}
+        assert board._expected(planned[4]) == 10.0
 
 
 def test_torchrun_is_rejected(ladder_file, tmp_path):

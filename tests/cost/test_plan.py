@@ -27,7 +27,7 @@ from scalekd.cost.plan import (
     plan,
     workers_needed,
 )
-from scalekd.cost.plan_page import between, duration, markdown
+from scalekd.cost.plan_page import between, duration, markdown, narrower
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "how-to" / "plan.md").read_text()
@@ -196,7 +196,7 @@ def test_the_command(cli, recipe_file):
         "20,000 samples: 2 epochs of 10,000 images (as given)" in shown.out
         and "2,500 of 8 images, 4 at a time" in shown.out
     )
-    assert "a guess" in shown.out and len(shown.out.splitlines()) < 20
+    assert "a guess" in shown.out and len(shown.out.splitlines()) < 22
     assert "| steps | 6 of 8 images, 4 at a time |" in cli(*words, "--markdown").out
 
 
@@ -228,3 +228,14 @@ def test_imagenet_is_taken_where_a_recipe_names_it(light_recipe):
 def test_the_docs_name_every_card():
     for gpu, (name, plain, half, has_bf16, gb) in GPUS.items():
         assert f"| `{gpu}` | {name} | {plain:g} | {half:g} | {'yes' if has_bf16 else 'no'} | {gb:g} |" in DOCS
+
+
+def test_what_would_narrow_a_wide_interval():
+    counted = {"source": "counted", "hours": [1.9, 14.0]}
+    assert "--measure" in narrower(counted)[0] and narrower(counted | {"hours": [1.9, 3.0]}) == []
+    measured = counted | {"source": "measured", "shared_cores": True, "workers": 4, "limit": "reading"}
+    measured |= {"train": [50.0, 60.0], "read": [200.0, 300.0], "probe": {"read": [0.01, 0.02]}}
+    assert [line.partition(";")[0] for line in narrower(measured)] == ["data.workers=0"]
+    assert "name the data" in narrower(measured | {"probe": {}})[0]
+    busy = narrower(measured | {"workers": 0, "train": [10.0, 60.0]})
+    assert len(busy) == 1 and "nothing else runs here" in busy[0]

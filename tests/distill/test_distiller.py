@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scalekd.checks.step import dead_parameters
 from scalekd.common.errors import UserError
 from scalekd.distill.distiller import Distiller
+from scalekd.models.inputs import expect_unit_range
 from scalekd.models.stages import Features, Shapes
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -268,3 +269,37 @@ def test_the_example_in_the_docstring_runs():
     (example,) = finder.find(Distiller, "Distiller", globs={})
     assert len(example.examples) >= 8
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: (x - torch.tensor(0.45)) / 0.225, "normalised already"),
+        (lambda x: 2 * x - 1, "normalised already"),
+        (lambda x: 255 * x, "Divide them by 255"),
+    ],
+)
+def test_pixels_that_are_not_in_0_to_1_are_rejected(change, words):
+    student = timm.create_model("test_resnet", num_classes=3)
+    distiller = Distiller(student, None, {"ce": {}}, image_size=(64, 64))
+    pixels, targets = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(UserError, match=words):
+        distiller(change(pixels), targets)
+    distiller(pixels, targets)
+
+
+def test_the_pixels_of_the_first_batch_alone_are_checked(monkeypatch):
+    checks = []
+    monkeypatch.setattr("scalekd.distill.distiller.expect_unit_range", checks.append)
+    student = timm.create_model("test_resnet", num_classes=3)
+    distiller = Distiller(student, None, {"ce": {}}, image_size=(64, 64))
+    for _ in range(3):
+        distiller(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))
+    assert len(checks) == 1
+
+
+def test_a_few_values_outside_are_accepted():
+    pixels = torch.rand(4, 3, 64, 64)
+    pixels[0, 0, 0] = 1.2  # a bicubic resize overshoots at edges
+    expect_unit_range(pixels)
+    expect_unit_range(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -118,6 +118,9 @@ def by_scipy(x: np.ndarray, y: np.ndarray, classes: int, strength: float) -> np.
     return logits - logits.mean(1, keepdims=True)
 
 
+ZERO = torch.zeros(3, 5, dtype=torch.float64)
+
+
 def blobs(n: int = 60, width: int = 5, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(classes, (n,), generator=generator)
@@ -619,3 +622,22 @@ def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_fi
         check_config(no_labels, "test")
     with pytest.raises(UserError, match=r"the runs of a comparison share one teacher; fit its head once"):
         jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])
+
+
+def test_the_search_ends_when_the_held_out_loss_rises(monkeypatch):
+    monkeypatch.setattr(head_solver, "STRENGTHS", (1000.0, 100.0, 10.0, 1.0, 0.1))
+    losses, fits = iter([3.0, 2.0, 2.05, 2.04, 1.0]), []
+    monkeypatch.setattr(head_solver, "fit", lambda *args: fits.append(args[3]) or head_solver.Linear(ZERO, ZERO[:, 0]))
+    monkeypatch.setattr(head_solver, "scores", lambda *_: {"nll": next(losses, 9.0), "top1": 50.0})
+    x, y = blobs()
+    choice = choose(x, y, 3, seed=0)
+    assert [row["nll"] for row in choice.tried] == [3.0, 2.0, 2.05, 2.04]
+    assert choice.strength == head_solver.STRENGTHS[1] and len(fits) == 4 * head_solver.PARTS
+
+
+def test_the_search_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(head_solver, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(head_solver, "STRENGTHS", (1000.0, 10.0))
+    lines: list[str] = []
+    choose(*blobs(), 3, 0, lines.append)
+    assert "(1 of at most 2), fit 1 of 5" in lines[0] and "best so far" in lines[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,9 +15,10 @@ from pages import cells, step, validation, well_formed
 from scalekd.common.intervals import share_interval
 from scalekd.common.text import tick_text
 from scalekd.report.curves import ReportRun
+from scalekd.report.folder import RunFolder
 from scalekd.report.series import events_of, figure_points, loss_points, thin, time_use
 from scalekd.report.several import write_report
-from scalekd.report.svg import LEFT, RIGHT, Axis, escape, log_ticks, nice_ticks, value_axis
+from scalekd.report.svg import LEFT, RIGHT, Axis, Curve, escape, log_ticks, nice_ticks, percent_axis, value_axis
 
 
 def run(label: str, events: list[dict[str, Any]] | None = None, top1: tuple[float, ...] = (90.0,)) -> ReportRun:
@@ -230,3 +232,26 @@ def test_thin_keeps_means_and_the_last_point():
     assert few[0] == (5.0, 10.0)
     assert few[-1] == points[-1]
     assert thin(points[:100], 100) == points[:100]
+
+
+@pytest.mark.parametrize("values", [[97.0, 99.0, 100.0, 100.0], [100.0], [99.999, 100.0], [0.0]])
+def test_a_percent_axis_ends_within_0_and_100(values):
+    axis, _ = percent_axis([Curve(list(enumerate(values)), "run", 0)], 0.75)
+    assert 0 <= axis.ticks[0] <= min(values[len(values) // 4 :]) and max(values) <= axis.ticks[-1] <= 100
+
+
+def test_a_percent_axis_covers_all_points_above_and_says_if_some_are_below():
+    falling = Curve(list(enumerate([80.0, 50.0, 52.0, 51.0, 50.0])), "run", 0)
+    axis, below = percent_axis([falling], 0.75)
+    assert axis.ticks[-1] >= 80 and not below
+    axis, below = percent_axis([Curve(list(enumerate([2.0, 50.0, 52.0, 51.0, 54.0])), "run", 0)], 0.75)
+    assert axis.ticks[0] > 2 and below
+
+
+def test_title_and_top5(tmp_path):
+    folder = RunFolder(tmp_path / "photos-2", {"name": "own-data"}, "", [], {}, {}, {}, {"classes": list("abcde")}, [])
+    assert folder.title == "photos-2 (recipe own-data)"
+    validation = {"event": "validation", "step": 1, "epoch": 1, "top1": 50.0, "top5": 100.0}
+    assert list(replace(folder, events=[validation]).figures) == ["top1"]
+    six = replace(folder, events=[validation], card={"classes": list("abcdef")}, path=tmp_path / "own-data")
+    assert list(six.figures) == ["top1", "top5"] and six.title == "own-data"

@@ -138,4 +138,4 @@ def test_an_assistant_whose_teacher_s_head_was_fitted_is_known_again(recipe: dic
     assert f"head: {tmp_path / 'head'}" in recipe_there
     (tmp_path / "recipe.yaml").write_text(recipe_there)
     (tmp_path / "summary.json").write_text("{}")
-    assert assistant_finished(config, tmp_path)
+    assert assistant_finished(config, tmp_path, torch.device("cpu"))

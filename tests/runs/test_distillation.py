@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from whole_runs import CPU, changed
 
@@ -52,3 +53,10 @@ def test_teacher_outputs_in_several_processes_with_an_assistant(tiny_recipe, tmp
     monkeypatch.setattr(parallel, "world", lambda: 2)
     recipe = tiny_recipe | {"assistant": {"student": {"model": "test_convnext"}}}
     assert "`teacher_outputs` supports one process only" in refused(recipe, tmp_path)
+
+
+def test_teacher_outputs_of_several_teachers_in_a_dry_run(tiny_recipe, tmp_path, nothing_is_built, cli):
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(with_two_teachers(tiny_recipe)))
+    result = cli("train", file, "--dry-run", "--teacher-outputs", tmp_path / "outputs")
+    assert result.code == 2 and "`--teacher-outputs` supports one teacher only" in result.err

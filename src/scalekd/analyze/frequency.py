@@ -35,6 +35,7 @@ from scalekd.models.build import timm_model
 from scalekd.models.export import load_student
 from scalekd.models.inputs import Statistics, default_statistics, interpolation, resized, usual_size
 from scalekd.models.stages import StageView
+from scalekd.train.auto import workers_for
 
 from .figures import COLOURS, MARKERS, figure_class, short, write_csv, write_figure
 from .tables import print_table
@@ -152,7 +153,9 @@ def analyze(
         augment = Augment.model_validate({"interpolation": subject.interpolation, "crop_pct": subject.crop_pct})
         chosen = Images(source, indices, eval_transform(spec, augment), None)
         with explain_out_of_memory(device, f"Try a smaller `batch` (now {batch}), or `device` cpu."):
-            workers = spec.workers if n > 10 * batch else 0  # few images: not worth starting workers
+            workers = (
+                workers_for(spec.workers, device) if n > 10 * batch else 0
+            )  # few images: not worth starting workers
             pixels = (b.images for b in eval_batches(chosen, batch, workers, device.type == "cuda"))
             spectrum = spectrum_of(subject, pixels, device)
         known = {"model": subject.label, "weights": subject.source, "sha256": subject.sha256}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from scalekd.common.markdown import code, escaped, table_row
+from scalekd.common.tables import fitted
 from scalekd.common.text import printable, tick_text
 
 from .figures import COLOURS, MARKERS, figure_class, short
@@ -58,13 +58,9 @@ def _notes(found: dict[str, Any]) -> list[str]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("model", overflow="fold")  # folded in a narrow terminal
-    table.add_column("", no_wrap=True)
-    for n in found["shots"]:
-        table.add_column(str(n), no_wrap=True, justify="right")
-    for text, kind, cells in _rows(found):
-        table.add_row(printable(text), kind, *cells)
+    shots = [str(n) for n in found["shots"]]
+    rows = [[printable(text), kind, *cells] for text, kind, cells in _rows(found)]
+    table = fitted(["model", "", *shots], rows, console, shots)
     console.print("", table, "", *_notes(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 

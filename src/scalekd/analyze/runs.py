@@ -30,6 +30,7 @@ from scalekd.methods.scalekd import ScaleKD
 from scalekd.models.shown import Shown
 from scalekd.models.stages import Features
 from scalekd.train import checkpoint
+from scalekd.train.auto import workers_for
 
 SEED = 0  # of the order of the images, and of which of them are drawn
 
@@ -80,7 +81,9 @@ class Runs:
         images, spec = self.images, self.trained[0].config.data
         if most is not None:
             images = Images(images.source, images.indices[:most], images.transform, None)
-        workers = spec.workers if len(images) > 10 * self.batch else 0  # few images: not worth starting workers
+        workers = (
+            workers_for(spec.workers, self.device) if len(images) > 10 * self.batch else 0
+        )  # few images: not worth starting workers
         with explain_out_of_memory(self.device, f"Try a smaller `batch` (now {self.batch}), or `device` cpu."):
             for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
                 yield b.images.to(self.device).float() / 255, b.targets.to(self.device)

@@ -6,19 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from scalekd.common.tables import fitted
 
 
 def print_table(
     console: Console, columns: Sequence[str], names: Iterable[str], rows: Iterable[Sequence[str]], notes: Sequence[str]
 ) -> None:
-    """Prints rows and notes. The columns `names` hold names, which are folded in a narrow terminal; others numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
-        is_name = column in names
-        table.add_column(column, overflow="fold", no_wrap=not is_name, justify="left" if is_name else "right")
-    for cells in rows:
-        table.add_row(*cells)
+    """Prints rows and notes. The columns `names` hold names, which are aligned left; the others numbers."""
+    table = fitted(columns, list(rows), console, [column for column in columns if column not in names])
     console.print(table, markup=False, highlight=False)
     console.print("", *notes, sep="\n", markup=False, highlight=False, soft_wrap=True)
 

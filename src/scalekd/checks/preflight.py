@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from scalekd.common import parallel
 from scalekd.common.sections import height_and_width
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .model import Check, from_source, shown, unseen_pixels
-from .step import finish
+from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
 
 
 def preflight(run: DistillationRun, console: Console) -> None:
     """Prints all checks. Raises `UserError` with the fixes if one fails. Does not change the run."""
-    checks = [*_weights(run), *_classes(run), *_unlabelled(run), *_inputs(run)]
-    if not any(c.status == "fail" for c in checks):
-        checks += [check for taught in run.taught_by for check in teacher_accuracy(run, taught)]
-    if run.config.train.compile and parallel.rank() == 0:
-        console.print("Pre-flight: compiling the first step; this takes a minute or more", highlight=False)
     names = ", ".join(taught.teacher.view.name for taught in run.taught_by)
     teacher = f" <- {names}" if names else ""
-    finish(run, f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", checks, console)
+    screen = Screen(f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", console)
+    for checks in (_weights, _classes, _unlabelled, _inputs):
+        screen.show(checks(run))
+    if not screen.failed:
+        for taught in run.taught_by:
+            screen.doing(f"{taught.label}: a sample of the validation images")
+            screen.show(teacher_accuracy(run, taught))
+    if run.config.train.compile and not screen.failed:
+        screen.doing("compiling the first step, which takes a minute or more")
+    screen.finish(run)
 
 
 def _weights(run: DistillationRun) -> list[Check]:

@@ -7,9 +7,9 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.tables import fitted
 from scalekd.common.text import printable
 from scalekd.config.losses import reads_teacher
 from scalekd.methods.names import METHODS
@@ -142,12 +142,7 @@ def notes(teachers: list[dict[str, Any]]) -> list[str]:
 
 
 def show(teachers: list[dict[str, Any]], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold")
-    for row in rows(teachers):
-        table.add_row(*row)
-    console.print(table, "", markup=False, highlight=False)
+    console.print(fitted(COLUMNS, rows(teachers), console), "", markup=False, highlight=False)
     for note in notes(teachers):
         console.print(note, markup=False, highlight=False)
 

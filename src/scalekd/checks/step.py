@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import counted, duration, printable
+from scalekd.train.auto import precision_for
 from scalekd.train.compile import explain_compile_failure
 from scalekd.train.run import AUTOCAST, Run
 
 from .loader import workers_check
 from .model import Check
+
+NAMES = 16  # width of the column of names
 
 
 def dead_parameters(model: nn.Module) -> list[str]:
@@ -29,29 +33,62 @@ def dead_parameters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def finish(run: Run, title: str, checks: list[Check], console: Console) -> None:
-    """Runs the trial steps unless a check failed already, and prints the screen.
+class Screen:
+    """The pre-flight screen. Each line is printed as soon as it is known, and long work is announced."""
 
-    Raises `UserError` with the fixes if a check failed.
-    """
-    if not any(c.status == "fail" for c in checks):
-        checks = [*checks, *one_step(run), *_bad_images(run)]
-    if parallel.rank() == 0:
-        _print(title, checks, console)
-    failed = [c for c in checks if c.status == "fail"]
-    if failed:
-        raise UserError("pre-flight: " + "\n".join(f"{c.name}: {c.text}. {c.fix}" for c in failed))
+    def __init__(self, title: str, console: Console):
+        self.console, self.active = console, parallel.rank() == 0
+        self.failed: list[Check] = []
+        if self.active:
+            console.print(f"Pre-flight: {title}", highlight=False, markup=False)
+
+    def doing(self, text: str) -> None:
+        """Announces work that takes more than a moment."""
+        if self.active:
+            self.console.print(Text(f"  ... {printable(text)}", "dim"), highlight=False)
+
+    def show(self, checks: Iterable[Check]) -> None:
+        """Prints the lines, in the order in which they come."""
+        for c in checks:
+            if c.status == "fail":
+                self.failed.append(c)
+            if self.active:
+                self.console.print(_line(c), highlight=False)
+
+    def finish(self, run: Run) -> None:
+        """Runs the trial steps unless a check failed already. Raises `UserError` with the fixes if a check failed."""
+        self.show([device_check(run)])
+        if not self.failed:
+            self.doing("two trial steps on real batches")
+            self.show(one_step(run))
+            self.show(_bad_images(run))
+        if self.failed:
+            raise UserError("pre-flight: " + "\n".join(f"{c.name}: {c.text}. {c.fix}" for c in self.failed))
 
 
-def _print(title: str, checks: list[Check], console: Console) -> None:
-    console.print(f"Pre-flight: {title}", highlight=False, markup=False)
+def _line(c: Check) -> Table:
+    """A line with its text in columns, wrapped to the width of the screen."""
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for c in checks:
-        text = c.text + (f". {c.fix}" if c.status == "warn" and c.fix else "")
-        # Text, because rich reads a class name such as [red] as markup
-        table.add_row(Text(c.status, colours[c.status]), c.name, Text(printable(text)))
-    console.print(table, highlight=False)
+    text = c.text + (f". {c.fix}" if c.status == "warn" and c.fix else "")
+    line = Table(box=None, show_header=False, padding=(0, 1))
+    line.add_column(width=4)
+    line.add_column(min_width=NAMES)
+    line.add_column()
+    # Text, because rich reads a class name such as [red] as markup
+    line.add_row(Text(c.status, colours[c.status]), Text(c.name), Text(printable(text)))
+    return line
+
+
+def device_check(run: Run) -> Check:
+    """Where the run computes, and how: precision, memory format and data workers, with `auto` resolved."""
+    train, device = run.config.train, run.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    text = f"{name}, {train.precision}{', channels last' * train.channels_last}"
+    text += f", {counted(run.config.data.workers, 'data worker')}"
+    if train.precision == "bf16" and precision_for(device) != "bf16":
+        slow = "it has no bf16 instructions, so steps take up to twice as long as in float32"
+        return Check("device", "warn", f"{text}; {slow}", "Set train.precision=auto")
+    return Check("device", "ok", text)
 
 
 def one_step(run: Run) -> list[Check]:

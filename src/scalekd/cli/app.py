@@ -13,6 +13,7 @@ from scalekd.common.text import printable
 from scalekd.common.version import __version__
 
 from . import analyze, compare, cost, heads, lists, train, transfer
+from .hints import Parser, key_hint
 from .keys import with_options
 
 COMMANDS = (train, compare, heads, transfer, analyze, cost, lists)
@@ -59,15 +60,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command_line = parser()
     args, rest = command_line.parse_known_args(argv)  # argparse does not assign overrides that follow an option
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        command_line.error(f"unrecognized arguments: {' '.join(rest)}; `scalekd COMMAND --help` lists the options")
+        hint = key_hint(rest) if hasattr(args, "overrides") else ""
+        command_line.error(
+            f"unrecognized arguments: {' '.join(rest)}; {hint}`scalekd COMMAND --help` lists the options"
+        )
     if rest:
         args.overrides += rest
     return args
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of all commands."""
-    command_line = argparse.ArgumentParser(prog="scalekd", description="Distil vision transformers into small models.")
+    command_line = Parser(prog="scalekd", description="Distil vision transformers into small models.")
     command_line.add_argument("--version", action="version", version=f"scalekd {__version__}")
     commands = command_line.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in COMMANDS:

@@ -75,5 +75,7 @@ def _list(args: argparse.Namespace) -> None:
     from scalekd.compare.ladder import chosen, jobs, load_ladder
 
     ladder = chosen(load_ladder(args.ladder), args.students, args.methods, args.seeds, args.student)
-    for job in jobs(ladder, recipe_overrides(args)):
+    planned = jobs(ladder, recipe_overrides(args))
+    print(f"{len(planned)} runs, {sum(job.config.train.epochs for job in planned)} epochs in total")
+    for job in planned:
         print(f"{job}: {', '.join(job.config.losses)}")

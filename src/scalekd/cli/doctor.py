@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from scalekd.common.processor import bf16_instructions
+
 PACKAGES = ["torch", "torchvision", "timm", "numpy", "pydantic", "safetensors", "tensorboard"]
 OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # package -> extra
 OPTIONAL |= {name: name for name in ("wandb", "mlflow", "trackio")}
@@ -44,15 +46,6 @@ def examine(as_json: bool) -> int:
             print(f"problem        {problem}")
         print("a run can start" if not problems else "a run cannot start until this is fixed")
     return 1 if problems else 0
-
-
-def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The bf16 instructions of this CPU, as Linux names them. Without any, `train.precision=bf16` is slower than float32."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), None)
-    if flags is None:
-        return "unknown"
-    return ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags) or "none"
 
 
 def _version(package: str) -> str | None:

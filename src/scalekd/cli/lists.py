@@ -13,7 +13,10 @@ from .options import add_json_or_markdown, command, print_result
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "methods", _methods, "list the distillation methods with their options")
+    sub = command(
+        commands, "methods", _methods, "list the distillation methods with their options; with a name, explain one"
+    )
+    sub.add_argument("names", nargs="*", metavar="NAME", help="explain these methods and their options")
     sub.add_argument("--json", action="store_true")
 
     sub = command(
@@ -36,7 +39,15 @@ def add_commands(commands: Any) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
+    from scalekd.config.losses import explained
+
     listed = api.methods()
+    if args.names:
+        texts = [explained(name) for name in args.names]
+        listed = [method for name in args.names for method in listed if method.name == name]
+        if not args.json:
+            print("\n\n".join(texts))
+            return
     if args.json:
         plain = [
             {

@@ -40,7 +40,12 @@ def add_commands(commands: Any) -> None:
 
     sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
     sub.add_argument("run_folder", type=Path, help="the run's folder")
-    sub.add_argument("--checkpoint", choices=["best", "last"], default="last", help="(default: last)")
+    sub.add_argument(
+        "--checkpoint",
+        choices=["best", "last"],
+        default="last",
+        help="which weights: the best by top-1 on the validation images, or the last (default)",
+    )
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
 
     _add_report(commands)
@@ -143,6 +148,8 @@ def _train(args: argparse.Namespace) -> None:
         verbose=True,
     )
     if int(os.environ.get("RANK", "0")) == 0:
+        if result.summary["exported_step"] != result.summary["best_step"]:
+            print(printable(f"`scalekd export {result.folder} --checkpoint best` exports the best weights instead"))
         from scalekd.train.log import top1_of
 
         print(
@@ -158,9 +165,11 @@ def _check(args: argparse.Namespace) -> None:
     from scalekd.common.parallel import processes
     from scalekd.config.recipe import load_recipe
     from scalekd.runs.assistants import check_chain
+    from scalekd.runs.distillation import check_teacher_outputs
 
     config = load_recipe(args.recipe, recipe_overrides(args))
     with processes(args.device) as device:
+        check_teacher_outputs(config, args.teacher_outputs)
         check_chain(config, device, Console(emoji=False))
 
 
@@ -176,6 +185,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
+    print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
     for file, difference in result.differences.items():
         reader = "onnxruntime" if file == result.onnx else "timm loads it back"
         print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))

@@ -214,6 +214,18 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of `in_use`."""
+    try:
+        with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW), "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no run was there, or a file system without locks
+        return False
+    return False
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The error for a failed write. Earlier files are intact, so that a run resumes from its last checkpoint."""
     if error.errno in FULL:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -30,6 +31,28 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 CropShare = Annotated[float, Field(ge=0.1, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+AUTO = "auto"  # a value that follows from the device
+
+
+def _or_auto(kind: str) -> WrapValidator:
+    """Validates a union with `auto` with one message; pydantic reports one error per member. kind: the valid values."""
+
+    def checked(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"{kind}, or auto (given {reprlib.repr(value)})") from None
+
+    return WrapValidator(checked)
+
+
+Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], _or_auto("a number from 0 to 1024")]
+Switch = Annotated[bool | Literal["auto"], _or_auto("true or false")]
+PRECISIONS = {"fp32": "float32", "bfloat16": "bf16", "float16": "fp16"}  # other names -> ours
+Precision = Annotated[
+    Literal["auto", "float32", "bf16", "fp16"],
+    BeforeValidator(lambda name: PRECISIONS.get(name, name) if isinstance(name, str) else name),
+]
 
 
 def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -61,7 +84,8 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic converts true to 1, so `epochs: yes` would train for one epoch
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in typing.get_args(annotation):
             raise PydanticCustomError("bool", "true and false are not allowed here")
         return value
 

@@ -23,10 +23,11 @@ class Stopped(BaseException):
     step: the last step, which was saved; 0: the run had not made a step; None: there is no run yet.
     """
 
-    def __init__(self, number: int, step: int | None):
+    def __init__(self, number: int, step: int | None, where: str = ""):
         name = signal.Signals(number).name
-        where = "" if step is None else f" after step {step} (saved)" if step else " before the first step"
-        super().__init__(f"stopped by {name}{where}; run the same command again" + " to resume" * bool(step))
+        saved = "" if step is None else f" after step {step} (saved)" if step else " before the first step"
+        text = f" {where}" if where else saved
+        super().__init__(f"stopped by {name}{text}; run the same command again" + " to resume" * bool(step or where))
         self.exit_code = EXIT_CODES[signal.Signals(number)]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError
@@ -17,17 +18,18 @@ from scalekd.common.files import in_use, reject_links, write_text
 from scalekd.common.pages import as_commands
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
-from scalekd.common.text import duration, say
+from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.split import open_split
-from scalekd.distill.teacher_outputs import SUFFIX
+from scalekd.train.auto import resolved
 
 from .board import Board
 from .ladder import Job, Ladder, jobs, ladder_text
+from .outputs import Outputs
 from .page import markdown
 from .plot import curve_plot, gain_plot
 from .report import write_comparison
-from .results import FILE, Record, known_records, record_of, summary, write_records
+from .results import FILE, Record, held_values, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
 
 
@@ -40,6 +42,7 @@ def compare(
     *,
     share: bool,
     known: Sequence[Path] = (),
+    whole: Ladder | None = None,
     stop: StopRequest,
     console: Console,
 ) -> dict[str, Any]:
@@ -51,13 +54,14 @@ def compare(
         source: the ladder's name or file; its header is shown on the page.
         places: the devices that runs are distributed over, one run at a time on each.
         share: one teacher pass for the runs of a seed, kept in `out`/outputs until the seed is done.
+        whole: the ladder of which `ladder` is a part; shared outputs are kept until its runs of a seed are finished.
         known: folders of other comparisons; their finished runs are reused where the recipe is the same.
 
     Returns the content of summary.json. Raises `UserError`, and `Stopped` after all runs saved a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts one process for each run itself; start it without torchrun")
-    planned = jobs(ladder, overrides)
+    planned = settled(jobs(ladder, overrides), out, places[0])
     for folder in known:
         reject_links(folder)
         if not (folder / FILE).is_file():
@@ -68,14 +72,16 @@ def compare(
         missing = [job for job in planned if job not in records]
         counts = f"{len(planned)} runs, {len(records)} of them already finished"
         where = f"{len(places)} at a time on {places[0].device}"
-        say(console, f"{ladder.title or ladder.name}: {counts}; {where}")
+        say(console, f"{ladder.title or ladder.name}: {counts}; {where}; {_budget(planned)}")
         described = _described(planned[0], out, bool(missing))
         tell_data(console, described)
         began = time.monotonic()
         failed: dict[Job, str] = {}
         try:
             stop.wait_for_step = True
-            _run_missing(missing, Board(ladder, planned, records, out, console), places, stop, failed, share)
+            board = Board(ladder, planned, records, out, console, len(places))
+            outputs = Outputs(out, planned, _rest(whole, planned, overrides, out, places[0])) if share else None
+            _run_missing(missing, board, places, stop, failed, outputs)
         finally:
             ordered = _in_order(planned, records)
             write_records(out, ordered)
@@ -101,7 +107,7 @@ def _run_missing(
     places: Sequence[Place],
     stop: StopRequest,
     failed: dict[Job, str],
-    share: bool,
+    outputs: Outputs | None,
 ) -> None:
     """Runs `missing`; adds what finishes to `board.records`, and the error of what fails to `failed`."""
     out, planned, records = board.out, board.planned, board.records
@@ -115,14 +121,14 @@ def _run_missing(
         elif code in (FINISHED, FAILED) or code < 0:
             failed[job] = _error_of(folder, code)
         board.ended(job, record, failed.get(job))
-        if share and not any(j.seed == job.seed and j not in records and j not in failed for j in planned):
-            _remove_outputs(out, job.seed)  # all runs of this seed are done
+        if outputs:
+            outputs.remove_done(job.seed, {*records, *failed})
 
     with board:
-        outputs = out / "outputs" if share else None
-        run_all(missing, lambda job: out / "runs" / job.folder, outputs, places, ended, board.show, stop)
-    if len(records) == len(planned):
-        shutil.rmtree(out / "outputs", ignore_errors=True)
+        folder, also = (outputs.folder, outputs.losses) if outputs else (None, [])
+        run_all(missing, lambda job: out / "runs" / job.folder, folder, also, places, ended, board.show, stop)
+    if outputs and len(records) == len(planned):
+        outputs.finish(board.console)
 
 
 def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
@@ -149,6 +155,31 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} is not empty and holds no comparison; choose another folder with `out`")
 
 
+def settled(planned: Sequence[Job], out: Path, place: Place) -> list[Job]:
+    """The jobs with a value in place of every `auto`: that of the runs in `out` if there are any, else the place's."""
+    held = held_values(out)
+    device = torch.device(place.device)
+    return [replace(job, config=resolved(job.config, device, held, place.threads)) for job in planned]
+
+
+def _rest(whole: Ladder | None, planned: Sequence[Job], overrides: Sequence[str], out: Path, place: Place) -> list[Job]:
+    """The runs of the whole ladder that are not planned now and not finished."""
+    try:
+        every = settled(jobs(whole, overrides), out, place) if whole else []
+    except UserError:  # a problem of a run that is not planned
+        return []
+    now = {(job.student, job.method, job.seed) for job in planned}
+    later = [job for job in every if (job.student, job.method, job.seed) not in now]
+    finished = known_records(out, later)
+    return [job for job in later if job not in finished]
+
+
+def _budget(planned: Sequence[Job]) -> str:
+    """How long the runs are: `100 epochs each`."""
+    epochs = sorted({job.config.train.epochs for job in planned})
+    return f"{counted(epochs[0], 'epoch')} each" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]} epochs each"
+
+
 def _in_order(planned: Sequence[Job], records: dict[Job, Record]) -> dict[Job, Record]:
     return {job: records[job] for job in planned if job in records}
 
@@ -156,7 +187,7 @@ def _in_order(planned: Sequence[Job], records: dict[Job, Record]) -> dict[Job, R
 def _header(source: str) -> list[str]:
     """The comment lines of a ladder file."""
     lines = ladder_text(source).splitlines()
-    return [as_commands(line.lstrip("# ").rstrip()) for line in lines if line.startswith("#")]
+    return [printable(as_commands(line.lstrip("# ").rstrip())) for line in lines if line.startswith("#")]
 
 
 def _teacher_top1(planned: Iterable[Job]) -> float | None:
@@ -186,11 +217,6 @@ def _error_of(folder: Path, code: int) -> str:
     errors = [i for i, line in enumerate(lines) if line.startswith("scalekd: ")]
     text = " ".join(lines[errors[-1] :]) if errors else (lines or ["no message"])[-1]
     return f"{text.removeprefix('scalekd: ')}  ({log})"
-
-
-def _remove_outputs(out: Path, seed: int) -> None:
-    for file in (out / "outputs").glob(f"seed-{seed}-*{SUFFIX}"):
-        file.unlink(missing_ok=True)
 
 
 def _write_pages(out: Path, result: dict[str, Any], console: Console) -> None:

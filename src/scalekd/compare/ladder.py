@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.files import is_file
 from scalekd.common.sections import Section, Seed, described
+from scalekd.common.text import printable
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.files import merged, override, recipe_names, recipe_text, recipe_values, shipped
 from scalekd.config.losses import reads_logits
@@ -80,7 +81,7 @@ class Job:
         return Path(plain(self.student)) / plain(self.method) / f"seed-{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.student} {self.method} seed {self.seed}"
+        return printable(f"{self.student} {self.method} seed {self.seed}")
 
 
 def plain(label: str) -> str:
@@ -118,8 +119,11 @@ def load_ladder(ladder: str) -> Ladder:
     file = Path(ladder).parent / loaded.recipe
     if loaded.recipe not in recipe_names() and is_file(file):
         loaded = loaded.model_copy(update={"recipe": str(file)})
-    if len({plain(m) for m in loaded.methods}) < len(loaded.methods):
-        raise UserError(f"{ladder}: methods: two labels give the same folder name; rename one")
+    for kind, labels in (("methods", loaded.methods), ("students", loaded.students)):
+        by_folder: dict[str, str] = {}
+        for label in labels:
+            if (other := by_folder.setdefault(plain(label), label)) != label:
+                raise UserError(f"{ladder}: {kind}: `{other}` and `{label}` give the same folder name; rename one")
     return loaded
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 from scalekd.report.series import thin
 from scalekd.report.svg import (
-    BOTTOM,
     HEIGHT,
     INK,
     LEFT,
     RIGHT,
-    TOP,
     WIDTH,
     Axis,
     Curve,
@@ -23,6 +21,7 @@ from scalekd.report.svg import (
     curve_key,
     finite,
     nice_ticks,
+    percent_axis,
     svg_file,
     text_at,
     x_axis,
@@ -184,9 +183,7 @@ def curve_panels(summary: dict[str, Any]) -> list[Panel]:
         curves = [Curve(thin(some, 200), name, styles[name]) for name, some in points.items() if some]
         if curves:
             x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points)), LEFT, RIGHT)
-            # the axis fits the second half: the first half would squeeze it
-            late = [y for c in curves for _, y in c.points[len(c.points) // 2 :]]
-            y = Axis(nice_ticks(min(late), max(late)), BOTTOM, TOP)
+            y, _ = percent_axis(curves, 0.5)
             parts = chart_parts(curves, x, y, "samples seen", summary["metric"])
             panels.append(Panel(student, parts, HEIGHT, [(curve_key(c), c.label) for c in curves]))
     return panels

@@ -13,9 +13,11 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import write_text
 from scalekd.common.intervals import half_width
 from scalekd.common.sections import to_yaml
+from scalekd.common.text import printable
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import check_config
 from scalekd.methods.names import METHODS
+from scalekd.train.auto import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 
@@ -71,12 +73,21 @@ def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -
     for job in by_label.values():
         if job not in records and (from_folder := record_of(job, out / "runs" / job.folder)):
             records[job] = from_folder
-    elsewhere = {_key(r["recipe"]): (r, folder) for folder in others for r in read_records(folder)}
+    # also of `out`: labels of a ladder may change between versions
+    elsewhere = {_key(r["recipe"]): (r, folder) for folder in (out, *others) for r in read_records(folder)}
     for job in by_label.values():
         if job not in records and (equal := elsewhere.get(_key(recipe_of(job)))):
             record, folder = equal
             records[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
     return records
+
+
+def held_values(out: Path) -> dict[str, Any]:
+    """`precision` and `channels_last` of the runs that began in `out` before, for recipes that say `auto`; or {}."""
+    trains = [record["recipe"].get("train") or {} for record in read_records(out)[:1]]
+    for recipe in () if trains else sorted((out / "runs").rglob("recipe.yaml"))[:1]:
+        trains = [held_in(recipe.parent)]
+    return {"precision": "float32", "channels_last": False} | trains[0] if trains else {}
 
 
 def recipe_of(job: Job) -> dict[str, Any]:
@@ -85,12 +96,14 @@ def recipe_of(job: Job) -> dict[str, Any]:
 
 
 def _key(recipe: dict[str, Any]) -> str:
-    """A key for a recipe. Equal for recipes that differ only in name or in how a number is written (1 and 1.0).
+    """A key for a recipe. Equal for recipes that differ only in name, data workers, or how a number is written (1, 1.0).
 
     Options of the losses that the version which wrote the recipe did not have get their defaults.
     """
+    data = {k: v for k, v in (recipe.get("data") or {}).items() if k != "workers"}
     defaults = written_out({name: {} for name in recipe["losses"] if name in METHODS})
-    whole = recipe | {"losses": {name: defaults.get(name, {}) | o for name, o in recipe["losses"].items()}}
+    losses = {name: defaults.get(name, {}) | o for name, o in recipe["losses"].items()}
+    whole = recipe | {"data": data, "losses": losses}
     text = json.dumps({k: v for k, v in whole.items() if k != "name"}, sort_keys=True)
     return json.dumps(json.loads(text, parse_float=_integer_if_whole))
 
@@ -138,7 +151,7 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **f
     students = list(dict.fromkeys(job.student for job in jobs))
     result: dict[str, Any] = {
         "name": ladder.name,
-        "title": ladder.title or ladder.name,
+        "title": printable(ladder.title or ladder.name),
         "metric": "top-1 %",
         "baseline": ladder.baseline,
         "seeds": list(ladder.seeds),

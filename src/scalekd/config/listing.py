@@ -40,15 +40,16 @@ def entry(recipe: str) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """One line per recipe, grouped by teacher: name, expected top-1 in %, status, what it reproduces."""
-    width = max(len(e["name"]) for e in entries)
-    lines = [f"{'  recipe':{width + 2}}  top-1 %  status     stands for"]
+    """Two lines per recipe, grouped by teacher: name and status here, then what it stands for and the paper's top-1."""
+    lines = ["recipe [its runs here]; below: what it stands for, and who measured the top-1"]
     for group, members in groupby(sorted(entries, key=_group), key=_group):
         lines += ["", group]
         for e in members:
             top1, status = re.match(r"[\d.]+", e["expected"]), re.match(r"[A-Z ]*[A-Z]", e["status"])
-            columns = f"{top1[0] if top1 else '-':>7}  {status[0] if status else '-':9}"
-            lines.append(f"  {e['name']:{width}}  {columns}  {e['stands_for']}")
+            whose = "the paper" if e["name"].startswith("imagenet-") else "measured here"
+            figure = f"; {whose}: {top1[0]} %" if top1 else ""
+            lines.append(f"  {e['name']}  [{status[0] if status else '-'}]")
+            lines += textwrap.wrap(f"{e['stands_for']}{figure}", 79, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from scalekd.common.errors import nearest
+from scalekd.common.errors import UserError, nearest
 
 LossWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OF_ANY_LOSS: dict[str, Any] = {"weight": LossWeight, "teachers": list[str]}  # options that every loss has
@@ -100,3 +100,17 @@ def reads_logits(loss: str) -> bool:
 
     method = METHODS[loss]
     return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
+
+
+def explained(name: str) -> str:
+    """What a method computes, and its options with their defaults. Raises `UserError` for an unknown name."""
+    from scalekd.methods.names import METHODS
+
+    if name not in METHODS:
+        raise UserError(f"unknown method `{name}`.{nearest(name, METHODS)}")
+    options = [
+        f"  losses.{name}.{key}={parameter.default!r}  ({inspect.formatannotation(parameter.annotation)})"
+        for key, parameter in options_of(METHODS[name]).items()
+    ]
+    common = f"  losses.{name}.weight=1.0  (a factor of the loss; every method has it)"
+    return "\n".join([inspect.getdoc(METHODS[name]) or name, "", "Defaults:", *options, common])

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from scalekd.common.files import make_folder, write_text
+from scalekd.common.tables import fitted
 
 COLUMNS = ["part", "params M", "GMACs forward", "GMACs backward", "saved MB"]
 
@@ -58,11 +58,7 @@ def _title(found: dict[str, Any]) -> str:
 
 def show(found: dict[str, Any], console: Console) -> None:
     console.print(_title(found), "", markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for row in cost_rows(found):
-        table.add_row(*row)
+    table = fitted(COLUMNS, cost_rows(found), console, [column for column in COLUMNS if column != "part"])
     console.print(table, "", *cost_lines(found), sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.sections import height_and_width
+from scalekd.common.tables import fitted
 from scalekd.common.text import shortened
 from scalekd.config.files import recipe_names
 from scalekd.config.recipe import Config, load_recipe
@@ -255,14 +255,11 @@ def _shape(shape: list[int]) -> str:
 
 
 def show(listed: list[dict[str, Any]], console: Console) -> None:
-    """Prints two tables and the notes, for a terminal of 120 columns; names are folded in a narrower one."""
+    """Prints two tables and the notes. The tables need a terminal of 120 columns; a narrower one gets paragraphs."""
     model_rows, pair_rows, notes = _rows(listed)
     for columns, rows in ((MODEL_COLUMNS, model_rows), (PAIR_COLUMNS, pair_rows)):
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold", justify="right" if column in MODEL_COLUMNS[1:6] else "left")
-        for row in rows:
-            table.add_row(*("\n".join(cell) for cell in row))
+        cells = [["\n".join(cell) for cell in row] for row in rows]
+        table = fitted(columns, cells, console, MODEL_COLUMNS[1:6])
         console.print(table, "", markup=False, highlight=False)
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}", markup=False, highlight=False)

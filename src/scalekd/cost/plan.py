@@ -17,6 +17,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.description import KEY
 from scalekd.data.split import Split, open_split
 from scalekd.distill.build import steps_of_an_epoch, untrained
+from scalekd.train.auto import MOST_WORKERS, for_device, resolved, workers_of
 
 from .count import count_step
 from .plan_measured import probe
@@ -85,7 +86,8 @@ def plan(
             f"`gpus` {gpus}: `measure` plans for the CPU here; leave out `gpus`, or name a `gpu` without `measure`"
         )
     runs = []
-    for run in chained(config):
+    for recipe in chained(config):
+        run = for_device(recipe, measure_on) if measure_on else _for_gpu(recipe, GPUS[gpu][3])
         amount, split = _amount(run, images, gpus)
         outputs = classes or (len(split.classes) if split else 1000)
         if measure_on is None:
@@ -95,6 +97,12 @@ def plan(
         runs.append(together(run, amount, speed, gpus))
     totals = {key: [sum(run[key][end] for run in runs) for end in (0, 1)] for key in ("hours", "gpu_hours")}
     return {"runs": runs, **totals}
+
+
+def _for_gpu(config: Config, has_bf16: bool) -> Config:
+    """The recipe with what `auto` would choose on a machine with this GPU and enough cores."""
+    held = {"precision": "bf16" if has_bf16 else "fp16", "channels_last": True}
+    return resolved(config, torch.device("cuda"), held, threads=MOST_WORKERS + 1)
 
 
 # ---------------------------------------------------------------- images and steps
@@ -153,7 +161,7 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
     )
     assumed.append(f"memory is {MEMORY_COUNTED[0]:g} to {MEMORY_COUNTED[1]:g} times what is counted")
     assumed.append(f"a worker loads {READ_BY_WORKER[0]:g} to {READ_BY_WORKER[1]:g} images/s: a guess, not measured")
-    readers = max(1, config.data.workers) * gpus
+    readers = max(1, workers_of(config)) * gpus
     per_image = {"train": 2e9 * step["total"]["gmacs"], "validate": 2e9 * step["parts"]["student"]["forward"]}
     return {
         "on": name,
@@ -194,7 +202,7 @@ def _measured(
     assumed = [f"the run is up to {100 * UNFORESEEN:g} % slower or faster than the timed rounds"]
     if gpus > 1:
         assumed.append(f"{gpus} GPUs reach {100 * several[0]:g} to 100 % of {gpus} times the speed of one")
-    readers = max(1, min(config.data.workers * gpus, measured["cores"]))
+    readers = max(1, min(workers_of(config) * gpus, measured["cores"]))
     share = SEVERAL_WORKERS if readers > 1 else [1.0, 1.0]
     if "read" in measured:
         reading = [rate(measured[key], share, readers) for key in ("read", "read_validation")]
@@ -220,7 +228,7 @@ def _measured(
 
 def together(config: Config, amount: dict[str, Any], speed: dict[str, Any], gpus: int) -> dict[str, Any]:
     """A run's entry in the plan: time, memory and bottleneck. amount: `_amount`. speed: counted or measured."""
-    workers = config.data.workers
+    workers = workers_of(config)
     shared = speed["shared_cores"]
     run = both_at_work(speed["train"], speed["read"], workers, shared)
     validating = both_at_work(speed["validate"], speed["read_validation"], workers, shared)

@@ -9,6 +9,7 @@ from rich.console import Console
 from scalekd.common.text import printable
 from scalekd.data.description import KEY, lines_of
 
+WIDE = 2.5  # factor between the ends of an interval
 UNITS = ((1, 120, "seconds"), (60, 7200, "minutes"), (3600, 72 * 3600, "hours"), (86400, float("inf"), "days"))
 
 
@@ -20,6 +21,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             lines += ["Data:", *(f"  - {printable(line)}" for line in told)]
         lines += ["Assumptions:" if run["source"] == "counted" else "Measured, with these assumptions:"]
         lines += [f"  - {line}" for line in run["assumed"]]
+        lines += [f"To narrow it: {line}." for line in narrower(run)]
         console.print(*lines, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
     if total := _total(found):
         console.print(total, markup=False, highlight=False, soft_wrap=True)
@@ -30,8 +32,32 @@ def markdown(found: dict[str, Any]) -> str:
     for run in found["runs"]:
         lines += [f"# {_title(run)}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in _rows(run))]
         lines += ["", "Assumptions:", "", *(f"- {line}" for line in run["assumed"]), ""]
+        lines += [line for text in narrower(run) for line in (f"To narrow it: {text}.", "")]
     lines += [_total(found), ""] if _total(found) else []
     return "\n".join([*lines, "Made by `scalekd plan` (`scalekd docs plan`)."]) + "\n"
+
+
+def narrower(run: dict[str, Any]) -> list[str]:
+    """What would narrow the interval of a run's time, if its ends differ by more than a factor of `WIDE`."""
+    low, high = run["hours"]
+    if high <= WIDE * low:
+        return []
+    if run["source"] == "counted":
+        return [
+            "`scalekd plan --measure` on the machine that will train times real steps, and image loading if it has the data"
+        ]
+    lines = []
+    if "read" not in run["probe"]:
+        lines.append("name the data with --data; the speed of image loading is a guess without them")
+    if run["shared_cores"] and run["workers"] and run["limit"] != "device":
+        lines.append(
+            "data.workers=0; it is unknown how much the workers take from the cores that train. Measured so, reading and "
+            "computing add up"
+        )
+    times = [run["train"][1] / run["train"][0], run["read"][1] / run["read"][0]]
+    if not lines or times[0] > WIDE:
+        lines.append("measure again while nothing else runs here, and with --batch set to the run's images per step")
+    return lines
 
 
 def between(low: float, high: float) -> str:

@@ -10,7 +10,7 @@ from pydantic import (
     field_validator,
 )
 
-from scalekd.common.sections import CropShare, ImageSize, Interpolation, Positive, Section, Seed, Share
+from scalekd.common.sections import CropShare, ImageSize, Interpolation, Positive, Section, Seed, Share, Workers
 from scalekd.common.text import printable
 
 
@@ -41,8 +41,9 @@ class Data(Section):
     """What to do with an image that cannot be read: stop and name it, or skip it and list it in the run's folder."""
     max_bad: Share = 0.01
     """With `on_bad_image: skip`, stop if more than this fraction of the images is unreadable (docs/how-to/data.md)."""
-    workers: Annotated[int, Field(ge=0, le=1024)] = 4
-    """Processes that load images, per training process. 0: load them in the training process."""
+    workers: Workers = "auto"
+    """Processes that load images, per training process. 0: load them in the training process. auto: one less than the
+    process's cores for a GPU, at most 8; half of the cores for a CPU, at most 4."""
 
 
 class Augment(Section):

@@ -30,6 +30,7 @@ from scalekd.models.create import create, resolve
 from scalekd.models.fitted_head import read_head
 from scalekd.models.inputs import Statistics, statistics
 from scalekd.models.weights.trained import Loaded
+from scalekd.train.auto import for_device
 from scalekd.train.optim import create_optimizer, make_schedule
 from scalekd.train.run import check_batch_size, scaler_and_average
 
@@ -43,6 +44,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
 
     strict: as for `open_split`.
     """
+    config = for_device(config, device)
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
     data, train = config.data, config.train
     split = open_split(data, strict)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
-from scalekd.models.inputs import Statistics, default_statistics, resized
+from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, resized
 from scalekd.models.stages import Features, Shapes, StageView
 
 
@@ -143,6 +143,7 @@ class Distiller(nn.Module):
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
         self.teacher_clock = Stopwatch()
+        self.pixels_checked = False
         self.compiled: Compiled | None = None
 
     def _add(self, name: str, options: Any) -> None:
@@ -204,7 +205,8 @@ class Distiller(nn.Module):
             Scalars: every weighted term by name, and their sum as `total`.
 
         Raises:
-            UserError: a method needs targets and there are none.
+            UserError: a method needs targets and there are none; or the first batch was normalised already, because more
+                than 1 % of its values lie outside [0, 1].
         """
         if not len(targets) and len(images):
             for key, method in self.methods.items():
@@ -213,6 +215,9 @@ class Distiller(nn.Module):
                         f"losses.{key} needs labels and this batch has none; remove the loss or add labelled images"
                     )
         compiled = self.compiled if self.compiled and self.compiled.images == len(images) else None
+        if not self.pixels_checked:  # once, because it waits for the device
+            expect_unit_range(images)
+            self.pixels_checked = True
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         for frozen in self.teachers.values():
             frozen.stay_in_eval()

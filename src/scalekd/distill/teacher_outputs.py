@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from torch import Tensor
 from scalekd.common.errors import UserError
 from scalekd.common.files import cannot_write
 from scalekd.common.seeds import seed_from
+from scalekd.config.losses import reads_teacher
 from scalekd.config.recipe import Config
+from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features
 from scalekd.models.weights.trained import Loaded
 
@@ -57,10 +60,16 @@ class TeacherOutputs:
         name: start of the file name, see `outputs_name`.
         distiller: computes outputs that are not stored. It has one teacher.
         records: number of micro-batches in the run.
+        losses: the methods of all runs that use the file; their needs are stored together, or the file would be another.
     """
 
-    def __init__(self, folder: Path, name: str, distiller: Distiller, records: int):
+    def __init__(self, folder: Path, name: str, distiller: Distiller, records: int, losses: Iterable[str] = ()):
         self.path, self.distiller, self.records = folder / f"{name}{SUFFIX}", distiller, records
+        teacher = distiller.only_teacher()
+        if teacher is not None and not teacher.view.refusal:
+            for method in (METHODS[loss] for loss in losses if reads_teacher(loss)):
+                teacher.needs_maps |= getattr(method, "needs_maps", True)
+                teacher.needs_classifier |= getattr(method, "needs_classifier", False)
         self.kept: list[Kept] | None = None
         self.computed = self.read = 0
 

@@ -10,6 +10,7 @@ import json
 import statistics as stats
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +184,8 @@ def _fit_split(
 ) -> Fit:
     classes = len(split.classes)
     x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console)
-    choice = choose(x, y, classes, seed)
+    say(console, f"fitting {classes} classes to {len(y)} labels; the strength is chosen on held-out ones")
+    choice = choose(x, y, classes, seed, partial(say, console))
     # all labels, with the chosen penalty: in a sum over the images it is the same prior
     plain = fit(x, y, classes, choice.strength)
     head = Linear(plain.weight / choice.temperature, plain.bias / choice.temperature)

@@ -6,6 +6,7 @@ Everything is full-batch and in float64: the same features give the same head.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ CROSS_VALIDATED = 2000  # up to this many images every fold is held out once; ab
 FLAT = 1e-6  # a fit has converged if no entry of the mean loss's gradient is larger; above 10 times this, an error
 FLATTER = 1e-8  # the same for the final fit; about the limit of rounding
 TEMPERATURES = (1 / 20, 20.0)  # range of the search
+TELL_EVERY = 5.0  # seconds between lines on the progress
 BINS = 15  # bins of the calibration error
 
 
@@ -151,14 +153,19 @@ def _minimise(parameters: Tensor, loss: Callable[[], Tensor], flat: float) -> fl
     return slope
 
 
-def choose(features: Tensor, targets: Tensor, classes: int, seed: int) -> Choice:
+def choose(
+    features: Tensor, targets: Tensor, classes: int, seed: int, tell: Callable[[str], None] | None = None
+) -> Choice:
     """Chooses the strength, then the temperature, with the lowest held-out negative log-likelihood.
 
     Up to `CROSS_VALIDATED` images every fold is held out once and the held-out logits of all folds are scored together;
     the temperature is fitted to the same logits. With one image per class no image can be held out: the result is
     `UNCHOSEN` and temperature 1.
 
-    features: (N, D), targets: (N,), of labelled training images only.
+    The strengths are tried from the strongest on. The search ends when the likelihood was worse than the best twice in a
+    row: from there it only gets worse, and weak penalties are slow to fit.
+
+    features: (N, D), targets: (N,), of labelled training images only. tell: gets a line on the progress every few seconds.
     """
     parts = held_out_parts(targets.tolist(), seed)
     parts = parts if len(targets) <= CROSS_VALIDATED else parts[:1]
@@ -171,17 +178,26 @@ def choose(features: Tensor, targets: Tensor, classes: int, seed: int) -> Choice
     axes = [principal_axes(features[rest]) for rest in rests]
     truth = targets[torch.tensor([i for part in parts for i in part], device=targets.device)]
     tried, best, best_logits = list[dict[str, float]](), math.inf, torch.empty(0)
-    for strength in STRENGTHS:
+    rises, shown = 0, time.perf_counter()
+    for number, strength in enumerate(STRENGTHS, 1):
         logits = []
         for k, (held, rest) in enumerate(zip(helds, rests)):
+            if tell and time.perf_counter() - shown > TELL_EVERY:
+                shown = time.perf_counter()
+                tell(
+                    f"  strength {strength:.3g} ({number} of at most {len(STRENGTHS)}), fit {k + 1} of {len(parts)}"
+                    + f", best so far {best:.4f} nats" * math.isfinite(best)
+                )
             fits[k] = linear = fit(axes[k], targets[rest], classes, strength, fits[k], FLAT)
             logits.append(linear(features[held]))
         held_out_logits = torch.cat(logits)
         score = scores(held_out_logits, truth)
         tried.append({"strength": strength, "nll": score["nll"], "top1": score["top1"]})
         if score["nll"] < best:
-            best, best_logits = score["nll"], held_out_logits
-        elif score["nll"] > 1.1 * best:  # it only rises from here, and weak penalties are slow to fit
+            best, best_logits, rises = score["nll"], held_out_logits, 0
+        else:
+            rises += 1
+        if rises == 2 or score["nll"] > 1.1 * best:
             break
     chosen = min(tried, key=lambda row: row["nll"])["strength"]
     # if all are correct, the likelihood grows with 1/T without bound: the temperature is undefined

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import timm
 from pydantic import ValidationError
 from torch import nn
 
-from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.errors import UserError, first_line
 
 from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
 from .create import build_plain
 from .fitted_head import build_with_head
+from .names import models_like
 from .options import Model
 from .weights.trained import Loaded, Verdict, trained
 
@@ -42,7 +42,7 @@ def timm_model(name: str, weights: str, size: tuple[int, int], remedy: str) -> t
     try:
         spec = Model(model=name, weights=weights)
     except ValidationError:
-        hint = nearest(name.split(".")[0], timm.list_models()) if name else ""
+        hint = models_like(name) if name else ""
         raise UserError(
             f"this is neither a timm model nor an exported student.{hint}\n"
             "Use a timm name, NAME=FILE for weights in a file, or a run's folder."

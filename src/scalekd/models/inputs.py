@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
@@ -86,3 +87,23 @@ def input_channels(model: nn.Module) -> int:
     if isinstance(own, int):
         return own
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def expect_unit_range(images: Tensor) -> None:
+    """Raises `UserError` if float images are not pixels in [0, 1], as after a normalisation. Waits for the device.
+
+    Up to 1 % of the values may lie outside, as after a bicubic resize.
+    """
+    if images.dtype == torch.uint8 or images.is_meta or isinstance(images, FakeTensor) or not images.numel():
+        return
+    values = images.detach().float()
+    share = ((values < -0.02) | (values > 1.02)).double().mean().item()
+    if share > 0.01:
+        low, high = values.min().item(), values.max().item()
+        fix = "They seem to be normalised already: leave that out, because each model gets its own mean and std here"
+        if low >= 0 and high > 2:
+            fix = "Divide them by 255, or pass them as uint8"
+        raise UserError(
+            f"`images` must be uint8, or float pixels in [0, 1]; {share:.0%} of these values lie outside, from {low:.2f} to "
+            f"{high:.2f}. {fix}"
+        )

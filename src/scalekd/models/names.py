@@ -5,6 +5,8 @@ from __future__ import annotations
 from scalekd.common.errors import nearest
 from scalekd.common.text import printable
 
+MOST = 6  # names in a hint
+
 
 def way_to(name: str) -> str:
     """The end of an error about a model name that is no timm name, folder or file: how to fix it."""
@@ -22,4 +24,18 @@ def way_to(name: str) -> str:
         download = f"`hf download {repository}{at} --local-dir {own}`"
         return printable(f". Download the model first, {download}, then use its folder, ./{own}")
     folder = ", and there is no such folder" if "/" in name else ""
-    return f"{folder}.{nearest(name.split('.')[0], timm.list_models())}"
+    return f"{folder}.{models_like(name)}"
+
+
+def models_like(name: str) -> str:
+    """A hint for an unknown model name: the timm names that begin so, or else the nearest ones."""
+    import timm
+
+    start, known = name.split(".")[0], timm.list_models()
+    begin = [model for model in known if start and model.startswith(start)]
+    if not begin:
+        return nearest(start, known)
+    # those with pre-trained weights first, then the short ones
+    begin.sort(key=lambda model: (not timm.models.is_model_pretrained(model), len(model)))
+    more = f", ... ({len(begin)} in all)" if len(begin) > MOST else ""
+    return f" Names in timm that begin so: {', '.join(begin[:MOST])}{more}."

@@ -37,7 +37,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
     classes = [str(label) for label in card["classes"]]
     blocks = [
         front(front_matter(folder)),
-        f"# {marked(folder.recipe.get('name', card['model']))}",
+        f"# {marked(folder.title)}",
         f"{marked(card['model'] + taught)}. Trained with scalekd. It is a plain timm model and does not need scalekd.",
         "## Use",
         f"```python\n{load_lines(card)}\n```",
@@ -96,7 +96,7 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
         }
         fields |= {
             "metrics": ["accuracy"],
-            "model-index": model_index(str(folder.recipe.get("name")), task, place, [measured]),
+            "model-index": model_index(folder.title, task, place, [measured]),
         }
     return fields
 

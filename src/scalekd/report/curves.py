@@ -25,6 +25,7 @@ from .svg import (
     keys,
     legend,
     nice_ticks,
+    percent_axis,
     svg_figure,
     text_at,
     value_axis,
@@ -117,6 +118,7 @@ def losses_text(losses: Mapping[str, Any]) -> str:
 def figure_curves(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher_score: float | None) -> str:
     """A chart for each figure; the first one shows the teacher's score."""
     drawn: list[str] = []
+    below = False
     for key, name in figures.items():
         most = max(20, MOST_POINTS // max(1, 8 * len(runs)))
         curves = [
@@ -127,13 +129,14 @@ def figure_curves(runs: Sequence[ReportRun], figures: Mapping[str, str], teacher
         if not curves:
             continue
         level = None if teacher_score is None or drawn else (teacher_score, f"teacher {teacher_score:.2f} %")
-        # the first epochs would compress the rest, so the axis covers the last three quarters of each curve
-        shown = [y for c in curves for _, y in c.points[len(c.points) // 4 :]] + ([level[0]] if level else [])
+        y, cut = percent_axis(curves, 0.75, level and level[0])
+        below = below or cut
         x = Axis(nice_ticks(0, max(x for c in curves for x, _ in c.points), least_step=1), LEFT, RIGHT)
-        figure = chart(curves, x, value_axis(shown), "epoch", f"{name} (%)", level)
+        figure = chart(curves, x, y, "epoch", f"{name} (%)", level)
         drawn.append(f"<figure>{figure}{legend(curves)}</figure>")
     content = panels(drawn) if drawn else "<p>No validation was logged.</p>"
-    return section("Validation", content, "One seed per run. Early epochs may lie below the axis." if drawn else "")
+    note = "One seed per run." + " The first epochs lie below the axis, which covers the later ones." * below
+    return section("Validation", content, note if drawn else "")
 
 
 def loss_curves(runs: Sequence[ReportRun]) -> str:

@@ -60,15 +60,33 @@ class RunFolder:
         return self.path / weights_name(self.task)
 
     @property
+    def title(self) -> str:
+        """The folder's name, and the recipe's if it differs."""
+        folder, recipe = self.path.resolve().name, self.recipe.get("name")
+        return f"{folder} (recipe {recipe})" if recipe and recipe != folder else folder
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the run exported its best weights instead of its last ones (`train.export`)."""
+        return self.summary.get("exported") == "best"
+
+    @property
     def last_validation(self) -> dict[str, Any]:
-        return (events_of(self.events, "validation") or [{}])[-1]
+        """The last validation, or that of the exported weights if these are the best ones."""
+        validations = events_of(self.events, "validation") or [{}]
+        if self.exports_best:
+            step = self.summary.get("exported_step")
+            return next((e for e in validations if e.get("step") == step), validations[-1])
+        return validations[-1]
 
     @property
     def figures(self) -> dict[str, str]:
         """The figures that its validations logged, key -> name, the main one first."""
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
-        return {key: neighbours * (key == "top1") + name for key, name in FIGURES.items() if key in logged} or TOP1
+        few = 0 < len(self.card.get("classes") or []) <= 5  # every answer is among the first five
+        keys = [key for key in FIGURES if key in logged and not (few and key == "top5")]
+        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or TOP1
 
     @property
     def step(self) -> tuple[int, int | None]:
@@ -183,6 +201,10 @@ def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[
         run.distiller.methods = nn.ModuleDict()  # untrained, so there is nothing to analyse
         return run, student
     load_trained(run, state, last)
+    if folder.exports_best:
+        deployed = copy.deepcopy(student)
+        _load_exported(deployed, folder.path / "student.safetensors")
+        return run, deployed
     if all(torch.equal(a, b) for a, b in zip(state["student"].values(), state["deployed"].values())):
         return run, student
     deployed = copy.deepcopy(student)

@@ -24,6 +24,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.methods.shared import stage_map
 from scalekd.models.shown import Shown
 from scalekd.models.stages import Features, StageView
+from scalekd.train.auto import workers_of
 
 MOST_IMAGES, MOST_SECONDS = 2000, 60.0
 MAP_IMAGES = 256  # images whose maps are analysed
@@ -94,7 +95,7 @@ def look(
     answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
     maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
     images = _chosen(run, [*students.values(), *teachers], most)
-    workers = run.config.data.workers if len(images) > 10 * BATCH else 0  # few images: not worth starting workers
+    workers = workers_of(run.config) if len(images) > 10 * BATCH else 0  # few images: not worth starting workers
     skipped: set[str] = set()
     began, passed = time.monotonic(), 0
     batches = eval_batches(images, BATCH, workers, run.device.type == "cuda")

@@ -167,7 +167,7 @@ def _write(
     counted: dict[str, Any] | None = None,
     more: Sequence[str] = (),
 ) -> None:
-    name = str(folder.recipe.get("name") or folder.path.name)
+    name = folder.title
     facts = dict(facts) | (teacher_fact(folder) if folder.task else {})
     runs = [*(other.row(label) for label, other in (others or {}).items()), folder.row(name)]
     figures = folder.figures
@@ -210,6 +210,10 @@ def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str
         images = [e.get("images") for e in events_of(folder.events, "validation")][-1:]
         interval = f" [{bounds(folder.score, images[0])}]" if key == "top1" and images and images[0] else ""
         lines.append(f"{name}: {folder.score:.2f} %{interval}.")
+    if "exported_step" in folder.summary:
+        which = "best" if folder.exports_best else "last"
+        best = f"; the best were after step {folder.summary.get('best_step')}" * (which == "last")
+        lines.append(f"Exported: the {which} weights, after step {folder.summary['exported_step']}{best}.")
     if not folder.summary:
         step, steps = folder.step
         lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))

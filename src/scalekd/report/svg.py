@@ -85,6 +85,21 @@ def value_axis(values: Sequence[float]) -> Axis:
     return Axis(log_ticks(low, high) if log else nice_ticks(low, high), BOTTOM, TOP, log)
 
 
+def percent_axis(curves: Sequence[Curve], late: float, level: float | None = None) -> tuple[Axis, bool]:
+    """A vertical axis within 0 to 100 % for curves that rise, and whether some points lie below it.
+
+    It covers the last part of each curve, the share `late`, every point above that, and `level`. Early points would
+    compress the rest, so they may lie below the axis.
+    """
+    more = [] if level is None else [level]
+    low = min([y for c in curves for _, y in c.points[int(len(c.points) * (1 - late)) :]] + more)
+    high = max([y for c in curves for _, y in c.points] + more)
+    if high - low < 0.01:
+        low, high = max(0.0, low - 5), min(100.0, high + 5)
+    axis = Axis(nice_ticks(low, high), BOTTOM, TOP)
+    return axis, any(y < axis.ticks[0] for c in curves for _, y in c.points)
+
+
 def svg_figure(parts: Iterable[str], height: float, label: str) -> str:
     box = f"0 0 {WIDTH} {height:g}"
     return f'<svg class="figure" role="img" viewBox="{box}" aria-label="{escape(label)}">{"".join(parts)}</svg>'

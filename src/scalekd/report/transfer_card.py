@@ -30,7 +30,7 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
     )
     blocks = [
         front(front_matter(folder)),
-        f"# {marked(folder.recipe.get('name', folder.path.name))}",
+        f"# {marked(folder.title)}",
         f"{marked(trained_line(folder, facts))}. Trained with scalekd.",
         "## Use",
         f"`pip install 'scalekd[{task}]'`, then, in this folder:",
@@ -65,5 +65,5 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
         data = folder.recipe.get("data") or {}
         place = Path(str(data.get("val_annotations") or data.get("root"))).stem or "validation images"
         fields |= {"metrics": [m["type"] for m in metrics]}
-        fields |= {"model-index": model_index(str(folder.recipe.get("name")), tag, place, metrics)}
+        fields |= {"model-index": model_index(folder.title, tag, place, metrics)}
     return fields

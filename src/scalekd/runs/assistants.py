@@ -18,6 +18,7 @@ from scalekd.common.text import say
 from scalekd.config.assistants import taught_by, taught_by_untrained
 from scalekd.config.recipe import Config, assistant_of
 from scalekd.distill.build import build
+from scalekd.train.auto import for_device
 from scalekd.train.resume import recipe_difference
 
 from .distillation import check_teacher_outputs, checked, execute
@@ -41,7 +42,7 @@ def train_chain(config: Config, folder: Path, device: torch.device, console: Con
         return execute(config, folder, device, console, **options)
     check_teacher_outputs(config, options.get("teacher_outputs"))
     assistant = folder_of_assistant(folder)
-    if not assistant_finished(config, assistant):
+    if not assistant_finished(config, assistant, device):
         if is_file(folder / "recipe.yaml"):
             raise UserError(
                 f"{folder} holds a run, but the run of its assistant in {assistant} is not finished; "
@@ -72,7 +73,7 @@ def rehearse(config: Config, device: torch.device) -> None:
         raise UserError(f"the student does not fit its assistant: {error}") from None
 
 
-def assistant_finished(config: Config, folder: Path) -> bool:
+def assistant_finished(config: Config, folder: Path, device: torch.device) -> bool:
     """Whether `folder` holds the finished run of the recipe's assistant. Raises `UserError` if it holds another's."""
     recipe = folder / "recipe.yaml"
     if not is_file(folder / "summary.json") or not is_file(recipe):
@@ -80,7 +81,7 @@ def assistant_finished(config: Config, folder: Path) -> bool:
     assistant = assistant_of(config)
     if assistant.assistant is not None:
         assistant = taught_by(assistant, folder_of_assistant(folder))
-    if difference := recipe_difference(recipe.read_text(), with_heads(assistant, folder)):
+    if difference := recipe_difference(recipe.read_text(), with_heads(for_device(assistant, device, folder), folder)):
         raise UserError(
             f"{folder} holds the run of another assistant (first difference: {difference}).\n"
             "Remove it, or choose another folder with `out`."

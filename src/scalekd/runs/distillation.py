@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
-from scalekd.common.text import counted
+from scalekd.common.text import counted, say
 from scalekd.config.recipe import Config
 from scalekd.data.description import tell_data
 from scalekd.distill.build import build
@@ -27,6 +28,7 @@ from scalekd.models.options import Model
 from scalekd.models.stages import StageView
 from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
+from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
@@ -46,6 +48,7 @@ def execute(
     title: str | None = None,
     stop: StopRequest | None = None,
     teacher_outputs: Path | None = None,
+    outputs_for: Sequence[str] = (),
     look: bool = True,
 ) -> dict[str, Any]:
     """Runs a recipe into `folder`, or resumes the run in it. Returns its summary.
@@ -55,6 +58,7 @@ def execute(
         title: the name on the progress line; by default the recipe's.
         stop: checked between steps.
         teacher_outputs: a folder in which runs that show their teacher the same pixels share its outputs.
+        outputs_for: the losses of all runs that share them; the first pass of the teacher then serves them all.
         look: evaluate the student's predictions on validation images for the report; takes a minute at most.
 
     Raises:
@@ -66,6 +70,7 @@ def execute(
         raise UserError("a recipe with an assistant needs two runs; `scalekd train` and `scalekd.train` start both")
     (stop or current()).begin()
     check_teacher_outputs(config, teacher_outputs)
+    config = for_device(config, device, folder)
     named = with_heads(config, folder)
     open_folder(folder, named, heads_of(named))
     parallel.wait_for_all()  # rank 0 writes into the folder below, which the others must find unchanged
@@ -74,7 +79,7 @@ def execute(
     if teacher_outputs and config.teacher:
         name = outputs_name(config, run.distiller, run.loaded["teacher"])
         records = run.total_steps * config.train.accumulate
-        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records)
+        run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records, outputs_for)
     return run_into(
         folder,
         run,
@@ -98,12 +103,15 @@ def check_teacher_outputs(config: Config, folder: Path | None) -> None:
 def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
-    summary["reload_difference"] = export_student(run.deployed, file, student_card(run) | {"top1": summary["top1"]})
+    card = student_card(run) | {key: summary[key] for key in ("top1", "exported", "exported_step")}
+    summary["reload_difference"] = export_student(run.deployed, file, card)
     write_run_report(folder, summary, facts(run), run if look else None)
 
 
 def checked(config: Config, device: torch.device, console: Console) -> DistillationRun:
     """Builds a recipe and runs its pre-flight. Writes nothing. Raises `UserError`."""
+    if parallel.rank() == 0:
+        say(console, "Opening the data and building the models ...")
     run = _built(config, device, console)
     with explain_out_of_memory(device, smaller_steps(config)):
         preflight(run, console)

@@ -25,6 +25,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, export_onnx, export_student, load_student
 from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
+from scalekd.train.auto import workers_for
 from scalekd.train.run import provenance
 
 
@@ -63,11 +64,13 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     try:
         top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
         student.load_state_dict(state["deployed" if which == "last" else "student"])
+        step = int(state["progress"]["step"] if which == "last" else state["step"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{state_file} is not a checkpoint of the student in {card_file}: {first_line(error)}"
         ) from None
-    card = {key: value for key, value in card.items() if key != "sha256"} | {"top1": top1}
+    made = {"top1": top1, "exported": which, "exported_step": step}
+    card = {key: value for key, value in card.items() if key != "sha256"} | made
     file = folder / "student.safetensors"
     differences = {file: export_student(student, file, card)}
     if onnx:
@@ -108,7 +111,7 @@ def evaluate_student(
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
         found = evaluate(
             student.to(device),
-            eval_batches(images, min(256, len(images)), data.workers, device.type == "cuda"),
+            eval_batches(images, min(256, len(images)), workers_for(data.workers, device), device.type == "cuda"),
             mean,
             std,
             device,

@@ -9,15 +9,16 @@ import torch
 from rich.console import Console
 
 from scalekd.checks.model import weights_check
-from scalekd.checks.step import finish
+from scalekd.checks.step import Screen
 from scalekd.common import parallel
 from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.provenance import made_by
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
-from scalekd.common.text import counted
+from scalekd.common.text import counted, say
 from scalekd.data.description import tell_data
 from scalekd.report.run import write_run_report
+from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
@@ -47,6 +48,7 @@ def train(
     Raises `UserError`, and `Stopped` when a signal stopped the run after its checkpoint.
     """
     (stop or current()).begin()
+    config = for_device(config, device, folder)
     if not dry_run:
         open_folder(folder, config)
         parallel.wait_for_all()  # all processes check the folder before rank 0 writes into it
@@ -54,6 +56,8 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     remedy = _memory_remedy(config)
+    if parallel.rank() == 0:
+        say(console, "Opening the data and building the models ...")
     with explain_out_of_memory(device, remedy):
         run = build(config, device)
         preflight(run, console)
@@ -70,7 +74,9 @@ def preflight(run: Any, console: Console) -> None:
         for line in run.data_summary():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     spec, loaded = run.config.backbone, run.loaded["backbone"]
-    finish(run, f"{spec.model}, {run.task.model}", [weights_check(spec, loaded, run.config.seed)], console)
+    screen = Screen(f"{spec.model}, {run.task.model}", console)
+    screen.show([weights_check(spec, loaded, run.config.seed)])
+    screen.finish(run)
 
 
 def _memory_remedy(config: Any) -> str:

@@ -18,9 +18,11 @@ from scalekd.common.files import LOCK, SCRATCH, in_use, reject_links, write_text
 from scalekd.common.sections import Section, to_yaml
 from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
+from scalekd.common.text import say
 from scalekd.data.description import KEY, with_bad
 
 from .engine import train
+from .exported import use_exported
 from .inputs import check_inputs, inputs_of, write_inputs
 from .log import RunLog
 from .resume import recipe_difference
@@ -82,6 +84,7 @@ def run_into(
             log.close()
         stop.at_once()  # the rest can be repeated from the last checkpoint
         if parallel.rank() == 0:
+            say(console, use_exported(run, folder, summary))
             bad = {"training": run.train_images.bad, "validation": run.val_images.bad}
             summary[KEY] = with_bad(run.described, **bad)
             outcome.finish(run, folder, summary)

@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from scalekd.common.errors import nearest
-from scalekd.common.sections import Beta, Positive, Section, Share
+from scalekd.common.sections import Beta, Positive, Precision, Section, Share, Switch
 from scalekd.common.text import printable
 
 
@@ -19,10 +19,14 @@ class Steps(Section):
     """Images per optimiser step, over all processes and micro-batches."""
     accumulate: Positive = 1
     """Micro-batches per optimiser step."""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """float32, or autocast to bfloat16 or float16. The weights stay in float32."""
-    channels_last: bool = False
-    """Use the channels-last memory format for models and images."""
+    precision: Precision = "float32"
+    """float32, or autocast to bf16 or fp16; fp32, bfloat16 and float16 are understood too. The weights stay in float32.
+    auto: bf16 if the device has instructions for it, else fp16 on a GPU with tensor cores, else float32."""
+    channels_last: Switch = False
+    """Use the channels-last memory format for models and images. auto: on CPUs and CUDA GPUs. A run's recipe.yaml holds
+    what `auto` chose, and a resumed run keeps it."""
+    export: Literal["last", "best"] = "last"
+    """Which weights the run exports at its end: the last ones, or the best ones by the first validation metric."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Maximum norm of the gradient. By default it is not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

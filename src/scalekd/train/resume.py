@@ -144,5 +144,6 @@ def _without_changeable(config: Any) -> Any:
     """`config` with fixed values for the keys that may change when a run is resumed."""
     # on_bad_image and max_bad may change because a run that stops at a bad image has not trained on one
     data = config.data.model_copy(update={"workers": 0, "on_bad_image": "error", "max_bad": 0.01})
-    train = config.train.model_copy(update={"save_minutes": 0.0, "skip_nonfinite": 0, "resume_anyway": ()})
+    changeable = {"save_minutes": 0.0, "skip_nonfinite": 0, "resume_anyway": (), "export": "last"}
+    train = config.train.model_copy(update=changeable)
     return config.model_copy(update={"data": data, "train": train, "track": ()})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, validated
+from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, Workers, validated
 from scalekd.config.any_recipe import AnyRecipe
 from scalekd.config.files import Shelf, override, recipe_values
 from scalekd.config.misfits import idle_in, unread, without_effect
@@ -27,7 +27,8 @@ class Reading(Section):
     """For an image or mask that cannot be used: stop with an error, or skip it and list it in the run's folder."""
     max_bad: Share = 0.01
     """`on_bad_image: skip` stops the run if more than this share of the images is bad."""
-    workers: Annotated[int, Field(ge=0, le=1024)] = 4
+    workers: Workers = "auto"
+    """Processes that load images, per training process; auto: by device and cores."""
 
 
 class DetectionData(Reading):

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalekd.common.errors import UserError, first_line, nearest
+from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import in_shell, printable, shortened
 
+from ..names import models_like
 from .file import ENDINGS, as_overrides, as_text, train_arguments, weights_in
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in timm's order
@@ -194,9 +195,7 @@ def _from_config(file: Path) -> Described:
             )
         model = config["architecture"]
         if not timm.is_model(model):
-            raise UserError(
-                f"{file}: timm has no model `{printable(model)}`.{nearest(model.split('.')[0], timm.list_models())}"
-            )
+            raise UserError(f"{file}: timm has no model `{printable(model)}`.{models_like(model)}")
         made_for = config.get("pretrained_cfg", config)
         own = timm.get_pretrained_cfg(model)
         defaults = own.to_dict() if own else {}

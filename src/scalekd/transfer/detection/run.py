@@ -16,6 +16,7 @@ from scalekd.common.seeds import seed_everything
 from scalekd.data.batches import bad_images
 from scalekd.data.description import classes_of, part
 from scalekd.data.samplers import Key, TrainSampler
+from scalekd.train.auto import for_device
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
@@ -122,6 +123,7 @@ class DetectionRun(Run):
 
 def build(config: Detection, device: torch.device) -> DetectionRun:
     """Opens the data and builds model, optimiser and schedule. Raises `UserError`."""
+    config = for_device(config, device)
     seed_everything(config.seed, "models")
     data = config.data
     coco = open_coco(Path(data.annotations), Path(data.images), "data.annotations")

@@ -19,6 +19,7 @@ from scalekd.common.text import counted
 from scalekd.data.batches import Batch, bad_images
 from scalekd.data.description import FIRST, part
 from scalekd.data.samplers import Key, TrainSampler
+from scalekd.train.auto import for_device
 from scalekd.train.optim import make_iteration_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
@@ -114,6 +115,7 @@ class SegmentationRun(Run):
 
 def build(config: Segmentation, device: torch.device) -> SegmentationRun:
     """Opens the data and builds model, optimiser and schedule. Raises `UserError`."""
+    config = for_device(config, device)
     seed_everything(config.seed, "models")
     data, crop = config.data, height_and_width(config.data.crop)
     train_pairs, val_pairs = open_segments(
