@@ -33,7 +33,15 @@ from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
 from scalekd.models.export import load_student
-from scalekd.models.inputs import Statistics, default_statistics, interpolation, resized, usual_size
+from scalekd.models.inputs import (
+    Statistics,
+    default_statistics,
+    interpolation,
+    per_channel,
+    resized,
+    scaled,
+    usual_size,
+)
 from scalekd.models.stages import StageView
 from scalekd.train.auto import workers_for
 
@@ -176,11 +184,11 @@ def spectrum_of(subject: Subject, batches: Iterable[Tensor], device: torch.devic
         raise UserError(str(view.refusal))
     if view.shapes.final[1:] == (1, 1):
         raise UserError(f"{subject.label}: its last map has a single position, so it has only frequency zero")
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in subject.stats)
+    mean, std = (per_channel(values).to(device) for values in subject.stats)
     spectrum = Spectrum()
     try:
         for pixels in batches:
-            inputs = resized(pixels.to(device).float() / 255, subject.size, model)
+            inputs = resized(scaled(pixels.to(device)), subject.size, model)
             final = view((inputs - mean) / std).final
             assert final is not None
             spectrum.add(final)

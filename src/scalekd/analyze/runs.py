@@ -27,6 +27,7 @@ from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.fd import FD
 from scalekd.methods.scalekd import ScaleKD
+from scalekd.models.inputs import scaled
 from scalekd.models.shown import Shown
 from scalekd.models.stages import Features
 from scalekd.train import checkpoint
@@ -86,7 +87,7 @@ class Runs:
         )  # few images: not worth starting workers
         with explain_out_of_memory(self.device, f"Try a smaller `batch` (now {self.batch}), or `device` cpu."):
             for b in eval_batches(images, self.batch, workers, self.device.type == "cuda"):
-                yield b.images.to(self.device).float() / 255, b.targets.to(self.device)
+                yield scaled(b.images.to(self.device)), b.targets.to(self.device)
 
     def known(self) -> dict[str, Any]:
         """Plain data, for results.json."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
-from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, resized
+from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
 from scalekd.models.stages import Features, Shapes, StageView
 
 
@@ -128,14 +128,14 @@ class Distiller(nn.Module):
         self.image_size = image_size
         self.student_view = _view("student", student, image_size, student_cuts)
         for kind, values in zip(("mean", "std"), student_stats or default_statistics(student)):
-            self.register_buffer(f"student_{kind}", _per_channel(values), persistent=False)
+            self.register_buffer(f"student_{kind}", per_channel(values), persistent=False)
         self.teachers: dict[str, Teacher] = {}
         for name, model in ({ONE: teacher} if isinstance(teacher, nn.Module) else teacher or {}).items():
             model.requires_grad_(False).eval()
             size = _value_for(teacher_size, name) or image_size
             stats = _value_for(teacher_stats, name) or default_statistics(model)
             view = _view(name, model, size, _value_for(teacher_cuts, name))
-            self.teachers[name] = Teacher(view, size, _per_channel(stats[0]), _per_channel(stats[1]))
+            self.teachers[name] = Teacher(view, size, per_channel(stats[0]), per_channel(stats[1]))
         self.weights: dict[str, float] = {}
         self.reads: dict[str, tuple[str, ...]] = {}  # names of the teachers that each method uses
         self.methods = nn.ModuleDict()
@@ -218,7 +218,7 @@ class Distiller(nn.Module):
         if not self.pixels_checked:  # once, because it waits for the device
             expect_unit_range(images)
             self.pixels_checked = True
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        pixels = scaled(images) if images.dtype == torch.uint8 else images
         for frozen in self.teachers.values():
             frozen.stay_in_eval()
         if teacher is None:
@@ -345,10 +345,6 @@ def _mean_logits(features: Sequence[Features]) -> Features | None:
 def _value_for(values: T | Mapping[str, T | None] | None, name: str) -> T | None:
     """The value for a teacher, from one value for all or from values by name."""
     return values.get(name) if isinstance(values, Mapping) else values
-
-
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1)
 
 
 def _view(role: str, model: nn.Module, size: tuple[int, int], cuts: Sequence[int] | None) -> StageView:

@@ -11,6 +11,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.data.batches import Batch
 from scalekd.heads.knn import knn_predict
+from scalekd.models.inputs import scaled
 
 NEIGHBOURS = 20
 
@@ -37,7 +38,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, device=device, dtype=torch.float64)
     for batch in batches:
-        pixels = batch.images.to(device, non_blocking=True).float() / 255
+        pixels = scaled(batch.images.to(device, non_blocking=True))
         targets = batch.targets.to(device, non_blocking=True)
         logits = model((pixels - mean) / std).float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
@@ -69,7 +70,7 @@ def evaluate_features(
     model.eval()
     parts = []
     for batch in batches:
-        pixels = batch.images.to(device, non_blocking=True).float() / 255
+        pixels = scaled(batch.images.to(device, non_blocking=True))
         pooled = model((pixels - mean) / std).float().cpu().clone()  # not a view that keeps all tokens
         parts.append((pooled, batch.targets))
     model.train(was_training)

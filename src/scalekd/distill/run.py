@@ -24,6 +24,7 @@ from scalekd.data.batches import (
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.data.transforms import mixed
 from scalekd.models.embeddings import is_embedding
+from scalekd.models.inputs import scaled
 from scalekd.models.options import Model
 from scalekd.models.weights.trained import Loaded
 from scalekd.train.run import Run
@@ -111,7 +112,7 @@ class DistillationRun(Run):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Arguments of the distiller: images `(B, C, H, W)` in [0, 1] and targets, after Mixup and CutMix if the recipe has them."""
-        images = batch.images.to(self.device, non_blocking=True).float() / 255
+        images = scaled(batch.images.to(self.device, non_blocking=True))
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.config.train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

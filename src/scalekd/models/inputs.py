@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import timm
 import torch
@@ -28,6 +28,11 @@ def scaled(images: Tensor) -> Tensor:
 def per_channel(values: Sequence[float] | Tensor) -> Tensor:
     """One value per channel, (C,), shaped to broadcast over images: (1, C, 1, 1)."""
     return torch.as_tensor(values).view(1, -1, 1, 1)
+
+
+def card_statistics(card: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mean and std of a model's card, for pixels in [0, 1], each (1, C, 1, 1)."""
+    return per_channel(card["mean"]).to(device), per_channel(card["std"]).to(device)
 
 
 def resized(pixels: Tensor, size: tuple[int, int], model: nn.Module) -> Tensor:

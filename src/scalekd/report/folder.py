@@ -23,6 +23,7 @@ from scalekd.data.sources.open import evaluated_part
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, load_student
+from scalekd.models.inputs import card_statistics
 from scalekd.models.shown import Shown
 from scalekd.models.stages import StageView
 from scalekd.models.weights.card import read_card
@@ -250,5 +251,5 @@ def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -
         raise UserError(f"`baselines`: {folder.path} was trained for other classes; choose a run with the same classes")
     size = (card["image_size"][0], card["image_size"][1])
     view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
-    mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std = card_statistics(card, device)
     return Shown(view, size, mean, std)

@@ -22,6 +22,7 @@ from scalekd.data.batches import Images, Sample, eval_batches
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.shared import stage_map
+from scalekd.models.inputs import scaled
 from scalekd.models.shown import Shown
 from scalekd.models.stages import Features, StageView
 from scalekd.train.auto import workers_of
@@ -104,7 +105,7 @@ def look(
         passed += BATCH
         if not len(batch.targets):
             continue
-        pixels, targets = batch.images.to(run.device).float() / 255, batch.targets.to(run.device)
+        pixels, targets = scaled(batch.images.to(run.device)), batch.targets.to(run.device)
         _add_batch(pixels, targets, students, teachers, answers, maps)
         if time.monotonic() - began > seconds:
             batches.close()

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from scalekd.common import parallel
@@ -23,6 +22,7 @@ from scalekd.data.transforms import eval_transform
 from scalekd.distill.evaluate import evaluate
 from scalekd.distill.run import DistillationRun
 from scalekd.models.export import create_student, export_onnx, export_student, load_student
+from scalekd.models.inputs import card_statistics
 from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
 from scalekd.train.auto import workers_for
@@ -105,7 +105,7 @@ def evaluate_student(
     data = Data.model_validate({"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])})
     augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
     images = Images(source, range(len(source)), eval_transform(data, augment), None)
-    mean, std = (torch.tensor(card[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
+    mean, std = card_statistics(card, device)
     described = of_source(source, source_text)
     tell_data(console, described)
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):

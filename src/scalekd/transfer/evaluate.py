@@ -17,6 +17,7 @@ from scalekd.common.markdown import table_row
 from scalekd.common.text import counted, printable
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.data.description import FIRST, KEY, classes_of, part, tell_data
+from scalekd.models.inputs import card_statistics
 
 from .deploy import load
 from .detection.coco import Coco, open_coco
@@ -164,7 +165,7 @@ def evaluate_segmenter(
     described = {"validation": validation, "classes": classes_found, "notes": []}
     tell_data(console, described)
     items = SegmentationImages(pairs, Crops(size=(card["short"], card["short"]), channels=channels), None)
-    mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std = card_statistics(card, device)
     batches = segmentation_batches(items, 1, workers, device.type == "cuda")
     tracked = track(batches, "images", len(items), console=console, transient=True, disable=not console.is_terminal)
     scores = evaluate(model.to(device), tracked, mean, std, device, pairs.classes, inference)

@@ -20,6 +20,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.files import write_text
 from scalekd.common.text import counted, printable
 from scalekd.data.images import of_channels
+from scalekd.models.inputs import card_statistics, scaled
 
 from .deploy import load
 from .detection.pictures import picture
@@ -181,8 +182,8 @@ def classes_in(
     """(H, W) int64: the most likely class of each pixel of the image, from 0."""
     size = evaluation_size(image.height, image.width, (card["short"], card["short"]))
     pixels = resized(_pixels(image, len(card["mean"])), size)
-    mean, std = (torch.tensor(card[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    logits = inference(model, (pixels[None].to(device).float() / 255 - mean) / std)
+    mean, std = card_statistics(card, device)
+    logits = inference(model, (scaled(pixels[None].to(device)) - mean) / std)
     return classes_of(logits.float(), (image.height, image.width))[0].cpu().numpy()
 
 

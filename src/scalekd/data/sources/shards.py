@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-
-from PIL import Image
 
 from scalekd.common.errors import UserError
 from scalekd.common.text import printable, shortened
-from scalekd.data.images import EXTENSIONS, decode
+from scalekd.data.images import EXTENSIONS
 
-from .content import Place, sizes_of, stamps_of
+from .archived import Archived
+from .content import Place
 from .names import LeftOut, is_hidden, leave_out, refuse_mixed, refuse_splits, told, words_of
 from .tars import images_of, index
 
@@ -24,7 +23,7 @@ MAX_SHARDS = 100_000
 NUMBER = re.compile(r"-?[0-9]{1,12}")
 
 
-class Shards:
+class Shards(Archived):
     """The images of all shards, in the order of the shards. Labels are numbers from 0, or class names.
 
     An optional `classes.txt` next to the shards, with one name per line, gives the names and number of classes.
@@ -53,27 +52,6 @@ class Shards:
             )
         self.targets = [number[label] for label in labels]
         refuse_splits(self.classes, text, key)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return decode(self.places[i].read()), self.targets[i]
-
-    def where(self, i: int) -> str:
-        return printable(f"{self.names[i]} in {self.places[i].archive}")
-
-    def identity(self, i: int) -> tuple[str, int]:
-        return self.places[i].identity()
-
-    def sizes(self) -> list[int]:
-        return sizes_of(self.places)
-
-    def content(self, i: int) -> bytes:
-        return self.places[i].read()
-
-    def stamps(self) -> Iterator[str]:
-        return stamps_of(self.places)
 
 
 def sample_images(names: Iterable[str], left_out: LeftOut) -> list[str]:

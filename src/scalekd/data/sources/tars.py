@@ -11,13 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import printable
-from scalekd.data.images import decode
 
-from .content import Place, sizes_of, stamps_of
+from .archived import Archived
+from .content import Place
 from .folders import reject_empty
 from .names import LeftOut, is_hidden, leave_out, refuse_mixed, refuse_splits, told, why_left_out
 
@@ -25,7 +23,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 BLOCK = 512
 
 
-class Tar:
+class Tar(Archived):
     """Class folders in one archive. The class of an image is the folder directly above it."""
 
     def __init__(self, text: str, key: str):
@@ -52,27 +50,6 @@ class Tar:
         number = {parent: i for i, parent in enumerate(parents)}
         self.places = [places[name] for name in self.names]
         self.targets = [number[_parent(name)] for name in self.names]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return decode(self.places[i].read()), self.targets[i]
-
-    def where(self, i: int) -> str:
-        return printable(f"{self.names[i]} in {self.archive}")
-
-    def identity(self, i: int) -> tuple[str, int]:
-        return self.places[i].identity()
-
-    def sizes(self) -> list[int]:
-        return sizes_of(self.places)
-
-    def content(self, i: int) -> bytes:
-        return self.places[i].read()
-
-    def stamps(self) -> Iterator[str]:
-        return stamps_of(self.places)
 
 
 def images_of(names: Iterable[str], left_out: LeftOut) -> list[str]:

@@ -19,6 +19,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from scalekd.common.errors import UserError
 from scalekd.data.transforms import Statistic
+from scalekd.models.inputs import scaled
 from scalekd.transfer.pyramid import STRIDES, Pyramid
 
 BOX_GRID = 7  # side of the grid that torchvision pools for the box head
@@ -127,7 +128,7 @@ class Detector(nn.Module):
         (N,); `masks` (N, 1, H, W), probabilities.
         """
         device = next(self.parameters()).device
-        pixels = [image.to(device).float() / 255 for image in images]
+        pixels = [scaled(image.to(device)) for image in images]
         if not self.training:
             return self.student(pixels)
         assert targets is not None, "training needs targets"

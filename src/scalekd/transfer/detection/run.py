@@ -16,6 +16,7 @@ from scalekd.common.seeds import seed_everything
 from scalekd.data.batches import bad_images
 from scalekd.data.description import classes_of, part
 from scalekd.data.samplers import Key, TrainSampler
+from scalekd.models.inputs import scaled
 from scalekd.train.auto import for_device
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
@@ -74,7 +75,7 @@ class DetectionRun(Run):
         detector = self.deployed.eval()
         results = []
         for batch in batches:
-            pixels = [image.to(self.device).float() / 255 for image in batch.images]
+            pixels = [scaled(image.to(self.device)) for image in batch.images]
             results += [detections(p, int(t["picture"])) for p, t in zip(detector(pixels), batch.targets)]
         self.model.train()
         results = merged(results)

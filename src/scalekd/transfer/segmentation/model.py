@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
-from scalekd.models.inputs import Statistics, default_statistics
+from scalekd.models.inputs import Statistics, default_statistics, per_channel, scaled
 from scalekd.transfer.pyramid import Pyramid
 from scalekd.transfer.tasks import TASKS
 
@@ -75,7 +75,7 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         for name, values in zip(("mean", "std"), statistics or default_statistics(model)):
-            self.register_buffer(f"student_{name}", torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+            self.register_buffer(f"student_{name}", per_channel(values), persistent=False)
         pyramid = Pyramid(model, image_size)
         self.student = UPerNet(pyramid, classes, channels)
         self.level = list(pyramid.strides).index(AUXILIARY_STRIDE)
@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
                 "UPerNet needs two images per process and step: it normalises a one-pixel map over the batch; raise "
                 "train.batch_size"
             )
-        pixels = images if images.is_floating_point() else images.float() / 255
+        pixels = images if images.is_floating_point() else scaled(images)
         maps = self.student.pyramid((pixels - self.student_mean) / self.student_std)
         size = masks.shape[-2:]
         losses = {

@@ -14,6 +14,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.markdown import table_row
 from scalekd.data.batches import Batch
+from scalekd.models.inputs import scaled
 
 from .pairs import IGNORED
 
@@ -163,7 +164,7 @@ def evaluate(
     model.eval()
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
     for batch in batches:
-        pixels = batch.images.to(device, non_blocking=True).float() / 255
+        pixels = scaled(batch.images.to(device, non_blocking=True))
         truth = batch.targets.to(device, non_blocking=True)
         logits = inference(model, (pixels - mean) / std)
         predicted = classes_of(logits.float(), (truth.shape[-2], truth.shape[-1]))
