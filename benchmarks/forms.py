@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekd import Distiller
 from scalekd.config.recipe import Config, load_recipe
+from scalekd.cost.attribution import Ledger, charge_step
 from scalekd.cost.count import stand_ins
-from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.build import make_optimizer, untrained
-from scalekd.methods.scalekd_parts import scalekd
+from scalekd.methods.scalekd_forms import scalekd
 
 CLASSES = 1000
 RECIPES = (

@@ -25,7 +25,7 @@ from scalekd.data.batches import train_batches, training_images
 from scalekd.data.options import Augment, Data
 from scalekd.data.samplers import TrainSampler
 from scalekd.data.split import open_split
-from scalekd.transfer.scenes import main as make_scenes
+from scalekd.transfer.synthetic_scenes import main as make_scenes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIXELS, SIZE = 400, 224
@@ -112,7 +112,9 @@ def main() -> None:
     args_parser = parser(__doc__, rounds=7)
     args_parser.add_argument("--images", type=int, default=128)
     args_parser.add_argument("--batch", type=int, default=32)
-    args_parser.add_argument("--workers", type=int, default=0, help="worker processes; 0: load in this one and measure CPU time")
+    args_parser.add_argument(
+        "--workers", type=int, default=0, help="worker processes; 0: load in this one and measure CPU time"
+    )
     args = args_parser.parse_args()
     if args.workers:
         args.threads = max(args.threads, 2)  # makes the harness use wall-clock time
@@ -120,7 +122,11 @@ def main() -> None:
     found = about(device) | {"images": args.images, "batch": args.batch, "workers": args.workers}
     found |= {"rounds": args.rounds, "recipes": measure(args.images, args.batch, args.workers, args.rounds)}
     rows = [
-        [recipe, *(median_text(v["images a second"][loader], 0) for loader in ("scalekd", "timm")), median_text(v["scalekd / timm"])]
+        [
+            recipe,
+            *(median_text(v["images a second"][loader], 0) for loader in ("scalekd", "timm")),
+            median_text(v["scalekd / timm"]),
+        ]
         for recipe, v in found["recipes"].items()
     ]
     clock = "of the clock" if args.workers else "of the processor"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scalekd.cost.flops import flop_counter
 from scalekd.methods.projectors import CrossAttentionProjector
-from scalekd.methods.scalekd_parts import scalekd
+from scalekd.methods.scalekd_forms import scalekd
 from scalekd.models.stages import Features, StageView
 
 CHEAPER: dict[str, dict[str, Any]] = {  # changes to the published form
@@ -179,7 +179,13 @@ def lines_of(found: dict[str, Any], name: str) -> list[str]:
         count = found["parameters"].get(form)
         size = f"{count / 1e6:.1f}" if count else ""
         forms.append(
-            [form, median_text([1000 * s for s in v], 0), f"{v[1] / published:.2f}", f"{found['gmacs'][form]:.3g}", size]
+            [
+                form,
+                median_text([1000 * s for s in v], 0),
+                f"{v[1] / published:.2f}",
+                f"{found['gmacs'][form]:.3g}",
+                size,
+            ]
         )
     return [
         f"{name}, batch {found['batch']}, float32: the floor's three parts, then those of ScaleKD's published form",

@@ -128,7 +128,9 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/plan-check"), help="folder for the runs; must not exist")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/plan-check"), help="folder for the runs; must not exist"
+    )
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--limit", type=int, default=1000, help="training images")

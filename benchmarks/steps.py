@@ -152,7 +152,9 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds, ratios and memory of the floor and of the named methods."""
     if compiled:
-        torch._dynamo.config.recompile_limit = 2 * len(losses_of(pair.heads))  # every step is a version of the same function
+        torch._dynamo.config.recompile_limit = 2 * len(
+            losses_of(pair.heads)
+        )  # every step is a version of the same function
     student = timm.create_model(pair.student, **pair.student_kwargs).to(device)
     teacher = timm.create_model(pair.teacher, **pair.teacher_kwargs).to(device).eval().requires_grad_(False)
     pixels = torch.rand(pair.batch, 3, pair.size, pair.size, device=device)
@@ -238,8 +240,12 @@ def main() -> None:
     args_parser.add_argument("pair", choices=PAIRS)
     args_parser.add_argument("--batch", type=int)
     args_parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    args_parser.add_argument("--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), help="the steps to measure (default: all)")
-    args_parser.add_argument("--compile", action="store_true", help="compile the floor and our steps with torch.compile")
+    args_parser.add_argument(
+        "--steps", nargs="+", choices=(names := list(losses_of((1, 1)))), help="the steps to measure (default: all)"
+    )
+    args_parser.add_argument(
+        "--compile", action="store_true", help="compile the floor and our steps with torch.compile"
+    )
     args = args_parser.parse_args()
     half = args.precision == "bf16"
     if not half and "literal-bf16" in (args.steps or ()):

@@ -1,6 +1,6 @@
 """Measures how long it takes to open a tar file with many members and to read one of its images.
 
-    python benchmarks/tar_index.py --members 100000 > docs/results/tar-index.json
+python benchmarks/tar_index.py --members 100000 > docs/results/tar-index.json
 """
 
 from __future__ import annotations

@@ -74,7 +74,11 @@ def main() -> None:
     found = about(device) | {"batch": pair.batch, "precision": args.precision, "rounds": args.rounds}
     found |= measure(pair, device, args.rounds, args.precision == "bf16")
     rows = [
-        [name, *(median_text(found["seconds"][f"{package} {name}"], 3) for package in ("scalekd", "timm")), median_text(v)]
+        [
+            name,
+            *(median_text(found["seconds"][f"{package} {name}"], 3) for package in ("scalekd", "timm")),
+            median_text(v),
+        ]
         for name, v in found["timm / scalekd"].items()
     ]
     head = f"{args.pair}: {pair.teacher} -> {pair.student}, batch {pair.batch}, {args.precision}"

@@ -225,9 +225,7 @@ def method_ladders(
         | {
             "name": "methods",
             "title": "ScaleKD and the methods it is compared with, three students (Table 7)",
-            "methods": {"no teacher": NO_TEACHER}
-            | {label: methods.compared[label] for label in EVERY_STUDENT}
-            | both,
+            "methods": {"no teacher": NO_TEACHER} | {label: methods.compared[label] for label in EVERY_STUDENT} | both,
         },
         shared
         | {

@@ -31,9 +31,9 @@ from scalekd.compare.ladder import Job, jobs, load_ladder
 from scalekd.compare.results import read_records
 from scalekd.data.sources.open import open_source
 from scalekd.models.build import build_model
-from scalekd.models.export import load_student
 from scalekd.models.options import Model
 from scalekd.models.stages import StageView
+from scalekd.models.student_file import load_student
 
 HERE = Path(__file__).parent
 STRENGTHS = [10.0**k for k in range(-4, 4)]  # of the ridge, times the mean of the squared features

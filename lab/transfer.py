@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from scalekd.common.intervals import half_width
-from scalekd.transfer.deploy import load
 from scalekd.transfer.detection.coco import open_coco
 from scalekd.transfer.detection.pictures import picture
+from scalekd.transfer.exported_model import load
 from scalekd.transfer.segmentation.overlay import overlay
 from scalekd.transfer.segmentation.pairs import open_segments
 

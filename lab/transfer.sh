@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE=1
 # backbones: the demo's students with the same seeds, from ScaleKD and without a teacher
 demo=${DEMO:-runs/demo-5-seeds}
 test -f "$demo/summary.json" || "$run" demo --seeds 5 --out "$demo"
-test -f runs/transfer/scenes/scenes.json || "$python" -m scalekd.transfer.scenes runs/transfer/scenes \
+test -f runs/transfer/scenes/scenes.json || "$python" -m scalekd.transfer.synthetic_scenes runs/transfer/scenes \
     --train 800 --val 200 --size 96 --items 2 4 --scales 0.75 1 1.5
 for seed in 0 1 2; do
     for task in segment detect; do

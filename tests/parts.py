@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from scalekd.cost.attribution import Ledger, charge_step
 from scalekd.cost.flops import flop_counter
-from scalekd.cost.ledger import Ledger, charge_step
 
 
 def assert_the_parts_add_up(distiller):

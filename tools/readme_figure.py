@@ -10,7 +10,11 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 LAB = DOCS / "results" / "lab"
-STUDENTS = [("CNN", "ladder", "CNN"), ("Mixer", "ladder", "MLP"), ("ViT", "vit", "ViT")]  # name, ladder, its label there
+STUDENTS = [
+    ("CNN", "ladder", "CNN"),
+    ("Mixer", "ladder", "MLP"),
+    ("ViT", "vit", "ViT"),
+]  # name, ladder, its label there
 ROWS = [("no teacher", "none"), ("KD", "kd"), ("ScaleKD with KD", "scalekd")]
 
 LEFT, WIDTH, TOP, BAR, GAP, GROUP = 150, 460, 78, 20, 4, 24  # pixels
@@ -64,7 +68,9 @@ def figure() -> str:
     for k, (student, ladder, label) in enumerate(STUDENTS):
         drawn += bars(student, ladders[ladder]["students"][label], TOP + k * (3 * (BAR + GAP) + GROUP))
     size = f'width="720" height="{bottom + 16}" viewBox="0 0 720 {bottom + 16}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}\n</style>\n' + "\n".join(drawn) + "\n</svg>\n"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}\n</style>\n' + "\n".join(drawn) + "\n</svg>\n"
+    )
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def fit_head(
         device: as for `probe`.
         verbose: as for `probe`.
     """
-    from scalekd.heads.fit import fit_named
+    from scalekd.heads.fit_head import fit_named
 
     card = fit_named(
         {
@@ -381,7 +381,7 @@ def cost(
     from scalekd.cost.count import cost as count
     from scalekd.cost.page import write
     from scalekd.cost.seconds import measure as timed
-    from scalekd.train.auto import for_device
+    from scalekd.train.hardware import for_device
 
     config = _config(recipe, overrides_of(None, None, None, teacher, student, overrides, sections))
     on = pick_device(device)
@@ -455,7 +455,7 @@ def load_student(folder: AnyPath) -> tuple[nn.Module, dict[str, Any]]:
     Args:
         folder: a run's folder or its student.safetensors.
     """
-    from scalekd.models.export import load_student as load
+    from scalekd.models.student_file import load_student as load
 
     return load(Path(folder))
 

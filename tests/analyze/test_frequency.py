@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from scalekd.analyze.figures import FIGURES_MISSING
 from scalekd.analyze.frequency import Spectrum, Subject, draw, ring_of, spectrum_of
 from scalekd.common.errors import UserError
-from scalekd.models.export import export_student
 from scalekd.models.inputs import default_statistics
+from scalekd.models.student_file import export_student
 
 
 def spectrum(*batches: torch.Tensor) -> dict:

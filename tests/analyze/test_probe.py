@@ -26,9 +26,9 @@ from scalekd.common.errors import UserError
 from scalekd.data.options import Data
 from scalekd.data.split import open_split
 from scalekd.heads import features
-from scalekd.heads import solver as head_solver
+from scalekd.heads import linear as head_solver
 from scalekd.heads.features import Backbone, named_backbone
-from scalekd.models.export import export_student
+from scalekd.models.student_file import export_student
 
 CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat"]

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from scalekd.checks import step as step_module
 from scalekd.checks import teacher as teacher_checks
-from scalekd.checks.evidence import (
+from scalekd.checks.preflight import preflight
+from scalekd.checks.statistical_tests import (
     Sample,
     better_features,
     by_neighbours,
@@ -34,12 +35,11 @@ from scalekd.checks.evidence import (
     other_order,
     other_statistics,
 )
-from scalekd.checks.preflight import preflight
 from scalekd.cli.app import parse
 from scalekd.cli.options import recipe_overrides
 from scalekd.common.errors import UserError
-from scalekd.config.files import recipe_values
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.config.recipe_files import recipe_values
 from scalekd.data.sources.idx import FASHION_CLASSES
 from scalekd.distill.build import build
 from scalekd.models import embeddings

@@ -18,8 +18,8 @@ from scalekd.cli.app import parse
 from scalekd.cli.options import recipe_overrides
 from scalekd.common.processor import bf16_instructions
 from scalekd.common.version import __version__
-from scalekd.config.files import recipe_names
 from scalekd.config.recipe import load_recipe
+from scalekd.config.recipe_files import recipe_names
 from scalekd.methods.names import METHODS
 from scalekd.train import engine
 from scalekd.train.log import read_log

@@ -12,7 +12,7 @@ import torch
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder, read_bytes, write_text
-from scalekd.common.shortages import explain_out_of_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.data.images import MOST_BYTES, BadImage, read_file
 from scalekd.data.sources.tars import Place
 from scalekd.models.weights.match import sha256_of

@@ -21,7 +21,7 @@ from whole_runs import assert_same, changed, events, final_state
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
-from scalekd.models.export import load_student
+from scalekd.models.student_file import load_student
 from scalekd.runs.distillation import execute
 from scalekd.runs.students import evaluate_student
 from scalekd.train.log import read_log

@@ -15,7 +15,7 @@ from whole_runs import changed, final_state
 from scalekd.checks import step
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
-from scalekd.common.shortages import explain_out_of_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.config.recipe import check_config
 from scalekd.data.batches import Images
 from scalekd.distill.build import build

@@ -23,14 +23,14 @@ from scalekd.common.errors import UserError
 from scalekd.common.intervals import half_width
 from scalekd.common.stop import Stopped, StopRequest
 from scalekd.compare import runner
-from scalekd.compare.board import Board
 from scalekd.compare.compare import settled
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
-from scalekd.compare.outputs import Outputs
+from scalekd.compare.progress import Board
 from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import Place, places, run_all
+from scalekd.compare.shared_outputs import Outputs
 from scalekd.config.recipe import check_config, load_recipe
-from scalekd.train import auto
+from scalekd.train import hardware
 
 METHODS = {
     "none": {"teacher": None, "losses": {"ce": {}}},
@@ -333,7 +333,7 @@ def test_escape_codes_do_not_reach_the_terminal(ladder_file, cli, tmp_path):
 
 def test_auto_keeps_the_values_of_the_runs_that_began(ladder_file, tmp_path, monkeypatch):
     planned = jobs(load_ladder(ladder_file(set={"train": {"precision": "auto", "channels_last": "auto"}})))
-    monkeypatch.setattr(auto, "bf16_instructions", lambda: "none")
+    monkeypatch.setattr(hardware, "bf16_instructions", lambda: "none")
     fresh = settled(planned, tmp_path, Place("cpu", 2))
     assert {(j.config.train.precision, j.config.train.channels_last) for j in fresh} == {("float32", True)}
     folder = tmp_path / "runs" / planned[0].folder

@@ -10,9 +10,9 @@ import yaml
 from scalekd.common.errors import UserError
 from scalekd.common.sections import to_yaml
 from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.files import merged
 from scalekd.config.losses import options_of
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.config.recipe_files import merged
 from scalekd.methods.names import METHODS
 from scalekd.train.resume import recipe_difference
 

@@ -17,8 +17,8 @@ from torch import nn
 from whole_runs import changed
 
 from scalekd.config.recipe import check_config
+from scalekd.cost.attribution import Ledger, charge_step
 from scalekd.cost.count import cost
-from scalekd.cost.ledger import Ledger, charge_step
 from scalekd.distill.distiller import Distiller
 
 ROOT = Path(__file__).parents[2]

@@ -32,7 +32,7 @@ from scalekd.data.transforms import make_mixup, mixed
 from scalekd.distill.build import build
 from scalekd.distill.distiller import Distiller
 from scalekd.distill.evaluate import evaluate_features
-from scalekd.models.export import load_student
+from scalekd.models.student_file import load_student
 
 CPU = torch.device("cpu")
 

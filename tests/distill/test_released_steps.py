@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 
-from scalekd.config.files import recipe_names
 from scalekd.config.recipe import load_recipe
+from scalekd.config.recipe_files import recipe_names
 from scalekd.distill.distiller import Distiller
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

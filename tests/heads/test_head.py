@@ -29,12 +29,12 @@ from scalekd.compare.ladder import jobs, load_ladder
 from scalekd.config.recipe import check_config, load_recipe
 from scalekd.data.options import Data
 from scalekd.distill.build import build
-from scalekd.heads import fit as head
+from scalekd.heads import fit_head as head
+from scalekd.heads import linear as head_solver
 from scalekd.heads import page as head_page
-from scalekd.heads import solver as head_solver
 from scalekd.heads.features import pooled
-from scalekd.heads.fit import Teacher, fit_head
-from scalekd.heads.solver import best_temperature, calibration_error, choose, fit, held_out_parts, scores
+from scalekd.heads.fit_head import Teacher, fit_head
+from scalekd.heads.linear import best_temperature, calibration_error, choose, fit, held_out_parts, scores
 from scalekd.models.build import build_model
 from scalekd.models.options import Model
 from scalekd.models.weights.match import sha256_of

@@ -11,7 +11,7 @@ from scalekd.methods.distance import remove_direct
 from scalekd.methods.fd import FD
 from scalekd.methods.projectors import CrossAttentionProjector
 from scalekd.methods.scalekd import ScaleKD
-from scalekd.methods.scalekd_parts import cap, dfm, scalekd, tpp
+from scalekd.methods.scalekd_forms import cap, dfm, scalekd, tpp
 from scalekd.models.stages import Features, Shapes
 
 # ---------------------------------------------------------------- a plain, slow ScaleKD

@@ -17,7 +17,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.sections import to_yaml
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
-from scalekd.models.export import export_student
+from scalekd.models.student_file import export_student
 from scalekd.models.weights.folder import beside, read_folder, with_folders
 from scalekd.models.weights.match import sha256_of
 

@@ -17,7 +17,7 @@ from scalekd.common.text import tick_text
 from scalekd.report.curves import ReportRun
 from scalekd.report.folder import RunFolder
 from scalekd.report.series import events_of, figure_points, loss_points, thin, time_use
-from scalekd.report.several import write_report
+from scalekd.report.several_runs import write_report
 from scalekd.report.svg import LEFT, RIGHT, Axis, Curve, escape, log_ticks, nice_ticks, percent_axis, value_axis
 
 

@@ -23,11 +23,11 @@ from trained_runs import trained_runs
 
 from scalekd.common.errors import UserError
 from scalekd.distill.run import DistillationRun
-from scalekd.models.export import export_student, load_student
-from scalekd.report import look as looking
+from scalekd.models.student_file import export_student, load_student
+from scalekd.report import evaluate as looking
 from scalekd.report import run as reporting
-from scalekd.report.answers import by_class, confusion_matrix, confusions, difference
-from scalekd.report.look import STUDENT, TEACHER, Seen, look, wrong_examples
+from scalekd.report.evaluate import STUDENT, TEACHER, Seen, look, wrong_examples
+from scalekd.report.predictions import by_class, confusion_matrix, confusions, difference
 from scalekd.report.run import write_run_report
 from scalekd.report.svg import escape
 from scalekd.runs.students import student_card

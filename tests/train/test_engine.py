@@ -22,7 +22,7 @@ from scalekd.data.batches import eval_batches
 from scalekd.distill.build import build, make_optimizer
 from scalekd.distill.evaluate import evaluate
 from scalekd.distill.run import DistillationRun
-from scalekd.models.export import load_student
+from scalekd.models.student_file import load_student
 from scalekd.runs.distillation import execute
 from scalekd.train import checkpoint
 from scalekd.train.engine import train_step

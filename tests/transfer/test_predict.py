@@ -34,7 +34,7 @@ def detector():
 
 @pytest.fixture
 def models(monkeypatch, detector):
-    """What a run's folder would hold; test_deploy.py reads real ones."""
+    """What a run's folder would hold; test_exported_model.py reads real ones."""
     loaded = {
         "detection": (detector, DETECTOR | WITH_HEADER),
         "segmentation": (new_segmenter(), SEGMENTER | WITH_HEADER),

@@ -13,9 +13,9 @@ from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
 from PIL import Image
 
 from scalekd.cli import transfer as transfer_cli
-from scalekd.config.files import recipe_names
+from scalekd.config.recipe_files import recipe_names
 from scalekd.runs import transfer as transfer_runs
-from scalekd.transfer import deploy, evaluate
+from scalekd.transfer import evaluate, exported_model
 from scalekd.transfer.config import SHELVES
 
 COMMANDS = [(task, word) for task in ("detect", "segment") for word in ("train", "evaluate", "predict", "recipes")]
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
         (new_segmenter(), "segmenter", SEGMENTER),
     ):
         (folder / name).mkdir()
-        deploy.export(model, folder / name / f"{name}.safetensors", card)
+        exported_model.export(model, folder / name / f"{name}.safetensors", card)
     return folder
 
 

@@ -17,11 +17,11 @@ from pages import cells, well_formed
 from PIL import Image
 from structures import with_structure
 
-from scalekd.models.export import export_student
+from scalekd.models.student_file import export_student
 from scalekd.report.folder import read_run
 from scalekd.report.transfer_sections import figure_sections
 from scalekd.train.log import read_log
-from scalekd.transfer.deploy import load
+from scalekd.transfer.exported_model import load
 from scalekd.transfer.tasks import TASKS
 
 scenes = small.scenes

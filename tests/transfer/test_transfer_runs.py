@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError
-from scalekd.config.files import recipe_names
+from scalekd.config.recipe_files import recipe_names
 from scalekd.models.options import Backbone
 from scalekd.runs import transfer as transfer_runs
 from scalekd.runs.nonfinite import load_report
@@ -26,10 +26,10 @@ from scalekd.train.health import NonFinite
 from scalekd.train.log import read_log
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.config import SHELVES, load
-from scalekd.transfer.deploy import load as load_trained
 from scalekd.transfer.detection import run as detect
-from scalekd.transfer.scenes import Options, make_scenes
+from scalekd.transfer.exported_model import load as load_trained
 from scalekd.transfer.segmentation import run as segment
+from scalekd.transfer.synthetic_scenes import Options, make_scenes
 
 CPU = torch.device("cpu")
 CARDS = {"detection": "detector.json", "segmentation": "segmenter.json"}

@@ -15,9 +15,9 @@ from scalekd.cli.options import recipe_overrides
 from scalekd.common.sections import fields_at
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.compare.ladder import jobs, ladder_names, load_ladder
-from scalekd.config.files import recipe_names, recipe_text
 from scalekd.config.losses import options_of
 from scalekd.config.recipe import Config, check_config, load_recipe
+from scalekd.config.recipe_files import recipe_names, recipe_text
 from scalekd.methods.names import METHODS
 from scalekd.transfer import config as transfer
 

@@ -22,8 +22,8 @@ from whole_runs import TINY
 from scalekd.common.errors import UserError
 from scalekd.common.sections import MOST_PROBLEMS, to_yaml
 from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.files import override, recipe_names, recipe_text
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.config.recipe_files import override, recipe_names, recipe_text
 from scalekd.data.sources.open import open_source
 from scalekd.train import checkpoint
 

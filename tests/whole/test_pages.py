@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scalekd.common.pages import as_commands, page_text, pages
+from scalekd.common.documentation import as_commands, page_text, pages
 
 ROOT = Path(__file__).parents[2]
 PATH = re.compile(r"\bdocs/(?!results)[\w/-]+\.md")

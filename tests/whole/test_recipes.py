@@ -17,9 +17,9 @@ from small_images import write_images
 from torch import nn
 
 from scalekd.cli.app import main
-from scalekd.config.files import header, recipe_names, recipe_text
 from scalekd.config.listing import IMAGENET_IMAGES, entry, listed, table
 from scalekd.config.recipe import Config, load_recipe
+from scalekd.config.recipe_files import header, recipe_names, recipe_text
 from scalekd.distill.build import build, make_optimizer
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import AUTOCAST

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config, load_recipe
-from scalekd.models.export import load_student
+from scalekd.models.student_file import load_student
 from scalekd.train import checkpoint
 from scalekd.train.log import read_log
 

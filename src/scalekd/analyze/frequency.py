@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder, write_text
-from scalekd.common.shortages import explain_out_of_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.text import shortened
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
-from scalekd.models.export import load_student
 from scalekd.models.inputs import (
     Statistics,
     default_statistics,
@@ -43,7 +42,8 @@ from scalekd.models.inputs import (
     usual_size,
 )
 from scalekd.models.stages import StageView
-from scalekd.train.auto import workers_for
+from scalekd.models.student_file import load_student
+from scalekd.train.hardware import workers_for
 
 from .figures import COLOURS, MARKERS, figure_class, short, write_csv, write_figure
 from .tables import print_table

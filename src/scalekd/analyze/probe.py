@@ -21,11 +21,11 @@ from torch import Tensor
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, write_text
 from scalekd.common.intervals import half_width
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Data
@@ -33,7 +33,7 @@ from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, by_class, open_split
 from scalekd.heads.features import FEATURES, Backbone, cache_folder, features, named_backbone, some
 from scalekd.heads.knn import knn_predict
-from scalekd.heads.solver import choose, fit, scores
+from scalekd.heads.linear import choose, fit, scores
 from scalekd.models.options import Model
 
 from .figures import figure_class, write_figure

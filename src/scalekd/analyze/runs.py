@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError
 from scalekd.common.files import is_file
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.sections import height_and_width
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.version import __version__
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, eval_batches
@@ -28,10 +28,10 @@ from scalekd.distill.run import DistillationRun
 from scalekd.methods.fd import FD
 from scalekd.methods.scalekd import ScaleKD
 from scalekd.models.inputs import scaled
-from scalekd.models.shown import Shown
+from scalekd.models.normalised import Normalised
 from scalekd.models.stages import Features
 from scalekd.train import checkpoint
-from scalekd.train.auto import workers_for
+from scalekd.train.hardware import workers_for
 
 SEED = 0  # of the order of the images, and of which of them are drawn
 
@@ -43,7 +43,7 @@ class Trained:
     label: str
     config: Config
     classes: list[str]
-    student: Shown
+    student: Normalised
     methods: nn.ModuleDict
     weights: dict[str, Any]  # of the student: "student", as trained, and "deployed", as exported
     step: int
@@ -67,7 +67,7 @@ class Runs:
     """Runs with the same teacher, and the images to analyse them on."""
 
     trained: list[Trained]
-    teacher: Shown
+    teacher: Normalised
     images: Images
     data: str
     of_images: int
@@ -114,7 +114,7 @@ def open_runs(folders: Sequence[Path], data: str | None, most: int | None, batch
     if double := [f for i, f in enumerate(folders) if f.resolve() in [other.resolve() for other in folders[:i]]]:
         raise UserError(f"{double[0]} is given twice; name each run once")
     trained: list[Trained] = []
-    teacher: Shown | None = None
+    teacher: Normalised | None = None
     teacher_of = ""
     validation: Images | None = None
     for folder, label in zip(folders, labels(folders)):
@@ -183,18 +183,18 @@ def _rebuilt(folder: Path, label: str, device: torch.device) -> tuple[Trained, D
     distiller = run.distiller.eval()
     weights = {"student": state["student"], "deployed": state["deployed"]}
     size = height_and_width(config.data.image_size)
-    student = Shown(distiller.student_view, size, distiller.student_mean, distiller.student_std)
+    student = Normalised(distiller.student_view, size, distiller.student_mean, distiller.student_std)
     trained = Trained(label, config, run.classes, student, distiller.methods, weights, step, run.total_steps)
     return trained, run
 
 
-def _teacher(run: DistillationRun, label: str) -> Shown | None:
+def _teacher(run: DistillationRun, label: str) -> Normalised | None:
     d = run.distiller
     try:
         view = d.teacher_view
     except UserError as error:  # several teachers
         raise UserError(f"{label}: {error}") from None
-    return None if view is None else Shown(view, d.teacher_size, d.teacher_mean, d.teacher_std)
+    return None if view is None else Normalised(view, d.teacher_size, d.teacher_mean, d.teacher_std)
 
 
 def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
@@ -216,7 +216,7 @@ def _check_alike(a: Trained, b: Trained, validated: bool) -> None:
             )
 
 
-def _check_same_teacher(label: str, teacher: Shown, other_label: str, other: Shown) -> None:
+def _check_same_teacher(label: str, teacher: Normalised, other_label: str, other: Normalised) -> None:
     """Raises `UserError` unless name, size, statistics and loaded weights are equal. Files are not compared: they may change."""
     a, b = (t.view.model.state_dict() for t in (teacher, other))
     same = teacher.view.name == other.view.name and teacher.size == other.size and a.keys() == b.keys()

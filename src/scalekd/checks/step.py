@@ -18,8 +18,8 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import counted, duration, printable
-from scalekd.train.auto import precision_for
 from scalekd.train.compile import explain_compile_failure
+from scalekd.train.hardware import precision_for
 from scalekd.train.run import AUTOCAST, Run
 
 from .loader import workers_check

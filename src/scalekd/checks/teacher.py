@@ -18,7 +18,8 @@ from scalekd.models.fitted_head import HeadCard, read_head
 from scalekd.models.inputs import Statistics, default_statistics, input_doubt, interpolation
 from scalekd.models.weights.folder import Described, beside
 
-from .evidence import (
+from .model import Check, shown
+from .statistical_tests import (
     Sample,
     better_features,
     by_neighbours,
@@ -31,7 +32,6 @@ from .evidence import (
     other_statistics,
     percent,
 )
-from .model import Check, shown
 
 SAMPLE = 512  # validation images for the teacher's accuracy
 BYTES = 2**28  # most memory for the pixels of a sample

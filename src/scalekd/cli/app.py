@@ -13,8 +13,8 @@ from scalekd.common.text import printable
 from scalekd.common.version import __version__
 
 from . import analyze, compare, cost, heads, lists, train, transfer
+from .error_options import with_options
 from .hints import Parser, key_hint
-from .keys import with_options
 
 COMMANDS = (train, compare, heads, transfer, analyze, cost, lists)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from scalekd import api
 
-from .keys import as_options
+from .error_options import as_options
 from .options import DEVICE, command
 
 

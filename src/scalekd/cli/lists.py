@@ -67,15 +67,15 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _teachers(args: argparse.Namespace) -> None:
-    from scalekd.checks.served_methods import examine, families, markdown, show
+    from scalekd.checks.supported_methods import examine, families, markdown, show
 
     print_result(args, [examine(name) for name in args.models] or families(), show, markdown)
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from scalekd.config.files import recipe_values
     from scalekd.config.listing import amount, entry, explained, table
     from scalekd.config.recipe import load_recipe
+    from scalekd.config.recipe_files import recipe_values
 
     if args.show and (len(args.show) != 2 or args.show[0] != "show"):
         raise UserError("use `scalekd recipes` or `scalekd recipes show NAME`")
@@ -90,7 +90,7 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _docs(args: argparse.Namespace) -> None:
-    from scalekd.common.pages import page_text, pages, title
+    from scalekd.common.documentation import page_text, pages, title
 
     if args.page:
         print(page_text(args.page), end="")

@@ -162,8 +162,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from scalekd.common.files import make_folder, write_text
+    from scalekd.common.out_of_memory import explain_out_of_memory
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.evaluate import detector_table, segmenter_table
 
     need_extra(args.task)
@@ -196,8 +196,8 @@ def _evaluate_segmenter(args: argparse.Namespace, device: Any, console: Any) -> 
 def _predict_objects(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from scalekd.common.out_of_memory import explain_out_of_memory
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.predict import predict_objects
 
     need_extra("detection")
@@ -211,8 +211,8 @@ def _predict_objects(args: argparse.Namespace) -> None:
 def _predict_classes(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from scalekd.common.out_of_memory import explain_out_of_memory
     from scalekd.common.parallel import pick_device
-    from scalekd.common.shortages import explain_out_of_memory
     from scalekd.transfer.predict import predict_classes
 
     need_extra("segmentation")
@@ -222,7 +222,7 @@ def _predict_classes(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from scalekd.config.files import header, recipe_names, recipe_text
+    from scalekd.config.recipe_files import header, recipe_names, recipe_text
     from scalekd.transfer.config import SHELVES
 
     shelf = SHELVES[args.task]

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from scalekd.common.documentation import as_commands
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, reject_links, write_text
-from scalekd.common.pages import as_commands
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.split import open_split
-from scalekd.train.auto import resolved
+from scalekd.train.hardware import resolved
 
-from .board import Board
 from .ladder import Job, Ladder, jobs, ladder_text
-from .outputs import Outputs
 from .page import markdown
 from .plot import curve_plot, gain_plot
+from .progress import Board
 from .report import write_comparison
 from .results import FILE, Record, held_values, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
+from .shared_outputs import Outputs
 
 
 def compare(

@@ -15,9 +15,9 @@ from scalekd.common.files import is_file
 from scalekd.common.sections import Section, Seed, described
 from scalekd.common.text import printable
 from scalekd.common.yaml_file import parse_yaml
-from scalekd.config.files import merged, override, recipe_names, recipe_text, recipe_values, shipped
 from scalekd.config.losses import reads_logits
 from scalekd.config.recipe import Config, check_config
+from scalekd.config.recipe_files import merged, override, recipe_names, recipe_text, recipe_values, shipped
 
 LADDERS = "compare/ladders"
 Label = Annotated[str, Field(pattern=r"^[\w(][\w .+,()=&/-]*$", max_length=60)]

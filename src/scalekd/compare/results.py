@@ -17,7 +17,7 @@ from scalekd.common.text import printable
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import check_config
 from scalekd.methods.names import METHODS
-from scalekd.train.auto import held_in
+from scalekd.train.hardware import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 

@@ -14,7 +14,7 @@ from scalekd.data.options import Augment, Data
 from scalekd.models.options import Model
 from scalekd.train.options import BaseOptim, Schedule, Train
 
-from .any_recipe import AnyRecipe
+from .base_recipe import AnyRecipe
 from .losses import method_problems, typed_options, written_out
 
 

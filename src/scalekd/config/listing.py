@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from scalekd.common.pages import as_commands
+from scalekd.common.documentation import as_commands
 from scalekd.common.yaml_file import parse_yaml
 
-from .files import header, header_lines, recipe_names, recipe_text, recipe_values
 from .recipe import Config, load_recipe
+from .recipe_files import header, header_lines, recipe_names, recipe_text, recipe_values
 
 IMAGENET_IMAGES = 1_281_167  # in the training set of ImageNet-1K
 WIDTH = 120

@@ -12,9 +12,9 @@ from pydantic import (
 from scalekd.common.errors import UserError
 from scalekd.common.sections import validated
 
+from .cross_checks import cross_checks
 from .fields import Recipe
-from .files import merged, override, recipe_values
-from .misfits import misfits
+from .recipe_files import merged, override, recipe_values
 
 
 class Config(Recipe):
@@ -22,7 +22,7 @@ class Config(Recipe):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = misfits(self)
+        problems = cross_checks(self)
         if self.assistant is not None and not problems:
             problems += _assistant_problems(self)
         if problems:

@@ -26,7 +26,7 @@ from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.distiller import Distiller
 
-from .ledger import Ledger, charge_step
+from .attribution import Ledger, charge_step
 from .peak import held_in_a_step
 
 BATCH = 32  # images per device: 256 on 8 GPUs, as in the ScaleKD paper's Table 15

@@ -19,8 +19,8 @@ from scalekd.common.errors import UserError, nearest
 from scalekd.common.sections import height_and_width
 from scalekd.common.tables import fitted
 from scalekd.common.text import shortened
-from scalekd.config.files import recipe_names
 from scalekd.config.recipe import Config, load_recipe
+from scalekd.config.recipe_files import recipe_names
 from scalekd.models import mixer  # noqa: F401 - adds `mlp_mixer` to timm's names
 from scalekd.models.stages import StageView
 

@@ -17,7 +17,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.description import KEY
 from scalekd.data.split import Split, open_split
 from scalekd.distill.build import steps_of_an_epoch, untrained
-from scalekd.train.auto import MOST_WORKERS, for_device, resolved, workers_of
+from scalekd.train.hardware import MOST_WORKERS, for_device, resolved, workers_of
 
 from .count import count_step
 from .plan_measured import probe

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 
 from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.provenance import machine
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Batch, Images, load_batch, training_images, validation_images
 from scalekd.data.split import Split

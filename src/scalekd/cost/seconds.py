@@ -11,8 +11,8 @@ import torch
 from torch.optim import Optimizer
 
 from scalekd.common.errors import UserError
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.provenance import machine
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.compiled import compile_step

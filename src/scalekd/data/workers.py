@@ -40,7 +40,7 @@ def loaded(
     Raises:
         Stopped: if a signal arrived while waiting for a worker.
         UserError: if the workers hang.
-        RuntimeError, OSError: of PyTorch, if a worker ended or lacks something; `common.shortages` explains them.
+        RuntimeError, OSError: of PyTorch, if a worker ended or lacks something; `common.out_of_memory` explains them.
     """
     workers = count(workers)
     loader = DataLoader(
@@ -200,5 +200,5 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_worker(error: Exception, batch: Any) -> None:
-    """The exit code is the reason; `common.shortages` reads it."""
+    """The exit code is the reason; `common.out_of_memory` reads it."""
     os._exit(errno.EMFILE if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) else errno.ENOSPC)

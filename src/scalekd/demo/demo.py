@@ -23,9 +23,9 @@ from scalekd.config.recipe import Config, load_recipe
 from scalekd.data.batches import eval_batches
 from scalekd.distill.distiller import Distiller
 from scalekd.distill.evaluate import evaluate
-from scalekd.models.export import export_onnx, load_student
+from scalekd.models.student_file import export_onnx, load_student
 from scalekd.report.curves import ReportRun
-from scalekd.report.several import write_report
+from scalekd.report.several_runs import write_report
 from scalekd.runs.distillation import checked, execute, facts
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference

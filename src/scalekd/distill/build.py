@@ -30,7 +30,7 @@ from scalekd.models.create import create, resolve
 from scalekd.models.fitted_head import read_head
 from scalekd.models.inputs import Statistics, statistics
 from scalekd.models.weights.trained import Loaded
-from scalekd.train.auto import for_device
+from scalekd.train.hardware import for_device
 from scalekd.train.optim import create_optimizer, make_schedule
 from scalekd.train.run import check_batch_size, scaler_and_average
 

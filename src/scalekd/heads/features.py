@@ -28,8 +28,8 @@ from scalekd.data.sources.source import Source
 from scalekd.data.split import by_class
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
-from scalekd.models.export import load_student
 from scalekd.models.inputs import default_statistics, interpolation, per_channel, scaled, sensible_crop, usual_size
+from scalekd.models.student_file import load_student
 from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import backbone_sha256
 

@@ -14,7 +14,7 @@ from scalekd.common.text import say
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.models.options import Model
 
-from .solver import STRENGTHS, TEMPERATURES, Choice
+from .linear import STRENGTHS, TEMPERATURES, Choice
 
 
 def tell(console: Console, card: dict[str, Any], choice: Choice, out: Path) -> None:

@@ -20,7 +20,7 @@ from .ofa import OFA
 from .ofd import OFD
 from .reviewkd import ReviewKD
 from .rkd import RKD
-from .scalekd_parts import cap, dfm, scalekd, tpp
+from .scalekd_forms import cap, dfm, scalekd, tpp
 from .srrl import SRRL
 
 METHODS: dict[str, Callable[..., nn.Module]] = {

@@ -1,6 +1,6 @@
 """ScaleKD (Fan et al., NeurIPS 2024, arXiv:2411.06786): one class with all parts of the paper.
 
-Recipes use the functions in `scalekd_parts.py`, each with the options that apply to it.
+Recipes use the functions in `scalekd_forms.py`, each with the options that apply to it.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import Any
 
 from scalekd.common.text import shortened
 
-from .answers import accuracies, by_class, confusion_matrix, confusions
 from .curves import bounds
-from .look import STUDENT, TEACHER, Example, Seen
+from .evaluate import STUDENT, TEACHER, Example, Seen
 from .page import NONE, panels, section, table
+from .predictions import accuracies, by_class, confusion_matrix, confusions
 from .svg import (
     INK,
     LEFT,

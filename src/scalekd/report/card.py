@@ -13,11 +13,11 @@ from scalekd.common.files import is_file, write_text
 from scalekd.common.intervals import share_interval
 from scalekd.common.text import shortened
 
-from .answers import accuracies
 from .curves import losses_text
+from .evaluate import STUDENT, Seen
 from .folder import RunFolder
-from .look import STUDENT, Seen
 from .page import NONE
+from .predictions import accuracies
 from .svg import finite
 
 MARK = "<!-- Written by scalekd"

@@ -6,7 +6,7 @@ from typing import Any
 
 from scalekd.cost.page import COLUMNS, cost_lines, cost_rows
 
-from .look import Seen
+from .evaluate import Seen
 from .page import NONE, panels, section, table
 from .svg import BOTTOM, LEFT, RIGHT, TOP, Axis, Curve, chart, escape, legend, log_ticks, nice_ticks
 

@@ -22,17 +22,17 @@ from scalekd.config.recipe import Config
 from scalekd.data.sources.open import evaluated_part
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
-from scalekd.models.export import create_student, load_student
 from scalekd.models.inputs import card_statistics
-from scalekd.models.shown import Shown
+from scalekd.models.normalised import Normalised
 from scalekd.models.stages import StageView
+from scalekd.models.student_file import create_student, load_student
 from scalekd.models.weights.card import read_card
 from scalekd.train import checkpoint
 from scalekd.train.log import read_log
 from scalekd.transfer.tasks import TASKS, TaskName, task_of
 
 from .curves import TOP1, ReportRun
-from .intact import FIGURES, KNOWN, MADE, RESULTS, check_sections, intact_card, intact_events, intact_json
+from .damage import FIGURES, KNOWN, MADE, RESULTS, check_sections, intact_card, intact_events, intact_json
 from .series import events_of
 
 
@@ -233,7 +233,7 @@ def _with_data(config: Config, data: str) -> Config:
     )
 
 
-def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -> Shown:
+def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -> Normalised:
     """Another run's student, the exported one or else that of its last checkpoint. Raises `UserError`."""
     if is_file(folder.path / "student.safetensors"):
         model, card = load_student(folder.path)
@@ -252,4 +252,4 @@ def load_baseline(folder: RunFolder, classes: list[str], device: torch.device) -
     size = (card["image_size"][0], card["image_size"][1])
     view = StageView(model.to(device).eval(), name=card["model"], image_size=size)
     mean, std = card_statistics(card, device)
-    return Shown(view, size, mean, std)
+    return Normalised(view, size, mean, std)

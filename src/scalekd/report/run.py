@@ -15,21 +15,21 @@ from torch import nn
 from scalekd.analyze.runs import labels
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, write_text
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.parallel import pick_device
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import duration, in_shell, printable
 from scalekd.cost.count import cost
 from scalekd.cost.flops import flop_counter
 from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
-from scalekd.models.shown import Shown
+from scalekd.models.normalised import Normalised
 
 from .answer_sections import answer_sections, numbers
 from .card import load_lines, model_card, write_card
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
+from .evaluate import MOST_IMAGES, TEACHER, Seen, look
 from .feature_sections import cost_section, feature_sections, parts_section
 from .folder import RunFolder, load_baseline, read_run, rebuilt
-from .look import MOST_IMAGES, TEACHER, Seen, look
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
 from .series import events_of, time_use
@@ -123,7 +123,9 @@ def _evaluated(
         return None, f"No evaluation on images: {first_line(error)} `scalekd report --data SOURCE` uses others."
     if not run.has_classifier:
         return None, "The student has no classifier, so it makes no predictions."
-    students: dict[str, Shown] = {label: load_baseline(other, run.classes, device) for label, other in others.items()}
+    students: dict[str, Normalised] = {
+        label: load_baseline(other, run.classes, device) for label, other in others.items()
+    }
     with explain_out_of_memory(device, "Try `device` cpu, or close other programs that use it."):
         return look(run, deployed, students, most=images, seconds=float("inf")), ""
 

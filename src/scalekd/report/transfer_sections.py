@@ -12,8 +12,8 @@ from scalekd.transfer.tasks import TASKS
 
 from .answer_sections import name, worst_and_best
 from .curves import losses_text
+from .damage import TAUGHT, intact_json
 from .folder import RunFolder
-from .intact import TAUGHT, intact_json
 from .page import NONE, code, section, table
 from .svg import escape, finite
 
@@ -157,9 +157,7 @@ def load_lines(task: str, folder: Path, channels: int = 3) -> str:
     """Python code that loads the model of a run's folder and runs it on an image."""
     mode = "L" if channels == 1 else "RGB"
     if task == "detection":
-        imports = (
-            "from torchvision.transforms.functional import pil_to_tensor\n\nfrom scalekd.transfer.deploy import load"
-        )
+        imports = "from torchvision.transforms.functional import pil_to_tensor\n\nfrom scalekd.transfer.exported_model import load"
         taken = [
             f'pixels = pil_to_tensor(Image.open("image.png").convert("{mode}"))',
             "with torch.no_grad():",
@@ -167,7 +165,7 @@ def load_lines(task: str, folder: Path, channels: int = 3) -> str:
             'names = [card["classes"][label - 1] for label in found["labels"][found["scores"] > 0.5]]',
         ]
     else:
-        imports = "\nfrom scalekd.transfer.deploy import load\nfrom scalekd.transfer.predict import classes_in, choose_inference"
+        imports = "\nfrom scalekd.transfer.exported_model import load\nfrom scalekd.transfer.predict import classes_in, choose_inference"
         taken = [
             'image = Image.open("image.png")',
             'classes = classes_in(model, image, card, choose_inference(model, card, None), torch.device("cpu"))',

@@ -18,7 +18,7 @@ from scalekd.common.text import say
 from scalekd.config.assistants import taught_by, taught_by_untrained
 from scalekd.config.recipe import Config, assistant_of
 from scalekd.distill.build import build
-from scalekd.train.auto import for_device
+from scalekd.train.hardware import for_device
 from scalekd.train.resume import recipe_difference
 
 from .distillation import check_teacher_outputs, checked, execute

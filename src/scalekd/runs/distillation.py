@@ -14,8 +14,8 @@ from scalekd.checks.preflight import preflight
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.provenance import made_by
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import counted, say
 from scalekd.config.recipe import Config
@@ -23,13 +23,13 @@ from scalekd.data.description import tell_data
 from scalekd.distill.build import build
 from scalekd.distill.run import DistillationRun
 from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
-from scalekd.models.export import export_student
 from scalekd.models.options import Model
 from scalekd.models.stages import StageView
+from scalekd.models.student_file import export_student
 from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
-from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
+from scalekd.train.hardware import for_device
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
 

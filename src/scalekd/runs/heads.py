@@ -17,11 +17,11 @@ from rich.console import Console
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, is_file
-from scalekd.common.shortages import explain_out_of_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.text import say
 from scalekd.config.recipe import Config
 from scalekd.heads.features import FEATURES
-from scalekd.heads.fit import fit_head
+from scalekd.heads.fit_head import fit_head
 from scalekd.models.options import FIT, Model
 
 

@@ -19,9 +19,9 @@ from scalekd.common.version import __version__
 from scalekd.data.sources.open import open_source
 from scalekd.models import mixer  # noqa: F401 - registers a model with timm
 from scalekd.models.build import build_model
-from scalekd.models.export import export_student
 from scalekd.models.options import Model
-from scalekd.models.released import (
+from scalekd.models.released_keys import REFUSED, TIMM
+from scalekd.models.released_weights import (
     adapted,
     check,
     class_count,
@@ -32,7 +32,7 @@ from scalekd.models.released import (
     recognise,
     renamed,
 )
-from scalekd.models.released_keys import REFUSED, TIMM
+from scalekd.models.student_file import export_student
 from scalekd.models.weights.file import read_file
 from scalekd.models.weights.match import sha256_of
 

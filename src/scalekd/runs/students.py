@@ -11,8 +11,8 @@ from rich.console import Console
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import reject_links
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.sections import height_and_width
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
@@ -21,11 +21,11 @@ from scalekd.data.split import same_classes
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.evaluate import evaluate
 from scalekd.distill.run import DistillationRun
-from scalekd.models.export import create_student, export_onnx, export_student, load_student
 from scalekd.models.inputs import card_statistics
+from scalekd.models.student_file import create_student, export_onnx, export_student, load_student
 from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
-from scalekd.train.auto import workers_for
+from scalekd.train.hardware import workers_for
 from scalekd.train.run import provenance
 
 

@@ -12,19 +12,19 @@ from scalekd.checks.model import weights_check
 from scalekd.checks.step import Screen
 from scalekd.common import parallel
 from scalekd.common.malloc import keep_freed_memory
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.provenance import made_by
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import counted, say
 from scalekd.data.description import tell_data
 from scalekd.report.run import write_run_report
-from scalekd.train.auto import for_device
 from scalekd.train.folder import Outcome, open_folder, run_into
+from scalekd.train.hardware import for_device
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
 from scalekd.transfer.config import Detection, Segmentation
-from scalekd.transfer.deploy import export
 from scalekd.transfer.detection import run as detect
+from scalekd.transfer.exported_model import export
 from scalekd.transfer.segmentation import run as segment
 
 

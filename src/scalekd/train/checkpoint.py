@@ -12,7 +12,7 @@ import torch
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import cannot_write, flush, flush_folder, unfinished
-from scalekd.common.shortages import is_worker_death
+from scalekd.common.out_of_memory import is_worker_death
 
 FORMAT = 2
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.shortages import OUT_OF_MEMORY
+from scalekd.common.out_of_memory import OUT_OF_MEMORY
 
 
 @contextmanager

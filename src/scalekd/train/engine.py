@@ -26,10 +26,10 @@ from scalekd.data.images import read_list
 
 from . import checkpoint, health, resume
 from .compile import explain_compile_failure
-from .fetch import Agreed, agree, fetch
 from .health import NonFinite
 from .log import RunLog
 from .meter import Meter
+from .next_batches import Agreed, agree, fetch
 from .resume import Progress
 from .run import AUTOCAST, Run
 

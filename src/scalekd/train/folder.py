@@ -15,15 +15,15 @@ from rich.console import Console
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.files import LOCK, SCRATCH, in_use, reject_links, write_text
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.sections import Section, to_yaml
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import say
 from scalekd.data.description import KEY, with_bad
 
 from .engine import train
-from .exported import use_exported
-from .inputs import check_inputs, inputs_of, write_inputs
+from .final_weights import use_exported
+from .fingerprints import check_inputs, inputs_of, write_inputs
 from .log import RunLog
 from .resume import recipe_difference
 from .run import Run, provenance

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from scalekd.common.sections import ImageSize, Pixels, Positive, Section, Seed, Share, Workers, validated
-from scalekd.config.any_recipe import AnyRecipe
-from scalekd.config.files import Shelf, override, recipe_values
-from scalekd.config.misfits import idle_in, unread, without_effect
+from scalekd.config.base_recipe import AnyRecipe
+from scalekd.config.cross_checks import idle_in, unread, without_effect
+from scalekd.config.recipe_files import Shelf, override, recipe_values
 from scalekd.models.options import Backbone
 from scalekd.models.weights.folder import is_drop_rate
 from scalekd.train.options import BaseOptim, Schedule, Steps, Train

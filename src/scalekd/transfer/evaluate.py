@@ -19,11 +19,11 @@ from scalekd.common.yaml_file import parse_yaml
 from scalekd.data.description import FIRST, KEY, classes_of, part, tell_data
 from scalekd.models.inputs import card_statistics
 
-from .deploy import load
 from .detection.coco import Coco, open_coco
 from .detection.data import DetectionImages, Scales
 from .detection.data import eval_batches as detection_batches
 from .detection.scores import Detections, average_precision, detections, percent
+from .exported_model import load
 from .predict import choose_inference
 from .segmentation.data import Crops, SegmentationImages
 from .segmentation.data import eval_batches as segmentation_batches

@@ -22,9 +22,9 @@ from scalekd.common.text import counted, printable
 from scalekd.data.images import of_channels
 from scalekd.models.inputs import card_statistics, scaled
 
-from .deploy import load
 from .detection.pictures import picture
 from .detection.scores import Detections, detections
+from .exported_model import load
 from .predict_files import SourceImages, save_png, write_index
 from .segmentation.data import evaluation_size, resized
 from .segmentation.overlay import overlay

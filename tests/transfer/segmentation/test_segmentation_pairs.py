@@ -9,12 +9,12 @@ from PIL import Image
 
 from scalekd.common.errors import UserError
 from scalekd.data.images import BadImage
-from scalekd.transfer.scenes import Options, make_scenes
 from scalekd.transfer.segmentation.data import (
     Crops,
     SegmentationImages,
 )
 from scalekd.transfer.segmentation.pairs import IGNORED, Pairs, as_classes, open_segments, read_classes
+from scalekd.transfer.synthetic_scenes import Options, make_scenes
 
 PLAIN = Crops((32, 32), scale=(1, 1), flip=0, photometric=False)
 

@@ -18,9 +18,9 @@ from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import counted, printable, shortened
 from scalekd.data.images import BadImage, decode_size, is_image, read_file
 
+from .box_checks import CONTRADICTING, refuse_fractions, refuse_many_contradictions, refuse_many_dropped
 from .instances import FARTHEST, Picture, Problems, add_instances, is_whole, note, shown
 from .masks import mask_tools
-from .plausible import CONTRADICTING, refuse_fractions, refuse_many_contradictions, refuse_many_dropped
 
 MISSING_ALLOWED = 0.05  # share of images that may have no file; more means a wrong folder
 

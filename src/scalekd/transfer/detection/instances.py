@@ -12,8 +12,8 @@ from typing import Any
 
 from scalekd.common.text import shortened
 
+from .box_checks import CONTRADICTING, contradicts
 from .masks import rle_counts
-from .plausible import CONTRADICTING, contradicts
 
 SHORTEST = 0.1  # pixels: a box is skipped if a side within its image is shorter
 FARTHEST = 1e5  # pixels: largest coordinate of a polygon, because drawing takes memory in proportion to its sides

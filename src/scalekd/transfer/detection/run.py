@@ -17,14 +17,14 @@ from scalekd.data.batches import bad_images
 from scalekd.data.description import classes_of, part
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.models.inputs import scaled
-from scalekd.train.auto import for_device
+from scalekd.train.hardware import for_device
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Detection
+from scalekd.transfer.overlap import refuse_shared
 from scalekd.transfer.pyramid import Pyramid, Size
-from scalekd.transfer.shared import refuse_shared
 from scalekd.transfer.tasks import TASKS
 
 from .coco import Coco, open_coco

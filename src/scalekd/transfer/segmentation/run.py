@@ -19,14 +19,14 @@ from scalekd.common.text import counted
 from scalekd.data.batches import Batch, bad_images
 from scalekd.data.description import FIRST, part
 from scalekd.data.samplers import Key, TrainSampler
-from scalekd.train.auto import for_device
+from scalekd.train.hardware import for_device
 from scalekd.train.optim import make_iteration_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
 from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
 from scalekd.transfer.config import Segmentation
+from scalekd.transfer.overlap import refuse_shared
 from scalekd.transfer.pyramid import Size
-from scalekd.transfer.shared import refuse_shared
 from scalekd.transfer.tasks import TASKS
 
 from .data import Crops, SegmentationImages, batches_of, collate, eval_batches

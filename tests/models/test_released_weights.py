@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
-from scalekd.models import released, released_keys
-from scalekd.models.export import load_student
+from scalekd.models import released_keys, released_weights
 from scalekd.models.options import Model
-from scalekd.models.released import patches_merged, recognise
 from scalekd.models.released_keys import RULES, SIGNS
+from scalekd.models.released_weights import patches_merged, recognise
+from scalekd.models.student_file import load_student
 from scalekd.models.weights.file import read_file
 from scalekd.runs.imported import import_student
 
@@ -435,7 +435,7 @@ def test_the_outputs_are_those_of_the_released_model(case, tmp_path, classes):
 
 def test_a_merging_in_the_wrong_order_would_show(tmp_path, classes, monkeypatch):
     model = theirs("swin")
-    monkeypatch.setattr(released, "patches_merged", lambda value: value)
+    monkeypatch.setattr(released_weights, "patches_merged", lambda value: value)
     student, _ = imported("swin", model.state_dict(), tmp_path, classes)
     assert difference(model, student, 64) > 1e-2
 
@@ -639,9 +639,9 @@ def test_keys_of_the_real_sizes_lead_into_timms_model(name):
     assert recognise(dict.fromkeys([*FULL[name], SIGNS[naming]])) == naming
     with torch.device("meta"):
         wanted = timm.create_model(name, **({"fc_norm": False} if naming == "mmpretrain ViT" else {})).state_dict()
-        found = released.Found({k: torch.empty(shape) for k, shape in FULL[name].items()}, "", 0)
+        found = released_weights.Found({k: torch.empty(shape) for k, shape in FULL[name].items()}, "", 0)
     spec = Model(model=name, kwargs={"class_token": True, "head_norm_first": False})
-    state, left, _ = released.renamed(found, naming, spec, Path())
+    state, left, _ = released_weights.renamed(found, naming, spec, Path())
     assert left == [] and len(state) == len(FULL[name])
     assert {k: v.shape for k, v in state.items()} == {k: wanted[k].shape for k in state}
 

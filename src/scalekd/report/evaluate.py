@@ -23,9 +23,9 @@ from scalekd.data.transforms import eval_transform
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.shared import stage_map
 from scalekd.models.inputs import scaled
-from scalekd.models.shown import Shown
+from scalekd.models.normalised import Normalised
 from scalekd.models.stages import Features, StageView
-from scalekd.train.auto import workers_of
+from scalekd.train.hardware import workers_of
 
 MOST_IMAGES, MOST_SECONDS = 2000, 60.0
 MAP_IMAGES = 256  # images whose maps are analysed
@@ -66,19 +66,19 @@ class Seen:
     notes: list[str] = field(default_factory=list)
 
 
-def shown_student(run: DistillationRun, deployed: nn.Module) -> Shown:
+def shown_student(run: DistillationRun, deployed: nn.Module) -> Normalised:
     d = run.distiller
     view = d.student_view
     if deployed is not d.student:
         view = StageView(deployed, name=view.name, image_size=d.image_size, cuts=run.config.student.cuts)
-    return Shown(view, d.image_size, d.student_mean, d.student_std)
+    return Normalised(view, d.image_size, d.student_mean, d.student_std)
 
 
 @torch.no_grad()
 def look(
     run: DistillationRun,
     deployed: nn.Module,
-    baselines: Mapping[str, Shown] | None = None,
+    baselines: Mapping[str, Normalised] | None = None,
     *,
     most: int = MOST_IMAGES,
     seconds: float = MOST_SECONDS,
@@ -91,7 +91,7 @@ def look(
     for module in (deployed, run.distiller):
         module.eval()
     students = {STUDENT: shown_student(run, deployed), **(baselines or {})}
-    teachers = [Shown(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
+    teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
     notes = _misfits(teachers, len(run.classes))
     answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
     maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
@@ -130,8 +130,8 @@ def look(
 def _add_batch(
     pixels: Tensor,
     targets: Tensor,
-    students: Mapping[str, Shown],
-    teachers: Sequence[Shown],
+    students: Mapping[str, Normalised],
+    teachers: Sequence[Normalised],
     answers: Mapping[str, Answers],
     maps: Maps,
 ) -> None:
@@ -149,13 +149,13 @@ def _add_batch(
         maps.add(pixels, student, taught[0] if taught else None)
 
 
-def _misfits(teachers: Sequence[Shown], classes: int) -> list[str]:
+def _misfits(teachers: Sequence[Normalised], classes: int) -> list[str]:
     """Why the teachers' predictions cannot be compared with the student's; empty if they can."""
     odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != classes]
     return [f"A teacher has {odd[0]} classes and the data {classes}, so its predictions are left out."] if odd else []
 
 
-def _chosen(run: DistillationRun, models: Sequence[Shown], most: int) -> Images:
+def _chosen(run: DistillationRun, models: Sequence[Normalised], most: int) -> Images:
     """Images spread evenly over the validation images, in a seeded order, so a batch is a sample of all classes."""
     images, config = run.val_images, run.config
     n = min(most, len(images))
@@ -169,7 +169,7 @@ def _chosen(run: DistillationRun, models: Sequence[Shown], most: int) -> Images:
 class Maps:
     """Frequencies of the last maps, similarity of the stages (CKA), distance of the projectors' outputs from the teacher."""
 
-    def __init__(self, run: DistillationRun, student: Shown, teacher: Shown | None):
+    def __init__(self, run: DistillationRun, student: Normalised, teacher: Normalised | None):
         self.run, self.images, self.refused = run, 0, ""
         self.spectra = {STUDENT: Spectrum()} | ({TEACHER: Spectrum()} if teacher else {})
         self.cka, self.distances = StageCKA(), dict[str, list[Tensor]]()

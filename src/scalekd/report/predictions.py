@@ -9,7 +9,7 @@ import numpy as np
 
 from scalekd.common.intervals import share_interval
 
-from .look import STUDENT, TEACHER, Seen
+from .evaluate import STUDENT, TEACHER, Seen
 
 
 def accuracies(seen: Seen) -> list[dict[str, Any]]:

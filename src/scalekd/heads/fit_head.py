@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError
 from scalekd.common.files import make_folder, replacing, write_text
 from scalekd.common.intervals import half_width
+from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
-from scalekd.common.shortages import explain_out_of_memory
 from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.description import KEY, tell_data
@@ -45,8 +45,8 @@ from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import Loaded, backbone_sha256, trained
 
 from .features import FEATURES, Backbone, features, some
+from .linear import Choice, Linear, choose, fit, scores
 from .page import tell, tell_use
-from .solver import Choice, Linear, choose, fit, scores
 
 
 class Teacher(Backbone):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from scalekd.common.errors import UserError
 from scalekd.models import mixer  # noqa: F401 - adds a name to timm's
-from scalekd.transfer import deploy
+from scalekd.transfer import exported_model
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def exported(tmp_path_factory, detector):
     folder = tmp_path_factory.mktemp("exported")
     for model, name, card in ((detector.student, "detector", DETECTOR), (new_segmenter(), "segmenter", SEGMENTER)):
         (folder / name).mkdir()
-        assert deploy.export(model, folder / name / f"{name}.safetensors", card) == 0
+        assert exported_model.export(model, folder / name / f"{name}.safetensors", card) == 0
     return folder
 
 
 def test_a_detector_comes_back_as_it_was(exported, detector):
     with torch.no_grad():  # as one that predicts may be loaded
-        loaded, card = deploy.load(exported / "detector", "detection")
+        loaded, card = exported_model.load(exported / "detector", "detection")
     weights = exported / "detector/detector.safetensors"
-    assert not loaded.training and card == DETECTOR | {"sha256": deploy.sha256_of(weights)}
+    assert not loaded.training and card == DETECTOR | {"sha256": exported_model.sha256_of(weights)}
     assert load_file(weights).keys() == detector.student.state_dict().keys()
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     low = torch.zeros(3, 24, 60, dtype=torch.uint8)  # resized, 38 pixels: torchvision would take its maps for larger
@@ -62,8 +62,8 @@ def test_a_segmenter_comes_back_as_it_was(tmp_path, name, kwargs):
     if "in_chans" in kwargs:
         card |= {"mean": [0.5], "std": [0.25]}
     model = new_segmenter(card)
-    assert deploy.export(model, tmp_path / "segmenter.safetensors", card) == 0
-    loaded, _ = deploy.load(tmp_path / "segmenter.safetensors", "segmentation")
+    assert exported_model.export(model, tmp_path / "segmenter.safetensors", card) == 0
+    loaded, _ = exported_model.load(tmp_path / "segmenter.safetensors", "segmentation")
     assert (loaded.pyramid.canvas is None) == (name != "mlp_mixer")
     images = torch.randn(1, len(card["mean"]), 64, 64)
     with torch.no_grad():
@@ -75,18 +75,18 @@ def test_the_model_stays_in_its_mode_and_frozen_norms_in_theirs(detector):
     before = {name: module.training for name, module in detector.named_modules()}
     statistics = {name: value.clone() for name, value in detector.named_buffers()}
     assert set(before.values()) == {False, True}
-    deploy.outputs(detector.student, torch.randn(1, 3, 64, 64))
+    exported_model.outputs(detector.student, torch.randn(1, 3, 64, 64))
     assert {name: module.training for name, module in detector.named_modules()} == before
     assert all(torch.equal(value, statistics[name]) for name, value in detector.named_buffers())
     detector.eval()
 
 
 def test_a_difference_is_measured(exported, detector, monkeypatch, tmp_path):
-    other = deploy.load(exported / "detector", "detection")[0]
+    other = exported_model.load(exported / "detector", "detection")[0]
     with torch.no_grad():
         other.student.roi_heads.mask_predictor.mask_fcn_logits.bias += 0.125
-    monkeypatch.setattr(deploy, "load", lambda path, task: (other, {}))
-    found = deploy.export(detector.student, tmp_path / "detector.safetensors", DETECTOR)
+    monkeypatch.setattr(exported_model, "load", lambda path, task: (other, {}))
+    found = exported_model.export(detector.student, tmp_path / "detector.safetensors", DETECTOR)
     assert found == pytest.approx(0.125, rel=1e-4)
 
 
@@ -128,7 +128,7 @@ def copy_of(exported, tmp_path, **changes):
 )
 def test_a_card_that_does_not_fit(exported, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        deploy.load(copy_of(exported, tmp_path, **changes), "segmentation")
+        exported_model.load(copy_of(exported, tmp_path, **changes), "segmentation")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_card_that_does_not_fit(exported, tmp_path, changes, message):
 def test_a_detector_needs_an_anchor_per_stride_and_an_id_per_class(tmp_path, changes, message):
     (tmp_path / "detector.json").write_text(json.dumps(DETECTOR | {"sha256": ""} | changes))
     with pytest.raises(UserError, match=message):
-        deploy.read_card(tmp_path / "detector.json", "detection")
+        exported_model.read_card(tmp_path / "detector.json", "detection")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"task": [1]}'])
@@ -145,7 +145,7 @@ def test_a_card_that_is_none(exported, tmp_path, text):
     folder = copy_of(exported, tmp_path)
     (folder / "segmenter.json").write_text(text)
     with pytest.raises(UserError, match="is not a segmenter's card"):
-        deploy.load(folder, "segmentation")
+        exported_model.load(folder, "segmentation")
 
 
 def test_weights_that_were_changed(exported, tmp_path):
@@ -155,18 +155,18 @@ def test_weights_that_were_changed(exported, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(UserError, match="the sha256 differs"):
-        deploy.load(folder, "segmentation")
+        exported_model.load(folder, "segmentation")
     weights.write_bytes(b"no safetensors")
-    card = json.loads((folder / "segmenter.json").read_text()) | {"sha256": deploy.sha256_of(weights)}
+    card = json.loads((folder / "segmenter.json").read_text()) | {"sha256": exported_model.sha256_of(weights)}
     (folder / "segmenter.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        deploy.load(weights, "segmentation")
+        exported_model.load(weights, "segmentation")
 
 
 def test_other_paths_are_explained(exported, tmp_path):
     def error_of(path, task="detection"):
         with pytest.raises(UserError) as error:
-            deploy.load(path, task)
+            exported_model.load(path, task)
         return str(error.value)
 
     assert "`scalekd detect train` writes them at the end of a run" in error_of(tmp_path)
@@ -191,4 +191,4 @@ def test_other_paths_are_explained(exported, tmp_path):
 def test_a_missing_extra_is_named_first(monkeypatch, tmp_path, task, package, line):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=line):
-        deploy.load(tmp_path / "nowhere", task)
+        exported_model.load(tmp_path / "nowhere", task)

@@ -18,8 +18,8 @@ from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
 from scalekd.distill.build import build
 from scalekd.distill.run import DistillationRun
-from scalekd.models import export
-from scalekd.models.export import export_onnx, export_student, load_student
+from scalekd.models import student_file
+from scalekd.models.student_file import export_onnx, export_student, load_student
 from scalekd.models.weights.match import sha256_of
 from scalekd.runs.students import evaluate_student, student_card
 
@@ -143,8 +143,8 @@ def test_folder_that_cannot_be_written(tiny_recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_onnx_gives_the_same_logits(tiny_recipe, tmp_path, kind):
-    onnxruntime = pytest.importorskip("onnxruntime", reason=export.ONNX_MISSING)
-    pytest.importorskip("onnxscript", reason=export.ONNX_MISSING)
+    onnxruntime = pytest.importorskip("onnxruntime", reason=student_file.ONNX_MISSING)
+    pytest.importorskip("onnxscript", reason=student_file.ONNX_MISSING)
     run = student_run(tiny_recipe, kind)
     student, path = run.distiller.student.train(), tmp_path / "student.onnx"
     card = student_card(run)
@@ -168,11 +168,11 @@ def test_onnx_without_its_packages(tiny_recipe, tmp_path, monkeypatch):
 
 def test_a_graph_that_computes_something_else_is_refused(tiny_recipe, tmp_path, monkeypatch):
     run = student_run(tiny_recipe, "cnn")
-    monkeypatch.setattr(export, "TOLERANCE", 1e-12)
+    monkeypatch.setattr(student_file, "TOLERANCE", 1e-12)
     with pytest.raises(UserError, match=r"its logits under onnxruntime differ .* the file was removed"):
         export_onnx(run.deployed, tmp_path / "student.onnx", student_card(run))
     assert not (tmp_path / "student.onnx").exists()
-    assert not export.is_close(float("nan"), torch.zeros(1))
+    assert not student_file.is_close(float("nan"), torch.zeros(1))
 
 
 def test_a_student_that_diverged_is_not_evaluated(tiny_recipe, tmp_path, image_folder):

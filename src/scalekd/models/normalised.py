@@ -1,4 +1,4 @@
-"""A model together with its input preprocessing."""
+"""A model that resizes and normalises its images itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .stages import Features, StageView
 
 
 @dataclass
-class Shown:
-    """A model with the input size, mean and std of its images."""
+class Normalised:
+    """A model with the size, mean and std of its input."""
 
     view: StageView
     size: tuple[int, int]

@@ -23,7 +23,7 @@ Idle = tuple[bool, str, "Section", str]
 TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": ""}
 
 
-def misfits(config: Recipe) -> list[str]:
+def cross_checks(config: Recipe) -> list[str]:
     """One line per problem. Problems of the assistant's own recipe are not among them."""
     problems = _unlabelled(config)
     needing = [name for name in config.losses if reads_teacher(name)]

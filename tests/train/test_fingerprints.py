@@ -17,7 +17,7 @@ from whole_runs import TINY, changed, events
 from scalekd.cli.app import main
 from scalekd.data.fingerprint import differences, fingerprint
 from scalekd.data.sources.open import open_source
-from scalekd.train import inputs
+from scalekd.train import fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_other_inputs_are_rejected_and_can_be_allowed(again, change):
 
 
 def test_another_version_is_rejected(again, monkeypatch):
-    monkeypatch.setattr(inputs, "versions", lambda: {"scalekd": "0.0.9", "torch": "1.0", "timm": "0.9"})
+    monkeypatch.setattr(fingerprints, "versions", lambda: {"scalekd": "0.0.9", "torch": "1.0", "timm": "0.9"})
     result = again()
     assert result.code == 2 and "torch 1.0, " in result.err and "[versions]" in result.err
     assert again("train.resume_anyway=[data,versions]").code == 0

@@ -1,7 +1,7 @@
 """Exports a trained detector or segmenter as weights and a card, loads it back, and compares the outputs.
 
 The weights are safetensors, which contain no code, and the card is JSON with the name of a timm model and shapes, so
-files from other people are safe to open. `scalekd.models.export` does the same for students.
+files from other people are safe to open. `scalekd.models.student_file` does the same for students.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from scalekd.checks.served_methods import FAMILIES, ON_LOGITS, examine, families, markdown
+from scalekd.checks.supported_methods import FAMILIES, ON_LOGITS, examine, families, markdown
 from scalekd.cli.app import main
 from scalekd.common.errors import UserError
 from scalekd.distill.distiller import Distiller

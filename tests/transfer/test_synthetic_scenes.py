@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from scalekd.common.errors import UserError
-from scalekd.transfer.scenes import Options, main, make_scenes, run_lengths, tight_box
+from scalekd.transfer.synthetic_scenes import Options, main, make_scenes, run_lengths, tight_box
 
 EMBEDDED = ("fashion-mnist:train", "fashion-mnist:test")
 OPTIONS = Options(size=64, items=(3, 6), background="textured", rgb=True)
