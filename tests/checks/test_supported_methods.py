@@ -13,10 +13,12 @@ import torch
 from scalekd.checks.supported_methods import FAMILIES, ON_LOGITS, examine, families, markdown
 from scalekd.cli.app import main
 from scalekd.common.errors import UserError
+from scalekd.config.losses import reads_logits, reads_teacher
 from scalekd.distill.distiller import Distiller
 from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 
+READ_LOGITS = {name for name in METHODS if reads_teacher(name) and reads_logits(name)}
 HEADLESS = {"DINOv2", "DINOv2, registers", "DINOv3", "SigLIP 2", "EVA-02", "MAE", "Hiera, MAE"}
 EMBEDDINGS = {"CLIP": 512, "Perception Encoder": 512}
 
@@ -27,7 +29,7 @@ def test_the_families():
     assert list(found) == list(FAMILIES)
     for family, entry in found.items():
         refused = {method for method, reason in entry["methods"].items() if reason}
-        expected = {"kd", "bkd", "dkd", "dist", "ofa"} if family in {*HEADLESS, *EMBEDDINGS} else set()
+        expected = READ_LOGITS if family in {*HEADLESS, *EMBEDDINGS} else set()
         expected |= {"srrl"} if family in HEADLESS else set()
         assert refused == expected | ({"tpp", "scalekd"} if family.startswith("Hiera") else set()), family
         assert len(entry["maps"]) == 4
@@ -36,6 +38,10 @@ def test_the_families():
     assert found["DINOv3"]["prefix_tokens"] == 5 and found["Swin"]["maps"][-1] == [768, 7, 7]
     docs = Path(__file__).parents[2] / "docs" / "results" / "teachers.md"
     assert docs.read_text() == markdown(list(found.values())), "scalekd teachers --markdown > docs/results/teachers.md"
+
+
+def test_which_methods_read_the_logits():
+    assert {"kd", "dist", "ofa"} <= READ_LOGITS and not READ_LOGITS & {"ce", "fd", "srrl", "scalekd"}
 
 
 def test_every_family_is_named_with_the_weights_it_stands_for():
@@ -65,7 +71,7 @@ def test_embeddings_are_told_from_classes():
 def test_a_teacher_with_an_embedding_serves_by_its_features():
     told = examine("vit_pe_core_tiny_patch16_384.fb")
     refused = {method for method, reason in told["methods"].items() if reason}
-    assert (told["classes"], told["embedding"]) == (0, 512) and refused == {"kd", "bkd", "dkd", "dist", "ofa"}
+    assert (told["classes"], told["embedding"]) == (0, 512) and refused == READ_LOGITS
     remedy = "its 512 outputs are an embedding; `scalekd head` fits a classifier for your classes"
     assert told["methods"]["kd"] == told["methods"]["ofa"] == remedy
 
@@ -94,7 +100,7 @@ def test_what_it_says_is_what_happens(name):
         student = timm.create_model("test_resnet", num_classes=classes)
         losses = {"ce": {}, method: {"negatives": 8} if method == "crd" else {}}
         if reason:
-            if method in ("kd", "bkd", "dkd", "dist"):
+            if method in ON_LOGITS:
                 continue  # a mismatch of classes, which pre-flight tells
             with pytest.raises((UserError, ValueError)):
                 Distiller(student, teacher, losses, image_size=(size, size))

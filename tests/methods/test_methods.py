@@ -64,6 +64,24 @@ def test_contract(pair, name, options):
     assert all(x is None or x.grad is None for x in (teacher.logits, teacher.final, *teacher.maps))
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision(pair, name, dtype):
+    """Features in half precision, large ones too, under autocast: losses in float32, and finite."""
+    needs_teacher, needs_maps = (getattr(METHODS[name], key, True) for key in ("needs_teacher", "needs_maps"))
+    method = METHODS[name](pair.student, pair.teacher)
+    student, teacher, targets = pair.features(dtype=torch.float32)
+    for features in (student, teacher):
+        features.logits, features.final = features.logits.to(dtype), (100 * features.final).to(dtype)
+        features.maps = tuple((100 * x).to(dtype) for x in features.maps) if needs_maps else ()
+    with torch.autocast("cpu", dtype):
+        losses = method(student, teacher if needs_teacher else None, targets)
+    assert losses and all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_signature(name):
     """student, teacher, then keyword options with annotation and default."""
@@ -124,6 +142,8 @@ def test_every_ablation_row_has_its_losses():
 def check_contract(name, pair):
     test_signature(name)
     test_contract(pair, name, {})
+    for dtype in HALF:
+        test_half_precision(pair, name, dtype)
     if getattr(METHODS[name], "needs_teacher", True):
         test_a_missing_teacher_is_an_error(pair, name)
 
@@ -134,18 +154,19 @@ def blocks_of(document: str, language: str) -> list[str]:
 
 def test_the_example_method_follows_the_contract(monkeypatch, pair):
     """docs/how-to/add-a-method.md, taken literally."""
-    module, _, line, test = blocks_of("how-to/add-a-method.md", "python")
+    module, _, _, line, test = blocks_of("how-to/add-a-method.md", "python")
     names: dict = {"__name__": "scalekd.methods.similarity", "__package__": "scalekd.methods"}
     exec(module, names)  # our own document
     for name, method in eval("{" + line + "}", names).items():  # noqa: S307
         monkeypatch.setitem(METHODS, name, method)
     check_contract("sp", pair)
     (row,) = blocks_of("how-to/add-a-method.md", "markdown")
-    example, shipped = documented_options(row), documented_options((DOCS / "reference" / "methods.md").read_text())
-    assert shipped | example == actual_options()
+    assert documented_options(row) == {("sp", o): p.default for o, p in options_of(METHODS["sp"]).items()}
     tests: dict = {}
     exec(test, tests)
     tests["test_sp_by_hand"]()
+    for dtype in HALF:
+        tests["test_half_precision"](pair, dtype)
 
     (recipe,) = losses_of("how-to/add-a-method.md")
     options = yaml.safe_load(recipe)["losses"]["sp"]
@@ -156,7 +177,7 @@ def test_the_example_method_follows_the_contract(monkeypatch, pair):
 
 
 def test_the_logit_example_follows_the_contract(monkeypatch, pair):
-    _, module, *_ = blocks_of("how-to/add-a-method.md", "python")
+    module = blocks_of("how-to/add-a-method.md", "python")[2]
     names: dict = {"__name__": "scalekd.methods.logit_distance", "__package__": "scalekd.methods"}
     exec(module, names)
     monkeypatch.setitem(METHODS, "ld", names["LogitDistance"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.tables import fitted
 from scalekd.common.text import printable
-from scalekd.config.losses import reads_teacher
+from scalekd.config.losses import reads_logits, reads_teacher
 from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import usual_size
@@ -81,14 +81,14 @@ def _view(name: str) -> StageView:
 
 def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) -> str | None:
     """Why the method does not work with this teacher, or None."""
-    if embedding and method in (*ON_LOGITS, "ofa"):
+    if embedding and reads_logits(method):
         return f"its {view.shapes.classes} outputs are an embedding; `scalekd head` fits a classifier for your classes"
-    if not view.shapes.classes and method in (*ON_LOGITS, "ofa"):
+    if not view.shapes.classes and reads_logits(method):
         return "it has no classifier; `scalekd head` fits one for your classes"
     if view.refusal and method not in ON_LOGITS:
         return view.refusal.splitlines()[0]
     teacher = view.shapes
-    if method in (*ON_LOGITS, "ofa"):  # its classes depend on its weights: assume the student's
+    if reads_logits(method):  # its classes depend on its weights: assume the student's
         student = Shapes(
             student.model, student.maps, student.final, teacher.classes, student.can_resume, student.pooled
         )

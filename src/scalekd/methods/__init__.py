@@ -24,7 +24,10 @@ Step: `forward(self, student: Features, teacher: Features | None, targets: Tenso
 - `targets` are class indices `(B,)` or, with Mixup or CutMix, probabilities `(B, classes)`.
 - The result has one scalar per term, with the method's own weights applied. The step multiplies them by the recipe's
   `weight` and adds up all methods. The log names a term `method.term`, or `method` if the term has the method's name.
-- Under autocast, maps and logits may be in half precision: compute losses in float32 (`shared.full_precision`).
+- Under autocast, maps and logits may be in half precision: convert them to float32 (`shared.full_precision`), and switch
+  autocast off around matrix products and convolutions of the loss, which it would compute in half precision again.
+- Do not read values of tensors on the host (`.item()`, `if loss > 0`), and do not create tensors from Python numbers: the
+  step must not wait for a GPU, and `train.compile` traces it as one graph.
 - Draw random numbers from torch's global generator, which is seeded for every step.
 
 Class attributes, with the value that a method has if it does not set them:
