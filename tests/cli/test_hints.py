@@ -37,7 +37,7 @@ def test_a_missing_recipe(cli, command, words):
 
 def test_a_family_as_a_model(cli):
     result = cli("train", "own-data", "--student", "swin_tiny", "--data", "nowhere", "--dry-run")
-    assert result.code == 2 and "begin so: swin_tiny_patch4_window7_224" in result.err
+    assert result.code == 2 and "start with it: swin_tiny_patch4_window7_224" in result.err
 
 
 def test_a_method_is_explained(cli):

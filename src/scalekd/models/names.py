@@ -28,7 +28,7 @@ def way_to(name: str) -> str:
 
 
 def models_like(name: str) -> str:
-    """A hint for an unknown model name: the timm names that begin so, or else the nearest ones."""
+    """A hint for an unknown model name: the timm names that start with it, or else the nearest ones."""
     import timm
 
     start, known = name.split(".")[0], timm.list_models()
@@ -38,4 +38,4 @@ def models_like(name: str) -> str:
     # those with pre-trained weights first, then the short ones
     begin.sort(key=lambda model: (not timm.models.is_model_pretrained(model), len(model)))
     more = f", ... ({len(begin)} in all)" if len(begin) > MOST else ""
-    return f" Names in timm that begin so: {', '.join(begin[:MOST])}{more}."
+    return f" timm names that start with it: {', '.join(begin[:MOST])}{more}."
