@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launcher
 import pytest
 import timm
 import torch
@@ -196,7 +197,7 @@ def test_a_closed_pipe_and_an_error_in_processes(tmp_path: Path):
     scalekd = f"{sys.executable} -m scalekd"
     done = subprocess.run(f"{scalekd} recipes | head -1", shell=True, capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
-    done = subprocess.run([*scalekd.split(), "recipes", "show", "dmo"], capture_output=True, text=True)
+    done = launcher.run("-m", "scalekd", "recipes", "show", "dmo")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("scalekd: no recipe `dmo`")
 
 
