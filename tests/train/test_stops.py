@@ -150,16 +150,15 @@ def test_signals_at_many_moments(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["{} train {} --out {} | true", "{} train {} --out {} > /dev/full"])
 def test_a_lost_screen_does_not_end_a_run(recipe, tmp_path, command):
-    line = command.format(f"{sys.executable} -m scalekd", recipe, tmp_path / "run")
+    line = command.format(launcher.stand_ins() / "scalekd", recipe, tmp_path / "run")
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_result_that_cannot_be_printed_is_an_error():
-    done = subprocess.run(
-        f"{sys.executable} -m scalekd recipes > /dev/full", shell=True, capture_output=True, text=True
-    )
+    command = f"{launcher.stand_ins() / 'scalekd'} recipes > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "scalekd: cannot write to standard output: No space left on device\n"
 
 
