@@ -1,22 +1,31 @@
 # make demo: set up, then a ViT teaches a small CNN on embedded images (offline once set up).
-# make test: set up, then lint, types, import rules, documentation and all tests.
+# make test: set up, then lint, types, import rules and documentation, two at a time, and all tests.
 # make docs: set up, then the documentation as a site in build/site.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-.PHONY: demo test docs setup clean
+.PHONY: demo test lint types imports site docs setup clean
 
 demo: setup
 	$(RUN)/scalekd demo --out runs/demo
 
 test: setup
-	$(RUN)/ruff check .
-	$(RUN)/mypy
-	$(RUN)/lint-imports --no-cache
-	$(MKDOCS) --quiet
+	$(MAKE) --jobs 2 lint types imports site
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist worksteal
+
+lint: setup
+	$(RUN)/ruff check .
+
+types: setup
+	$(RUN)/mypy
+
+imports: setup
+	$(RUN)/lint-imports --no-cache
+
+site: setup
+	$(MKDOCS) --quiet
 
 docs: setup
 	$(MKDOCS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gzip
 import tarfile
 from collections.abc import Callable, Iterator
@@ -66,7 +67,12 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-RECIPES = [TINY, *(yaml.safe_load(recipe_text(name)) for name in recipe_names())]
+
+
+@functools.cache
+def recipes() -> list[dict[str, Any]]:
+    """Not read before a test asks for them: every process that collects tests would wait for it."""
+    return [TINY, *(yaml.safe_load(recipe_text(name)) for name in recipe_names())]
 
 
 def is_accepted(text: str, overrides: tuple[str, ...] = ()) -> bool:
@@ -117,7 +123,7 @@ def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
 @st.composite
 def spoiled(draw: st.DrawFn) -> dict[str, Any]:
     """A real recipe with some keys or values deleted, replaced, renamed, nested or copied."""
-    recipe = copy.deepcopy(draw(st.sampled_from(RECIPES)))
+    recipe = copy.deepcopy(draw(st.deferred(lambda: st.sampled_from(recipes()))))
     for _ in range(draw(st.integers(0, 3))):
         all_places = list(places(recipe))
         if not all_places:
