@@ -34,6 +34,7 @@ from scalekd.train.hardware import for_device
 from scalekd.train.optim import create_optimizer, make_schedule
 from scalekd.train.run import check_batch_size, scaler_and_average
 
+from .balance import Balance
 from .compiled import compile_step
 from .distiller import Distiller
 from .run import DistillationRun, gives_embeddings, logit_losses
@@ -132,12 +133,25 @@ def _build_distiller(
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
+    if config.balance:
+        distiller.balance = _balance(config, distiller)
     distiller.to(device)
     if train.channels_last:
         distiller.to(memory_format=torch.channels_last)
     if train.compile:
         compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
     return distiller
+
+
+def _balance(config: Config, distiller: Distiller) -> Balance:
+    """The balance of the recipe's losses; their weights move there from the distiller."""
+    assert config.balance is not None
+    weights = dict(distiller.weights)
+    distiller.weights = dict.fromkeys(weights, 1.0)
+    reference = next(
+        (n for n in weights if not getattr(distiller.methods[n], "needs_teacher", True)), next(iter(weights))
+    )
+    return Balance(weights, reference, config.balance.every, config.balance.momentum)
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:

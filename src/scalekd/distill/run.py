@@ -29,6 +29,7 @@ from scalekd.models.options import Model
 from scalekd.models.weights.trained import Loaded
 from scalekd.train.run import Run
 
+from .balance import backbone_parameters
 from .distiller import Distiller, Teacher
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
 from .teacher_outputs import TeacherOutputs
@@ -70,7 +71,8 @@ class DistillationRun(Run):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        return {"student": self.model.student, "methods": self.model.methods}
+        balance = {"balance": self.model.balance} if self.model.balance else {}
+        return {"student": self.model.student, "methods": self.model.methods, **balance}
 
     @property
     def figures(self) -> dict[str, str]:
@@ -102,7 +104,22 @@ class DistillationRun(Run):
     def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
         images, targets = self.inputs(batch)
         known = self.teacher_outputs and self.teacher_outputs.features(micro, images)
-        return model(images, targets, known) if known else model(images, targets)
+        step, part = divmod(micro, self.config.train.accumulate)
+        balance = self.model.balance
+        measured = balance is not None and self.model.training and balance.due(step)
+        self.model.eager = measured  # a compiled graph can be followed backwards only once
+        terms = model(images, targets, known) if known else model(images, targets)
+        if balance is None:
+            return terms
+        scaled_terms = balance.scaled(terms)
+        if measured:
+            scale = self.scaler.scale(torch.ones((), device=self.device))
+            balance.measure(terms, backbone_parameters(self.student), scale)
+            if part == self.config.train.accumulate - 1:
+                balance.update(
+                    scale
+                )  # from the next step on, so that all micro-batches of a step have the same factors
+        return scaled_terms
 
     def notes(self) -> dict[str, dict[str, Any]]:
         if shared := self.teacher_outputs:
