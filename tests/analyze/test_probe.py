@@ -405,7 +405,10 @@ def test_a_model_whose_features_are_not_finite(own):
             "other/results.json was not written by `scalekd probe` .*choose another folder with `--out`",
         ),
         (["student"], "student is given twice; name each model once"),
-        (["resnet5"], "scalekd: resnet5: this is neither a timm model nor an exported student. timm names that start with it: resnet50"),
+        (
+            ["resnet5"],
+            "scalekd: resnet5: this is neither a timm model nor an exported student. timm names that start with it: resnet50",
+        ),
         (["resnet50=nowhere.pt"], "scalekd: resnet50=nowhere.pt: weights: no file nowhere.pt"),
         (["train"], "scalekd: train has no student.safetensors with its .json"),
     ],

@@ -7,6 +7,7 @@ from rich.console import Console
 from scalekd.common.sections import height_and_width
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
+from .gradients import gradient_check
 from .model import Check, from_source, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
@@ -26,6 +27,9 @@ def preflight(run: DistillationRun, console: Console) -> None:
     if run.config.train.compile and not screen.failed:
         screen.doing("compiling the first step, which takes a minute or more")
     screen.finish(run)
+    if len(run.distiller.methods) > 1:
+        screen.doing("the gradient of each loss")
+        screen.show([gradient_check(run)])
 
 
 def _weights(run: DistillationRun) -> list[Check]:

@@ -29,6 +29,8 @@ class Balance(Section):
     """Steps between measurements of the gradients. Each one costs a backward pass of the student for every loss."""
     momentum: Share = 0.9
     """Momentum of the running means of the gradients' norms."""
+    adjust: bool = True
+    """False only measures and logs the shares of the losses in the gradient, and leaves the weights as they are."""
 
 
 class Optim(BaseOptim):

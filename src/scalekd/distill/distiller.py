@@ -15,7 +15,7 @@ from scalekd.methods.names import METHODS
 from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
 from scalekd.models.stages import Features, Shapes, StageView
 
-from .balance import Balance
+from .balance import Gradients
 
 
 class Compiled(NamedTuple):
@@ -148,7 +148,7 @@ class Distiller(nn.Module):
         self.pixels_checked = False
         self.eager = False  # do not use `compiled`
         self.compiled: Compiled | None = None
-        self.balance: Balance | None = None
+        self.gradients: Gradients | None = None  # measures, and with `Balance` scales, the losses of a run
 
     def _add(self, name: str, options: Any) -> None:
         """Adds one method, or one for each teacher that it uses."""

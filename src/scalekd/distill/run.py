@@ -71,8 +71,10 @@ class DistillationRun(Run):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        balance = {"balance": self.model.balance} if self.model.balance else {}
-        return {"student": self.model.student, "methods": self.model.methods, **balance}
+        parts: dict[str, nn.Module] = {"student": self.model.student, "methods": self.model.methods}
+        if self.model.gradients is not None:
+            parts["balance"] = self.model.gradients
+        return parts
 
     @property
     def figures(self) -> dict[str, str]:
@@ -105,21 +107,25 @@ class DistillationRun(Run):
         images, targets = self.inputs(batch)
         known = self.teacher_outputs and self.teacher_outputs.features(micro, images)
         step, part = divmod(micro, self.config.train.accumulate)
-        balance = self.model.balance
-        measured = balance is not None and self.model.training and balance.due(step)
+        gradients = self.model.gradients
+        measured = gradients is not None and gradients.due(step)
         self.model.eager = measured  # a compiled graph can be followed backwards only once
         terms = model(images, targets, known) if known else model(images, targets)
-        if balance is None:
+        if gradients is None:
             return terms
-        scaled_terms = balance.scaled(terms)
+        minimised = gradients.scaled(terms)
         if measured:
             scale = self.scaler.scale(torch.ones((), device=self.device))
-            balance.measure(terms, backbone_parameters(self.student), scale)
+            gradients.measure(terms, backbone_parameters(self.student), scale)
             if part == self.config.train.accumulate - 1:
-                balance.update(
-                    scale
-                )  # from the next step on, so that all micro-batches of a step have the same factors
-        return scaled_terms
+                gradients.update(scale)  # from the next step on: all micro-batches of a step have the same factors
+        return minimised
+
+    def gradient_shares(self) -> dict[str, float]:
+        gradients = self.model.gradients
+        if gradients is None or not gradients.counts.any():
+            return {}
+        return {name: round(share, 4) for name, share in zip(gradients.names, gradients.shares().tolist())}
 
     def notes(self) -> dict[str, dict[str, Any]]:
         if shared := self.teacher_outputs:
