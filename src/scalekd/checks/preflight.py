@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 from rich.console import Console
 
 from scalekd.common.sections import height_and_width
+from scalekd.data.images import BadImage
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .gradients import gradient_check
@@ -12,13 +16,16 @@ from .model import Check, from_source, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
 
+SAMPLE = 16  # training images that are looked at
+DARK = 64  # of 255: a sample without a brighter pixel is nearly black; 12-bit values in 16 bits end at 16
+
 
 def preflight(run: DistillationRun, console: Console) -> None:
     """Prints all checks. Raises `UserError` with the fixes if one fails. Does not change the run."""
     names = ", ".join(taught.teacher.view.name for taught in run.taught_by)
     teacher = f" <- {names}" if names else ""
     screen = Screen(f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", console)
-    for checks in (_weights, _classes, _unlabelled, _inputs):
+    for checks in (_weights, _classes, _unlabelled, _pixels, _inputs):
         screen.show(checks(run))
     if not screen.failed:
         for taught in run.taught_by:
@@ -93,6 +100,25 @@ def _unlabelled(run: DistillationRun) -> list[Check]:
         reading = [name for name, m in run.distiller.methods.items() if getattr(m, "needs_targets", False)]
         text += f"; losses that use labels: {', '.join(reading) or 'none'}"
     return [Check("images", "ok", text)]
+
+
+def _pixels(run: DistillationRun) -> list[Check]:
+    """A warning if a sample of the training images is nearly black."""
+    images, highest = run.train_images, list[int]()
+    step = max(1, len(images) // SAMPLE)
+    for i in images.indices[::step][:SAMPLE]:
+        with contextlib.suppress(BadImage):  # reported when it is used
+            highest.append(np.asarray(images.source[i][0]).max().item())
+    if not highest or max(highest) >= DARK:
+        return []
+    return [
+        Check(
+            "images",
+            "warn",
+            f"the largest value in a sample of the training images is {max(highest)} of 255: they are nearly black",
+            "16-bit files with 10- or 12-bit values look like this; scale them to the full range",
+        )
+    ]
 
 
 def _inputs(run: DistillationRun) -> list[Check]:
