@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -49,16 +49,21 @@ VARIANTS: dict[str, list[str]] = {
 POINTS = ("start-up", "step", "checkpoint", "end of epoch", "validation")
 
 
+def start_python(command: list[str], environment: dict[str, str], output: BinaryIO) -> subprocess.Popen[bytes]:
+    """Starts `python COMMAND`, which writes to `output`. The tests replace this function."""
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+
+
 def start(variant: str, folder: Path) -> subprocess.Popen[bytes]:
     command = ["-m", "scalekd", "train", "demo", *RECIPE, *VARIANTS[variant], "--out", str(folder)]
     command += ["--device", "cpu", "--no-preflight"]
     if variant.startswith("2 processes"):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    output = open(folder.with_suffix(".txt"), "ab")  # noqa: SIM115 - the child process writes to it
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=output, stderr=output, start_new_session=True
-    )
+    with open(folder.with_suffix(".txt"), "ab") as output:
+        return start_python(command, environment, output)
 
 
 def to_the_end(variant: str, folder: Path) -> float:
@@ -206,14 +211,14 @@ def reference_of(variant: str, args: argparse.Namespace, root: Path) -> Path:
     return root / f"reference-{args.variants.index(variant)}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="determines the order and the moments of the kills")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, help="the folder for faults.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

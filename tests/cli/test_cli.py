@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launcher
 import pytest
 import timm
 import torch
@@ -193,10 +194,10 @@ def test_overrides_may_follow_options_and_win_over_shortcuts(cli, recipe_file, t
 
 
 def test_a_closed_pipe_and_an_error_in_processes(tmp_path: Path):
-    scalekd = f"{sys.executable} -m scalekd"
-    done = subprocess.run(f"{scalekd} recipes | head -1", shell=True, capture_output=True, text=True)
+    command = f"{launcher.stand_ins() / 'scalekd'} recipes | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
-    done = subprocess.run([*scalekd.split(), "recipes", "show", "dmo"], capture_output=True, text=True)
+    done = launcher.run("-m", "scalekd", "recipes", "show", "dmo")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("scalekd: no recipe `dmo`")
 
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun on the CPU give the results of one; the choice of a device."""
+"""Two processes on the CPU give the results of one, and torchrun brings a killed one back; the choice of a device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import launcher
 import pytest
 import torch
 import yaml
@@ -32,20 +31,17 @@ VAL_IMAGES = 261  # odd, and more than one batch of validation
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def torchrun_command(recipe: dict[str, Any], folder: Path, out: str, *torchrun_options: str) -> list[str]:
+def train_command(recipe: dict[str, Any], folder: Path, out: str) -> list[str]:
     path = folder / f"{out}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [*torchrun_options, "-m", "scalekd", "train", str(path), "--out", str(folder / out)]
-    return [*command, "--device", "cpu"]
+    return ["-m", "scalekd", "train", str(path), "--out", str(folder / out), "--device", "cpu"]
 
 
-def torchrun(recipe: dict[str, Any], folder: Path, *options: str) -> Path:
+def with_two(recipe: dict[str, Any], folder: Path, *options: str) -> Path:
     """Trains in `folder` with two processes."""
-    command = [*torchrun_command(recipe, folder, "two"), *options]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("student.safetensors") == 1  # the last line, of one process
+    both = launcher.two_processes(*train_command(recipe, folder, "two"), *options, env=ENVIRONMENT)
+    assert [done.returncode for done in both] == [0, 0], both
+    assert [done.stdout.count("student.safetensors") for done in both] == [1, 0]  # the last line, of one process
     return folder / "two"
 
 
@@ -64,7 +60,7 @@ def recipe(tiny_recipe: dict[str, Any], image_folder: Path) -> dict[str, Any]:
 def test_two_processes_give_the_run_of_one(plain_recipe, tmp_path):
     """Without batch norm, and with accumulation: the same global batches, so the same losses and weights."""
     recipe = changed(plain_recipe, train={"accumulate": 2})
-    two, one = torchrun(recipe, tmp_path), tmp_path / "one"
+    two, one = with_two(recipe, tmp_path), tmp_path / "one"
     execute(check_config(recipe, "test"), one, torch.device("cpu"), Console(quiet=True), check=False)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     logs = [[e for e in read_log(folder) if e["event"] != "finished"] for folder in (two, one)]
@@ -85,13 +81,13 @@ def test_what_is_evaluated_is_what_is_exported(recipe, tmp_path):
     """With batch norm, whose running statistics differ between processes, and averaged weights."""
     recipe["losses"] = {"ce": {}, "kd": {}}
     recipe["train"] |= {"ema": 0.5, "epochs": 1}
-    folder = torchrun(recipe, tmp_path, "--no-preflight")
+    folder = with_two(recipe, tmp_path, "--no-preflight")
     logged = [e for e in read_log(folder) if e["event"] == "validation"][-1]
     result, _ = evaluate_student(folder, recipe["data"]["val"], "cpu", Console(quiet=True))
     assert result == pytest.approx({key: logged[key] for key in result}, rel=1e-6)
 
 
-def wait_for_step(folder: Path, step: int, running: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, running: launcher.Running) -> None:
     while running.poll() is None:
         if (folder / "log.jsonl").is_file() and any(e.get("step") == step for e in read_log(folder)):
             return
@@ -124,11 +120,13 @@ def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes through /proc")
 def test_a_killed_process_is_brought_back_and_ends_as_one_left_alone(long_recipe, tmp_path):
     """After kill -9 of one process, torchrun --max-restarts resumes both from the last checkpoint."""
-    whole = torchrun(long_recipe, tmp_path)
+    whole = with_two(long_recipe, tmp_path)
     parts = tmp_path / "parts"
-    command = [*torchrun_command(long_recipe, tmp_path, "parts", "--max-restarts", "2"), "--no-preflight"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += [*train_command(long_recipe, tmp_path, "parts"), "--no-preflight"]
     with open(tmp_path / "output.txt", "w") as output:
-        running = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+        env = ENVIRONMENT | {"PYTHON_EXEC": str(launcher.stand_ins() / "python")}  # what torchrun starts
+        running = launcher.start(*command, env=env, stdout=output, stderr=output)
         wait_for_step(parts, 5, running)
         os.kill(workers_of(running.pid)[1], signal.SIGKILL)
         assert running.wait(250) == 0, (tmp_path / "output.txt").read_text()

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import launcher
 import pytest
 import yaml
 from rich.console import Console
@@ -173,7 +174,12 @@ def test_places(monkeypatch):
 # which runs are started, and which are reused
 
 
-def compare(*options, env=None):
+def compare(*options):
+    return launcher.start("-m", "scalekd", "compare", *options, "--device", "cpu", fork_server=True)
+
+
+def fresh_compare(*options):
+    """As `compare`, but Python starts anew, and multiprocessing's fork server too."""
     command = [sys.executable, "-m", "scalekd", "compare", *map(str, options), "--device", "cpu"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -187,7 +193,7 @@ def finish(process):
 def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path, image_folder):
     out = tmp_path / "out"
     file = ladder_file()
-    code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
+    code, text, err = finish(fresh_compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
     assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())
@@ -377,8 +383,8 @@ def test_how_long_it_takes(ladder_file, tmp_path, cli):
 
 
 def test_torchrun_is_rejected(ladder_file, tmp_path):
-    command = [sys.executable, "-m", "scalekd", "compare", ladder_file(), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    command = ["-m", "scalekd", "compare", ladder_file(), "--out", tmp_path / "out"]
+    done = launcher.run(*command, env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 2 and "without torchrun" in done.stderr and not (tmp_path / "out").exists()
 
 

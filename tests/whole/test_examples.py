@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import launcher
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -13,7 +12,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
 def test_an_example_runs_and_prints_finite_losses(example, tmp_path):
-    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
+    done = launcher.run(example, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "'total'" in done.stdout and "nan" not in done.stdout
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import launcher
 import pytest
 import yaml
 from whole_runs import assert_same, changed, events, final_state, start
@@ -53,6 +54,13 @@ def with_run(name: str, folder: Path, *words: object) -> Path:
 
 
 @pytest.fixture
+def warm() -> dict[str, str]:
+    """An environment where `torchrun`, and what it starts, and `scalekd` start warm (tests/launcher.py)."""
+    stand_ins = launcher.stand_ins()
+    return ENVIRONMENT | {"PATH": f"{stand_ins}:{ENVIRONMENT['PATH']}", "PYTHON_EXEC": str(stand_ins / "python")}
+
+
+@pytest.fixture
 def recipe_path(light_recipe, tmp_path) -> Path:
     path = tmp_path / "light.yaml"
     path.write_text(yaml.safe_dump(changed(light_recipe, train={"epochs": 4})))
@@ -75,23 +83,23 @@ def test_one_node_and_two_processes_are_one_with_two_accumulated_micro_batches(r
 
 
 @pytest.mark.slow
-def test_two_nodes_on_one_machine(recipe_path, tmp_path):
+def test_two_nodes_on_one_machine(recipe_path, tmp_path, warm):
     script = with_run("several-nodes.sh", tmp_path, recipe_path, "--out", tmp_path / "run")
-    environment = ENVIRONMENT | {"GPUS": "1", "NODES": "2", "FIRST": f"127.0.0.1:{20000 + os.getpid() % 10000}"}
+    environment = warm | {"GPUS": "1", "NODES": "2", "FIRST": f"127.0.0.1:{20000 + os.getpid() % 10000}"}
     nodes = [subprocess.Popen(["bash", script], env=environment | {"NODE": str(i)}) for i in range(2)]
     assert [node.wait(200) for node in nodes] == [0, 0]
     assert len(events(tmp_path / "run", "finished")) == 1
 
 
 @pytest.mark.slow
-def test_slurm_saves_on_its_signal_and_asks_to_be_queued_again(recipe_path, tmp_path):
+def test_slurm_saves_on_its_signal_and_asks_to_be_queued_again(recipe_path, tmp_path, warm):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    environment = ENVIRONMENT | {
-        "PATH": f"{tools}:{ENVIRONMENT['PATH']}",
+    environment = warm | {
+        "PATH": f"{tools}:{warm['PATH']}",
         "STATE": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "node[1-2]",

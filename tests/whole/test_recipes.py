@@ -379,17 +379,18 @@ def small(name: str, folder: Path) -> list[str]:
 @pytest.fixture
 def cheap_initial_values(monkeypatch):
     """Drawing 350 million random numbers takes longer than a step with them; these repeat after a million."""
-    blocks = {"uniform_": torch.rand(2**20), "normal_": torch.randn(2**20)}
+    uniform, normal = torch.rand(2**20), torch.randn(2**20)
 
-    def repeated(tensor, name):
-        block = blocks[name]
-        return block.repeat(tensor.numel() // len(block) + 1)[: tensor.numel()].view(tensor.shape)
+    def filled(tensor, block):
+        for part in tensor.view(-1).split(len(block)):
+            part.copy_(block[: len(part)])
+        return tensor
 
     def uniform_(tensor, low=0.0, high=1.0, generator=None):
-        return tensor.copy_(repeated(tensor, "uniform_")).mul_(high - low).add_(low)
+        return filled(tensor, uniform[: tensor.numel()] * (high - low) + low)
 
     def normal_(tensor, mean=0.0, std=1.0, generator=None):
-        return tensor.copy_(repeated(tensor, "normal_")).mul_(std).add_(mean)
+        return filled(tensor, normal[: tensor.numel()] * std + mean)
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
     monkeypatch.setattr(torch.Tensor, "normal_", normal_)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -73,10 +75,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+@functools.lru_cache(maxsize=512)  # the bases of recipes are read again for each of them
+def _loaded(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The values in a YAML text. Raises `UserError` that starts with `where`, the name of the file."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return copy.deepcopy(_loaded(text))
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"{where} is not valid YAML: {shortened(str(error.problem))}{line}") from None

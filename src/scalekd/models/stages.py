@@ -105,18 +105,19 @@ class StageView:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        logits = _try_on_copy(model, size, lambda twin, images: _one_logit_tensor(twin(images)))
+        calls = [lambda twin, images: _one_logit_tensor(twin(images))]
+        if reason is None:
+            calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
+        logits, *taps = _try_on_copy(model, size, calls)
         if isinstance(logits, Exception):
             message = f"{name} cannot be used at {image_size[0]}x{image_size[1]}: {_one_line(logits)}."
             # torch's messages if a convolution or pooling gets too small a map
             small = re.search("kernel size|too small", message, re.IGNORECASE)
             raise ValueError(message + (" Use a larger data.image_size." if small else ""))
 
-        features = None
-        if reason is None:
-            features = _try_on_copy(model, size, lambda twin, images: self._tap(twin, images, classifier=True))
-            if isinstance(features, Exception):
-                reason, features = f"its forward_intermediates fails: {_one_line(features)}", None
+        features = taps[0] if taps else None
+        if isinstance(features, Exception):
+            reason, features = f"its forward_intermediates fails: {_one_line(features)}", None
         if reason is not None:
             self.refusal = _refusal(name, model, reason)
 
@@ -309,8 +310,8 @@ def _expect(condition: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _try_on_copy(model: nn.Module, size: tuple[int, ...], call: Callable) -> Any:
-    """The result of `call(copy of the model, zeros)` in eval mode, or the exception it raises.
+def _try_on_copy(model: nn.Module, size: tuple[int, ...], calls: Sequence[Callable]) -> list[Any]:
+    """The result of each `call(copy of the model, zeros)` in eval mode, or the exception it raises.
 
     The copy shares the tensors but not the modules, so training flags and values that some models cache in eval mode do
     not reach the model. A large model is copied to the meta device, where a forward pass costs nothing; if it fails
@@ -319,16 +320,19 @@ def _try_on_copy(model: nn.Module, size: tuple[int, ...], call: Callable) -> Any
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
     like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
     large = sum(t.numel() for t in tensors) > LARGE
-    error: Exception | None = None
+    results: list[Any] = []
     for device in ("meta", like.device) if large else (like.device,):
         memo = {id(t): _move(t, device) for t in tensors}
+        results = []
         try:
             twin = copy.deepcopy(model, memo).eval()
             with torch.no_grad():
-                return call(twin, torch.zeros(size, dtype=like.dtype, device=device))
+                for call in calls:
+                    results.append(call(twin, torch.zeros(size, dtype=like.dtype, device=device)))
+            break
         except Exception as problem:  # of any kind: the user gets the message
-            error = problem
-    return error
+            results.append(problem)
+    return results
 
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:

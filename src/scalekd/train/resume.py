@@ -62,13 +62,14 @@ def restore(run: Run, folder: Path, log: RunLog) -> Progress:
     A damaged `last.pt` is moved to `last.pt.damaged`, with a message. Raises `UserError` if all checkpoints are damaged
     or belong to another run.
     """
-    path = parallel.from_first(_newest_intact(folder, log) if parallel.rank() == 0 else None)
+    path, state = _newest_intact(folder, log) if parallel.rank() == 0 else (None, None)
+    path = parallel.from_first(path)
     if path is None:
         # an earlier start logged steps but did not reach its first checkpoint
         if parallel.rank() == 0 and (folder / "log.jsonl").stat().st_size:
             log.event("resumed", step=0, checkpoint=None)
         return Progress()
-    progress = load_snapshot(run, checkpoint.load(Path(path)), path)
+    progress = load_snapshot(run, state or checkpoint.load(Path(path)), path)
     log.event("resumed", step=progress.step, checkpoint=Path(path).name)
     log.say(f"{log.label} resumes from step {progress.step} of {run.total_steps}")
     if run.ema and run.ema.warmup_power == OLD_EMA_POWER:
@@ -76,23 +77,24 @@ def restore(run: Run, folder: Path, log: RunLog) -> Progress:
     return progress
 
 
-def _newest_intact(folder: Path, log: RunLog) -> str | None:
+def _newest_intact(folder: Path, log: RunLog) -> tuple[str | None, dict[str, Any] | None]:
+    """The path of the newest checkpoint that can be read, and its content; None and None if there is none."""
     last, previous = folder / "last.pt", folder / "previous.pt"
+    state = None
     try:
         if last.exists():
-            checkpoint.load(last)
-            return str(last)
+            return str(last), checkpoint.load(last)
     except UserError as error:
         if not previous.exists():
             raise
-        checkpoint.load(previous)  # raises if it is damaged too, before anything is moved
+        state = checkpoint.load(previous)  # raises if it is damaged too, before anything is moved
         os.replace(last, folder / "last.pt.damaged")
         log.event("damaged", checkpoint=last.name, reason=str(error))
         log.say(f"{first_line(error)}; moved it to last.pt.damaged")
     if not previous.exists():
-        return None
+        return None, None
     log.say(f"{log.label} uses the previous checkpoint, {previous}")
-    return str(previous)
+    return str(previous), state
 
 
 def load_snapshot(run: Run, state: dict[str, Any], name: str) -> Progress:
