@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from whole_runs import CPU, Interrupted, assert_same, changed, events, final_state, start
 
-from scalekd.checks.gradients import gradient_check
+from scalekd.checks.gradients import gradient_check, length_check
 from scalekd.checks.preflight import preflight
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
@@ -196,6 +196,16 @@ def test_preflight_shows_the_shares(tiny_recipe):
     text = screen_of(tiny_recipe)
     assert "share of the loss and of the gradient at the student: ce " in text
     assert "(balance: by weight)" in screen_of(balanced(tiny_recipe))
+
+
+def test_preflight_warns_of_a_run_that_is_short_for_its_projectors(tiny_recipe):
+    run = build(check_config(tiny_recipe, "test"), CPU)
+    (check,) = length_check(run)
+    assert check.status == "warn" and check.text.startswith("6 steps are few for scalekd")
+    long = changed(tiny_recipe, train={"epochs": 200})
+    assert not length_check(build(check_config(long, "test"), CPU))
+    other = changed(tiny_recipe, losses={"ce": {}, "fd": {}})
+    assert not length_check(build(check_config(other, "test"), CPU))
 
 
 def test_preflight_warns_if_the_labels_hardly_count(tiny_recipe):

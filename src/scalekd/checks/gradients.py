@@ -11,7 +11,19 @@ from scalekd.train.run import AUTOCAST
 
 from .model import Check
 
+ATTENTION = ("cap", "dfm", "tpp", "scalekd")  # losses with cross attention projectors
+SHORT = 400  # steps: at 270 these losses harmed, at 480 (the demo) they helped
 LITTLE = 0.1  # of the gradient: a loss on the labels that has less hardly matters
+
+
+def length_check(run: DistillationRun) -> list[Check]:
+    """A warning if a run is too short for the cross attention projectors of its losses."""
+    slow = [name for name in run.config.losses if name in ATTENTION]
+    if not slow or run.total_steps >= SHORT:
+        return []
+    text = f"{run.total_steps} steps are few for {' and '.join(slow)}: its projectors start untrained"
+    fix = "In runs of about 270 steps they made students worse (docs/log.md). Train longer, or use dist, kd or fd"
+    return [Check("length", "warn", text, fix)]
 
 
 def gradient_check(run: DistillationRun) -> Check:

@@ -11,7 +11,7 @@ from scalekd.common.sections import height_and_width
 from scalekd.data.images import BadImage
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
-from .gradients import gradient_check
+from .gradients import gradient_check, length_check
 from .model import Check, from_source, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
@@ -37,6 +37,7 @@ def preflight(run: DistillationRun, console: Console) -> None:
     if len(run.distiller.methods) > 1:
         screen.doing("the gradient of each loss")
         screen.show([gradient_check(run)])
+    screen.show(length_check(run))
 
 
 def _weights(run: DistillationRun) -> list[Check]:
