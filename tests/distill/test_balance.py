@@ -13,7 +13,6 @@ from whole_runs import CPU, Interrupted, assert_same, changed, events, final_sta
 
 from scalekd.checks.gradients import gradient_check, length_check
 from scalekd.checks.preflight import preflight
-from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config
 from scalekd.distill.balance import Balance, Gradients, backbone_parameters
 from scalekd.distill.build import build
@@ -175,10 +174,17 @@ def test_weights_matter_only_in_relation(tiny_recipe):
     torch.testing.assert_close(*terms, rtol=1e-4, atol=1e-5)
 
 
-def test_one_loss_cannot_be_balanced(tiny_recipe):
-    recipe = changed(tiny_recipe, losses={"scalekd": {}}, balance={})
-    with pytest.raises(UserError, match="balance: has no effect with one loss; remove it"):
-        check_config(recipe, "test")
+def test_one_loss_is_left_as_it_is(tiny_recipe):
+    """As in the row without a teacher of a comparison whose recipe has `balance`."""
+    terms = []
+    for balance in (None, {}):
+        recipe = changed(tiny_recipe, losses={"scalekd": {"weight": 0.5}}, balance=balance)
+        run = build(check_config(recipe, "test"), CPU)
+        assert run.model.gradients is None and list(run.parts) == ["student", "methods"]
+        batch = next(run.train_batches(run.train_sampler(steps=1), 0))
+        torch.manual_seed(0)
+        terms.append(run.losses(run.model.train(), batch, 0)["total"])
+    assert terms[0] == terms[1]
 
 
 # ---------------------------------------------------------------- on the screen

@@ -47,8 +47,6 @@ def cross_checks(config: Recipe) -> list[str]:
             f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} must be below train.epochs {config.train.epochs}; "
             "for a short trial set schedule.warmup_epochs=0"
         )
-    if config.balance is not None and len(config.losses) < 2:
-        problems.append("balance: has no effect with one loss; remove it")
     return problems + _ignored(config)
 
 

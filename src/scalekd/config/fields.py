@@ -66,7 +66,7 @@ class Recipe(AnyRecipe):
     several teachers, `teachers`, the names of those it uses (default all)."""
     balance: Balance | None = None
     """Weight the losses by their gradients: `weight` of a loss is then the norm of its gradient at the student's backbone,
-    relative to that of the first loss without a teacher, such as `ce` (docs/how-to/balance.md). {} switches it on."""
+    relative to that of the first loss without a teacher, such as `ce` (docs/how-to/balance.md). {} switches it on. With a single loss it changes nothing."""
     train: DistillationTrain
     """Length of the training, batch size, precision and checkpoints."""
     optim: Optim = Optim()

@@ -134,7 +134,7 @@ def _build_distiller(
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
-    if config.balance:
+    if config.balance and len(distiller.methods) > 1:
         distiller.gradients = gradients_for(config.balance, distiller)
     distiller.to(device)
     if train.channels_last:
