@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import SCRATCH, cannot_write, reject_links, replacing, write_text
+from scalekd.common.text import printable
 
+from .timm_folder import CONFIG, load_timm_folder, remove_timm_folder, write_timm_folder
 from .weights.card import read_card
 from .weights.match import sha256_of
 
@@ -26,18 +29,47 @@ ONNX_MISSING = "ONNX export needs extra packages: pip install 'scalekd[onnx]'"
 
 
 def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
-    """Writes `path` (.safetensors) and the card as JSON next to it, and loads them back with timm.
+    """Writes `path` (.safetensors), the card as JSON next to it and timm's config.json, and loads them back with timm.
 
     card: model, kwargs, classes, mean, std, image_size, ... from `student_card`.
     Returns the largest difference between the logits of the student and of the loaded file.
     Raises `UserError` if the files cannot be written.
     """
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     with replacing(path) as file:
-        file.write(save(state, metadata={"scalekd": json.dumps(card)}))
+        file.write(as_safetensors(student, card))
     write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     images = example_images(card)
-    return _difference(_logits(student, images), _logits(load_student(path)[0], images))
+    logits = _logits(student, images)
+    _write_timm_folder(student, path, card, images, logits)
+    return _difference(logits, _logits(load_student(path)[0], images))
+
+
+def _write_timm_folder(student: nn.Module, path: Path, card: dict[str, Any], images: Tensor, logits: Tensor) -> None:
+    """Adds timm's files to the exported one, and removes them again if timm does not give exactly these logits.
+
+    This is said on stderr and not raised: the student is exported, and a run that ends here is finished.
+    """
+    try:
+        write_timm_folder(student, path, card)
+        if not same_logits(load_timm_folder(path.parent), images, logits):
+            raise ValueError("its logits are others than the student's")
+    except UserError:
+        raise
+    except Exception as error:  # timm raises anything
+        remove_timm_folder(path.parent)
+        message = f"no {CONFIG}: timm cannot load {path.parent} as local-dir: {first_line(error)}"
+        print(printable(message), file=sys.stderr)
+
+
+def same_logits(model: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether a model gives these logits to the last bit."""
+    return torch.allclose(_logits(model, images), logits, rtol=0, atol=0, equal_nan=True)
+
+
+def as_safetensors(student: nn.Module, card: dict[str, Any]) -> bytes:
+    """The student's weights as the content of a .safetensors file, with the card in its header."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+    return save(state, metadata={"format": "pt", "scalekd": json.dumps(card)})  # transformers needs the format
 
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
