@@ -7,7 +7,7 @@ from rich.console import Console
 from scalekd.common.sections import height_and_width
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
-from .model import Check, from_source, shown, unseen_pixels
+from .model import Check, from_source, licence_check, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
 
@@ -34,7 +34,7 @@ def _weights(run: DistillationRun) -> list[Check]:
     for role, key, spec, loaded in (*models, ("student", "student", run.config.student, run.loaded["student"])):
         name = f"{role} weights"
         if loaded.source != "random":
-            checks.append(from_source(role, key, loaded))
+            checks += [from_source(role, key, loaded), *licence_check(role, loaded)]
         elif key == "student":
             checks.append(Check(name, "ok", f"initial values, from seed {run.config.seed}"))
         elif spec.weights == "random":
