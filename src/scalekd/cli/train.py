@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
     _add_train(commands)
 
     sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
-    sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
+    sub.add_argument("student", type=Path, help="a run's folder, a .safetensors file or an .onnx file")
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
     )

@@ -61,7 +61,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
 
 def licence_lines(licences: Mapping[str, str]) -> str:
     """What a card says of licences. licences: of the weights that a run started with, by role."""
-    lines = [f"- weights of {role.removeprefix('teachers.')}: {marked(explained(l))}" for role, l in licences.items()]
+    lines = [f"- weights of {role.removeprefix('teachers.')}: {marked(explained(of))}" for role, of in licences.items()]
     told = (
         "This card states no licence of the model: scalekd does not know that of the images. Theirs and those of the "
         "pre-trained weights may apply."
