@@ -1,10 +1,12 @@
-"""`scalekd predict`, `embed` and `push`: an exported student in use."""
+"""`scalekd evaluate`, `export`, `predict`, `embed` and `push`: the student of a run in use."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,24 @@ STDOUT = "-"
 
 
 def add_commands(commands: Any) -> None:
+    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
+    sub.add_argument("student", type=Path, help=STUDENT)
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
+    )
+    sub.add_argument("--device", help=DEVICE)
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
+    sub.add_argument("run_folder", type=Path, help="the run's folder")
+    sub.add_argument(
+        "--checkpoint",
+        choices=["best", "last"],
+        default="last",
+        help="which weights: the best by top-1 on the validation images, or the last (default)",
+    )
+    sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
+
     sub = command(commands, "predict", _predict, "print the most probable classes of images")
     _add_inputs(sub)
     sub.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
@@ -62,12 +82,31 @@ def _add_inputs(sub: argparse.ArgumentParser) -> None:
 
 def _add_speed(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    sub.add_argument("--workers", type=_workers, default="auto", metavar="N", help="processes that read images")
+    sub.add_argument("--workers", type=workers, default="auto", metavar="N", help="processes that read images")
     sub.add_argument("--device", help=DEVICE)
 
 
-def _workers(text: str) -> int | str:
+def workers(text: str) -> int | str:
+    """A number, or `auto`."""
     return text if text == "auto" else int(text)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
+        )
+
+
+def _export(args: argparse.Namespace) -> None:
+    result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
+    print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
+    for file, difference in result.differences.items():
+        reader = "onnxruntime" if file == result.onnx else "timm loads it back"
+        print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -107,8 +146,12 @@ def table(rows: list[Prediction]) -> list[str]:
     for row, name in zip(rows, names):
         best, *others = [(printable(c), 100 * p) for c, p in zip(row.classes, row.probabilities)]
         line = f"{name:{width}}  {_cut(best[0], CLASS):{first}}  {best[1]:5.1f}  "
-        rest = ", ".join(f"{other} {share:.1f}" for other, share in others)
-        lines.append((line + _cut(rest, max(0, WIDTH - len(line)))).rstrip())
+        for i, (other, share) in enumerate(others):
+            text = ", " * (i > 0) + f"{other} {share:.1f}"
+            if len(line) + len(text) > WIDTH:
+                break
+            line += text
+        lines.append(line.rstrip())
     return lines
 
 

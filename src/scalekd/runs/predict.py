@@ -15,7 +15,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.results import Embeddings, Prediction, Predictions
-from scalekd.common.text import counted, printable, say
+from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.images import BadImages
 from scalekd.data.sources.inputs import Numbered, notes_on, open_inputs
@@ -162,7 +162,7 @@ def use(
     _tell(bad, told, console)
     if not numbers:
         name, reason = next(iter(bad.found.items()))
-        raise UserError(f"none of the {counted(len(source), 'image')} can be read; the first: {name}: {reason}")
+        raise UserError(f"no image can be read, of {len(source)}; the first: {name}: {reason}")
     return Used(source, numbers, results, dict(bad.found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -80,8 +81,8 @@ def _labels_note(source: Source, classes: Sequence[str]) -> str:
     listed = ", ".join(printable(name) for name in others[:4]) + ", ..." * (len(others) > 4)
     kind = "labels" if _has_labels(source) else "folders"
     return (
-        f"{len(others)} of the {len(named)} {kind} of the images are no classes of the student: {listed}. It can only "
-        f"predict its own {len(classes)} classes"
+        f"{kind} of the images that are no classes of the student: {listed} ({len(others)} of {len(named)}). It predicts "
+        f"its own {len(classes)} classes only"
     )
 
 
@@ -98,14 +99,16 @@ def _has_labels(source: Source) -> bool:
 
 
 def _labels(source: Source) -> set[str]:
-    """The labels of labelled sources, and the names of the folders of loose images."""
+    """The labels of labelled sources, and the upper folders of loose images, as in a folder of class folders."""
     found: set[str] = set()
     for part in _parts(source):
         if isinstance(part, WithoutLabels):
             found |= set(part.source.classes)
         elif isinstance(part, Loose):
-            found |= {Path(name.split(" in ")[0]).parent.name for name in part.names}
-    return found - {""}
+            folders = {Path(name.split(" in ")[0]).parent for name in part.names}
+            root = Path(os.path.commonpath(folders))
+            found |= {folder.relative_to(root).parts[0] for folder in folders if folder != root}
+    return found
 
 
 class Numbered(WithoutLabels):

@@ -177,7 +177,7 @@ def _from_card(file: Path) -> Described:
         card["crop_pct"],
         card["classes"],
         card.get("sha256"),
-        derived(licences_in(card).values()),
+        licence_of(card) if "license" in card else derived(licences_in(card).values()),
     )
 
 
