@@ -12,7 +12,7 @@ from scalekd.data.images import BadImage
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .gradients import gradient_check, length_check
-from .model import Check, from_source, shown, unseen_pixels
+from .model import Check, from_source, licence_check, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
 
@@ -46,7 +46,7 @@ def _weights(run: DistillationRun) -> list[Check]:
     for role, key, spec, loaded in (*models, ("student", "student", run.config.student, run.loaded["student"])):
         name = f"{role} weights"
         if loaded.source != "random":
-            checks.append(from_source(role, key, loaded))
+            checks += [from_source(role, key, loaded), *licence_check(role, loaded)]
         elif key == "student":
             checks.append(Check(name, "ok", f"initial values, from seed {run.config.seed}"))
         elif spec.weights == "random":
