@@ -24,8 +24,8 @@ RESULTS = ROOT / "docs" / "results" / "demo-5-seeds"
 
 @pytest.mark.slow
 def test_demo_from_preflight_to_report(tmp_path, monkeypatch, capsys):
-    quick = ["data.limit=256", "train.epochs=2", "train.eval_every=1", "schedule.warmup_epochs=0"]
-    quick += ["data.val=null", "data.val_fraction=0.05"]
+    quick = ["data.limit=100", "train.epochs=2", "train.eval_every=1", "schedule.warmup_epochs=0"]
+    quick += ["data.val=null", "data.val_fraction=0.01"]
     monkeypatch.setattr(module, "METHODS", {name: [*o, *quick] for name, o in module.METHODS.items()})
     whole = module.teacher_accuracy  # of 10,000 images; two batches here, 2,000 images in the next test
     monkeypatch.setattr(module, "teacher_accuracy", lambda d, batches, device: whole(d, islice(batches, 2), device))

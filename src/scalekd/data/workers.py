@@ -71,7 +71,7 @@ def loaded(
             except StopIteration:
                 return
             yield batch
-    except (Exception, Stopped):
+    except (Exception, Stopped, GeneratorExit):  # the last: whoever took the batches wants no more
         _kill(processes)  # PyTorch would wait for each of them
         raise
     finally:
