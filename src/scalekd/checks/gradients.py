@@ -22,7 +22,7 @@ def length_check(run: DistillationRun) -> list[Check]:
     if not slow or run.total_steps >= SHORT:
         return []
     text = f"{run.total_steps} steps are few for {' and '.join(slow)}: its projectors start untrained"
-    fix = "In runs of about 270 steps they made students worse (docs/log.md). Train longer, or use dist, kd or fd"
+    fix = "In runs of about 270 steps they made students worse. Train longer, or use dist, kd or fd"
     return [Check("length", "warn", text, fix)]
 
 
