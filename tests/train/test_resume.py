@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from whole_runs import CPU, Interrupted, assert_same, changed, events, final_state, start
+from small_images import write_images
+from whole_runs import CPU, TINY, Interrupted, assert_same, changed, events, final_state, start
 
+from scalekd.cli.app import main
 from scalekd.common.errors import UserError
 from scalekd.common.stop import StopRequest
 from scalekd.config.recipe import check_config
@@ -127,12 +130,22 @@ def test_without_checkpoints_between_validations(light_recipe, tmp_path):
 # ---------------------------------------------------------------- signals
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """A folder with a recipe in `light.yaml` and its run in `whole`, which no signal stopped."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    write_images(root / "train", per_class=8)
+    write_images(root / "val", per_class=4, seed=1)
+    data = {"train": str(root / "train"), "val": str(root / "val")}
+    (root / "light.yaml").write_text(yaml.safe_dump(changed(TINY, losses={"ce": {}, "kd": {}}, data=data)))
+    assert main(["train", str(root / "light.yaml"), "--out", str(root / "whole"), "--no-preflight"]) == 0
+    return root
+
+
 @pytest.fixture
-def command(cli, light_recipe, tmp_path):
+def command(cli, uninterrupted, tmp_path):
     """`command("parts")` -> the result of `scalekd train` into that folder."""
-    path = tmp_path / "light.yaml"
-    path.write_text(yaml.safe_dump(light_recipe))
-    return lambda name: cli("train", path, "--out", tmp_path / name, "--no-preflight")
+    return lambda name: cli("train", uninterrupted / "light.yaml", "--out", tmp_path / name, "--no-preflight")
 
 
 def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
@@ -155,8 +168,7 @@ def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
     ("function", "call", "step"),
     [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("validate", 1, 3)],
 )
-def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, function, call, step):
-    assert command("whole").code == 0
+def test_signals_save_and_exit(command, uninterrupted, tmp_path, monkeypatch, number, code, function, call, step):
     kill_before(monkeypatch, function, call, number)
     stopped = command("parts")
     assert stopped.code == code
@@ -166,7 +178,7 @@ def test_signals_save_and_exit(command, tmp_path, monkeypatch, number, code, fun
     monkeypatch.undo()
     again = command("parts")
     assert again.code == 0 and f"resumes from step {step} of 6" in again.out
-    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+    assert_same_runs(tmp_path / "parts", uninterrupted / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

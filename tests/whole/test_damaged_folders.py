@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,25 @@ def value_mutations(value: Any) -> Iterator[Any]:
             yield from ([*value[:i], other, *value[i + 1 :]] for other in value_mutations(inner))
 
 
-def mutations(folder: Path) -> dict[str, list[bytes]]:
-    """File -> contents that it could have."""
-    found: dict[str, list[bytes]] = {}
+def mutations(folder: Path) -> dict[str, list[Callable[[], bytes | str]]]:
+    """File -> functions that make contents that it could have; only a few of them are called."""
+    found: dict[str, list[Callable[[], bytes | str]]] = {}
     for name in FILES:
         data = (folder / name).read_bytes()
-        found[name] = list(raw_mutations(data))
+        found[name] = [partial(bytes, raw) for raw in raw_mutations(data)]
         if name == "recipe.yaml":
-            found[name] += [yaml.safe_dump(v).encode() for v in value_mutations(yaml.safe_load(data))]
+            found[name] += [partial(yaml.safe_dump, v) for v in value_mutations(yaml.safe_load(data))]
         elif name == "log.jsonl":
             lines = data.decode().splitlines()
             for i, line in enumerate(lines):
-                for value in value_mutations(json.loads(line)):
-                    found[name].append("\n".join([*lines[:i], json.dumps(value), *lines[i + 1 :]]).encode())
+                found[name] += [partial(with_line, lines, i, v) for v in value_mutations(json.loads(line))]
         elif name.endswith(".json"):
-            found[name] += [json.dumps(v).encode() for v in value_mutations(json.loads(data))]
+            found[name] += [partial(json.dumps, v) for v in value_mutations(json.loads(data))]
     return found
+
+
+def with_line(lines: list[str], i: int, value: Any) -> str:
+    return "\n".join([*lines[:i], json.dumps(value), *lines[i + 1 :]])
 
 
 @pytest.fixture
@@ -123,7 +127,9 @@ def damaged(finished, tmp_path, monkeypatch):
 def check(damaged, number: int) -> None:
     chosen = random.Random(0)
     for name, contents in mutations(damaged.run).items():
-        for content in chosen.sample(contents, min(number, len(contents))):
+        for made in chosen.sample(contents, min(number, len(contents))):
+            content = made()
+            content = content.encode() if isinstance(content, str) else content
             try:
                 damaged(name, content)
             except Exception as error:
