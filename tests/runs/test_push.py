@@ -71,16 +71,23 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     return hub
 
 
-def test_push(run, hub, cli):
+def test_push(run, hub, cli, monkeypatch):
     result = cli("push", run, "ada/birds", "--private")
     assert result.code == 0 and "uploaded: https://hub/ada/birds" in result.out, result.err
     assert hub.calls == [("ada/birds", {"private": True, "exist_ok": True})]
     assert sorted(p.name for p in hub.folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     student, _ = load_student(run)
     images = torch.randn(2, 3, 48, 48)
-    with torch.no_grad():
-        loaded = timm.create_model(f"local-dir:{hub.folder}", pretrained=True).eval()
-        assert torch.equal(loaded(images), student(images))
+    monkeypatch.setattr(
+        timm.models._hub,
+        "hf_hub_download",
+        lambda repo_id, filename, **_: {"ada/birds": str(hub.folder / filename)}[repo_id],
+    )
+    for name in (f"local-dir:{hub.folder}", "hf-hub:ada/birds"):
+        loaded = timm.create_model(name, pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(images), student(images))
+        assert loaded.pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
     text = (hub.folder / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["library_name"], front["license"], front["pipeline_tag"]) == (
