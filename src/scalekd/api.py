@@ -13,7 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scalekd.common.errors import UserError
-from scalekd.common.results import Comparison, Cost, Evaluation, Export, Head, Method, Plan, Probe, Report, Result
+from scalekd.common.results import (
+    Comparison,
+    Cost,
+    Embeddings,
+    Evaluation,
+    Export,
+    Head,
+    Method,
+    Plan,
+    Predictions,
+    Probe,
+    Pushed,
+    Report,
+    Result,
+)
 from scalekd.common.stop import StopRequest
 from scalekd.config.arguments import overrides_of
 
@@ -101,7 +115,7 @@ def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None, verb
     """Evaluates an exported student; `scalekd evaluate`.
 
     Args:
-        student: a run's folder or its student.safetensors.
+        student: a run's folder, its student.safetensors, or an .onnx file.
         data: images with the student's classes, in any form that `train` takes.
         device: as for `train`.
         verbose: print what the data are.
@@ -110,6 +124,109 @@ def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None, verb
 
     found, described = evaluate_student(Path(student), fspath(data), device, _console(verbose))
     return Evaluation(found["top1"], found["top5"], found["loss"], int(found["images"]), described)
+
+
+def predict(
+    student: AnyPath,
+    inputs: AnyPath | Sequence[AnyPath],
+    *,
+    top: int = 5,
+    csv: AnyPath | None = None,
+    jsonl: AnyPath | None = None,
+    sheet: AnyPath | None = None,
+    batch: int = 64,
+    workers: int | Literal["auto"] = "auto",
+    device: str | None = None,
+    verbose: bool = False,
+) -> Predictions:
+    """The most probable classes of images, with the preprocessing of the run's validation; `scalekd predict`.
+
+    Images that cannot be read are skipped and listed in the result.
+
+    Args:
+        student: a run's folder, its student.safetensors, or an .onnx file.
+        inputs: image files, folders that are searched at any depth, or other sources, as `train` takes them.
+        top: how many classes per image.
+        csv: write a table to this file.
+        jsonl: write a JSON object per image to this file.
+        sheet: draw the images with their classes into this .png or .jpg file; at most 120 of them.
+        batch: images at a time.
+        workers: processes that read images.
+        device: as for `train`.
+        verbose: print what is skipped, and the progress, to standard error.
+
+    Raises:
+        UserError: for a student without a classifier, and if no image can be read.
+    """
+    from scalekd.runs.predict import predict as predicted
+
+    return predicted(
+        Path(student),
+        _texts(inputs),
+        top=top,
+        csv=Path(csv) if csv else None,
+        jsonl=Path(jsonl) if jsonl else None,
+        sheet=Path(sheet) if sheet else None,
+        batch=batch,
+        workers=workers,
+        device=device,
+        console=_console(verbose, stderr=True),
+    )
+
+
+def embed(
+    student: AnyPath,
+    inputs: AnyPath | Sequence[AnyPath],
+    *,
+    out: AnyPath | None = None,
+    batch: int = 64,
+    workers: int | Literal["auto"] = "auto",
+    device: str | None = None,
+    verbose: bool = False,
+) -> Embeddings:
+    """The pooled features of images, the input of the student's classifier; `scalekd embed`.
+
+    Args:
+        student: as for `predict`; it needs no classifier.
+        inputs: as for `predict`.
+        out: a .npy file, with the names of the images in .names.txt next to it, or a .safetensors file, with the names
+            in its metadata.
+        batch: as for `predict`.
+        workers: as for `predict`.
+        device: as for `train`.
+        verbose: as for `predict`.
+    """
+    from scalekd.runs.predict import embed as embedded
+
+    return embedded(
+        Path(student),
+        _texts(inputs),
+        out=Path(out) if out else None,
+        batch=batch,
+        workers=workers,
+        device=device,
+        console=_console(verbose, stderr=True),
+    )
+
+
+def push(run: AnyPath, repo: str, *, private: bool = False, dry_run: bool = False) -> Pushed:
+    """Uploads a student to the Hugging Face Hub in timm's format; `scalekd push`.
+
+    The files are config.json, model.safetensors and README.md. They are made on this machine and loaded back with timm
+    before anything is sent. Uses the token of `hf auth login` or of the variable HF_TOKEN.
+
+    Args:
+        run: a run's folder.
+        repo: USER/NAME; created if it does not exist.
+        private: create it as a private one.
+        dry_run: make and check the files, and send nothing.
+
+    Raises:
+        UserError: for a name that the Hub does not accept, without a token or a network, and if the Hub refuses.
+    """
+    from scalekd.runs.push import push as pushed
+
+    return pushed(Path(run), repo, private=private, dry_run=dry_run)
 
 
 def probe(
@@ -303,6 +420,8 @@ def compare(
 def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False) -> Export:
     """Exports a run's student for timm, and as ONNX; `scalekd export`. Needs neither its data nor its teacher.
 
+    The run's folder is then also one in timm's format: `timm.create_model("local-dir:RUN", pretrained=True)`.
+
     Args:
         run: the run's folder.
         checkpoint: `last`, or `best` by top-1 on the validation images.
@@ -490,10 +609,14 @@ def _config(recipe: AnyPath, arguments: list[str]) -> Config:
     return load_recipe(fspath(recipe), arguments)
 
 
-def _console(verbose: bool) -> Console:
+def _console(verbose: bool, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(emoji=False, quiet=not verbose)
+    return Console(emoji=False, quiet=not verbose, stderr=stderr)
+
+
+def _texts(inputs: AnyPath | Sequence[AnyPath]) -> list[str]:
+    return [fspath(inputs)] if isinstance(inputs, (str, PathLike)) else [fspath(text) for text in inputs]
 
 
 @contextlib.contextmanager

@@ -12,16 +12,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import timm
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from scalekd.checks import step as step_module
 from scalekd.checks import teacher as teacher_checks
+from scalekd.checks.model import Check
 from scalekd.checks.preflight import preflight
 from scalekd.checks.statistical_tests import (
     Sample,
@@ -78,6 +81,7 @@ def small(monkeypatch, request):
     monkeypatch.setattr(teacher_checks, "FEW", 120)
     if "steps" not in request.node.name:
         monkeypatch.setattr(step_module, "one_step", lambda run: [])
+        monkeypatch.setattr("scalekd.checks.preflight.gradient_check", lambda run: Check("losses", "ok", ""))
 
 
 def screen(recipe: dict[str, Any]) -> str:
@@ -632,6 +636,15 @@ def test_warnings_about_low_accuracy(light_recipe, monkeypatch, top1, images, kn
 def test_one_epoch_of_steps_is_no_epochs(cli, recipe_file, epochs, text):
     shown = cli("train", recipe_file, "--dry-run", f"train.epochs={epochs}", "losses={ce: {}}", "teacher=null")
     assert text in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize("bits, warned", [(12, True), (10, True), (16, False)])
+def test_values_that_do_not_fill_their_16_bits(cli, recipe_file, image_folder, bits, warned):
+    random = np.random.default_rng(0)
+    for file in (image_folder / "train").rglob("*.png"):
+        Image.fromarray(random.integers(0, 2**bits, (40, 40)).astype(np.uint16)).save(file)
+    shown = cli("train", recipe_file, "--dry-run", "losses={ce: {}}", "teacher=null")
+    assert shown.code == 0 and ("they are nearly black" in " ".join(shown.out.split())) == warned
 
 
 def test_lines_are_printed_as_they_are_known(run, monkeypatch):

@@ -190,7 +190,7 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path):
+def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path, image_folder):
     out = tmp_path / "out"
     file = ladder_file()
     code, text, err = finish(fresh_compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
@@ -210,6 +210,10 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     code, text, err = finish(compare(file, "--out", out, "--seeds", "1"))
     assert code == 0 and "3 of them already finished" in text
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == before
+
+    next((image_folder / "train").rglob("*.png")).unlink()  # more runs would not be comparable with the finished ones
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "2"))
+    assert code == 2 and "the images changed since" in err and "data.train has 23 images, 24 before" in err
 
     # the records replace deleted folders; a record with another recipe does not count
     (out / "runs").rename(tmp_path / "away")

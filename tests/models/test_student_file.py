@@ -155,7 +155,7 @@ def test_onnx_gives_the_same_logits(tiny_recipe, tmp_path, kind):
         images = torch.randn(batch, len(card["mean"]), *card["image_size"])
         with torch.no_grad():
             expected = student.eval()(images)
-        (logits,) = session.run(None, {"images": images.numpy()})
+        logits, _ = session.run(["logits", "features"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
 
 

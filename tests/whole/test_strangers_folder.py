@@ -43,6 +43,8 @@ def commands(run: Path, root: Path) -> list[list[object]]:
         ["report", root / "run", "--baseline", run],
         ["report", root / "run", "--analysis", run],
         ["evaluate", run, "--data", root / "val"],
+        ["predict", run, root / "val"],
+        ["push", run, "ada/birds", "--dry-run"],
         ["train", root / "tiny.yaml", "--out", run, "--no-preflight"],
         ["train", root / "tiny.yaml", "--out", run.parent / "new", f"student.model={run}", "--dry-run"],
         ["compare", "own-ladder", "--data", root, "--out", run],

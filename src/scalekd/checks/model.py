@@ -9,6 +9,7 @@ from torch import nn
 
 from scalekd.common.text import counted
 from scalekd.models.inputs import input_channels
+from scalekd.models.licences import explained, is_non_commercial
 from scalekd.models.options import Backbone
 from scalekd.models.unseen_pixels import unseen, whole_sizes
 from scalekd.models.weights.trained import Loaded, trained
@@ -34,6 +35,7 @@ def from_source(role: str, key: str, loaded: Loaded) -> Check:
     unused = loaded.keys["unexpected"]
     text += f"; unused tensors: {', '.join(unused[:2])}{', ...' * (len(unused) > 2)}" if unused else ""
     text += f"; {loaded.head}" if loaded.head else ""
+    text += f"; licence {explained(loaded.licence)}" if loaded.licence else ""
     verdict = trained(loaded)
     status, fix = verdict.status, verdict.meaning
     if status == "fail" and role == "student" and not loaded.untrained:
@@ -43,6 +45,20 @@ def from_source(role: str, key: str, loaded: Loaded) -> Check:
     elif status == "fail" and key != "backbone":  # runs of detection and segmentation cannot skip the checks
         fix += ", or skip the checks (`preflight`)"
     return Check(f"{role} weights", status, f"{text}; {verdict.figures}", fix)
+
+
+def licence_check(role: str, loaded: Loaded) -> list[Check]:
+    """Warns if the weights may not be used commercially."""
+    if not loaded.licence or not is_non_commercial(loaded.licence):
+        return []
+    return [
+        Check(
+            f"{role} licence",
+            "warn",
+            f"{loaded.licence}: these weights are for non-commercial use, which may hold for the student too",
+            "Read the licence, or choose other weights, if the student is to earn money",
+        )
+    ]
 
 
 def unseen_pixels(role: str, key: str, model: nn.Module, size: tuple[int, int]) -> list[Check]:

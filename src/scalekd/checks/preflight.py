@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 from rich.console import Console
 
 from scalekd.common.sections import height_and_width
+from scalekd.data.images import BadImage
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
-from .model import Check, from_source, shown, unseen_pixels
+from .gradients import gradient_check, length_check
+from .model import Check, from_source, licence_check, shown, unseen_pixels
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
+
+SAMPLE = 16  # training images that are looked at
+DARK = 64  # of 255: a sample without a brighter pixel is nearly black; 12-bit values in 16 bits end at 16
 
 
 def preflight(run: DistillationRun, console: Console) -> None:
@@ -17,7 +25,7 @@ def preflight(run: DistillationRun, console: Console) -> None:
     names = ", ".join(taught.teacher.view.name for taught in run.taught_by)
     teacher = f" <- {names}" if names else ""
     screen = Screen(f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", console)
-    for checks in (_weights, _classes, _unlabelled, _inputs):
+    for checks in (_weights, _classes, _unlabelled, _pixels, _inputs):
         screen.show(checks(run))
     if not screen.failed:
         for taught in run.taught_by:
@@ -26,6 +34,10 @@ def preflight(run: DistillationRun, console: Console) -> None:
     if run.config.train.compile and not screen.failed:
         screen.doing("compiling the first step, which takes a minute or more")
     screen.finish(run)
+    if len(run.distiller.methods) > 1:
+        screen.doing("the gradient of each loss")
+        screen.show([gradient_check(run)])
+    screen.show(length_check(run))
 
 
 def _weights(run: DistillationRun) -> list[Check]:
@@ -34,7 +46,7 @@ def _weights(run: DistillationRun) -> list[Check]:
     for role, key, spec, loaded in (*models, ("student", "student", run.config.student, run.loaded["student"])):
         name = f"{role} weights"
         if loaded.source != "random":
-            checks.append(from_source(role, key, loaded))
+            checks += [from_source(role, key, loaded), *licence_check(role, loaded)]
         elif key == "student":
             checks.append(Check(name, "ok", f"initial values, from seed {run.config.seed}"))
         elif spec.weights == "random":
@@ -89,6 +101,25 @@ def _unlabelled(run: DistillationRun) -> list[Check]:
         reading = [name for name, m in run.distiller.methods.items() if getattr(m, "needs_targets", False)]
         text += f"; losses that use labels: {', '.join(reading) or 'none'}"
     return [Check("images", "ok", text)]
+
+
+def _pixels(run: DistillationRun) -> list[Check]:
+    """A warning if a sample of the training images is nearly black."""
+    images, highest = run.train_images, list[int]()
+    step = max(1, len(images) // SAMPLE)
+    for i in images.indices[::step][:SAMPLE]:
+        with contextlib.suppress(BadImage):  # reported when it is used
+            highest.append(np.asarray(images.source[i][0]).max().item())
+    if not highest or max(highest) >= DARK:
+        return []
+    return [
+        Check(
+            "images",
+            "warn",
+            f"the largest value in a sample of the training images is {max(highest)} of 255: they are nearly black",
+            "16-bit files with 10- or 12-bit values look like this; scale them to the full range",
+        )
+    ]
 
 
 def _inputs(run: DistillationRun) -> list[Check]:

@@ -26,6 +26,7 @@ from .loader import workers_check
 from .model import Check
 
 NAMES = 16  # width of the column of names
+TRIAL = 101  # the step that the trial stands for: a usual one, in which `balance` measures nothing
 
 
 def dead_parameters(model: nn.Module) -> list[str]:
@@ -114,7 +115,7 @@ def one_step(run: Run) -> list[Check]:
         last = batch
         seed_everything(config.seed, "pre-flight")
         began = time.perf_counter()
-        losses = forward_backward(run, batch)
+        losses = forward_backward(run, batch, TRIAL * config.train.accumulate)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         step_s = time.perf_counter() - began
@@ -137,12 +138,12 @@ def _bad_images(run: Run) -> list[Check]:
     return [Check("images", "warn", text, "They are skipped (data.on_bad_image)")]
 
 
-def forward_backward(run: Run, batch: Any) -> dict[str, torch.Tensor]:
-    """One forward and backward pass in the run's precision. Returns the losses, detached."""
+def forward_backward(run: Run, batch: Any, micro: int) -> dict[str, torch.Tensor]:
+    """One forward and backward pass in the run's precision, of micro-batch `micro`. Returns the losses, detached."""
     precision = run.config.train.precision
     with explain_compile_failure():
         with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
-            losses = run.losses(run.model, batch, 0)
+            losses = run.losses(run.model, batch, micro)
         losses["total"].backward()
     return {name: value.detach() for name, value in losses.items()}
 

@@ -1,11 +1,9 @@
-"""`scalekd train`, `evaluate`, `export`, `report`, `import` and `demo`."""
+"""`scalekd train`, `report`, `import` and `demo`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +27,6 @@ from .options import (
 
 def add_commands(commands: Any) -> None:
     _add_train(commands)
-
-    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
-    sub.add_argument("student", type=Path, help="a run's folder or its student.safetensors")
-    sub.add_argument(
-        "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
-    )
-    sub.add_argument("--device", help=DEVICE)
-    sub.add_argument("--json", action="store_true")
-
-    sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
-    sub.add_argument("run_folder", type=Path, help="the run's folder")
-    sub.add_argument(
-        "--checkpoint",
-        choices=["best", "last"],
-        default="last",
-        help="which weights: the best by top-1 on the validation images, or the last (default)",
-    )
-    sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
 
     _add_report(commands)
     _add_import(commands)
@@ -171,24 +151,6 @@ def _check(args: argparse.Namespace) -> None:
     with processes(args.device) as device:
         check_teacher_outputs(config, args.teacher_outputs)
         check_chain(config, device, Console(emoji=False))
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
-    if args.json:
-        print(json.dumps(asdict(result)))
-    else:
-        print(
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
-        )
-
-
-def _export(args: argparse.Namespace) -> None:
-    result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
-    print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
-    for file, difference in result.differences.items():
-        reader = "onnxruntime" if file == result.onnx else "timm loads it back"
-        print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -70,6 +70,26 @@ def unfinished(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             scratch.unlink(missing_ok=True)
 
 
+def second_name(path: Path, name: Path) -> bool:
+    """Makes `name` a hard link to `path`, in the same folder, and replaces what had this name.
+
+    Returns False on a file system without hard links; then nothing has the name. Raises `UserError` if the folder is not
+    writable.
+    """
+    scratch = name.with_name(f"{name.name}.{secrets.token_hex(4)}{SCRATCH}")
+    try:
+        try:
+            os.link(path, scratch, follow_symlinks=False)
+        except OSError:
+            name.unlink(missing_ok=True)  # it would be another file than `path`
+            return False
+        os.replace(scratch, name)
+        scratch.unlink(missing_ok=True)  # which is still there if `name` was this link already
+        return True
+    except OSError as error:
+        raise cannot_write(name, error) from None
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left of unfinished files in `folder`, also links of such names."""
     with contextlib.suppress(OSError):

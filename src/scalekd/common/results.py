@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,51 @@ class Evaluation:
     images: int
     data_description: dict[str, Any] = field(default_factory=dict)
     """What was evaluated on: images, classes, and what was left out."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes that a student sees in one image, the most probable first."""
+
+    image: str
+    """The file, or the archive and the file in it."""
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    """From 0 to 1, the softmax of the student's logits."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of a student, in the order of the images."""
+
+    images: list[Prediction]
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The images that cannot be read, and why."""
+    notes: list[str] = field(default_factory=list)
+    """What seems wrong with the images, such as folders that are named for other classes."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The pooled features of images, in their order."""
+
+    features: np.ndarray[Any, np.dtype[np.float32]]
+    """(N, D) float32."""
+    images: list[str]
+    """N names: files, or archives and the files in them."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The images that cannot be read, and why."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A folder for the Hugging Face Hub."""
+
+    repo: str
+    files: dict[str, int]
+    """Name -> size in bytes."""
+    url: str | None
+    """The page of the model; None if nothing was sent."""
 
 
 @dataclass(frozen=True)

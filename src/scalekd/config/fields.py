@@ -9,7 +9,7 @@ from pydantic import (
     field_validator,
 )
 
-from scalekd.common.sections import Seed
+from scalekd.common.sections import Positive, Section, Seed, Share
 from scalekd.data.options import Augment, Data
 from scalekd.models.options import Model
 from scalekd.train.options import BaseOptim, Schedule, Train
@@ -22,6 +22,15 @@ class DistillationTrain(Train):
     compile: bool = False
     """Compile the teacher, the student and the methods with torch.compile. The first step after each start takes a minute
     or more longer. Losses and gradients are the same up to rounding (docs/explanation/performance.md)."""
+
+
+class Balance(Section):
+    every: Positive = 50
+    """Steps between measurements of the gradients. Each one costs a backward pass of the student for every loss."""
+    momentum: Share = 0.9
+    """Momentum of the running means of the gradients' norms."""
+    adjust: bool = True
+    """False only measures and logs the shares of the losses in the gradient, and leaves the weights as they are."""
 
 
 class Optim(BaseOptim):
@@ -55,6 +64,9 @@ class Recipe(AnyRecipe):
     losses: dict[str, dict[str, Any]]
     """Methods by name, each with its options. Every method also has `weight` (default 1), a factor of its loss, and, with
     several teachers, `teachers`, the names of those it uses (default all)."""
+    balance: Balance | None = None
+    """Weight the losses by their gradients: `weight` of a loss is then the norm of its gradient at the student's backbone,
+    relative to that of the first loss without a teacher, such as `ce` (docs/how-to/balance.md). {} switches it on. With a single loss it changes nothing."""
     train: DistillationTrain
     """Length of the training, batch size, precision and checkpoints."""
     optim: Optim = Optim()

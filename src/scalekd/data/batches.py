@@ -79,15 +79,7 @@ class Images(Dataset):
 
     def listed(self) -> Listing:
         """Names, labels and files of the images, for their fingerprint."""
-        places = [stored(self.source, i) for i in self.indices]
-        targets = self.source.targets
-        return Listing(
-            self.source.classes,
-            [targets[i] for i in self.indices],
-            [place if isinstance(place, str) else str(place or i) for place, i in zip(places, self.indices)],
-            places,
-            lambda i: self.source[self.indices[i]][0].tobytes(),
-        )
+        return listed(self.source, self.indices)
 
     def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key
@@ -173,6 +165,19 @@ def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
     images, targets = zip(*readable)
     known = [target for target in targets if target != UNLABELLED]
     return Batch(torch.stack(images), torch.tensor(known, dtype=torch.int64), skipped)
+
+
+def listed(source: Source, indices: Sequence[int]) -> Listing:
+    """Names, labels and files of some images of a source, for their fingerprint."""
+    places = [stored(source, i) for i in indices]
+    targets = source.targets
+    return Listing(
+        source.classes,
+        [targets[i] for i in indices],
+        [place if isinstance(place, str) else str(place or i) for place, i in zip(places, indices)],
+        places,
+        lambda i: source[indices[i]][0].tobytes(),
+    )
 
 
 def training_images(split: Split, data: Data, augment: Augment, mean: Statistic, std: Statistic, seed: int) -> Images:

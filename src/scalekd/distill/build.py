@@ -15,6 +15,7 @@ from scalekd.common.errors import UserError
 from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
+from scalekd.config.fields import Balance as BalanceOptions
 from scalekd.config.losses import reads_logits
 from scalekd.config.recipe import Config
 from scalekd.data.batches import (
@@ -34,6 +35,7 @@ from scalekd.train.hardware import for_device
 from scalekd.train.optim import create_optimizer, make_schedule
 from scalekd.train.run import check_batch_size, scaler_and_average
 
+from .balance import Balance, Gradients
 from .compiled import compile_step
 from .distiller import Distiller
 from .run import DistillationRun, gives_embeddings, logit_losses
@@ -132,12 +134,29 @@ def _build_distiller(
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
+    if config.balance and len(distiller.methods) > 1:
+        distiller.gradients = gradients_for(config.balance, distiller)
     distiller.to(device)
     if train.channels_last:
         distiller.to(memory_format=torch.channels_last)
     if train.compile:
         compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
     return distiller
+
+
+def gradients_for(options: BalanceOptions, distiller: Distiller) -> Gradients:
+    """What measures the gradients of the losses and, unless `balance.adjust` is false, weights the losses by them.
+
+    The weights of the losses then move there from the distiller.
+    """
+    weights = dict(distiller.weights)
+    if not options.adjust:
+        return Gradients(weights, options.every, options.momentum)
+    distiller.weights = dict.fromkeys(weights, 1.0)
+    reference = next(
+        (n for n in weights if not getattr(distiller.methods[n], "needs_teacher", True)), next(iter(weights))
+    )
+    return Balance(weights, reference, options.every, options.momentum)
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:

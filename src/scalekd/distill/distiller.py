@@ -15,6 +15,8 @@ from scalekd.methods.names import METHODS
 from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
 from scalekd.models.stages import Features, Shapes, StageView
 
+from .balance import Gradients
+
 
 class Compiled(NamedTuple):
     """Compiled functions that `Distiller.forward` uses for batches of one size."""
@@ -144,7 +146,9 @@ class Distiller(nn.Module):
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
         self.teacher_clock = Stopwatch()
         self.pixels_checked = False
+        self.eager = False  # do not use `compiled`
         self.compiled: Compiled | None = None
+        self.gradients: Gradients | None = None  # measures, and with `Balance` scales, the losses of a run
 
     def _add(self, name: str, options: Any) -> None:
         """Adds one method, or one for each teacher that it uses."""
@@ -215,6 +219,8 @@ class Distiller(nn.Module):
                         f"losses.{key} needs labels and this batch has none; remove the loss or add labelled images"
                     )
         compiled = self.compiled if self.compiled and self.compiled.images == len(images) else None
+        if self.eager:
+            compiled = None
         if not self.pixels_checked:  # once, because it waits for the device
             expect_unit_range(images)
             self.pixels_checked = True

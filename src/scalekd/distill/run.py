@@ -29,6 +29,7 @@ from scalekd.models.options import Model
 from scalekd.models.weights.trained import Loaded
 from scalekd.train.run import Run
 
+from .balance import backbone_parameters
 from .distiller import Distiller, Teacher
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
 from .teacher_outputs import TeacherOutputs
@@ -70,7 +71,10 @@ class DistillationRun(Run):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        return {"student": self.model.student, "methods": self.model.methods}
+        parts: dict[str, nn.Module] = {"student": self.model.student, "methods": self.model.methods}
+        if self.model.gradients is not None:
+            parts["balance"] = self.model.gradients
+        return parts
 
     @property
     def figures(self) -> dict[str, str]:
@@ -102,7 +106,26 @@ class DistillationRun(Run):
     def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
         images, targets = self.inputs(batch)
         known = self.teacher_outputs and self.teacher_outputs.features(micro, images)
-        return model(images, targets, known) if known else model(images, targets)
+        step, part = divmod(micro, self.config.train.accumulate)
+        gradients = self.model.gradients
+        measured = gradients is not None and gradients.due(step)
+        self.model.eager = measured  # a compiled graph can be followed backwards only once
+        terms = model(images, targets, known) if known else model(images, targets)
+        if gradients is None:
+            return terms
+        minimised = gradients.scaled(terms)
+        if measured:
+            scale = self.scaler.scale(torch.ones((), device=self.device))
+            gradients.measure(terms, backbone_parameters(self.student), scale)
+            if part == self.config.train.accumulate - 1:
+                gradients.update(scale)  # from the next step on: all micro-batches of a step have the same factors
+        return minimised
+
+    def gradient_shares(self) -> dict[str, float]:
+        gradients = self.model.gradients
+        if gradients is None or not gradients.counts.any():
+            return {}
+        return {name: round(share, 4) for name, share in zip(gradients.names, gradients.shares().tolist())}
 
     def notes(self) -> dict[str, dict[str, Any]]:
         if shared := self.teacher_outputs:

@@ -28,6 +28,7 @@ from scalekd.data.sources.source import Source
 from scalekd.data.split import by_class
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
+from scalekd.models.features import pooled
 from scalekd.models.inputs import default_statistics, interpolation, per_channel, scaled, sensible_crop, usual_size
 from scalekd.models.student_file import load_student
 from scalekd.models.weights.match import sha256_of
@@ -66,21 +67,6 @@ class Backbone:
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) to the model's input, on its device."""
         return (scaled(images.to(self.device)) - self.mean) / self.std
-
-
-def pooled(model: Any, images: Tensor) -> Tensor:
-    """Pooled features (B, D) of normalised images: timm's `forward_head(..., pre_logits=True)`.
-
-    Raises `UserError` if the model does not pool into one vector per image.
-    """
-    x = model.forward_head(model.forward_features(images), pre_logits=True)
-    if isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (1, 1):
-        x = x.flatten(1)  # a model with a 1x1 convolution as its classifier
-    if not isinstance(x, Tensor) or x.ndim != 2:
-        raise UserError(
-            f"{type(model).__name__} does not pool into one vector per image, so it cannot have a linear head; use another model"
-        )
-    return x
 
 
 # ---------------------------------------------------------------- models by name

@@ -15,6 +15,7 @@ from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import in_shell
 
 from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
+from .licences import UNKNOWN, licence_of
 from .options import Model
 from .weights.folder import beside
 from .weights.match import (
@@ -46,6 +47,7 @@ class Filled(NamedTuple):
     unused: Collection[str] = ()  # tensors of the file that the model does not use
     exported: bool = False  # by scalekd, according to the card next to it
     counters: Collection[str] = ()  # of batch norms, which the file does not have and the model does not need
+    licence: str = UNKNOWN  # of the source
 
 
 def build_plain(
@@ -85,6 +87,7 @@ def build_plain(
         {kind: grouped(names) for kind, names in keys.items()},
         noise_share(model),
         filled.exported,
+        filled.licence,
     )
     return model, loaded if filled.sha256 else replace(loaded, sha256=backbone_sha256(model, loaded))
 
@@ -112,7 +115,7 @@ def _filled_by_timm(model: nn.Module) -> Filled:
     theirs = cfg.get("num_classes")
     # timm does not load the head if the number of classes differs
     new = classifier(model) if getattr(model, "num_classes", theirs) != theirs else {}
-    return Filled(f"pretrained ({cfg.get('tag', '')})", None, theirs, new)
+    return Filled(f"pretrained ({cfg.get('tag', '')})", None, theirs, new, licence=licence_of(cfg))
 
 
 def _filled_by_file(
@@ -152,7 +155,9 @@ def _filled_by_file(
     )  # by timm's filter, so the names do not show which tensors it dropped
     used = {prefix + key for key in (read if renamed else state).keys() - new.keys()}
     unused = flat.keys() - used
-    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, unused, exported, counters)
+    described = beside(path)
+    licence = described.licence if described else UNKNOWN
+    return model, kwargs, Filled(str(spec.weights), sha256, theirs, new, prefix, unused, exported, counters, licence)
 
 
 def _adapted(read: State, model: nn.Module, path: Path, size: tuple[int, int], where: str) -> State:

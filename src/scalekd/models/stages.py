@@ -105,7 +105,7 @@ class StageView:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[[Any, Any], Any]] = [lambda twin, images: _one_logit_tensor(twin(images))]
+        calls: list[Callable[..., Any]] = [lambda twin, images: _one_logit_tensor(twin(images))]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,62 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import SCRATCH, cannot_write, reject_links, replacing, write_text
+from scalekd.common.text import printable
 
+from .features import with_features
+from .timm_folder import CONFIG, load_timm_folder, remove_timm_folder, write_timm_folder
 from .weights.card import read_card
 from .weights.match import sha256_of
 
 # largest difference of logits after an export, for logits of size 1; larger logits may differ by that much more
 TOLERANCE = 1e-3
-ONNX_MISSING = "ONNX export needs extra packages: pip install 'scalekd[onnx]'"
+ONNX_MISSING = "ONNX needs extra packages: pip install 'scalekd[onnx]'"
+CARD = "scalekd"  # the key of the card in the metadata of a .safetensors or .onnx file
+LOGITS, FEATURES = "logits", "features"  # the outputs of an ONNX graph
 
 
 def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
-    """Writes `path` (.safetensors) and the card as JSON next to it, and loads them back with timm.
+    """Writes `path` (.safetensors), the card as JSON next to it and timm's config.json, and loads them back with timm.
 
     card: model, kwargs, classes, mean, std, image_size, ... from `student_card`.
     Returns the largest difference between the logits of the student and of the loaded file.
     Raises `UserError` if the files cannot be written.
     """
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     with replacing(path) as file:
-        file.write(save(state, metadata={"scalekd": json.dumps(card)}))
+        file.write(as_safetensors(student, card))
     write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     images = example_images(card)
-    return _difference(_logits(student, images), _logits(load_student(path)[0], images))
+    logits = _logits(student, images)
+    _write_timm_folder(student, path, card, images, logits)
+    return _difference(logits, _logits(load_student(path)[0], images))
+
+
+def _write_timm_folder(student: nn.Module, path: Path, card: dict[str, Any], images: Tensor, logits: Tensor) -> None:
+    """Adds timm's files to the exported one, and removes them again if timm does not give exactly these logits.
+
+    This is said on stderr and not raised: the student is exported, and a run that ends here is finished.
+    """
+    try:
+        write_timm_folder(student, path, card)
+        if not same_logits(load_timm_folder(path.parent), images, logits):
+            raise ValueError("its logits are others than the student's")
+    except UserError:
+        raise
+    except Exception as error:  # timm raises anything
+        remove_timm_folder(path.parent)
+        message = f"no {CONFIG}: timm cannot load {path.parent} as local-dir: {first_line(error)}"
+        print(printable(message), file=sys.stderr)
+
+
+def same_logits(model: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether a model gives these logits to the last bit."""
+    return torch.allclose(_logits(model, images), logits, rtol=0, atol=0, equal_nan=True)
+
+
+def as_safetensors(student: nn.Module, card: dict[str, Any]) -> bytes:
+    """The student's weights as the content of a .safetensors file, with the card in its header."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+    return save(state, metadata={"format": "pt", CARD: json.dumps(card)})  # transformers needs the format
 
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -71,22 +106,27 @@ def create_student(card: dict[str, Any], card_file: Path, weights: Path | None =
 def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     """Writes ONNX with a dynamic batch size. Returns the largest logit difference under onnxruntime.
 
-    The graph takes normalised images (B, C, H, W). Raises `UserError` if the packages of `scalekd[onnx]` are missing, and
-    if the logits differ by more than `TOLERANCE`: then the file is removed.
+    The graph takes normalised images (B, C, H, W). Its outputs are `logits` and the pooled `features`, or only one of
+    them if the student has no classifier or no pooled features. The file holds the card, in its metadata. Raises
+    `UserError` if the packages of `scalekd[onnx]` are missing, and if the logits differ by more than `TOLERANCE`: then
+    the file is removed.
     """
-    onnxruntime = _onnx_runtime()
+    onnxruntime = onnx_runtime(exporting=True)
     images = example_images(card)
     student = copy.deepcopy(student).cpu().eval()
+    exported = copy.deepcopy(student)
+    outputs = _outputs(exported, images, card)
     program = torch.onnx.export(
-        student,
+        exported,
         (images,),
         dynamo=True,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=outputs,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
     assert program is not None
+    program.model.metadata_props[CARD] = json.dumps(card)
     try:
         # a new folder, so that nothing is written through a link; above 2 GB a second file holds the weights
         with tempfile.TemporaryDirectory(dir=path.parent, suffix=SCRATCH) as scratch:
@@ -110,17 +150,34 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     return difference
 
 
+@torch.no_grad()
+def _outputs(student: Any, images: Tensor, card: dict[str, Any]) -> list[str]:
+    """The names of a graph's outputs. Makes `student` give (logits, features), if that does not change its logits."""
+    if not card["classes"]:
+        return [FEATURES]
+    both, logits = with_features(student), student(images)
+    try:
+        if torch.equal(both(images)[0], logits):
+            student.forward = both  # not a module around it, whose parameters would have other names
+            return [LOGITS, FEATURES]
+    except Exception:  # models whose head does not take `pre_logits`, or does not pool
+        pass
+    return [LOGITS]
+
+
 def is_close(difference: float, logits: Tensor) -> bool:
     """Whether a difference of logits is within `TOLERANCE`; False for NaN."""
     return difference <= TOLERANCE * (1 + logits.abs().max().item())
 
 
-def _onnx_runtime() -> Any:
+def onnx_runtime(exporting: bool = False) -> Any:
     """The module onnxruntime, imported here and nowhere else, without its telemetry. Raises `UserError` without the extra."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import, also if torch's exporter imports it first
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
+
+        if exporting:
+            import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
         raise UserError(ONNX_MISSING) from None
     return onnxruntime

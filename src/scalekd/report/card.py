@@ -12,6 +12,7 @@ import yaml
 from scalekd.common.files import is_file, write_text
 from scalekd.common.intervals import share_interval
 from scalekd.common.text import shortened
+from scalekd.models.licences import UNKNOWN, explained, licences_in
 
 from .curves import losses_text
 from .evaluate import STUDENT, Seen
@@ -40,7 +41,8 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
         f"# {marked(folder.title)}",
         f"{marked(card['model'] + taught)}. Trained with scalekd. It is a plain timm model and does not need scalekd.",
         "## Use",
-        f"```python\n{load_lines(card)}\n```",
+        "In this folder:",
+        f"```python\n{load_lines(card, timm_name(folder))}\n```",
         "## Results",
         _results(folder, seen),
         "## Training",
@@ -51,10 +53,20 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
         blocks += ["## Classes", classes_line(classes, "student.json")]
     limits = (
         "Measured only on the validation images above. The model predicts one of these classes for any image. It may have "
-        "learned the teacher's errors. This card states no licence; the licences of the images and of the teacher's weights may "
-        "apply."
+        "learned the teacher's errors."
     )
-    return "\n\n".join([*blocks, "## Limits", limits, OURS]) + "\n"
+    licences = licence_lines(licences_in(card))
+    return "\n\n".join([*blocks, "## Licences", licences, "## Limits", limits, OURS]) + "\n"
+
+
+def licence_lines(licences: Mapping[str, str]) -> str:
+    """What a card says of licences. licences: of the weights that a run started with, by role."""
+    lines = [f"- weights of {role.removeprefix('teachers.')}: {marked(explained(of))}" for role, of in licences.items()]
+    told = (
+        "This card states no licence of the model: scalekd does not know that of the images. Theirs and those of the "
+        "pre-trained weights may apply."
+    )
+    return "\n".join([*lines, "- images: unknown"]) + f"\n\n{told}"
 
 
 def front(fields: Mapping[str, Any]) -> str:
@@ -62,7 +74,12 @@ def front(fields: Mapping[str, Any]) -> str:
 
 
 def facts_list(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"- {name}: {marked(text)}" for name, text in facts.items() if name != "command")
+    return "\n".join(f"- {name}: {marked(without_folders(text))}" for name, text in facts.items() if name != "command")
+
+
+def without_folders(text: str) -> str:
+    """`text` with absolute paths cut to their last name, because a card is made to be published."""
+    return re.sub(r"(?<![\w./-])/(?:[^\s,;:/]+/)+(?=[^\s,;:/])", "", text)
 
 
 def classes_line(classes: list[str], file: str) -> str:
@@ -85,6 +102,7 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
         "library_name": "timm",
         "pipeline_tag": task,
         "tags": [task, "timm", "knowledge-distillation", "scalekd"],
+        "license": UNKNOWN,
     }
     if finite(score) and card["classes"]:
         data = folder.recipe.get("data") or {}
@@ -101,19 +119,35 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
     return fields
 
 
-def load_lines(card: Mapping[str, Any]) -> str:
-    """Python code that loads the student with timm alone and runs it on an image."""
-    given = "".join(f", {key}={value!r}" for key, value in card["kwargs"].items())
-    size = (len(card["mean"]), *card["image_size"])
+def timm_name(folder: RunFolder) -> str | None:
+    """The name for `timm.create_model` in a run's folder; None for a student exported by an earlier version."""
+    return None if is_file(folder.weights) and not is_file(folder.path / "config.json") else "local-dir:."
+
+
+def load_lines(card: Mapping[str, Any], name: str | None) -> str:
+    """Python code that loads the student with timm alone and runs it on an image.
+
+    name: `local-dir:FOLDER` or `hf-hub:USER/NAME`; None loads student.safetensors without timm's config.json.
+    """
     mode = "L" if len(card["mean"]) == 1 else "RGB"
+    loading = [
+        f'student = timm.create_model("{name}", pretrained=True).eval()',
+        "pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(student))",
+    ]
+    if name is None:
+        given = "".join(f", {key}={value!r}" for key, value in card["kwargs"].items())
+        size = (len(card["mean"]), *card["image_size"])
+        loading = [
+            f'student = timm.create_model({card["model"]!r}, checkpoint_path="student.safetensors"{given}).eval()',
+            f"pixels = timm.data.create_transform({size!r}, interpolation={card['interpolation']!r}, "
+            f"crop_pct={card['crop_pct']!r}, mean={tuple(card['mean'])!r}, std={tuple(card['std'])!r})",
+        ]
     return "\n".join(
         [
             "import timm",
             "from PIL import Image",
             "",
-            f'student = timm.create_model({card["model"]!r}, checkpoint_path="student.safetensors"{given}).eval()',
-            f"pixels = timm.data.create_transform({size!r}, interpolation={card['interpolation']!r}, "
-            f"crop_pct={card['crop_pct']!r}, mean={tuple(card['mean'])!r}, std={tuple(card['std'])!r})",
+            *loading,
             f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
         ]
     )

@@ -23,6 +23,7 @@ from scalekd.data.sources.open import evaluated_part
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
+from scalekd.models.licences import explained
 from scalekd.models.normalised import Normalised
 from scalekd.models.stages import StageView
 from scalekd.models.student_file import create_student, load_student
@@ -132,6 +133,7 @@ class RunFolder:
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
             )
             facts[role] = f"{model.get('model', '')}, weights: {loaded.get('source')}".lstrip(", ")
+            facts[role] += f", licence {explained(str(loaded['licence']))}" if loaded.get("licence") else ""
         train, optim = self.recipe.get("train") or {}, self.recipe.get("optim") or {}
         if unit := next((unit for unit in ("epoch", "iteration") if f"{unit}s" in train), None):
             budget = [counted(train[f"{unit}s"], unit), f"batch {train.get('batch_size')}", f"{optim.get('name')}"]

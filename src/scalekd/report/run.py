@@ -25,7 +25,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models.normalised import Normalised
 
 from .answer_sections import answer_sections, numbers
-from .card import load_lines, model_card, write_card
+from .card import load_lines, model_card, timm_name, write_card
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
 from .evaluate import MOST_IMAGES, TEACHER, Seen, look
 from .feature_sections import cost_section, feature_sections, parts_section
@@ -250,8 +250,8 @@ def _use(folder: RunFolder) -> str:
         return ""
     note = "Run this in the run's folder; it needs timm only. README.md is a model card; `scalekd export --onnx` writes ONNX."
     if not folder.weights.is_file():
-        note = "`scalekd export` writes student.safetensors from a checkpoint first."
-    return section("Use the student", code(load_lines(folder.card)), note)
+        note = "`scalekd export` writes student.safetensors and timm's config.json from a checkpoint first."
+    return section("Use the student", code(load_lines(folder.card, timm_name(folder))), note)
 
 
 def _recipe(folder: RunFolder) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scalekd.common.markdown import table_row
+from scalekd.models.licences import licences_in
 
-from .card import OURS, classes_line, facts_list, front, marked, model_index
+from .card import OURS, classes_line, facts_list, front, licence_lines, marked, model_index
 from .folder import RunFolder
 from .svg import finite
 from .transfer_sections import GIVES, figure_rows, load_lines, predict_line, trained_line
@@ -24,10 +25,7 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
     card = folder.weights.with_suffix(".json").name
     head, rows = figure_rows(task, folder.last_validation)
     table = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    limits = (
-        "Measured only on the validation images above. The model knows only these classes. This card states no licence; the "
-        "licences of the images and of the backbone's weights may apply."
-    )
+    limits = "Measured only on the validation images above. The model knows only these classes."
     blocks = [
         front(front_matter(folder)),
         f"# {marked(folder.title)}",
@@ -45,6 +43,8 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
         f"`recipe.yaml` has all settings; `{card}` describes how to build the model.",
         "## Classes",
         classes_line([str(label) for label in folder.card["classes"]], card),
+        "## Licences",
+        licence_lines(licences_in(folder.card)),
         "## Limits",
         limits,
         OURS,

@@ -23,6 +23,7 @@ from scalekd.data.description import tell_data
 from scalekd.distill.build import build
 from scalekd.distill.run import DistillationRun
 from scalekd.distill.teacher_outputs import TeacherOutputs, outputs_name
+from scalekd.models.licences import explained
 from scalekd.models.options import Model
 from scalekd.models.stages import StageView
 from scalekd.models.student_file import export_student
@@ -162,4 +163,5 @@ def _data_fact(run: DistillationRun) -> str:
 
 def _model_fact(view: StageView, spec: Model, loaded: Loaded) -> str:
     millions = sum(p.numel() for p in view.model.parameters()) / 1e6
-    return f"{spec.model}, {millions:.2f} M parameters, weights: {loaded.source}"
+    licence = f", licence {explained(loaded.licence)}" if loaded.licence else ""
+    return f"{spec.model}, {millions:.2f} M parameters, weights: {loaded.source}{licence}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import reject_links
+from scalekd.common.files import is_file, reject_links
 from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.sections import height_and_width
 from scalekd.data.batches import Images, eval_batches
@@ -18,15 +21,17 @@ from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import evaluated_part, open_source, parts_of
 from scalekd.data.split import same_classes
-from scalekd.data.transforms import eval_transform
+from scalekd.data.transforms import Transform, eval_transform
 from scalekd.distill.evaluate import evaluate
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
-from scalekd.models.student_file import create_student, export_onnx, export_student, load_student
+from scalekd.models.open_student import open_student
+from scalekd.models.student_file import create_student, export_onnx, export_student
 from scalekd.models.weights.card import read_card, short_floats
 from scalekd.train import checkpoint
 from scalekd.train.hardware import workers_for
 from scalekd.train.run import provenance
+from scalekd.transfer.tasks import TASKS
 
 
 def student_card(run: DistillationRun) -> dict[str, Any]:
@@ -78,6 +83,22 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     return top1, differences
 
 
+def opened(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """`open_student`, with an error for the folder of a detector or segmenter. Raises `UserError`."""
+    for task in TASKS.values():
+        if path.is_dir() and is_file(path / task.weights):
+            raise UserError(
+                f"{path} holds a {task.trained}; use `{task.command} predict` and `{task.command} evaluate`"
+            )
+    return open_student(path, device)
+
+
+def validation_transform(card: Mapping[str, Any]) -> Transform:
+    """The transform of the validation images of a student's run, from its card: PIL image -> uint8 (C, H, W)."""
+    data = Data.model_validate({"image_size": card["image_size"], "channels": len(card["mean"])})
+    return eval_transform(data, Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"]))
+
+
 def evaluate_student(
     path: Path, source_text: str, device_name: str | None, console: Console
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -85,13 +106,13 @@ def evaluate_student(
 
     Raises `UserError` if the classes differ, and if the student's outputs are not finite.
     """
-    student, card = load_student(path)
+    device = parallel.pick_device(device_name)
+    student, card = opened(path, device)
     if not card["classes"]:
         raise UserError(
             f"{path} has no classifier, because no loss of its run used logits. "
             "Measure its features with `scalekd probe` instead"
         )
-    device = parallel.pick_device(device_name)
     if len(parts_of(source_text)) > 1:
         raise UserError(
             f"`data`: {source_text} has several splits; name one of them, such as {evaluated_part(source_text)}"
@@ -102,16 +123,14 @@ def evaluate_student(
             f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
             f"instead of {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
         )
-    data = Data.model_validate({"train": source_text, "image_size": card["image_size"], "channels": len(card["mean"])})
-    augment = Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"])
-    images = Images(source, range(len(source)), eval_transform(data, augment), None)
+    images = Images(source, range(len(source)), validation_transform(card), None)
     mean, std = card_statistics(card, device)
     described = of_source(source, source_text)
     tell_data(console, described)
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
         found = evaluate(
-            student.to(device),
-            eval_batches(images, min(256, len(images)), workers_for(data.workers, device), device.type == "cuda"),
+            student,
+            eval_batches(images, min(256, len(images)), workers_for("auto", device), device.type == "cuda"),
             mean,
             std,
             device,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scalekd.checks.model import weights_check
+from scalekd.checks.model import licence_check, weights_check
 from scalekd.checks.step import Screen
 from scalekd.common import parallel
 from scalekd.common.malloc import keep_freed_memory
@@ -75,7 +75,7 @@ def preflight(run: Any, console: Console) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     spec, loaded = run.config.backbone, run.loaded["backbone"]
     screen = Screen(f"{spec.model}, {run.task.model}", console)
-    screen.show([weights_check(spec, loaded, run.config.seed)])
+    screen.show([weights_check(spec, loaded, run.config.seed), *licence_check("backbone", loaded)])
     screen.finish(run)
 
 

@@ -39,6 +39,15 @@ def inputs_of(run: Run) -> dict[str, Any]:
     }
 
 
+def data_changes(folder: Path, now: dict[str, Any]) -> list[str]:
+    """How the images of the run in `folder` differ from those of now, in words; [] if the folder does not tell.
+
+    now: the fingerprints of `train` and `val`.
+    """
+    before = _read(folder / FILE)
+    return [] if before is None else _data(before["data"], now)
+
+
 def check_inputs(now: dict[str, Any], allowed: Sequence[str], folder: Path) -> list[str]:
     """Compares the `inputs_of` a run that resumes with those of its last start; returns lines to print.
 

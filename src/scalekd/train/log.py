@@ -93,12 +93,14 @@ class RunLog:
     def step(self, **values: Any) -> None:
         """Logs an interval.
 
-        values: epoch, step, steps, lr, losses, grad_norm, images_per_s, data_share, left_s; teacher_share with a teacher.
+        values: epoch, step, steps, lr, losses, grad_norm, images_per_s, data_share, left_s; teacher_share with a teacher;
+            gradient_shares if they were measured.
         """
         self.event("step", **values)
         if not self.active:
             return
         scalars = {f"loss/{name}": value for name, value in values["losses"].items()}
+        scalars |= {f"gradient/{name}": value for name, value in values.get("gradient_shares", {}).items()}
         self._track(values["step"], scalars | {name: values[name] for name in SCALARS if name in values})
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values["losses"].items())
         teacher = f"teacher {values['teacher_share']:.0%}  " if "teacher_share" in values else ""

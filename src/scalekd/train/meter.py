@@ -87,6 +87,7 @@ class Meter:
             images_per_s=timed * self.config.batch_size / seconds,
             data_share=self.data.seconds() / seconds,
             **({"teacher_share": teacher.seconds() / seconds} if teacher else {}),
+            **({"gradient_shares": shares} if (shares := self.run.gradient_shares()) else {}),
             left_s=seconds / timed * (total - step),
         )
         self.sums, self.counted, self.timed, self.first_bad, self.window = {}, 0, 0, None, now

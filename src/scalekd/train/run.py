@@ -134,6 +134,10 @@ class Run(ABC):
         """Events to log at the end of the run: name -> values."""
         return {}
 
+    def gradient_shares(self) -> dict[str, float]:
+        """The share of each loss in the gradient at the student's backbone, as last measured; {} if it never was."""
+        return {}
+
     @property
     def teacher_clock(self) -> Stopwatch | None:
         """The time spent in the teachers' forward passes; None without a teacher."""

@@ -39,16 +39,25 @@ class Card(BaseModel):
 def read_card(file: Path) -> dict[str, Any]:
     """A student's card. Raises `UserError` if it is not valid, or its model is not a timm model."""
     try:
-        card = json.loads(file.read_text())
+        text = file.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a valid student card: {first_line(error)}") from None
+    return checked_card(text, str(file))
+
+
+def checked_card(text: str, where: str) -> dict[str, Any]:
+    """The card in a text. where: the file it is from. Raises `UserError` as `read_card`."""
+    try:
+        card: dict[str, Any] = json.loads(text)
         Card.model_validate(card)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{file} is not a valid student card: {shortened(f'{key}: ' * bool(key) + first['msg'])}"
+            f"{where} is not a valid student card: {shortened(f'{key}: ' * bool(key) + first['msg'])}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a valid student card: {first_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not a valid student card: {first_line(error)}") from None
     return card
 
 

@@ -14,6 +14,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import in_shell, printable, shortened
 
+from ..licences import UNKNOWN, derived, licence_of, licences_in
 from ..names import models_like
 from .file import ENDINGS, as_overrides, as_text, train_arguments, weights_in
 
@@ -35,6 +36,7 @@ class Described(NamedTuple):
     crop_pct: float
     classes: list[str] | None  # names in the order of the classifier's rows, if known
     sha256: str | None = None  # of `weights`, if known
+    licence: str = UNKNOWN  # of `weights`
 
 
 def with_folders(values: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +177,7 @@ def _from_card(file: Path) -> Described:
         card["crop_pct"],
         card["classes"],
         card.get("sha256"),
+        licence_of(card) if "license" in card else derived(licences_in(card).values()),
     )
 
 
@@ -215,6 +218,8 @@ def _from_config(file: Path) -> Described:
             str(made_for.get("interpolation", "bicubic")),
             float(made_for.get("crop_pct") or 0.875),
             [str(name) for name in names] if isinstance(names, list) else None,
+            None,
+            licence_of(made_for),
         )
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a valid timm configuration: {shortened(first_line(error))}") from None

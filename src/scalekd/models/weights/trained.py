@@ -28,6 +28,7 @@ class Loaded:
     keys: dict[str, list[str]] = field(default_factory=dict)  # `matched`, `missing`, `unexpected`, as `grouped`
     noise: float | None = None  # `noise_share`; None if unknown
     exported: bool = False  # whether the card of a scalekd run next to the file has its sha256
+    licence: str | None = None  # of the weights, as timm names it, or `unknown`; None for random values
 
     @property
     def untrained(self) -> bool:

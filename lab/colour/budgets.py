@@ -1,0 +1,98 @@
+"""Writes the ladders of the second laboratory: the same students and methods for 300, 1,500 and 6,000 steps.
+
+    python lab/colour/budgets.py
+
+writes lab/colour/steps-300.yaml, steps-1500.yaml and steps-6000.yaml. To compare another method, add it to METHODS.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+STEPS_PER_EPOCH = 300  # 9,600 images in batches of 32
+BUDGETS = (300, 1500, 6000)
+WARMUP = 0.05  # part of the steps in which the learning rate rises, as in the recipe own-data
+OWN_RATE = 3e-3  # of the methods' own parameters, for every student, as in the first laboratory
+
+STUDENTS: dict[str, dict[str, Any]] = {  # without optim.projector_lr, which follows from OWN_RATE
+    "CNN": {
+        "student": {
+            "model": "resnet10t",
+            "kwargs": {"channels": [24, 48, 96, 128], "stem_width": 16, "output_stride": 16},
+        },
+        "optim": {"lr": 3e-3},
+    },
+    "ViT": {
+        "student": {
+            "model": "vit_tiny_patch16_224",
+            "kwargs": {
+                "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "class_token": False, "global_pool": "avg"
+            },
+        },
+        "optim": {"lr": 1e-3},
+    },
+    "pre-trained CNN": {
+        "student": {
+            "model": "efficientnet_lite0",
+            "weights": "runs/colour/efficientnet_lite0.safetensors",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+        },
+        "optim": {"lr": 1e-3},
+    },
+}  # fmt: skip
+
+METHODS: dict[str, dict[str, Any]] = {  # with the weights of their papers, as in the shipped ladder own-methods
+    "no teacher": {"teacher": None, "losses": {"ce": {}}},
+    "KD": {"losses": {"ce": {"weight": 0.5}, "kd": {"weight": 0.5}}},
+    "DIST": {"losses": {"ce": {}, "dist": {"weight": 2}}},
+    "FD": {"losses": {"ce": {}, "fd": {}}},
+    "CAP": {"losses": {"ce": {}, "cap": {}}},
+    "ScaleKD with KD": {"losses": {"ce": {"weight": 0.5}, "kd": {"weight": 0.5}, "scalekd": {}}},
+}
+
+
+def ladder(steps: int) -> dict[str, Any]:
+    epochs = steps // STEPS_PER_EPOCH
+    return {
+        "name": f"steps-{steps}",
+        "title": f"{steps:,} steps on colour images, a DINOv2 teacher, other artists in the test",
+        "recipe": "base.yaml",
+        # one validation, at the end: it chooses nothing
+        "set": {"train": {"epochs": epochs, "eval_every": epochs}, "schedule": {"warmup_epochs": WARMUP * epochs}},
+        "students": {label: with_own_rate(student) for label, student in STUDENTS.items()},
+        "methods": METHODS,
+        "baseline": "no teacher",
+        "seeds": [0, 1, 2],
+    }
+
+
+def with_own_rate(student: dict[str, Any]) -> dict[str, Any]:
+    lr = student["optim"]["lr"]
+    return student | {"optim": {"lr": lr, "projector_lr": round(OWN_RATE / lr, 2)}}
+
+
+class _Plain(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def text(steps: int) -> str:
+    """The ladder file."""
+    made = ladder(steps)
+    header = (
+        f"# {made['title']}.\n"
+        f"# command:  scalekd compare lab/colour/{made['name']}.yaml --out docs/results/lab-colour/{made['name']} "
+        "--share-teacher\n"
+        "# written by lab/colour/budgets.py\n"
+    )
+    return header + yaml.dump(made, Dumper=_Plain, sort_keys=False, width=120, default_flow_style=None)
+
+
+if __name__ == "__main__":
+    for steps in BUDGETS:
+        (HERE / f"steps-{steps}.yaml").write_text(text(steps))

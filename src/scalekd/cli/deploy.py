@@ -1,0 +1,193 @@
+"""`scalekd evaluate`, `export`, `predict`, `embed` and `push`: the student of a run in use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalekd import api
+from scalekd.common.errors import UserError
+from scalekd.common.text import counted, printable
+
+from .options import DEVICE, command
+
+if TYPE_CHECKING:
+    from scalekd.common.results import Prediction, Predictions
+
+STUDENT = "a run's folder, a .safetensors file or an .onnx file"
+WIDTH = 80  # of the table, in characters
+NAME, CLASS = 32, 20  # of its columns
+STDOUT = "-"
+
+
+def add_commands(commands: Any) -> None:
+    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
+    sub.add_argument("student", type=Path, help=STUDENT)
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
+    )
+    sub.add_argument("--device", help=DEVICE)
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
+    sub.add_argument("run_folder", type=Path, help="the run's folder")
+    sub.add_argument(
+        "--checkpoint",
+        choices=["best", "last"],
+        default="last",
+        help="which weights: the best by top-1 on the validation images, or the last (default)",
+    )
+    sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
+
+    sub = command(commands, "predict", _predict, "print the most probable classes of images")
+    _add_inputs(sub)
+    sub.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    sub.add_argument("--csv", metavar="FILE", help="write a table to this file; - for standard output")
+    sub.add_argument("--jsonl", metavar="FILE", help="write a JSON object per image; - for standard output")
+    sub.add_argument("--sheet", type=Path, metavar="FILE", help="draw the images with their classes, as .png or .jpg")
+    _add_speed(sub)
+
+    sub = command(commands, "embed", _embed, "write the pooled features of images")
+    _add_inputs(sub)
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npy, with the names in .names.txt next to it, or .safetensors, with the names in its metadata",
+    )
+    _add_speed(sub)
+
+    sub = command(commands, "push", _push, "upload a student to the Hugging Face Hub in timm's format")
+    sub.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
+    sub.add_argument("repo", metavar="USER/NAME", help="where; created if it does not exist")
+    sub.add_argument("--private", action="store_true", help="create it as a private one")
+    sub.add_argument("--dry-run", action="store_true", help="make and check the files, list them, and send nothing")
+
+
+def _add_inputs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("student", type=Path, metavar="STUDENT", help=STUDENT)
+    sub.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="an image, a folder that is searched at any depth, or a source such as tar:FILE",
+    )
+
+
+def _add_speed(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    sub.add_argument("--workers", type=workers, default="auto", metavar="N", help="processes that read images")
+    sub.add_argument("--device", help=DEVICE)
+
+
+def workers(text: str) -> int | str:
+    """A number, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
+        )
+
+
+def _export(args: argparse.Namespace) -> None:
+    result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
+    print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
+    for file, difference in result.differences.items():
+        reader = "onnxruntime" if file == result.onnx else "timm loads it back"
+        print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if args.csv == args.jsonl == STDOUT:
+        raise UserError("--csv and --jsonl: only one of them can go to standard output")
+    files = {name: None if getattr(args, name) == STDOUT else getattr(args, name) for name in ("csv", "jsonl")}
+    found = api.predict(
+        args.student,
+        args.inputs,
+        top=args.top,
+        csv=files["csv"],
+        jsonl=files["jsonl"],
+        sheet=args.sheet,
+        batch=args.batch,
+        workers=args.workers,
+        device=args.device,
+        verbose=True,
+    )
+    if STDOUT in (args.csv, args.jsonl):
+        from scalekd.runs.prediction_files import as_csv, as_json_lines
+
+        print((as_csv if args.csv == STDOUT else as_json_lines)(found.images), end="")
+    elif not (args.csv or args.jsonl):
+        print("\n".join(table(found.images)))
+    print(printable(_summary(found)), file=sys.stderr)
+    for file in (files["csv"], files["jsonl"], args.sheet):
+        if file:
+            print(printable(f"written: {file}"), file=sys.stderr)
+
+
+def table(rows: list[Prediction]) -> list[str]:
+    """A line for each image, at most `WIDTH` characters: its name, the best class with its probability, the others."""
+    names = [_cut(row.image, NAME, from_end=True) for row in rows]
+    width = max(5, *map(len, names))
+    first = max(5, *(len(_cut(printable(row.classes[0]), CLASS)) for row in rows))
+    lines = [f"{'image':{width}}  {'class':{first}}      %  next".rstrip()]
+    for row, name in zip(rows, names):
+        best, *others = [(printable(c), 100 * p) for c, p in zip(row.classes, row.probabilities)]
+        line = f"{name:{width}}  {_cut(best[0], CLASS):{first}}  {best[1]:5.1f}  "
+        for i, (other, share) in enumerate(others):
+            text = ", " * (i > 0) + f"{other} {share:.1f}"
+            if len(line) + len(text) > WIDTH:
+                break
+            line += text
+        lines.append(line.rstrip())
+    return lines
+
+
+def _cut(text: str, most: int, from_end: bool = False) -> str:
+    if len(text) <= most:
+        return text
+    return f"...{text[3 - most :]}" if from_end else f"{text[: max(0, most - 3)]}..."[:most]
+
+
+def _summary(found: Predictions) -> str:
+    classes = Counter(row.classes[0] for row in found.images).most_common()
+    listed = ", ".join(f"{number} {name}" for name, number in classes[:5]) + ", ..." * (len(classes) > 5)
+    return f"{counted(len(found.images), 'image')}: {listed}{_skipped(found.skipped)}"
+
+
+def _skipped(skipped: dict[str, str]) -> str:
+    return f"; {counted(len(skipped), 'image')} skipped" if skipped else ""
+
+
+def _embed(args: argparse.Namespace) -> None:
+    found = api.embed(
+        args.student,
+        args.inputs,
+        out=args.out,
+        batch=args.batch,
+        workers=args.workers,
+        device=args.device,
+        verbose=True,
+    )
+    count, width = found.features.shape
+    print(printable(f"{args.out}  {count} x {width}, float32{_skipped(found.skipped)}"))
+
+
+def _push(args: argparse.Namespace) -> None:
+    found = api.push(args.run_folder, args.repo, private=args.private, dry_run=args.dry_run)
+    print("timm loads the files back: equal logits to the last bit")
+    for name, size in found.files.items():
+        print(f"  {name:20} {size:>14,} bytes")
+    print(printable(f"uploaded: {found.url}" if found.url else f"nothing was sent to {found.repo} (--dry-run)"))
