@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from small_images import write_images
 from whole_runs import PLAIN_LOSSES, TINY, changed
@@ -72,6 +73,27 @@ def plain_recipe(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
         losses=PLAIN_LOSSES,
         optim={"name": "momentum", "lr": 0.01},
     )
+
+
+@pytest.fixture
+def cheap_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For models of full size: drawing their random numbers takes longer than a step with them; these repeat."""
+    uniform, normal = torch.rand(2**20), torch.randn(2**20)
+
+    def filled(tensor, block):
+        for part in tensor.view(-1).split(len(block)):
+            part.copy_(block[: len(part)])
+        return tensor
+
+    def uniform_(tensor, low=0.0, high=1.0, generator=None):
+        return filled(tensor, uniform[: tensor.numel()] * (high - low) + low)
+
+    def normal_(tensor, mean=0.0, std=1.0, generator=None):
+        return filled(tensor, normal[: tensor.numel()] * std + mean)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
+    monkeypatch.setattr(torch.Tensor, "normal_", normal_)
+    monkeypatch.setattr(torch.Tensor, "erfinv_", lambda tensor: tensor)  # truncated normal: uniform will do
 
 
 class Result(NamedTuple):

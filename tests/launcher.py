@@ -8,7 +8,7 @@ send it a signal, to kill it, or to see its exit code and what it prints, start 
 
 The process has its own arguments, environment, working folder and output, and ends as any Python process does. What it
 shares with others of the same pytest worker is what was imported, and the seed of Python's hashes. Each test of a start
-itself, and at least one test of each kind of command, starts a fresh process.
+itself starts a fresh process, and so does one whole run (test_stops.py) and one launch with torchrun (test_launch.py).
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ import math
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -178,12 +176,6 @@ def compare(*options):
     return launcher.start("-m", "scalekd", "compare", *options, "--device", "cpu", fork_server=True)
 
 
-def fresh_compare(*options):
-    """As `compare`, but Python starts anew, and multiprocessing's fork server too."""
-    command = [sys.executable, "-m", "scalekd", "compare", *map(str, options), "--device", "cpu"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def finish(process):
     out, err = process.communicate(timeout=250)
     return process.returncode, out, err
@@ -193,7 +185,7 @@ def finish(process):
 def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path, image_folder):
     out = tmp_path / "out"
     file = ladder_file()
-    code, text, err = finish(fresh_compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
+    code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
     assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())

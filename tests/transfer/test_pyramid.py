@@ -24,6 +24,7 @@ def grids(maps: list[torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(m.shape[-2:]) for m in maps]
 
 
+@pytest.mark.usefixtures("cheap_initial_values")
 @pytest.mark.parametrize(("name", "channels", "first"), FIVE)
 def test_the_maps_of_the_papers_students_and_the_gradient_in_every_parameter(name, channels, first):
     torch.manual_seed(0)

@@ -376,27 +376,6 @@ def small(name: str, folder: Path) -> list[str]:
     return overrides + (["teacher.weights=random"] if teacher else [])  # so it has our classes
 
 
-@pytest.fixture
-def cheap_initial_values(monkeypatch):
-    """Drawing 350 million random numbers takes longer than a step with them; these repeat after a million."""
-    uniform, normal = torch.rand(2**20), torch.randn(2**20)
-
-    def filled(tensor, block):
-        for part in tensor.view(-1).split(len(block)):
-            part.copy_(block[: len(part)])
-        return tensor
-
-    def uniform_(tensor, low=0.0, high=1.0, generator=None):
-        return filled(tensor, uniform[: tensor.numel()] * (high - low) + low)
-
-    def normal_(tensor, mean=0.0, std=1.0, generator=None):
-        return filled(tensor, normal[: tensor.numel()] * std + mean)
-
-    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
-    monkeypatch.setattr(torch.Tensor, "normal_", normal_)
-    monkeypatch.setattr(torch.Tensor, "erfinv_", lambda tensor: tensor)  # truncated normal: uniform will do
-
-
 @pytest.mark.parametrize("name", STEPPED)
 def test_a_recipe_is_built_and_stepped(name, tmp_path, cheap_initial_values):
     config = load_recipe(name, small(name, tmp_path))

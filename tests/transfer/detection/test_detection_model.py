@@ -44,6 +44,7 @@ def check_prediction(found: dict[str, torch.Tensor], height: int, width: int, cl
     assert ((found["labels"] >= 1) & (found["labels"] <= classes)).all()
 
 
+@pytest.mark.usefixtures("cheap_initial_values")
 @pytest.mark.parametrize(
     ("name", "first"),
     [
