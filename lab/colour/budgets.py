@@ -17,13 +17,16 @@ STEPS_PER_EPOCH = 300  # 9,600 images in batches of 32
 BUDGETS = (300, 1500, 6000)
 WARMUP = 0.05  # part of the steps in which the learning rate rises, as in the recipe own-data
 OWN_RATE = 3e-3  # of the methods' own parameters, for every student, as in the first laboratory
+# of the pre-trained student; the others have them too, or they would not share the teacher's outputs with it
+PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 STUDENTS: dict[str, dict[str, Any]] = {  # without optim.projector_lr, which follows from OWN_RATE
     "CNN": {
         "student": {
             "model": "resnet10t",
             "kwargs": {"channels": [24, 48, 96, 128], "stem_width": 16, "output_stride": 16},
-        },
+        }
+        | PIXELS,
         "optim": {"lr": 3e-3},
     },
     "ViT": {
@@ -32,16 +35,16 @@ STUDENTS: dict[str, dict[str, Any]] = {  # without optim.projector_lr, which fol
             "kwargs": {
                 "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "class_token": False, "global_pool": "avg"
             },
-        },
+        }
+        | PIXELS,
         "optim": {"lr": 1e-3},
     },
     "pre-trained CNN": {
         "student": {
             "model": "efficientnet_lite0",
             "weights": "runs/colour/efficientnet_lite0.safetensors",
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-        },
+        }
+        | PIXELS,
         "optim": {"lr": 1e-3},
     },
 }  # fmt: skip

@@ -29,5 +29,8 @@ test -f $out/head/head.json || "$run" head vit_small_patch14_dinov2 --weights $o
     --data tar:$out/data/train.tar --val tar:$out/data/test.tar --image-size 56 --crop-pct 1.0 --out $out/head
 test "${1:-}" != prepare || exit 0
 for steps in $budgets; do
-    "$run" compare "lab/colour/steps-$steps.yaml" --out "docs/results/lab-colour/steps-$steps" --share-teacher "$@"
+    for seeds in 1 2 3; do # one more each time, so that the disk holds the teacher's outputs of one seed only
+        "$run" compare "lab/colour/steps-$steps.yaml" --out "docs/results/lab-colour/steps-$steps" --share-teacher \
+            --seeds $seeds "$@"
+    done
 done
