@@ -13,8 +13,11 @@ from pathlib import Path
 
 import launcher
 import pytest
+import timm
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 from scipy import stats
 from whole_runs import TINY
 
@@ -75,6 +78,15 @@ def test_runs_that_cannot_be_compared_are_rejected(ladder_file):
     chain = METHODS | {"chain": {"assistant": {"student": {"model": "test_vit"}}, "losses": {"ce": {}, "kd": {}}}}
     with pytest.raises(UserError, match=r"chain: 1 problem\n  - assistant: a comparison trains no assistants"):
         jobs(load_ladder(ladder_file(methods=chain)))
+
+
+def test_runs_share_the_head_that_they_fit(ladder_file, tmp_path):
+    ladder = load_ladder(ladder_file(set={"teacher": {"head": "fit"}}))
+    first, *_, last = settled(jobs(ladder), tmp_path / "out", Place("cpu", 1))
+    assert first.config.teacher is None and last.config.teacher.head == str(tmp_path / "out" / "head")
+    ladder = load_ladder(ladder_file(set={"teacher": {"head": "fit"}}, students={"A": {}, "B": {"data": {"limit": 9}}}))
+    with pytest.raises(UserError, match=r"B, KD: 1 problem\n  - teacher.head: `fit` fits one head for all runs"):
+        jobs(ladder)
 
 
 def test_the_seed_replaces_its_placeholder(ladder_file):
@@ -184,10 +196,12 @@ def finish(process):
 @pytest.mark.slow
 def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path, image_folder):
     out = tmp_path / "out"
-    file = ladder_file()
+    trained = timm.create_model("test_vit", depth=4, img_size=48).state_dict()
+    save_file({k: v + 0.1 * torch.rand_like(v[:1]) for k, v in trained.items()}, tmp_path / "vit.safetensors")
+    file = ladder_file(set={"teacher": {"weights": str(tmp_path / "vit.safetensors"), "head": "fit"}})
     code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
-    assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
+    assert text.count("seed 0: top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())
     for method in METHODS:
         folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
@@ -197,6 +211,9 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     assert made["about"][0] == "A try." and made["finished"] == 3 and made["failed"] == []
     assert "KD" in (out / "summary.md").read_text() and "<html" in (out / "report.html").read_text()
     assert not (out / "outputs").exists()
+
+    held = {"head.safetensors", "head.json"}
+    assert {p.name for p in out.rglob("head.*")} == held and {p.parent for p in out.rglob("head.*")} == {out / "head"}
 
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
     code, text, err = finish(compare(file, "--out", out, "--seeds", "1"))
@@ -210,9 +227,12 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     # the records replace deleted folders; a record with another recipe does not count
     (out / "runs").rename(tmp_path / "away")
     ladder = load_ladder(file)
-    assert len(known_records(out, jobs(chosen(ladder, [], [], 1)))) == 3
-    assert known_records(out, jobs(ladder, ["optim.lr=0.3"])) == {}
-    assert len(known_records(out, jobs(ladder, ["train.save_minutes=3"]))) == 3  # the same runs
+
+    def known(part, overrides=()):
+        return known_records(out, settled(jobs(part, overrides), out, Place("cpu", 1)))
+
+    assert len(known(chosen(ladder, [], [], 1))) == 3 and known(ladder, ["optim.lr=0.3"]) == {}
+    assert len(known(ladder, ["train.save_minutes=3"])) == 3  # the same runs
 
 
 @pytest.mark.slow
