@@ -120,7 +120,7 @@ def long_recipe(random_recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes through /proc")
 def test_a_killed_process_is_brought_back_and_ends_as_one_left_alone(long_recipe, tmp_path):
     """After kill -9 of one process, torchrun --max-restarts resumes both from the last checkpoint."""
-    whole = with_two(long_recipe, tmp_path)
+    whole = with_two(long_recipe, tmp_path, "--no-preflight")
     parts = tmp_path / "parts"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     command += [*train_command(long_recipe, tmp_path, "parts"), "--no-preflight"]

@@ -252,7 +252,7 @@ def test_a_run_fails_and_the_others_finish(ladder_file, tmp_path, image_folder):
 @pytest.mark.slow
 def test_a_stopped_comparison_resumes(ladder_file, tmp_path):
     file = ladder_file(methods={k: METHODS[k] for k in ("none", "KD")}, seeds=[0])
-    options = (file, "train.epochs=15", "--out", tmp_path / "out", "--jobs", "1")
+    options = (file, "train.epochs=9", "--out", tmp_path / "out", "--jobs", "1")
     process = compare(*options)
     runs = tmp_path / "out" / "runs"
     end = time.monotonic() + 120
@@ -269,7 +269,7 @@ def test_a_stopped_comparison_resumes(ladder_file, tmp_path):
 @pytest.mark.slow
 def test_a_killed_comparison_ends_its_runs_and_resumes(ladder_file, tmp_path):
     file = ladder_file(methods={k: METHODS[k] for k in ("none", "KD")}, seeds=[0])
-    options = (file, "train.epochs=15", "--out", tmp_path / "out", "--jobs", "1")
+    options = (file, "train.epochs=9", "--out", tmp_path / "out", "--jobs", "1")
     process = compare(*options)
     runs = tmp_path / "out" / "runs"
     end = time.monotonic() + 120
