@@ -26,7 +26,10 @@ class Released(NamedTuple):
     attention: float  # `softmax_scale`
     stage_3: str  # name of the student's module that ends stage 3
     stage_4: str
-    teacher: tuple[str, str] = ("layers.2", "norm")  # the names for the teacher: of Swin, whose target is after its norm
+    teacher: tuple[str, str] = (
+        "layers.2",
+        "norm",
+    )  # the names for the teacher: of Swin, whose target is after its norm
 
 
 class Projector(nn.Module):

@@ -177,6 +177,7 @@ def listed(source: Source, indices: Sequence[int]) -> Listing:
         [place if isinstance(place, str) else str(place or i) for place, i in zip(places, indices)],
         places,
         lambda i: source[indices[i]][0].tobytes(),
+        lambda i: source.where(indices[i]),
     )
 
 

@@ -156,7 +156,8 @@ class SegmentationImages(Dataset):
     def listed(self) -> Listing:
         """Names and files of the images and masks, for their fingerprint."""
         files = [str(file) for pair in zip(self.pairs.images, self.pairs.masks) for file in pair]
-        return Listing(self.pairs.classes, [self.pairs.reduce_zero_label] * len(self.pairs), files, files)
+        labels = [self.pairs.reduce_zero_label] * len(self.pairs)
+        return Listing(self.pairs.classes, labels, files, files, called=lambda i: self.pairs.where(i // 2))
 
     def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key
