@@ -275,7 +275,7 @@ def test_images_that_are_readable_again_leave_the_list(cli, recipe, image_folder
     assert "data.max_bad allows 2" in cli(*command).err
     for victim, data in zip(victims, kept):
         victim.write_bytes(data)
-    assert cli(*command, "train.resume_anyway=[data]").code == 0  # their sizes differ from those of the empty files
+    assert cli(*command).code == 0  # also those that the run did not meet: the files were empty
     assert (tmp_path / "run" / "bad-images.txt").read_text() == ""
 
 

@@ -100,7 +100,7 @@ def _files(known: Fingerprint) -> list[bytes]:
 
 
 def _file(size: int | None, digest: bytes | None) -> bytes:
-    if size == -1 or digest == UNREADABLE:
+    if size in (-1, 0) or digest == UNREADABLE:  # an empty file is no image
         return UNREADABLE
     return hashlib.sha256(str(size).encode() + (digest or b"")).digest()[:DIGEST]
 
