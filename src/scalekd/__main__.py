@@ -10,10 +10,11 @@ from scalekd.common.stop import Stopped, StopRequest, ignore_signals
 def main() -> int:
     """Runs a command and returns its exit code. A signal counts from here to the end of the process."""
     try:
-        with StopRequest():
+        with StopRequest() as stop:
             from scalekd.cli.app import main as command
 
             code = command()
+            stop.finish()
     except Stopped as stopped:
         print(f"scalekd: {stopped}", file=sys.stderr)
         code = stopped.exit_code

@@ -190,5 +190,7 @@ def test_a_class_without_a_readable_pair_is_named(folder):
     bad = BadImages("val", 4, 1.0)
     assert len(list(eval_batches(SegmentationImages(pairs, PLAIN, None, bad), 4, 0, False))) == 1
     (folder / "images" / "3.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 1 validation images of the class sky can be read, such as .*3.png"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 validation images of the class sky can be read, such as .*3.png"
+    ):
         list(eval_batches(SegmentationImages(pairs, PLAIN, None, bad), 4, 0, False))
