@@ -287,6 +287,22 @@ def test_a_class_without_a_readable_image_is_named(image_folder, max_bad):
         list(train_batches(images_of(image_folder, max_bad=max_bad), TrainSampler(24, 8, 3, 3), 0, pin=False))
 
 
+def test_a_worker_that_was_killed_with_a_lock_holds_up_nothing(image_folder):
+    """PyTorch waits for that lock when it ends its workers."""
+    batches = train_batches(images_of(image_folder), TrainSampler(24, 8, 3, 30), 1, pin=False)
+    next(batches)
+    iterator = batches.gi_frame.f_locals["batches"].gi_frame.f_locals["iterator"]
+    iterator._workers_done_event._cond.acquire()
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the end of the workers is waited for"))
+    signal.alarm(10)
+    try:
+        batches.close()
+        del iterator
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_bad_images_of_all_processes_count(monkeypatch, tmp_path):
     from scalekd.common import parallel
 
