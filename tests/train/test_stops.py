@@ -90,7 +90,8 @@ def test_what_hangs_in_a_library_is_ended(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 75
 
 
-def test_hangup_stops_saved_but_not_under_nohup(monkeypatch):
+def test_hangup_stops_saved_but_not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     with StopRequest() as stop:
         stop.wait_for_step = True
         os.kill(os.getpid(), signal.SIGHUP)
@@ -101,7 +102,7 @@ def test_hangup_stops_saved_but_not_under_nohup(monkeypatch):
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number == 0
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_until_handled(pid: int) -> None:
@@ -198,6 +199,18 @@ def test_a_wait_answers_signals(image_folder, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
             list(batches)
+
+
+def test_a_copied_loader_does_not_kill_the_workers(image_folder):
+    """A worker of another loader holds a copy of this one, and may collect it."""
+    batches = train_batches(images_of(image_folder), TrainSampler(24, 8, 3, 6), 2, pin=False)
+    next(batches)
+    started = multiprocessing.active_children()
+    copied = multiprocessing.get_context("fork").Process(target=batches.close)
+    copied.start()
+    for process in (copied, *started):  # the copy asks them to end, as PyTorch does
+        process.join(20)
+        assert process.exitcode == 0
 
 
 def test_a_worker_that_cannot_send_ends(cli, recipe, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def loaded(
         if watch:
             watch.done.set()
         iterator = None  # ends the workers
-        _kill([p for p in processes if p.is_alive()])  # hung ones would hold up the end of this process
+        _kill(processes)  # hung ones would hold up the end of this process
 
 
 def _next(iterator: Any, watch: _Watch) -> Any:
@@ -154,8 +154,13 @@ def _processor_seconds(processes: Iterable[BaseProcess]) -> float | None:
 
 
 def _kill(processes: Iterable[BaseProcess]) -> None:
-    """Kills workers, stopped ones too. PyTorch's handler would raise an error for each that ends."""
-    processes = list(processes)
+    """Kills workers of this process, stopped ones too. PyTorch's handler would raise an error for each that ends.
+
+    A worker of a second loader is a copy of this process. If it collects the copy of an unfinished `loaded`, the
+    workers of the first loader are not its own, and it leaves them alone.
+    """
+    own = multiprocessing.active_children()
+    processes = [process for process in processes if process in own]
     if not processes or threading.current_thread() is not threading.main_thread():
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
