@@ -30,8 +30,13 @@ from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
 from scalekd.compare.progress import Board
 from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import Place, places, run_all
+from scalekd.compare.same_inputs import check_finished
 from scalekd.compare.shared_outputs import Outputs
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.data.batches import listed
+from scalekd.data.fingerprint import fingerprint
+from scalekd.data.split import open_split
+from scalekd.models.weights.match import sha256_of
 from scalekd.train import hardware
 
 METHODS = {
@@ -510,6 +515,39 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     (tmp_path / "b").mkdir()
     write_records(tmp_path / "b", found)
     assert known_records(tmp_path / "b", second) == found  # reused records are known without the other comparison
+
+
+def test_finished_runs_with_other_images_or_teachers_do_not_count(ladder_file, tmp_path, image_folder):
+    """Those of another comparison too, whose runs have other labels."""
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"1")
+    methods = METHODS | {"KD": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}}
+    first = jobs(load_ladder(ladder_file(name="first", methods=methods, seeds=[0])))
+    (tmp_path / "a").mkdir()
+    write_records(tmp_path / "a", {j: record(j, 10.0) for j in first})
+    split = open_split(first[0].config.data)
+    data = {
+        part: fingerprint(listed(source, indices))
+        for part, source, indices in (
+            ("train", split.train, split.train_indices),
+            ("val", split.val, split.val_indices),
+        )
+    }
+    for job in first:
+        (tmp_path / "a" / "runs" / job.folder).mkdir(parents=True)
+        inputs = {"data": data, "teacher": {"teacher": [sha256_of(weights), None]}, "versions": {}}
+        (tmp_path / "a" / "runs" / job.folder / "inputs.json").write_text(json.dumps(inputs))
+    methods = {"nothing": methods["none"], "other": methods["KD"]}
+    second = jobs(load_ladder(ladder_file(name="second", methods=methods, baseline="nothing", seeds=[0])))
+    found = known_records(tmp_path / "b", second, [tmp_path / "a"])
+    check_finished(found, tmp_path / "b")
+    weights.write_bytes(b"2")
+    with pytest.raises(UserError, match=r"the teacher changed since .*/KD/seed-0 was finished: the weights of teacher"):
+        check_finished(found, tmp_path / "b")
+    weights.write_bytes(b"1")
+    next((image_folder / "train").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"the images changed since .*/none/seed-0 .*\n.*without `known`"):
+        check_finished(found, tmp_path / "b")
 
 
 def test_records_of_a_version_with_fewer_options_are_known(ladder_file, tmp_path):

@@ -19,13 +19,9 @@ from scalekd.common.files import in_use, reject_links, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
-from scalekd.data.batches import listed
 from scalekd.data.description import KEY, tell_data
-from scalekd.data.fingerprint import fingerprint
 from scalekd.data.split import open_split
 from scalekd.runs.heads import fit_into, with_heads
-from scalekd.train.fingerprints import FILE as INPUTS
-from scalekd.train.fingerprints import data_changes
 from scalekd.train.hardware import resolved
 
 from .ladder import Job, Ladder, fits_heads, jobs, ladder_text
@@ -35,6 +31,7 @@ from .progress import Board
 from .report import write_comparison
 from .results import FILE, Record, held_values, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
+from .same_inputs import check_finished
 from .shared_outputs import Outputs
 
 
@@ -80,8 +77,8 @@ def compare(
         where = f"{len(places)} at a time on {places[0].device}"
         say(console, f"{ladder.title or ladder.name}: {counts}; {where}; {_budget(planned)}")
         described = _described(planned[0], out, bool(missing))
-        if missing:
-            _check_images(missing[0], records, out)
+        if missing or known:
+            check_finished(records, out)
         tell_data(console, described)
         if missing:
             _fit_heads(wanted, out, places[0], console)
@@ -152,27 +149,6 @@ def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
         return dict(json.loads((out / "summary.json").read_text())[KEY])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _check_images(job: Job, records: Iterable[Job], out: Path) -> None:
-    """Raises `UserError` if the images changed since a run with the same recipe section `data` was finished in `out`.
-
-    The new runs would then be compared with runs on other images.
-    """
-    same = [out / "runs" / done.folder for done in records if done.config.data == job.config.data]
-    folder = next((folder for folder in same if (folder / INPUTS).is_file()), None)
-    if folder is None:
-        return
-    split = open_split(job.config.data)
-    now = {
-        "train": fingerprint(listed(split.train, split.train_indices)),
-        "val": fingerprint(listed(split.val, split.val_indices)),
-    }
-    if changes := data_changes(folder, now):
-        raise UserError(
-            f"the images changed since {folder} was finished: {'; '.join(changes)}.\nRestore them, or start a new "
-            "comparison in another folder with `out`"
-        )
 
 
 def _check_out(out: Path) -> None:
