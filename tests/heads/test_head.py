@@ -28,6 +28,7 @@ from scalekd.common.errors import UserError
 from scalekd.config.recipe import check_config, load_recipe
 from scalekd.data.options import Data
 from scalekd.distill.build import build
+from scalekd.heads import features as head_features
 from scalekd.heads import fit_head as head
 from scalekd.heads import linear as head_solver
 from scalekd.heads import page as head_page
@@ -71,9 +72,9 @@ def fitted_on(
 ) -> dict[str, Any]:
     """`fit_head` of root/w.safetensors on the images in root."""
     spec = Model(model=name, weights=str(root / "w.safetensors"), kwargs=kwargs, image_size=options.pop("size", 48))
-    data = Data(
-        train=str(root / "train"), val=str(options.pop("val", root / "val")), limit=options.pop("limit", None), seed=0
-    )
+    sources = {"train": str(root / "train"), "val": str(options.pop("val", root / "val"))}
+    read = {key: options.pop(key) for key in ("limit", "on_bad_image", "max_bad") if key in options}
+    data = Data.model_validate(sources | read | {"seed": 0})
     return fit_head(spec, data, root / out, CPU, Console(file=io.StringIO()), cache=root / "cache", **options)
 
 
@@ -611,6 +612,35 @@ def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_
         open_folder(run, config, run_head.heads_of(config))
     with pytest.raises(UserError, match=r"^teachers\.a\.head: `fit` works only in `scalekd train`"):
         build(config, CPU)
+
+
+def test_unreadable_images_are_left_out(own):
+    """With `data.on_bad_image: skip`, in a run too: the head is that of the other images."""
+    images = sorted(own.glob("train/*/*.png"))
+    first = images[0]
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match=r"ant/0\.png: it is empty"):
+        fitted_on(own, "new")
+    card = fitted_on(own, "new", on_bad_image="skip", max_bad=0.5)
+    assert fitted_on(own, "again", on_bad_image="skip", max_bad=0.5)["head_sha256"] == card["head_sha256"]  # cached
+    first.unlink()
+    assert fitted_on(own, "fewer")["head_sha256"] == card["head_sha256"]
+    for image in images[:8]:
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"^none of the 8 training images of the class ant can be"):
+        fitted_on(own, "none", on_bad_image="skip", max_bad=0.5)
+
+
+def test_a_batch_without_a_readable_image_is_left_out(own, monkeypatch):
+    monkeypatch.setattr(head_features, "BATCH", 2)
+    monkeypatch.setattr(head_features, "CHUNK", 4)
+    images = sorted(own.glob("train/*/*.png"))
+    for image in images[2:5]:  # the second batch, and the first image of the third
+        image.write_bytes(b"")
+    card = fitted_on(own, "new", on_bad_image="skip", max_bad=0.5)
+    for image in images[2:5]:
+        image.unlink()
+    assert fitted_on(own, "fewer")["head_sha256"] == card["head_sha256"]
 
 
 def test_a_head_needs_labels(tiny_recipe, image_folder):

@@ -117,7 +117,7 @@ class Images(Dataset):
             self.source.__getitem__,
             self.alive,
             lambda label: self.source.classes[label],
-            "training" if self.seed is not None else "validation",
+            "training" if self.bad is not None and self.bad.part == "train" else "validation",
             self.source.where(number),
         )
 
