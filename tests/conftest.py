@@ -21,6 +21,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
 os.fsync = no_fsync  # as in the processes that it starts
 
 
+FIRST = (  # the longest, which share no fixture with others of their file
+    "test_signals_at_many_moments",
+    "test_a_killed_process_is_brought_back_and_ends_as_one_left_alone",
+    "test_a_killed_run_ends_as_one_that_was_never_killed",
+    "test_demo_from_preflight_to_report",
+    "test_the_notebook_runs",
+    "test_one_node_and_two_processes_are_one_with_two_accumulated_micro_batches",
+    "test_commands_send_nothing",
+    "test_slurm_saves_on_its_signal_and_asks_to_be_queued_again",
+    "test_two_processes_give_the_run_of_one",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: at the end, pytest-xdist's other processes would be idle for as long as one of them takes."""
+    items.sort(key=lambda item: item.name not in FIRST)
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """train/ with 8 and val/ with 4 images of each of three classes, 40x40 pixels."""

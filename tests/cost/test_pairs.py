@@ -34,6 +34,7 @@ from scalekd.cost.pairs import (
     pairs,
     show,
 )
+from scalekd.models.unfilled import unfilled
 
 SHOWN = Path(__file__).parents[2] / "docs" / "results" / "pairs.md"
 
@@ -88,11 +89,11 @@ def unmeasured(monkeypatch) -> list[PaperModel]:
 def test_parameters_are_those_of_torchvision_s_models():
     same = {"resnet50": "ResNet-50", "convnext_tiny": "ConvNeXt-T", "swin_t": "Swin-T", "swin_s": "Swin-S"}
     for name, label in (same | {"swin_b": "Swin-B"}).items():
-        with torch.device("meta"):
+        with unfilled():
             other = torchvision.models.get_model(name)
         assert measured(label)["params"] == sum(p.numel() for p in other.parameters())
     assert measured("ResNet-50")["params"] == 25_557_032
-    with torch.device("meta"):
+    with unfilled():
         vit = torchvision.models.vit_b_16()
     class_token = 2 * 768  # it and its position
     assert measured("ViT-B/16")["params"] == sum(p.numel() for p in vit.parameters()) - class_token
@@ -127,7 +128,7 @@ def test_a_mixer_by_formula(label, width, depth, patch):
 
 
 def test_a_resnet_by_its_convolutions():
-    with torch.device("meta"):
+    with unfilled():
         other, images = torchvision.models.resnet50().eval(), torch.empty(1, 3, 224, 224)
     macs = []
     for conv in [m for m in other.modules() if isinstance(m, nn.Conv2d)]:
@@ -186,7 +187,7 @@ def test_every_difference_has_a_note_and_no_agreement_has():
 def norms_and_relus(label: str, **changed) -> tuple[int, int]:
     """Elements that go through norms and through ReLUs (ReLU6 too, which may be part of a norm layer)."""
     model = MODELS[label]
-    with torch.device("meta"):
+    with unfilled():
         built = timm.create_model(model.name, **model.kwargs | changed).eval()
         images = torch.empty(1, 3, model.size, model.size)
     norms, relus = [], []

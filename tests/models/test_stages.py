@@ -377,6 +377,7 @@ WORK = """
 REFUSE = "levit_128s pit_ti_224 visformer_tiny crossvit_tiny_240 efficientvit_m0 shvit_s1"
 
 
+@pytest.mark.usefixtures("cheap_initial_values")  # `randomise` replaces them
 @pytest.mark.parametrize("name", WORK.split() + REFUSE.split())
 def test_other_families_work_or_are_refused(name):
     """Whatever timm has, a view of it is right or says why there is none."""

@@ -30,8 +30,7 @@ def assert_same_runs(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
 def test_interrupted_run_is_the_uninterrupted_one(random_recipe, tmp_path, workers, accumulate):
     """With checkpoints in the middle of an epoch and log lines that span the stops."""
     recipe = changed(
@@ -48,8 +47,17 @@ def test_interrupted_run_is_the_uninterrupted_one(random_recipe, tmp_path, worke
     assert [e["step"] for e in events(tmp_path / "parts", "resumed")] == [1, 2, 3, 5]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "nesterov", "lion", "adafactor"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ("adamw", "float32"),
+        ("lamb", "bf16"),
+        ("nesterov", "float32"),
+        ("lion", "bf16"),
+        ("adafactor", "float32"),
+        ("adafactor", "bf16"),
+    ],
+)
 def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
     recipe = changed(
         light_recipe, optim={"name": optimizer}, train={"save_minutes": 0, "precision": precision, "clip_grad": 1.0}
@@ -162,11 +170,15 @@ def kill_before(monkeypatch, function: str, call: int, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
-)
-@pytest.mark.parametrize(
-    ("function", "call", "step"),
-    [("train_step", 1, 1), ("train_step", 5, 5), ("train_step", 6, 6), ("validate", 1, 3)],
+    ("number", "code", "function", "call", "step"),
+    [  # every signal twice, every moment once or twice
+        (signal.SIGTERM, 75, "train_step", 1, 1),
+        (signal.SIGINT, 130, "train_step", 1, 1),
+        (signal.SIGUSR1, 75, "train_step", 5, 5),
+        (signal.SIGTERM, 75, "train_step", 6, 6),
+        (signal.SIGINT, 130, "validate", 1, 3),
+        (signal.SIGUSR1, 75, "validate", 1, 3),
+    ],
 )
 def test_signals_save_and_exit(command, uninterrupted, tmp_path, monkeypatch, number, code, function, call, step):
     kill_before(monkeypatch, function, call, number)

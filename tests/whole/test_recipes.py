@@ -21,6 +21,7 @@ from scalekd.config.listing import IMAGENET_IMAGES, entry, listed, table
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.config.recipe_files import header, recipe_names, recipe_text
 from scalekd.distill.build import build, make_optimizer
+from scalekd.models.unfilled import unfilled
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import AUTOCAST
 
@@ -320,7 +321,7 @@ STEPPED = [pytest.param(names[0], marks=pytest.mark.slow if "-l-" in names[0] el
 @functools.cache
 def drop_paths(model: str, kwargs: str) -> bool:
     """Whether the student, built with the recipe's own arguments, has any."""
-    with torch.device("meta"):
+    with unfilled():
         student = timm.create_model(model, **json.loads(kwargs))
     return any(type(m).__name__.startswith("DropPath") and m.drop_prob > 0 for m in student.modules())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from rich.console import Console
 
 from scalekd.common.errors import UserError, first_line, nearest
@@ -16,6 +15,7 @@ from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import usual_size
 from scalekd.models.stages import Shapes, StageView
+from scalekd.models.unfilled import unfilled
 
 STUDENT = "resnet50"  # methods are built for this student unless another is given
 
@@ -71,7 +71,7 @@ def _view(name: str) -> StageView:
         hint = nearest(name.split(".")[0], timm.list_models())
         raise UserError(f"timm has no model `{printable(name)}`.{hint}")
     try:
-        with torch.device("meta"):
+        with unfilled():
             model = timm.create_model(name).eval()
     except RuntimeError as error:
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
@@ -93,7 +93,7 @@ def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) ->
             student.model, student.maps, student.final, teacher.classes, student.can_resume, student.pooled
         )
     try:
-        with torch.device("meta"):
+        with unfilled():
             METHODS[method](student, teacher)
     except ValueError as error:
         return str(error).splitlines()[0]

@@ -25,6 +25,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.distiller import Distiller
+from scalekd.models.unfilled import unfilled
 
 from .attribution import Ledger, charge_step
 from .peak import held_in_a_step
@@ -54,7 +55,7 @@ def cost(config: Config, *, classes: int = 1000, batch: int | None = None) -> di
         raise UserError(
             "a recipe with an assistant is two runs, and the cost is that of one; use `scalekd plan`, or set assistant=null"
         )
-    with torch.device("meta"):
+    with unfilled():
         distiller = untrained(config, classes, config.losses)
         fd, reason = plain_distillation(config, classes)
     projectors = _projectors(distiller)

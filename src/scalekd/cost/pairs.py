@@ -23,6 +23,7 @@ from scalekd.config.recipe import Config, load_recipe
 from scalekd.config.recipe_files import recipe_names
 from scalekd.models import mixer  # noqa: F401 - adds `mlp_mixer` to timm's names
 from scalekd.models.stages import StageView
+from scalekd.models.unfilled import unfilled
 
 from .flops import flop_counter
 
@@ -130,7 +131,7 @@ def measure(model: PaperModel) -> dict[str, Any]:
     The multiply-accumulates are half of what torch's FLOP counter reports: matrix products, convolutions and attention,
     but not norms and activations.
     """
-    with torch.device("meta"):
+    with unfilled():
         built = timm.create_model(model.name, **model.kwargs).eval()
         images = torch.empty(1, 3, model.size, model.size)
     view = StageView(built, name=model.name, image_size=(model.size, model.size), cuts=model.cuts)

@@ -17,6 +17,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.description import KEY
 from scalekd.data.split import Split, open_split
 from scalekd.distill.build import steps_of_an_epoch, untrained
+from scalekd.models.unfilled import unfilled
 from scalekd.train.hardware import MOST_WORKERS, for_device, resolved, workers_of
 
 from .count import count_step
@@ -160,7 +161,7 @@ def _amount(config: Config, images: int | None, gpus: int) -> tuple[dict[str, An
 def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpus: int) -> dict[str, Any]:
     """Speed and memory from the count of `scalekd cost` and assumptions, without a GPU, data or weights."""
     name, plain, half, has_bf16, gb = GPUS[gpu]
-    with torch.device("meta"):
+    with unfilled():
         distiller = untrained(config, classes, config.losses)
     step = count_step(distiller, config, classes, amount["batch_per_gpu"])
     in_half, peak = config.train.precision != "float32", plain

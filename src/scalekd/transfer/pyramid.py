@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from scalekd.common.errors import UserError, first_line
 from scalekd.models.inputs import input_channels
 from scalekd.models.stages import obstacle
+from scalekd.models.unfilled import unfilled
 
 STRIDES = (4, 8, 16, 32)
 Size = tuple[int, int]  # height, width in pixels
@@ -38,7 +39,7 @@ def any_size_kwargs(name: str) -> dict[str, Any]:
     kwargs: dict[str, Any]
     for kwargs in ({"dynamic_img_size": True}, {"strict_img_size": False}):
         try:
-            with torch.device("meta"):  # no memory and no initialisation
+            with unfilled():  # no memory and no initialisation
                 timm.create_model(name, **kwargs)
             return kwargs
         except TypeError:
