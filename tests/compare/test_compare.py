@@ -506,7 +506,7 @@ def test_damaged_results_give_a_message(ladder_file, tmp_path):
     planned = jobs(ladder)
     write_records(tmp_path, {job: record(job, 50.0) for job in planned[:1]})
     (tmp_path / "summary.json").write_text(json.dumps(comparisons.summary()))
-    for name, content in some_of(tmp_path, ["results.jsonl", "summary.json"], 40):
+    for name, content in some_of(tmp_path, ["results.jsonl", "summary.json"], 20):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
         try:
