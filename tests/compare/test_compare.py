@@ -11,11 +11,13 @@ import statistics
 import time
 from pathlib import Path
 
+import comparisons
 import launcher
 import pytest
 import timm
 import torch
 import yaml
+from damage import some_of
 from rich.console import Console
 from safetensors.torch import save_file
 from scipy import stats
@@ -27,8 +29,10 @@ from scalekd.common.stop import Stopped, StopRequest
 from scalekd.compare import runner
 from scalekd.compare.compare import settled
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
+from scalekd.compare.page import markdown
 from scalekd.compare.progress import Board
-from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
+from scalekd.compare.report import report_comparison
+from scalekd.compare.results import held_values, known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import Place, places, run_all
 from scalekd.compare.same_inputs import check_finished
 from scalekd.compare.shared_outputs import Outputs
@@ -515,6 +519,34 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     (tmp_path / "b").mkdir()
     write_records(tmp_path / "b", found)
     assert known_records(tmp_path / "b", second) == found  # reused records are known without the other comparison
+
+
+def test_damaged_results_give_a_message(ladder_file, tmp_path):
+    ladder = load_ladder(ladder_file(seeds=[0]))
+    planned = jobs(ladder)
+    write_records(tmp_path, {job: record(job, 50.0) for job in planned[:1]})
+    (tmp_path / "summary.json").write_text(json.dumps(comparisons.summary()))
+    for name, content in some_of(tmp_path, ["results.jsonl", "summary.json"], 20):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        try:
+            held_values(tmp_path)
+            known = known_records(tmp_path, planned) | known_records(tmp_path / "none", planned, [tmp_path])
+            facts = {
+                "about": [],
+                "command": "",
+                "versions": {},
+                "teacher_top1": None,
+                "wall_seconds": 1.0,
+                "failed": [],
+            }
+            markdown(summary(ladder, planned, known, **facts))
+            report_comparison(tmp_path)
+        except UserError as error:
+            assert name in str(error) and "\n" not in str(error)
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (tmp_path / name).write_bytes(before)
 
 
 def test_finished_runs_with_other_images_or_teachers_do_not_count(ladder_file, tmp_path, image_folder):

@@ -204,7 +204,11 @@ def screen_of(recipe) -> str:
 def test_preflight_shows_the_shares(tiny_recipe):
     text = screen_of(tiny_recipe)
     assert "share of the loss and of the gradient at the student: ce " in text
-    assert "(with `balance`)" in screen_of(balanced(tiny_recipe))
+    balance = screen_of(balanced(tiny_recipe))
+    assert "(with `balance`)" in balance
+    # also of losses that were not measured yet, and that have the factor 0 in the first step
+    losses = balance.partition("losses: ")[2].partition(", total")[0]
+    assert len(losses.split(", ")) == 6 and "0.000" not in losses
 
 
 def test_preflight_warns_of_a_run_that_is_short_for_its_projectors(tiny_recipe):

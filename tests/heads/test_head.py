@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from damage import some_of
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,7 @@ from scalekd.heads.features import pooled
 from scalekd.heads.fit_head import Teacher, fit_head
 from scalekd.heads.linear import best_temperature, calibration_error, choose, fit, held_out_parts, scores
 from scalekd.models.build import build_model
+from scalekd.models.fitted_head import build_with_head
 from scalekd.models.options import Model
 from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import trained
@@ -668,3 +670,21 @@ def test_the_search_tells_how_far_it_is(monkeypatch):
     lines: list[str] = []
     choose(*blobs(), 3, 0, lines.append)
     assert "(1 of at most 2), fit 1 of 5" in lines[0] and "best so far" in lines[-1]
+
+
+def test_a_damaged_head_gives_a_message_and_damaged_features_are_computed_again(own):
+    spec = Model(model=NAME, weights=str(own / "w.safetensors"), kwargs=KWARGS, head=str(own / "head"))
+    for name, content in some_of(own / "head", ["head.json", "head.safetensors"], 5):
+        before = (own / "head" / name).read_bytes()
+        (own / "head" / name).write_bytes(content)
+        try:
+            build_with_head(spec, channels=3, image_size=(48, 48), classes=3, where="teacher")
+        except UserError as error:
+            assert str(error).startswith("teacher")
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (own / "head" / name).write_bytes(before)
+    whole = fitted_on(own, "whole")
+    for file in (own / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert fitted_on(own, "again")["validation"] == whole["validation"]

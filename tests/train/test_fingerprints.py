@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from damage import some_of
 from safetensors.torch import load_file, save_file
 from small_images import write_images
 from whole_runs import TINY, events
 from whole_runs import changed as with_sections
 
 from scalekd.cli.app import main
+from scalekd.common.errors import UserError
 from scalekd.data.fingerprint import Listing, changed, differences, fingerprint
 from scalekd.data.sources.open import open_source
 from scalekd.train import fingerprints
@@ -188,6 +192,34 @@ def test_files_that_could_not_be_opened_are_told_apart(tmp_path):
     assert changed(before, now, listing) == {1: True, 2: False}
     assert changed(now, fingerprint(listing._replace(labels=[0, 0, 1])), listing) is None
     assert changed(before | {"files": "?"}, now, listing) is None  # of an older version, or damaged
+
+
+def test_damaged_inputs_are_other_inputs_or_none(tmp_path):
+    """Without a traceback."""
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths:
+        Path(path).write_bytes(b"1")
+    listing = Listing(["x", "y"], [0, 0, 1], paths, paths)
+    images = SimpleNamespace(listed=lambda: listing)
+    config = SimpleNamespace(train=SimpleNamespace(resume_anyway=()))
+    run: Any = SimpleNamespace(train_images=images, val_images=images, config=config)
+    now = {"data": dict.fromkeys(("train", "val"), fingerprint(listing)), "teacher": {"teacher": ["a", None]}}
+    now |= {"versions": {"torch": "2"}, "machine": "CPU"}
+    fingerprints.write_inputs(now, tmp_path)
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "bad-images.txt").write_text("train\ta\tempty\n")
+    for name, content in some_of(tmp_path, ["inputs.json", "bad-images.txt"], 60):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        try:
+            fingerprints.data_changes(tmp_path, now["data"])
+            fingerprints.teacher_changes(tmp_path, {"teacher": "b"})
+            fingerprints.check_inputs(run, now, tmp_path)
+        except UserError as error:
+            assert "train.resume_anyway=" in str(error)
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (tmp_path / name).write_bytes(before)
 
 
 def test_every_source_has_a_fingerprint_of_its_pixels(tmp_path):

@@ -107,7 +107,8 @@ def _file(size: int | None, digest: bytes | None) -> bytes:
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """What differs between two fingerprints, in words; the first two differences say the most."""
-    old, new = before.get("classes") or [], now["classes"]
+    old, new = before.get("classes"), now["classes"]
+    old = old if isinstance(old, list) else []
     if before.get("images") != now["images"]:
         return [f"{now['images']} images, {before.get('images')} before"]
     if old != new:
