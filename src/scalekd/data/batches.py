@@ -73,6 +73,7 @@ class Images(Dataset):
         self.source, self.indices, self.transform, self.seed, self.bad = source, indices, transform, seed, bad
         self.labelled = len(indices) if labelled is None else labelled
         self.alive: set[int] = set()  # classes with bad images that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -96,8 +97,8 @@ class Images(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file, "
-                        "or set data.on_bad_image=skip to train without it."
+                        f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file"
+                        + ", or set data.on_bad_image=skip to train without it." * self.skippable
                     )
                 if dead := self._dead_class(number):
                     return dead
@@ -215,13 +216,17 @@ def training_images(split: Split, data: Data, augment: Augment, mean: Statistic,
     """The augmented training images. `mean` and `std` are the student's, per channel, for pixels in [0, 1]."""
     bad = bad_images("train", data, len(split.train_indices))
     transform = train_transform(data, augment, mean, std)
-    return Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
+    images = Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
+    images.skippable = True
+    return images
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
     """The validation images, resized and cropped."""
     bad = bad_images("val", data, len(split.val_indices))
-    return Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
+    images = Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
+    images.skippable = True
+    return images
 
 
 def bad_images(part: str, data: Any, images: int) -> BadImages | None:

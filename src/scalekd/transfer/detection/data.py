@@ -78,6 +78,7 @@ class DetectionImages(Dataset):
     def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None):
         self.coco, self.scales, self.seed, self.bad = coco, scales, seed, bad
         self.alive: set[int] = set()  # classes with bad images that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
         self.indices = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
         self.augment = v2.Compose(
             [
@@ -111,8 +112,8 @@ class DetectionImages(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Repair or remove the file, "
-                        "or set data.on_bad_image=skip"
+                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Repair or remove the file"
+                        + ", or set data.on_bad_image=skip" * self.skippable
                     )
                 if dead := self._dead_class(number):
                     return dead

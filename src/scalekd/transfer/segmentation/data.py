@@ -150,6 +150,7 @@ class SegmentationImages(Dataset):
     def __init__(self, pairs: Pairs, crops: Crops, seed: int | None, bad: BadImages | None = None):
         self.pairs, self.crops, self.seed, self.bad = pairs, crops, seed, bad
         self.alive: set[int] = set()  # classes with bad pairs that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -174,8 +175,8 @@ class SegmentationImages(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {self.pairs.where(number)}: {printable(str(error))}. Repair or remove the two files, "
-                        "or set data.on_bad_image=skip"
+                        f"cannot use {self.pairs.where(number)}: {printable(str(error))}. Repair or remove the two files"
+                        + ", or set data.on_bad_image=skip" * self.skippable
                     )
                 if dead := self._dead_class(number):
                     return dead
