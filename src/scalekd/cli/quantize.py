@@ -67,18 +67,26 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def table(found: Quantized) -> list[str]:
     """The rows, the teachers, what stays in float32, and the file that was written."""
-    lines = [f"{'':31}  {'top-1 %':>7}  {'change':>13}  {'same class':>10}  {'MB':>6}  {'ms, 1':>7}  {'ms, 16':>7}"]
-    for name, row in found.rows.items():
-        change = f"{row['change']:+.2f} ± {row['change_interval']:.2f}" if name != "float32" else ""
-        same = f"{row['agreement']:.2f} %" if name != "float32" else ""
-        lines.append(f"{row['label']:31}  {row['top1']:7.2f}  {change:>13}  {same:>10}  {_costs(row)}")
-    for key, teacher in found.details["teachers"].items():
-        label = printable(f"{key}, {teacher['model']}, float32")[:31]
-        costs = _costs(teacher) if "latency_ms" in teacher else f"not measured: {teacher['not_measured']}"
-        lines.append(printable(f"{label:31}  {'':7}  {'':13}  {'':10}  {costs}"))
-    lines.append("top-1 on the validation images; change from float32 with its 95 % interval; ms of a batch, one thread")
+    teachers = {key: printable(f"{key} {of['model']}") for key, of in found.details["teachers"].items()}
+    width = max(len(label) for label in (*teachers.values(), *(row["label"] for row in found.rows.values())))
+    lines = [
+        f"{'':{width}}  {'top-1 %':>7}  {'change':>13}  {'same class':>10}  {'MB':>6}  {'ms, 1':>7}  {'ms, 16':>7}"
+    ]
+    for row in found.rows.values():
+        measured = "change" in row
+        change = f"{row['change']:+.2f} ± {row['change_interval']:.2f}" if measured else ""
+        same = f"{row['agreement']:.2f} %" if measured else ""
+        lines.append(f"{row['label']:{width}}  {row['top1']:7.2f}  {change:>13}  {same:>10}  {_costs(row)}")
+    for key, label in teachers.items():
+        of = found.details["teachers"][key]
+        costs = _costs(of) if "latency_ms" in of else printable(f"not measured: {of['not_measured']}")
+        lines.append(f"{label:{width}}  {'':7}  {'':13}  {'':10}  {costs}")
+    lines.append(
+        "top-1 on the validation images; change from float32 with its 95 % interval; ms of a batch, one thread"
+    )
     lines.append(f"in float32: {in_float(found.details['left_in_float'])}")
-    return [*lines, printable(f"written: {found.file}  ({found.rows[found.way]['label']})")]
+    written = printable(f"written: {found.file}  ({found.rows[found.way]['label']})")
+    return [*lines, f"{written}; `scalekd report` shows this table"]
 
 
 def _costs(row: Mapping[str, Any]) -> str:
@@ -89,7 +97,8 @@ def _costs(row: Mapping[str, Any]) -> str:
 def in_float(left: list[dict[str, Any]]) -> str:
     """The operators that stay in float32, with the share of the multiply-adds of those that have some."""
     named = [
-        f"{kind['operator']} x {kind['count']}" + (f" ({kind['share']:.1%} of the multiply-adds)" if kind["share"] else "")
+        f"{kind['operator']} x {kind['count']}"
+        + (f" ({kind['share']:.1%} of the multiply-adds)" if kind["share"] else "")
         for kind in left
     ]
     return ", ".join(named) or "nothing"

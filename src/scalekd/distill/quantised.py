@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-
 from torch import Tensor
 
 from scalekd.common.errors import UserError, first_line
@@ -72,6 +71,6 @@ def load_methods(distiller: Distiller, options: Quantize) -> None:
     try:
         distiller.methods.load_state_dict(checkpoint.load(file)["methods"])
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"quantize.run: the losses in {file} are others than this recipe's: {first_line(error)}") from None
-
-
+        raise UserError(
+            f"quantize.run: the losses in {file} are others than this recipe's: {first_line(error)}"
+        ) from None

@@ -31,6 +31,7 @@ from scalekd.models.int8.onnx_quantiser import METHODS, quantised, ranges
 from scalekd.models.int8.shares import left_in_float
 from scalekd.models.open_student import OnnxStudent
 from scalekd.models.weights.match import sha256_of
+from scalekd.train.resume import recipe_difference
 
 from .distillation import execute
 from .int8 import Answers, compare_answers
@@ -137,20 +138,21 @@ def calibrated(
 
 
 def _told(seen: dict[str, Answers], best: str) -> str:
-    values = {name: answers.top1 if answers.top1 is not None else 100 * answers.same / answers.images for name, answers in seen.items()}
+    values = {
+        name: answers.top1 if answers.top1 is not None else 100 * answers.same / answers.images
+        for name, answers in seen.items()
+    }
     listed = ", ".join(f"{name} {value:.2f} %" for name, value in values.items())
     return f"{best} (on {seen[best].images} others: {listed})"
 
 
 def _trained(recipe: Config, folder: Path, device: torch.device, console: Console, stop: StopRequest) -> None:
     """Runs or resumes a quantised run, unless this same run is finished."""
-    from scalekd.train.resume import recipe_difference
-
     known = folder / "recipe.yaml"
-    if is_file(folder / "summary.json") and is_file(folder / INT8) and is_file(known):
-        if not recipe_difference(known.read_text(), recipe):
-            say(console, f"{folder} is finished already")
-            return
+    finished = all(is_file(folder / name) for name in ("summary.json", INT8, "recipe.yaml"))
+    if finished and not recipe_difference(known.read_text(), recipe):
+        say(console, f"{folder} is finished already")
+        return
     execute(recipe, folder, device, console, check=False, stop=stop, look=False)
 
 
@@ -187,13 +189,17 @@ def _measured(
         seen = compare_answers(models, eval_batches(images, 64, 0, False), *card_statistics(card, CPU))
         say(console, "latency on this CPU ...")
         speed = costs(every, material.config, len(card["classes"]), Path(scratch))
-    rows = {
-        name: {"label": WAYS.get(name, name)} | seen[name].row() | speed["files"][name] for name in every
-    }
+    rows = {name: {"label": WAYS.get(name, name)} | seen[name].row() | speed["files"][name] for name in every}
+    for key in ("agreement", "change", "change_interval", "largest_difference"):  # of float32 from itself
+        rows["float32"].pop(key, None)
     for way in (LABELS, TEACHER):
         if way in files:
             summary = json.loads((files[way].parent / "summary.json").read_text())
-            rows[way] |= {"epochs": summary["epochs"], "seconds": summary["seconds"], "trained": summary["int8_agreement"]}
+            rows[way] |= {
+                "epochs": summary["epochs"],
+                "seconds": summary["seconds"],
+                "trained": summary["int8_agreement"],
+            }
     return {
         "rows": rows,
         "teachers": speed["teachers"],

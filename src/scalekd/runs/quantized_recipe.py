@@ -35,7 +35,9 @@ def run_to_quantise(run: Path, data_overrides: Sequence[str]) -> tuple[Config, n
         if is_file(run / task.weights):
             raise UserError(f"{run} holds a {task.trained}; only classifiers can be quantised")
     if not is_file(run / "recipe.yaml"):
-        raise UserError(f"{run} is no run's folder (no recipe.yaml); `scalekd quantize` needs its recipe, data and student")
+        raise UserError(
+            f"{run} is no run's folder (no recipe.yaml); `scalekd quantize` needs its recipe, data and student"
+        )
     config = read_recipe(run)
     if config.quantize is not None:
         raise UserError(

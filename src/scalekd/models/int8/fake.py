@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ class FakeQuantised(nn.Module):
 
     def __init__(self, graph: Graph, places: Mapping[str, Place]):
         super().__init__()
-        self.graph = graph.module
+        self.graph = copy.deepcopy(graph.module)
         self.outputs = graph.outputs
         self.pairs = graph.folded.pairs
         self.placed = {name: f"activation_{name}" for name in places}  # tensor -> module of the graph
@@ -169,7 +171,8 @@ class GraphView:
     """Calls a fake-quantised student as `StageView` calls a timm model."""
 
     def __init__(self, model: FakeQuantised, name: str, shapes: Shapes, refusal: str | None):
-        self.model, self.name, self.shapes, self.refusal = model, name, shapes, refusal
+        self.model, self.name, self.refusal = model, name, refusal
+        self.shapes = replace(shapes, can_resume=False)
 
     def __call__(
         self, images: Tensor, maps: bool = True, resumable: bool = False, classifier: bool = False

@@ -37,7 +37,9 @@ class Graph(NamedTuple):
     view: StageView  # of the folded student
 
 
-def graph_of(student: nn.Module, card: dict[str, Any], cuts: Any = None, folded_weights: Outputs | None = None) -> Graph:
+def graph_of(
+    student: nn.Module, card: dict[str, Any], cuts: Any = None, folded_weights: Outputs | None = None
+) -> Graph:
     """The graph of a student with a classifier. Its names depend on the architecture only, not on the weights.
 
     cuts: as in the recipe. folded_weights: the state of the folded student, to use in place of its own. Raises `UserError` if the packages of `scalekd[onnx]` are missing or torch cannot export the

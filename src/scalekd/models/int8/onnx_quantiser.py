@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from scalekd.common.errors import UserError
 from scalekd.models.student_file import onnx_runtime
 
 from .graph import IMAGES, ORIGIN, Graph
@@ -105,13 +106,18 @@ class _Reader:
 
 
 def quantised(graph: Graph, found: Any = None, places: Mapping[str, Place] | None = None) -> Any:
-    """The int8 model (ModelProto), from `ranges` or from all its places."""
+    """The int8 model (ModelProto), from `ranges` or from all its places.
+
+    Raises `UserError` if the graph has other places, because another version of torch trained with them.
+    """
     chosen = int8_nodes(graph)
     with _quantisation() as tools:
         if found is None:  # the quantiser wants a range for every tensor, also for one that takes over a scale
             ends = {end for node in graph.onnx.graph.node if node.name in chosen for end in (*node.input, *node.output)}
             unit = np.float32(0), np.float32(1)
-            found = tools.calibrate.TensorsData(tools.CalibrationMethod.MinMax, dict.fromkeys(sorted(ends - {""}), unit))
+            found = tools.calibrate.TensorsData(
+                tools.CalibrationMethod.MinMax, dict.fromkeys(sorted(ends - {""}), unit)
+            )
         overrides = {
             name: [
                 {
@@ -140,7 +146,13 @@ def quantised(graph: Graph, found: Any = None, places: Mapping[str, Place] | Non
             },
         )
         quantiser.quantize_model()
+        quantiser.model.topological_sort()
         model = quantiser.model.model
+    if places is not None and places_of(model).keys() != places.keys():
+        names = sorted(places_of(model).keys() ^ places.keys())
+        raise UserError(
+            f"the student's graph is another one than in training, at {', '.join(names[:3])}; use one version of torch"
+        )
     for node in model.graph.node:
         del node.metadata_props[:]
     return model

@@ -41,7 +41,9 @@ def multiply_adds(graph: Graph, image_shape: tuple[int, ...]) -> dict[str, int]:
     """Multiply-adds for one image, by the name of a node of `MULTIPLYING`. The shapes are those of a real pass."""
     nodes = [node for node in graph.onnx.graph.node if node.op_type in MULTIPLYING]
     weights = {weight.name: tuple(weight.dims) for weight in graph.onnx.graph.initializer}
-    shapes = weights | _shapes(graph, {name for node in nodes for name in (*node.input, *node.output)} - {*weights, ""}, image_shape)
+    shapes = weights | _shapes(
+        graph, {name for node in nodes for name in (*node.input, *node.output)} - {*weights, ""}, image_shape
+    )
     return {node.name: _count(node, shapes) for node in nodes}
 
 
