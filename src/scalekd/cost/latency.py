@@ -1,7 +1,12 @@
-"""Times ONNX files under onnxruntime, side by side: in turns, so that what else the machine does reaches all of them."""
+"""Times ONNX files under onnxruntime, side by side: in turns, so that what else the machine does reaches all of them.
+
+The order changes in every round, and each file runs once untimed before it is timed: otherwise a file that follows a
+large one would find the caches full of its weights.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +18,7 @@ import numpy as np
 from scalekd.models.student_file import onnx_runtime
 
 BATCHES = (1, 16)
-ROUNDS, FEWEST_ROUNDS, WARM = 200, 5, 2
+ROUNDS, FEWEST_ROUNDS = 200, 5
 SECONDS = 10.0  # for all files together, at each batch size
 
 Latency = dict[str, float]  # median, low and high quartile in ms; rounds
@@ -25,18 +30,21 @@ def latencies(
     """name -> batch size -> milliseconds of a batch of random images on the CPU."""
     sessions = {name: _session(file, threads) for name, file in files.items()}
     found: dict[str, dict[str, Latency]] = {name: {} for name in files}
+    order, shuffle = list(files), random.Random(0).shuffle
     for size in batches:
         inputs = {name: _images(session, size) for name, session in sessions.items()}
         times: dict[str, list[float]] = {name: [] for name in files}
-        began, done = time.perf_counter(), 0
-        while done < WARM + FEWEST_ROUNDS or (done < WARM + ROUNDS and time.perf_counter() - began < seconds):
-            for name, session in sessions.items():
+        began, rounds = time.perf_counter(), 0
+        while rounds < FEWEST_ROUNDS or (rounds < ROUNDS and time.perf_counter() - began < seconds):
+            shuffle(order)
+            for name in order:
+                sessions[name].run(None, inputs[name])
                 start = time.perf_counter()
-                session.run(None, inputs[name])
+                sessions[name].run(None, inputs[name])
                 times[name].append(1000 * (time.perf_counter() - start))
-            done += 1
+            rounds += 1
         for name, values in times.items():
-            found[name][str(size)] = summary(values[WARM:])
+            found[name][str(size)] = summary(values)
     return found
 
 

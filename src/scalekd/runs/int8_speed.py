@@ -42,7 +42,7 @@ def costs(files: dict[str, Path], config: Config, classes: int, scratch: Path) -
         "files": {name: {"bytes": _size(file), "latency_ms": measured[name]} for name, file in files.items()},
         "teachers": teachers,
         "how": f"a batch in ms under onnxruntime, {THREADS} thread, random images, batches of "
-        f"{' and '.join(map(str, BATCHES))}; median and quartiles of rounds in which every file runs once",
+        f"{' and '.join(map(str, BATCHES))}; median and quartiles of rounds in which every file runs, in random order",
         "onnxruntime": onnx_runtime().__version__,
     }
 
