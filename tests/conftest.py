@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from launcher import no_fsync
 from small_images import write_images
 from whole_runs import PLAIN_LOSSES, TINY, changed
 
 from scalekd.cli.app import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
+os.fsync = no_fsync  # as in the processes that it starts
 
 
 @pytest.fixture

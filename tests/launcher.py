@@ -269,7 +269,12 @@ def _become(command: list[str], env: dict[str, str], cwd: str, fork_server: bool
         runpy.run_path(kind, run_name="__main__")
 
 
+def no_fsync(handle: int) -> None:
+    """Instead of `os.fsync` in tests: a file is read back without it, and a run writes about twenty."""
+
+
 if __name__ == "__main__":
+    os.fsync = no_fsync
     for _name in IMPORTED:
         importlib.import_module(_name)
     gc.freeze()  # or each process would visit, and so copy, all of it when it ends

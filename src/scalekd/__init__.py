@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from scalekd.common import early_signals
+
+if early_signals.runs_as_command():
+    early_signals.answer_at_once()  # before anything else: the imports take a while
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

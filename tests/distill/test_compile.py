@@ -107,7 +107,7 @@ def test_the_compiled_step_is_whole_and_the_same(student, options, losses, graph
 
 def test_the_compiled_step_under_ddp(tmp_path):
     """In one process, which has all that DDP does to a step but the other processes."""
-    distiller = tiny("test_resnet", {"ce": {}, "kd": {}, "fd": {}})
+    distiller = tiny("test_resnet", {"ce": {}, "kd": {}, "fd": SHORT["fd"]})
     expected, gradients = step(distiller)
     compile_step(distiller, 4, backend="aot_eager", fullgraph=True)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -171,12 +171,12 @@ def test_other_tasks_refuse_it(task):
         validated(SCHEMAS[task], {"train": {"compile": True}}, "test")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_a_step_waits_for_nothing(tiny_recipe, precision, monkeypatch):
+@pytest.mark.parametrize(("precision", "accumulate"), [("float32", 1), ("bf16", 1), ("fp16", 2)])
+def test_a_step_waits_for_nothing(tiny_recipe, precision, accumulate, monkeypatch):
     """On tensors without values, reading one is an error; a tensor made of Python numbers would be copied to a GPU,
     which is waited for too."""
     losses = {name: SHORT.get(name, {}) for name in METHODS}
-    train = {"clip_grad": 1.0, "accumulate": 2, "precision": precision}
+    train = {"clip_grad": 1.0, "accumulate": accumulate, "precision": precision}
     config = check_config(changed(tiny_recipe, losses=losses, train=train, augment={"mixup": 0.2}), "test")
     with torch.device("meta"):
         distiller = untrained(config, 10, config.losses)
@@ -199,7 +199,7 @@ def test_a_step_waits_for_nothing(tiny_recipe, precision, monkeypatch):
         batch = Batch(torch.empty(4, 3, 48, 48, dtype=torch.uint8), torch.empty(4, dtype=torch.int64))
         for name in ("tensor", "as_tensor"):
             monkeypatch.setattr(torch, name, partial(_not_to_a_device, getattr(torch, name)))
-        done = train_step(distiller, [batch, batch], run, 0)
+        done = train_step(distiller, [batch] * accumulate, run, 0)
         with pytest.raises(DataDependentOutputException):  # as it would have been in the step
             done.losses["total"].item()
 

@@ -105,12 +105,12 @@ def test_average_of_weights_by_hand(tiny_recipe):
 def test_decay_over_a_long_run(decay, constant_from):
     """The mean of all steps, and then the decay of the recipe; a quarter of the batch needs four times the steps."""
     ema = scaler_and_average(SimpleNamespace(precision="float32", ema=decay), nn.Linear(1, 1), CPU)["ema"]
-    decays = [ema.get_decay(step) for step in range(400_001)]
+    decays = [ema.get_decay(step) for step in [*range(constant_from + 1000), *range(constant_from, 400_001, 500)]]
     assert decays[:4] == pytest.approx([0, 0, 1 / 2, 2 / 3])
     assert all(d == pytest.approx(1 - 1 / s, abs=1e-12) for s, d in enumerate(decays[:constant_from]) if s)
     assert set(decays[constant_from + 1 :]) == {decay}
     # weight of the initial weights and of the first steps in the average at the end
-    assert math.prod(decays) == 0 and math.prod(decays[constant_from:]) < 1e-3
+    assert decays[0] == 0 and decay ** (400_000 - constant_from) < 1e-3
 
 
 @pytest.mark.parametrize(("decay", "half_life"), [(0.99, 69), (0.99**0.25, 276)])

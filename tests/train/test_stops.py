@@ -90,7 +90,8 @@ def test_what_hangs_in_a_library_is_ended(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 75
 
 
-def test_hangup_stops_saved_but_not_under_nohup(monkeypatch):
+def test_hangup_stops_saved_but_not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     with StopRequest() as stop:
         stop.wait_for_step = True
         os.kill(os.getpid(), signal.SIGHUP)
@@ -101,7 +102,7 @@ def test_hangup_stops_saved_but_not_under_nohup(monkeypatch):
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number == 0
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_until_handled(pid: int) -> None:
@@ -200,6 +201,18 @@ def test_a_wait_answers_signals(image_folder, monkeypatch):
             list(batches)
 
 
+def test_a_copied_loader_does_not_kill_the_workers(image_folder):
+    """A worker of another loader holds a copy of this one, and may collect it."""
+    batches = train_batches(images_of(image_folder), TrainSampler(24, 8, 3, 6), 2, pin=False)
+    next(batches)
+    started = multiprocessing.active_children()
+    copied = multiprocessing.get_context("fork").Process(target=batches.close)
+    copied.start()
+    for process in (copied, *started):  # the copy asks them to end, as PyTorch does
+        process.join(20)
+        assert process.exitcode == 0
+
+
 def test_a_worker_that_cannot_send_ends(cli, recipe, tmp_path, monkeypatch):
     def full(self):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
@@ -275,7 +288,7 @@ def test_images_that_are_readable_again_leave_the_list(cli, recipe, image_folder
     assert "data.max_bad allows 2" in cli(*command).err
     for victim, data in zip(victims, kept):
         victim.write_bytes(data)
-    assert cli(*command, "train.resume_anyway=[data]").code == 0  # their sizes differ from those of the empty files
+    assert cli(*command).code == 0  # also those that the run did not meet: the files were empty
     assert (tmp_path / "run" / "bad-images.txt").read_text() == ""
 
 
@@ -285,6 +298,22 @@ def test_a_class_without_a_readable_image_is_named(image_folder, max_bad):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 8 training images of the class bee can be read"):
         list(train_batches(images_of(image_folder, max_bad=max_bad), TrainSampler(24, 8, 3, 3), 0, pin=False))
+
+
+def test_a_worker_that_was_killed_with_a_lock_holds_up_nothing(image_folder):
+    """PyTorch waits for that lock when it ends its workers."""
+    batches = train_batches(images_of(image_folder), TrainSampler(24, 8, 3, 30), 1, pin=False)
+    next(batches)
+    iterator = batches.gi_frame.f_locals["batches"].gi_frame.f_locals["iterator"]
+    iterator._workers_done_event._cond.acquire()
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the end of the workers is waited for"))
+    signal.alarm(10)
+    try:
+        batches.close()
+        del iterator
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_bad_images_of_all_processes_count(monkeypatch, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import launcher
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
@@ -14,7 +16,7 @@ SMALLER = {  # 600 images for validation instead of 10,000
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, 4)
@@ -22,7 +24,13 @@ def test_the_notebook_runs(tmp_path):
         assert sum(text in cell.source for cell in notebook.cells) == 1
         for cell in notebook.cells:
             cell.source = cell.source.replace(text, smaller)
-    client.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    python = launcher.stand_ins() / "python"
+    kernel = {"argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "warm"}
+    (tmp_path / "kernels" / "warm").mkdir(parents=True)
+    (tmp_path / "kernels" / "warm" / "kernel.json").write_text(json.dumps(kernel | {"language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(notebook, timeout=250, kernel_name="warm", resources=resources).execute()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "no teacher" in printed and "torch.Size([1, 10])" in printed
     assert "Did you mean `demo`?" in printed and "optim.lrr: unknown" in printed

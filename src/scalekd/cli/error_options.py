@@ -14,7 +14,7 @@ POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "csv", "data", "device", "draws",
     "dry_run", "gpu", "jsonl", "private", "qat", "qat_labels", "sheet", "top",
     "gpus", "image_size", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
-    "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
+    "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "together", "val_limit", "workers",
 }  # fmt: skip
 OPTIONS = {"train": "data"}  # recipe key -> option, where the names differ
 KEYS = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -57,8 +58,9 @@ def machine(device: torch.device) -> str:
     return f"CPU, {model}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def git_state() -> str | None:
-    """The commit of scalekd's own checkout, with '+' if it has local changes.
+    """The commit of scalekd's own checkout, with '+' if it has local changes, when this process asked first.
 
     None outside of one, also if this code is in the repository of another project, such as in its environment.
     """

@@ -21,7 +21,7 @@ from scalekd.train.hardware import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 
-from .ladder import Job, Ladder
+from .ladder import Job, Ladder, plain
 
 Record = dict[str, Any]
 FILE = "results.jsonl"
@@ -78,7 +78,9 @@ def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -
     for job in by_label.values():
         if job not in records and (equal := elsewhere.get(_key(recipe_of(job)))):
             record, folder = equal
-            records[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
+            run = folder / "runs" / plain(record["student"]) / plain(record["method"]) / f"seed-{record['seed']}"
+            named = {"student": job.student, "method": job.method, "from": str(folder)}
+            records[job] = {"run": str(run)} | record | named
     return records
 
 

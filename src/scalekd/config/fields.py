@@ -76,8 +76,8 @@ class Recipe(AnyRecipe):
     """Methods by name, each with its options. Every method also has `weight` (default 1), a factor of its loss, and, with
     several teachers, `teachers`, the names of those it uses (default all)."""
     balance: Balance | None = None
-    """Weight the losses by their gradients: `weight` of a loss is then the norm of its gradient at the student's backbone,
-    relative to that of the first loss without a teacher, such as `ce` (docs/how-to/balance.md). {} switches it on. With a single loss it changes nothing."""
+    """Weight the losses on feature maps by their gradients: `weight` of such a loss is then the norm of its gradient at the
+    student's backbone, relative to that of the other losses together (docs/how-to/balance.md). {} switches it on."""
     quantize: Quantize | None = None
     """Train the student with the weights and activations of its int8 file. `scalekd quantize` writes such a recipe
     (docs/how-to/quantize.md)."""

@@ -10,14 +10,16 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, _utils, get_worker_info
 
 from scalekd.common.errors import UserError
 from scalekd.common.stop import Stopped, current, leave_signals_to_parent
@@ -71,14 +73,15 @@ def loaded(
             except StopIteration:
                 return
             yield batch
-    except (Exception, Stopped, GeneratorExit):  # the last: whoever took the batches wants no more
+    except (Exception, Stopped, GeneratorExit) as end:  # the last: whoever took the batches wants no more
         _kill(processes)  # PyTorch would wait for each of them
+        _abandon(iterator or _begun(end))
         raise
     finally:
         if watch:
             watch.done.set()
         iterator = None  # ends the workers
-        _kill([p for p in processes if p.is_alive()])  # hung ones would hold up the end of this process
+        _kill(processes)  # hung ones would hold up the end of this process
 
 
 def _next(iterator: Any, watch: _Watch) -> Any:
@@ -151,8 +154,13 @@ def _processor_seconds(processes: Iterable[BaseProcess]) -> float | None:
 
 
 def _kill(processes: Iterable[BaseProcess]) -> None:
-    """Kills workers, stopped ones too. PyTorch's handler would raise an error for each that ends."""
-    processes = list(processes)
+    """Kills workers of this process, stopped ones too. PyTorch's handler would raise an error for each that ends.
+
+    A worker of a second loader is a copy of this process. If it collects the copy of an unfinished `loaded`, the
+    workers of the first loader are not its own, and it leaves them alone.
+    """
+    own = multiprocessing.active_children()
+    processes = [process for process in processes if process in own]
     if not processes or threading.current_thread() is not threading.main_thread():
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -163,6 +171,36 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
             process.join(5)
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _begun(error: BaseException) -> Any:
+    """The iterator whose workers could not all be started, from the error's traceback; None if there is none."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        values = frame.f_locals
+        if hasattr(values.get("self"), "_index_queues"):
+            found = values["self"]
+        if isinstance(values, dict):  # up to Python 3.12 a copy, which would keep the iterator and its files
+            values.clear()
+    return found
+
+
+def _abandon(iterator: Any) -> None:
+    """Keeps PyTorch from ending an iterator whose workers were killed.
+
+    It would set an event, and wait for ever if a worker held the event's lock when it was killed.
+    """
+    if iterator is None or getattr(iterator, "_shutdown", True):
+        return
+    iterator._shutdown = True
+    if iterator._worker_pids_set:
+        _utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
 
 
 # ---------------------------------------------------------------- in a worker
@@ -195,6 +233,7 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 def _start_worker(worker: int) -> None:
     leave_signals_to_parent(worker)
+    sys.excepthook = _end_without_files
     # the thread that sends batches prints its errors and forgets the batch: end the worker instead, which PyTorch sees
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
@@ -202,3 +241,10 @@ def _start_worker(worker: int) -> None:
 def _end_worker(error: Exception, batch: Any) -> None:
     """The exit code is the reason; `common.out_of_memory` reads it."""
     os._exit(errno.EMFILE if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) else errno.ENOSPC)
+
+
+def _end_without_files(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For an error in a thread. The one that hands over memory would print this error again and again."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        os._exit(errno.EMFILE)
+    sys.__excepthook__(kind, error, trace)

@@ -150,7 +150,7 @@ def _build_distiller(
 
 
 def gradients_for(options: BalanceOptions, distiller: Distiller) -> Gradients:
-    """What measures the gradients of the losses and, unless `balance.adjust` is false, weights the losses by them.
+    """What measures the gradients of the losses and, unless `balance.adjust` is false, weights those on maps by them.
 
     The weights of the losses then move there from the distiller.
     """
@@ -158,10 +158,8 @@ def gradients_for(options: BalanceOptions, distiller: Distiller) -> Gradients:
     if not options.adjust:
         return Gradients(weights, options.every, options.momentum)
     distiller.weights = dict.fromkeys(weights, 1.0)
-    reference = next(
-        (n for n in weights if not getattr(distiller.methods[n], "needs_teacher", True)), next(iter(weights))
-    )
-    return Balance(weights, reference, options.every, options.momentum)
+    reference = [name for name in weights if not getattr(distiller.methods[name], "needs_maps", True)]
+    return Balance(weights, reference or list(weights)[:1], options.every, options.momentum)
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:

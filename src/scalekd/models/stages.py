@@ -10,7 +10,8 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,11 @@ class Features:
     maps: tuple[Tensor, ...] = ()  # four of (B, D, H, W), raw stage outputs
     final: Tensor | None = None  # (B, D, H, W), the last map after the model's final norm
     prefix: tuple[Tensor | None, ...] = ()  # class and register tokens of each map, (B, P, D) or None
-    resume: Callable[[int, Tensor], Tensor] | None = None
+    resume: Callable[..., Tensor] | None = None
     """Teachers only: `resume(k, map)` runs the frozen teacher from the output of stage k (1 to 3),
-    `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`. Gradients flow to `map`. It uses the
-    teacher's own prefix tokens of that stage, repeated n times."""
+    `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`, or with `end=False` to the output of
+    stage 4, before the final norm. Gradients flow to `map`. It uses the teacher's own prefix tokens of that stage,
+    repeated n times."""
     pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
@@ -182,14 +184,15 @@ class StageView:
             classify=head[2],
         )
 
-    def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[[int, Tensor], Tensor]:
+    def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
         tail = TEACHER_TAILS[type(self.model)]
 
-        def resume(k: int, x: Tensor) -> Tensor:
+        def resume(k: int, x: Tensor, end: bool = True) -> Tensor:
             tokens = prefix[k - 1]
             if tokens is not None:
                 tokens = tokens.detach().repeat(x.shape[0] // tokens.shape[0], 1, 1)  # view by view
-            return _normed(self.model, tail(self.model, self.indices[k - 1], x, tokens))
+            x = tail(self.model, self.indices[k - 1], x, tokens, end)
+            return _normed(self.model, x) if end else x
 
         return resume
 
@@ -322,7 +325,7 @@ def _try_on_copy(model: nn.Module, size: tuple[int, ...], calls: Sequence[Callab
     large = sum(t.numel() for t in tensors) > LARGE
     results: list[Any] = []
     for device in ("meta", like.device) if large else (like.device,):
-        memo = {id(t): _move(t, device) for t in tensors}
+        memo = {id(t): _move(t, device) for t in tensors} | {id(d): type(d)() for d in _empty_dicts(model)}
         results = []
         try:
             twin = copy.deepcopy(model, memo).eval()
@@ -333,6 +336,12 @@ def _try_on_copy(model: nn.Module, size: tuple[int, ...], calls: Sequence[Callab
         except Exception as problem:  # of any kind: the user gets the message
             results.append(problem)
     return results
+
+
+def _empty_dicts(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    """A dozen in each module, most of them for hooks: copying them takes half of the time of a model's copy."""
+    for module in model.modules():
+        yield from (d for d in vars(module).values() if type(d) in (dict, OrderedDict) and not d)
 
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:

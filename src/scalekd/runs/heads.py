@@ -1,7 +1,8 @@
 """Fits the classifier of a teacher whose recipe says `teacher.head: fit`, before the run is built.
 
-It does the same as `scalekd head`, on the run's labelled images. The head is saved in the run's folder and the run's
-recipe.yaml names it, so that resuming, reports and analyses treat it like any other head.
+It does the same as `scalekd head`, on the run's labelled images, at most `MOST` of them. The head is saved in the run's
+folder, or in that of a comparison for all its runs, and recipe.yaml names it, so that resuming, reports and analyses treat
+it like any other head.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from scalekd.config.recipe import Config
 from scalekd.heads.features import FEATURES
 from scalekd.heads.fit_head import fit_head
 from scalekd.models.options import FIT, Model
+
+MOST = 50_000  # labels that a head is fitted to, balanced by class: the fit keeps their features in memory, in float64
 
 
 def with_heads(config: Config, folder: Path) -> Config:
@@ -51,14 +54,21 @@ def fit_heads(config: Config, folder: Path, device: torch.device, console: Conso
     if fitted == config:
         return config
     if parallel.rank() == 0 and not is_file(folder / "recipe.yaml"):
-        with in_use(folder), explain_out_of_memory(device, "Try a smaller teacher.image_size, or set `device` to cpu."):
-            for name, spec in config.all_teachers.items():
-                if spec.fits_head:
-                    out = Path(str(fitted.all_teachers[name].head))
-                    _fit(config, spec, config.key_of(name), out, device, console, cache)
+        with in_use(folder):
+            fit_into(folder, config, device, console, cache)
     # wait for the first process; over gloo, whose timeout of half an hour is longer than NCCL's ten minutes
     parallel.from_first(None)
     return fitted
+
+
+def fit_into(folder: Path, config: Config, device: torch.device, console: Console, cache: Path = FEATURES) -> None:
+    """Fits the heads that the recipe asks for, where `with_heads` says."""
+    fitted = with_heads(config, folder)
+    with explain_out_of_memory(device, "Try a smaller teacher.image_size, or set `device` to cpu."):
+        for name, spec in config.all_teachers.items():
+            if spec.fits_head:
+                out = Path(str(fitted.all_teachers[name].head))
+                _fit(config, spec, config.key_of(name), out, device, console, cache)
 
 
 def _fit(
@@ -66,7 +76,7 @@ def _fit(
 ) -> None:
     say(console, f"{where}.head: {FIT}: fitting a classifier into {out}")
     as_in_the_run = {"head": None, "image_size": spec.image_size or config.data.image_size}
-    labelled = {"unlabelled": None, "unlabelled_limit": None}
+    labelled = {"unlabelled": None, "unlabelled_limit": None, "limit": min(config.data.limit or MOST, MOST)}
     try:
         fit_head(
             spec.model_copy(update=as_in_the_run),

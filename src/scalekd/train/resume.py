@@ -132,6 +132,8 @@ def recipe_difference(text: str, config: Section) -> str:
     """
     try:
         recipe = validated(type(config), parse_yaml(text, "recipe.yaml"), "recipe.yaml")
+        if repr(_without_changeable(recipe).complete()) == repr(_without_changeable(config).complete()):
+            return ""  # as most are; writing YAML takes longer
         before = to_yaml(_without_changeable(recipe)).splitlines()
     except UserError:  # perhaps written by another version
         before = text.splitlines()

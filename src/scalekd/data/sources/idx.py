@@ -35,6 +35,7 @@ class Idx:
 
     def __init__(self, prefix: str, classes: list[str] | None, key: str):
         self.prefix = prefix
+        self._file = real(prefix)
         self.left_out: LeftOut = {}
         self.images = _read_idx(f"{prefix}-images-idx3-ubyte", 3, key)
         self.targets = _read_idx(f"{prefix}-labels-idx1-ubyte", 1, key).tolist()
@@ -54,7 +55,7 @@ class Idx:
         return f"image {i} of {self.prefix}"
 
     def identity(self, i: int) -> tuple[str, int]:
-        return real(self.prefix), i
+        return self._file, i
 
     def sizes(self) -> list[int]:
         return [self.images[0].size] * len(self.targets)
