@@ -46,22 +46,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_trace_of_each_student():
-    """Tracing takes seconds. The same weights are traced once, in the file of the trained student they differ."""
-    traced: dict[Any, Any] = {}
+def one_trace():
+    """Tracing takes seconds. Every start traces the run's student; a rebuilt run loads its weights afterwards.
+
+    Writing the file of the trained student traces it for itself.
+    """
+    traced: list[Any] = []
     real = graph.graph_of
 
-    def graph_of(student: torch.nn.Module, card: dict[str, Any], cuts: Any = None, *more: Any) -> Any:
-        key = sum(value.double().abs().sum().item() for value in student.state_dict().values())
-        if more:
-            return real(student, card, cuts, *more)
-        if key not in traced:
-            traced[key] = real(student, card, cuts)
-        return traced[key]
+    def graph_of(*args: Any) -> Any:
+        traced[:] = traced or [real(*args)]
+        return traced[0]
+
+    def teachers_file(model: Any, path: Path, card: Any) -> None:
+        path.write_bytes(bytes(1000))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "graph_of", graph_of)
         patch.setattr(in_training, "graph_of", graph_of)
+        patch.setattr(int8_speed, "export_onnx", teachers_file)
         patch.setattr(
             int8_speed, "latencies", lambda files, **_: {name: dict.fromkeys(("1", "16"), FAST) for name in files}
         )
@@ -133,7 +136,8 @@ def test_the_result(root, found, capsys):
     assert trained["images"] == 12 and trained["same_class"] == 100 and trained["largest_difference"] < 0.05
     tried = found.details["calibration"]["tried"]
     assert tried.keys() == {"float32", "minmax", "entropy", "percentile"} and tried["minmax"]["images"] == 16
-    assert found.details["teachers"]["teacher"]["model"] == "test_vit"
+    of_teacher = {"model": "test_vit", "bytes": 1000, "latency_ms": {"1": FAST, "16": FAST}}
+    assert found.details["teachers"] == {"teacher": of_teacher}
     left = {kind["operator"]: kind["count"] for kind in found.details["left_in_float"]}
     assert left == {"AveragePool": 3, "ReduceMean": 1}
 
