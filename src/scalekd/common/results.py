@@ -129,6 +129,21 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """The int8 files of a student."""
+
+    file: Path
+    """student.int8.onnx in the run's folder."""
+    way: str
+    """How it was made: `qat` (trained with the teacher), `qat-labels` or `ptq` (calibrated); the first of them that there
+    is."""
+    rows: dict[str, dict[str, Any]]
+    """For `float32` and each way: top1 and agreement with float32 in %, bytes, latency_ms by batch size, ..."""
+    details: dict[str, Any]
+    """The content of quantize.json in the run's folder."""
+
+
+@dataclass(frozen=True)
 class Report:
     """A report on disk."""
 

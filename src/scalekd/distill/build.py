@@ -38,13 +38,14 @@ from scalekd.train.run import check_batch_size, scaler_and_average
 from .balance import Balance, Gradients
 from .compiled import compile_step
 from .distiller import Distiller
+from .quantised import calibration_images, fake_quantise, load_methods
 from .run import DistillationRun, gives_embeddings, logit_losses
 
 
 def build(config: Config, device: torch.device, strict: bool = True) -> DistillationRun:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`.
 
-    strict: as for `open_split`.
+    strict: as for `open_split`. False is for a run whose checkpoint is loaded next.
     """
     config = for_device(config, device)
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
@@ -64,6 +65,10 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
     steps_per_epoch, mix = steps_of_an_epoch(config, len(images), split.labelled)
     distiller = _build_distiller(config, student, student_stats, teachers, device)
+    if config.quantize:
+        fake_quantise(distiller, config, config.quantize, calibration_images(split, config))
+        if strict:
+            load_methods(distiller, config.quantize)
     optimizer = make_optimizer(config, distiller)
     return DistillationRun(
         config=config,
