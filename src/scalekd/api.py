@@ -418,7 +418,14 @@ def compare(
     return Comparison(folder, folder / "report.html", summary, summary["failed"])
 
 
-def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False) -> Export:
+def export(
+    run: AnyPath,
+    *,
+    checkpoint: Literal["best", "last"] = "last",
+    onnx: bool = False,
+    formats: Sequence[str] = (),
+    data: AnyPath | None = None,
+) -> Export:
     """Exports a run's student for timm, and as ONNX; `scalekd export`. Needs neither its data nor its teacher.
 
     The run's folder is then also one in timm's format: `timm.create_model("local-dir:RUN", pretrained=True)`.
@@ -427,12 +434,22 @@ def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: 
         run: the run's folder.
         checkpoint: `last`, or `best` by top-1 on the validation images.
         onnx: also write student.onnx. Needs the extra `onnx`.
+        formats: also convert it for these runtimes: fp16, openvino, coreml, litert, executorch, tensorrt. Each needs its
+            converter, which the error for a missing one names, and is compared with the student if it runs here.
+        data: images to compare on, in place of the run's validation images. At most 1,000 are used.
     """
     from scalekd.runs.students import export_run
 
+    if data is not None and not formats:
+        raise UserError("`data` goes with `formats`; without them nothing is compared on images")
+    if formats:
+        from scalekd.runs.formats import check_formats, export_formats
+
+        check_formats(formats)
     top1, differences = export_run(Path(run), checkpoint, onnx)
     files = list(differences)
-    return Export(files[0], top1, differences, files[1] if onnx else None)
+    made = export_formats(Path(run), formats, fspath(data) if data else None) if formats else {}
+    return Export(files[0], top1, differences, files[1] if onnx else None, made)
 
 
 def quantize(

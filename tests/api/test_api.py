@@ -79,10 +79,17 @@ def test_every_function_is_documented_and_typed():
 
 
 # what a command has and its function has not, and the other way round
-CALLED = {"baseline": "baselines", "analysis": "analyses", "no_preflight": "preflight", "run_folder": "run"}
+CALLED = {
+    "format": "formats",
+    "baseline": "baselines",
+    "analysis": "analyses",
+    "no_preflight": "preflight",
+    "run_folder": "run",
+}
 ONLY_COMMANDS = {
     "dry_run",
     "json",
+    "list",
     "markdown",
     "help",
     "on_bad_image",
@@ -93,7 +100,21 @@ ONLY_FUNCTIONS = {"overrides", "sections", "stop", "verbose"}
 
 @pytest.mark.parametrize(
     "name",
-    ["train", "evaluate", "predict", "embed", "push", "probe", "head", "compare", "export", "report", "cost", "plan"],
+    [
+        "train",
+        "evaluate",
+        "predict",
+        "embed",
+        "push",
+        "probe",
+        "head",
+        "compare",
+        "export",
+        "quantize",
+        "report",
+        "cost",
+        "plan",
+    ],
 )
 def test_a_function_takes_what_its_command_takes(name):
     import argparse

@@ -117,6 +117,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class FormatFile:
+    """A student for another runtime."""
+
+    file: Path
+    bytes: int
+    ran: bool
+    """Whether it was run here and compared."""
+    about: str
+    """What it was compared on, or why it was not run."""
+    largest_difference: float | None = None
+    """Of its logits from the student's."""
+    student_top1: float | None = None
+    """Top-1 accuracy of the student on the same images, in %."""
+    top1: float | None = None
+    agreement: float | None = None
+    """Images with the student's class, in %."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Exported files."""
 
@@ -126,6 +145,8 @@ class Export:
     differences: dict[Path, float]
     """For each file, the largest absolute difference between its logits and the student's."""
     onnx: Path | None = None
+    formats: dict[str, FormatFile] = field(default_factory=dict)
+    """The files for other runtimes, by name of the format."""
 
 
 @dataclass(frozen=True)
