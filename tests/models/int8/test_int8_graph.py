@@ -47,7 +47,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=["test_resnet", "test_vit"])
 def case(request: pytest.FixtureRequest) -> Case:
     name = request.param
-    student = student_of(name, **({"img_size": SIZE, "depth": 2} if "vit" in name else {}))
+    student = student_of(name, **({"img_size": SIZE, "depth": 4} if "vit" in name else {}))
     graph = graph_of(student, card_of(name))
     images = torch.randn(24, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     return Case(student, graph, images, ranges(graph, images.split(8), "minmax"))
