@@ -123,7 +123,7 @@ class Tuned:
 
     @property
     def scalekd(self) -> Losses:
-        return self.ladder["DFM + TPP"]
+        return self.ladder["ScaleKD"]
 
     @property
     def options(self) -> dict[str, Any]:

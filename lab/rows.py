@@ -25,7 +25,7 @@ LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the met
     "DFM (Dir + Alt)": {"dfm": {"heads": 3, "views": "dir_alt"}},
     "TPP own queries": {"tpp": {"heads": HEADS, "adaptive_queries": False}},
     "TPP": {"tpp": {"heads": HEADS}},
-    "DFM + TPP": {"scalekd": {"heads": HEADS} | PUBLISHED},
+    "ScaleKD": {"scalekd": {"heads": HEADS} | PUBLISHED},
 }
 OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
     "BKD": {"bkd": {}},

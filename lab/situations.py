@@ -35,7 +35,7 @@ SMALL = "teacher.image_size=56 student.weights=random data.image_size=64 data.wo
 SMALL += " train.epochs=1 schedule.warmup_epochs=0 --dry-run"
 FEW = f"train own-data --data photos --unlabelled more-photos --teacher {DINO} --student resnet18 teacher.head=head"
 FEW += f" teacher.weights=dino.safetensors {SMALL} data.unlabelled_share=0.875"
-FEW += " losses.ce.weight=0.1 losses.kd.weight=0.9 losses.kd.temperature=2"
+FEW += " 'losses={ce: {weight: 0.1}, kd: {weight: 0.9, temperature: 2}, scalekd: {}}'"
 ONLY = f"train own-images --unlabelled more-photos --val photos/val --teacher {DINO} --student resnet18"
 COMMANDS = {
     "head": f"head {DINO} --weights dino.safetensors --data photos --image-size 56 --out head",

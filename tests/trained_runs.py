@@ -25,6 +25,7 @@ LOSSES: dict[str, Any] = {
     "cap": {"ce": {}, "cap": {}},
     "scalekd": {"ce": {}, "kd": {}, "scalekd": {"shared": False, "expansion": 4}},  # as in the paper
     "shared": {"ce": {}, "kd": {}, "scalekd": {}},
+    "released": {"ce": {}, "scalekd": {"shared": False, "student_views": "first", "teacher_norm": False}},
 }
 
 

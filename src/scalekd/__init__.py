@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from scalekd.common import early_signals
+
+if early_signals.runs_as_command():
+    early_signals.answer_at_once()  # before anything else: the imports take a while
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +28,7 @@ from scalekd.api import (  # noqa: E402
     predict,
     probe,
     push,
+    quantize,
     recipes,
     report,
     train,
@@ -53,6 +59,7 @@ __all__ = [
     "predict",
     "probe",
     "push",
+    "quantize",
     "recipes",
     "report",
     "train",

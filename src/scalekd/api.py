@@ -25,6 +25,7 @@ from scalekd.common.results import (
     Predictions,
     Probe,
     Pushed,
+    Quantized,
     Report,
     Result,
 )
@@ -417,7 +418,14 @@ def compare(
     return Comparison(folder, folder / "report.html", summary, summary["failed"])
 
 
-def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: bool = False) -> Export:
+def export(
+    run: AnyPath,
+    *,
+    checkpoint: Literal["best", "last"] = "last",
+    onnx: bool = False,
+    formats: Sequence[str] = (),
+    data: AnyPath | None = None,
+) -> Export:
     """Exports a run's student for timm, and as ONNX; `scalekd export`. Needs neither its data nor its teacher.
 
     The run's folder is then also one in timm's format: `timm.create_model("local-dir:RUN", pretrained=True)`.
@@ -426,12 +434,86 @@ def export(run: AnyPath, *, checkpoint: Literal["best", "last"] = "last", onnx: 
         run: the run's folder.
         checkpoint: `last`, or `best` by top-1 on the validation images.
         onnx: also write student.onnx. Needs the extra `onnx`.
+        formats: also convert it for these runtimes: fp16, openvino, coreml, litert, executorch, tensorrt. Each needs its
+            converter, which the error for a missing one names, and is compared with the student if it runs here.
+        data: images to compare on, in place of the run's validation images. At most 1,000 are used.
     """
     from scalekd.runs.students import export_run
 
+    if data is not None and not formats:
+        raise UserError("`data` goes with `formats`; without them nothing is compared on images")
+    if formats:
+        from scalekd.runs.formats import check_formats, export_formats
+
+        check_formats(formats)
     top1, differences = export_run(Path(run), checkpoint, onnx)
     files = list(differences)
-    return Export(files[0], top1, differences, files[1] if onnx else None)
+    made = export_formats(Path(run), formats, fspath(data) if data else None) if formats else {}
+    return Export(files[0], top1, differences, files[1] if onnx else None, made)
+
+
+def quantize(
+    run: AnyPath,
+    *,
+    data: AnyPath | None = None,
+    val: AnyPath | None = None,
+    qat: bool = False,
+    qat_labels: bool = False,
+    epochs: int = 3,
+    calibration: Literal["auto", "minmax", "entropy", "percentile"] = "auto",
+    images: int = 256,
+    out: AnyPath | None = None,
+    device: str | None = None,
+    stop: StopRequest | None = None,
+    verbose: bool = False,
+    overrides: Sequence[str] = (),
+    **sections: Any,
+) -> Quantized:
+    """Writes the student of a run as int8, for onnxruntime, and compares it with float32; `scalekd quantize`.
+
+    The int8 file is calibrated on training images and, if asked for, also trained for a few epochs. The same call
+    resumes. Needs the extra `onnx`.
+
+    Args:
+        run: the folder of a finished run. It gets student.int8.onnx and quantize.json.
+        data: training images, in place of the run's; as for `train`.
+        val: validation images, in place of the run's; as for `train`.
+        qat: also train the int8 student with the run's teacher and losses.
+        qat_labels: also train it with the run's labels only.
+        epochs: of each training.
+        calibration: how the ranges of activations are found; `auto` tries all and takes the most accurate on training
+            images that were kept apart.
+        images: training images that the ranges are measured on.
+        out: the folder for the files and runs of every way; `run`/quantize by default.
+        device: as for `train`, for the trainings. Everything else runs on the CPU.
+        stop: as for `train`.
+        verbose: as for `train`.
+        overrides: keys of the recipe of the trainings, such as `["optim.lr=1e-5"]`.
+        **sections: the same as keyword arguments, as for `train`.
+
+    Raises:
+        UserError: for a run without a classifier, and for data whose classes are not the student's.
+        Stopped: as for `train`.
+    """
+    with _stoppable(stop) as stop:
+        from scalekd.common.parallel import processes
+        from scalekd.runs.quantize import quantize as quantized
+        from scalekd.runs.quantized_recipe import LABELS, TEACHER
+
+        with processes(device) as on:
+            return quantized(
+                Path(run),
+                data_overrides=overrides_of(data, val, None, None, None),
+                ways=[way for way, wanted in ((LABELS, qat_labels), (TEACHER, qat)) if wanted],
+                epochs=epochs,
+                calibration=calibration,
+                images=images,
+                overrides=overrides_of(None, None, None, None, None, overrides, sections),
+                out=Path(out) if out else None,
+                device=on,
+                console=_console(verbose),
+                stop=stop,
+            )
 
 
 def report(
@@ -526,6 +608,7 @@ def plan(
     gpu: str | None = None,
     gpus: int = 1,
     measure: bool = False,
+    together: bool = False,
     batch: int | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
@@ -546,6 +629,7 @@ def plan(
         gpu: v100, a100, h100, l4, ...; a100 by default.
         gpus: how many.
         measure: time real steps and the reading of images on this machine.
+        together: with `measure`, also time steps while the workers load images. It narrows the time.
         batch: images of a timed step; up to 64 by default.
         device: where to time them; as for `train`.
     """
@@ -564,6 +648,7 @@ def plan(
         classes=classes,
         measure_on=pick_device(device) if measure else None,
         batch=batch,
+        both=together,
     )
     return Plan(tuple(found["hours"]), tuple(found["gpu_hours"]), found["runs"])
 

@@ -15,7 +15,7 @@ import yaml
 from trained_runs import trained_runs
 from whole_runs import CPU
 
-from scalekd.analyze.distance import LINEAR, STRENGTH, LinearMap, distances, mapped, principal_plane
+from scalekd.analyze.distance import LINEAR, STRENGTH, LinearMap, analyze, distances, mapped, principal_plane
 from scalekd.analyze.figures import FIGURES_MISSING
 from scalekd.analyze.runs import labels, open_runs, projector_calls
 from scalekd.methods.distance import normalized_distance, remove_direct
@@ -237,6 +237,18 @@ def test_a_projector_that_serves_both_views_stands_under_each(root, trained):
     assert calls["scalekd.ori"] is not calls["scalekd.alt"] and calls["scalekd.alt"].stage == 4
     assert calls["scalekd.ori"].projector is calls["scalekd.alt"].projector is t.methods["scalekd"].student_caps["both"]
     assert calls["scalekd.proxy_ori"].output is calls["scalekd.proxy_alt"].output
+
+
+def test_a_run_with_the_first_view_and_without_the_teacher_s_norm(root, trained):
+    """It has no projector for the second view, and none onto the map that is compared."""
+    trained_runs(root, "released", data={"image_size": 64})
+    runs = open_runs([root / "released"], None, None, 12, CPU)
+    (pixels, _), t = next(runs.batches()), runs.trained[0]
+    with torch.no_grad():
+        calls = projector_calls(t.methods, t.student.features(pixels), runs.teacher.features(pixels))
+    assert [*calls] == ["scalekd.ori", "scalekd.proxy_ori", "scalekd.proxy_alt"]
+    (found,) = analyze([root / "released"], None, None, CPU)["runs"]
+    assert found["own"] is None and [*found["spaces"]] == [LINEAR]
 
 
 def changed_copy(folder, to, change):

@@ -65,7 +65,7 @@ def test_functions_survive_the_import_of_a_package_of_their_name(name):
 
 
 def test_every_function_is_documented_and_typed():
-    assert len(FUNCTIONS) == 15
+    assert len(FUNCTIONS) == 16
     for name in FUNCTIONS:
         function = getattr(scalekd, name)
         signature = inspect.signature(function)
@@ -79,10 +79,17 @@ def test_every_function_is_documented_and_typed():
 
 
 # what a command has and its function has not, and the other way round
-CALLED = {"baseline": "baselines", "analysis": "analyses", "no_preflight": "preflight", "run_folder": "run"}
+CALLED = {
+    "format": "formats",
+    "baseline": "baselines",
+    "analysis": "analyses",
+    "no_preflight": "preflight",
+    "run_folder": "run",
+}
 ONLY_COMMANDS = {
     "dry_run",
     "json",
+    "list",
     "markdown",
     "help",
     "on_bad_image",
@@ -93,7 +100,21 @@ ONLY_FUNCTIONS = {"overrides", "sections", "stop", "verbose"}
 
 @pytest.mark.parametrize(
     "name",
-    ["train", "evaluate", "predict", "embed", "push", "probe", "head", "compare", "export", "report", "cost", "plan"],
+    [
+        "train",
+        "evaluate",
+        "predict",
+        "embed",
+        "push",
+        "probe",
+        "head",
+        "compare",
+        "export",
+        "quantize",
+        "report",
+        "cost",
+        "plan",
+    ],
 )
 def test_a_function_takes_what_its_command_takes(name):
     import argparse

@@ -76,6 +76,13 @@ def test_a_teacher_with_an_embedding_serves_by_its_features():
     assert told["methods"]["kd"] == told["methods"]["ofa"] == remedy
 
 
+def test_a_family_names_the_models_that_start_with_it():
+    with pytest.raises(
+        UserError, match=r"timm has no model `swin_tiny`. timm names that .*: swin_tiny_patch4_window7_224"
+    ):
+        examine("swin_tiny")
+
+
 def test_a_tag_that_timm_does_not_have():
     with pytest.raises(UserError, match=r"Invalid pretrained tag .*Did you mean `vit_base_patch16_224.mae`"):
         examine("vit_base_patch16_224.maee")

@@ -25,8 +25,9 @@ def test_an_option_that_is_a_key_of_the_recipe(cli, words, hint):
 
 
 def test_an_option_that_is_no_key(cli):
-    result = cli("train", "own-data", "--nonsense", "3")
+    result = cli("train", "own-data", "--nonsense", "3", "optim.lr=0.1")
     assert result.code == 2 and "key of the recipe" not in result.err
+    assert "arguments: --nonsense 3;" in result.err  # and not the override, which is fine
 
 
 @pytest.mark.parametrize(("command", "words"), [("train", "`scalekd recipes`"), ("compare", "own-ladder")])

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from whole_runs import assert_same, changed, events, final_state
+from whole_runs import PLAIN_LOSSES, assert_same, changed, events, final_state
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
@@ -58,8 +58,9 @@ def recipe(tiny_recipe: dict[str, Any], image_folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("recipe")  # many validation images
 def test_two_processes_give_the_run_of_one(plain_recipe, tmp_path):
-    """Without batch norm, and with accumulation: the same global batches, so the same losses and weights."""
-    recipe = changed(plain_recipe, train={"accumulate": 2})
+    """Without batch norm, and with accumulation: the same global batches, so the same losses, balance and weights."""
+    losses = {name: options | {"weight": 0.1} for name, options in PLAIN_LOSSES.items() if options}
+    recipe = changed(plain_recipe, losses={"ce": {}, "kd": {}} | losses, train={"accumulate": 2}, balance={"every": 2})
     two, one = with_two(recipe, tmp_path), tmp_path / "one"
     execute(check_config(recipe, "test"), one, torch.device("cpu"), Console(quiet=True), check=False)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
@@ -68,6 +69,7 @@ def test_two_processes_give_the_run_of_one(plain_recipe, tmp_path):
         assert (a["event"], a["step"]) == (b["event"], b["step"])
         if a["event"] == "step":
             assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
+            assert a["gradient_shares"] == pytest.approx(b["gradient_shares"], abs=2e-4)
         else:
             assert a["images"] == b["images"] == VAL_IMAGES
             assert (a["top1"], a["loss"]) == (pytest.approx(b["top1"]), pytest.approx(b["loss"], rel=1e-4))

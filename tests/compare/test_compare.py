@@ -11,10 +11,15 @@ import statistics
 import time
 from pathlib import Path
 
+import comparisons
 import launcher
 import pytest
+import timm
+import torch
 import yaml
+from damage import some_of
 from rich.console import Console
+from safetensors.torch import save_file
 from scipy import stats
 from whole_runs import TINY
 
@@ -24,11 +29,18 @@ from scalekd.common.stop import Stopped, StopRequest
 from scalekd.compare import runner
 from scalekd.compare.compare import settled
 from scalekd.compare.ladder import Job, chosen, jobs, ladder_names, load_ladder
+from scalekd.compare.page import markdown
 from scalekd.compare.progress import Board
-from scalekd.compare.results import known_records, read_records, recipe_of, summary, write_records
+from scalekd.compare.report import report_comparison
+from scalekd.compare.results import held_values, known_records, read_records, recipe_of, summary, write_records
 from scalekd.compare.runner import Place, places, run_all
+from scalekd.compare.same_inputs import check_finished
 from scalekd.compare.shared_outputs import Outputs
 from scalekd.config.recipe import check_config, load_recipe
+from scalekd.data.batches import listed
+from scalekd.data.fingerprint import fingerprint
+from scalekd.data.split import open_split
+from scalekd.models.weights.match import sha256_of
 from scalekd.train import hardware
 
 METHODS = {
@@ -75,6 +87,15 @@ def test_runs_that_cannot_be_compared_are_rejected(ladder_file):
     chain = METHODS | {"chain": {"assistant": {"student": {"model": "test_vit"}}, "losses": {"ce": {}, "kd": {}}}}
     with pytest.raises(UserError, match=r"chain: 1 problem\n  - assistant: a comparison trains no assistants"):
         jobs(load_ladder(ladder_file(methods=chain)))
+
+
+def test_runs_share_the_head_that_they_fit(ladder_file, tmp_path):
+    ladder = load_ladder(ladder_file(set={"teacher": {"head": "fit"}}))
+    first, *_, last = settled(jobs(ladder), tmp_path / "out", Place("cpu", 1))
+    assert first.config.teacher is None and last.config.teacher.head == str(tmp_path / "out" / "head")
+    ladder = load_ladder(ladder_file(set={"teacher": {"head": "fit"}}, students={"A": {}, "B": {"data": {"limit": 9}}}))
+    with pytest.raises(UserError, match=r"B, KD: 1 problem\n  - teacher.head: `fit` fits one head for all runs"):
+        jobs(ladder)
 
 
 def test_the_seed_replaces_its_placeholder(ladder_file):
@@ -184,10 +205,12 @@ def finish(process):
 @pytest.mark.slow
 def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_path, image_folder):
     out = tmp_path / "out"
-    file = ladder_file()
+    trained = timm.create_model("test_vit", depth=4, img_size=48).state_dict()
+    save_file({k: v + 0.1 * torch.rand_like(v[:1]) for k, v in trained.items()}, tmp_path / "vit.safetensors")
+    file = ladder_file(set={"teacher": {"weights": str(tmp_path / "vit.safetensors"), "head": "fit"}})
     code, text, err = finish(compare(file, "--out", out, "--seeds", "1", "--jobs", "2", "--share-teacher"))
     assert code == 0, err
-    assert text.count("top-1") == 3 and "3 of 3 runs finished" in text
+    assert text.count("seed 0: top-1") == 3 and "3 of 3 runs finished" in text
     made = json.loads((out / "summary.json").read_text())
     for method in METHODS:
         folder = out / "runs" / "test_resnet" / method.replace(" ", "_").replace("(", "_").replace(")", "_") / "seed-0"
@@ -197,6 +220,9 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     assert made["about"][0] == "A try." and made["finished"] == 3 and made["failed"] == []
     assert "KD" in (out / "summary.md").read_text() and "<html" in (out / "report.html").read_text()
     assert not (out / "outputs").exists()
+
+    held = {"head.safetensors", "head.json"}
+    assert {p.name for p in out.rglob("head.*")} == held and {p.parent for p in out.rglob("head.*")} == {out / "head"}
 
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
     code, text, err = finish(compare(file, "--out", out, "--seeds", "1"))
@@ -210,9 +236,12 @@ def test_a_comparison_and_a_second_call_that_repeats_nothing(ladder_file, tmp_pa
     # the records replace deleted folders; a record with another recipe does not count
     (out / "runs").rename(tmp_path / "away")
     ladder = load_ladder(file)
-    assert len(known_records(out, jobs(chosen(ladder, [], [], 1)))) == 3
-    assert known_records(out, jobs(ladder, ["optim.lr=0.3"])) == {}
-    assert len(known_records(out, jobs(ladder, ["train.save_minutes=3"]))) == 3  # the same runs
+
+    def known(part, overrides=()):
+        return known_records(out, settled(jobs(part, overrides), out, Place("cpu", 1)))
+
+    assert len(known(chosen(ladder, [], [], 1))) == 3 and known(ladder, ["optim.lr=0.3"]) == {}
+    assert len(known(ladder, ["train.save_minutes=3"])) == 3  # the same runs
 
 
 @pytest.mark.slow
@@ -490,6 +519,67 @@ def test_runs_of_another_comparison_count_if_their_recipe_is_the_same(ladder_fil
     (tmp_path / "b").mkdir()
     write_records(tmp_path / "b", found)
     assert known_records(tmp_path / "b", second) == found  # reused records are known without the other comparison
+
+
+def test_damaged_results_give_a_message(ladder_file, tmp_path):
+    ladder = load_ladder(ladder_file(seeds=[0]))
+    planned = jobs(ladder)
+    write_records(tmp_path, {job: record(job, 50.0) for job in planned[:1]})
+    (tmp_path / "summary.json").write_text(json.dumps(comparisons.summary()))
+    for name, content in some_of(tmp_path, ["results.jsonl", "summary.json"], 20):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        try:
+            held_values(tmp_path)
+            known = known_records(tmp_path, planned) | known_records(tmp_path / "none", planned, [tmp_path])
+            facts = {
+                "about": [],
+                "command": "",
+                "versions": {},
+                "teacher_top1": None,
+                "wall_seconds": 1.0,
+                "failed": [],
+            }
+            markdown(summary(ladder, planned, known, **facts))
+            report_comparison(tmp_path)
+        except UserError as error:
+            assert name in str(error) and "\n" not in str(error)
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (tmp_path / name).write_bytes(before)
+
+
+def test_finished_runs_with_other_images_or_teachers_do_not_count(ladder_file, tmp_path, image_folder):
+    """Those of another comparison too, whose runs have other labels."""
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"1")
+    methods = METHODS | {"KD": {"losses": {"ce": {}, "kd": {}}, "teacher": TINY["teacher"] | {"weights": str(weights)}}}
+    first = jobs(load_ladder(ladder_file(name="first", methods=methods, seeds=[0])))
+    (tmp_path / "a").mkdir()
+    write_records(tmp_path / "a", {j: record(j, 10.0) for j in first})
+    split = open_split(first[0].config.data)
+    data = {
+        part: fingerprint(listed(source, indices))
+        for part, source, indices in (
+            ("train", split.train, split.train_indices),
+            ("val", split.val, split.val_indices),
+        )
+    }
+    for job in first:
+        (tmp_path / "a" / "runs" / job.folder).mkdir(parents=True)
+        inputs = {"data": data, "teacher": {"teacher": [sha256_of(weights), None]}, "versions": {}}
+        (tmp_path / "a" / "runs" / job.folder / "inputs.json").write_text(json.dumps(inputs))
+    methods = {"nothing": methods["none"], "other": methods["KD"]}
+    second = jobs(load_ladder(ladder_file(name="second", methods=methods, baseline="nothing", seeds=[0])))
+    found = known_records(tmp_path / "b", second, [tmp_path / "a"])
+    check_finished(found, tmp_path / "b")
+    weights.write_bytes(b"2")
+    with pytest.raises(UserError, match=r"the teacher changed since .*/KD/seed-0 was finished: the weights of teacher"):
+        check_finished(found, tmp_path / "b")
+    weights.write_bytes(b"1")
+    next((image_folder / "train").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"the images changed since .*/none/seed-0 .*\n.*without `known`"):
+        check_finished(found, tmp_path / "b")
 
 
 def test_records_of_a_version_with_fewer_options_are_known(ladder_file, tmp_path):

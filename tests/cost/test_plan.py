@@ -207,6 +207,8 @@ def test_errors(cli, recipe_file):
         (("--device", "cpu"), "go with `--measure`"),
         (("--measure", "--device", "cpu", "--gpus", 2), "`--gpus` 2: "),
         (("--measure", "--device", "cpu", "--batch", 2), "`--batch` 2: must be 4 or more"),
+        (("--together",), "`--together` goes with `--measure`"),
+        (("--measure", "--device", "cpu", "--together", "data.train=/nowhere", "--images", 64), "cannot be opened"),
         (("--images", 0), "`--images` 0: must be 1 or more"),
         (("--images", 5), "more than the 5 training images"),
         (("--gpus", 3), "3 processes x 1"),
@@ -216,6 +218,17 @@ def test_errors(cli, recipe_file):
     ]:
         result = cli("plan", recipe_file, *words)
         assert result.code == 2 and message in result.err and "Traceback" not in result.err, words
+
+
+def test_steps_and_loading_at_once(light_recipe, monkeypatch):
+    """The time follows from both together, and not from the two speeds."""
+    monkeypatch.setattr(plan_measured, "ROUND_SECONDS", 0.01)
+    recipe = changed(light_recipe, data={"workers": 1})
+    (run,) = plan(check_config(recipe, "test"), measure_on=CPU, both=True)["runs"]
+    least, most = run["probe"]["together"]
+    assert 0 < least <= most
+    assert run["images_per_s"] == run["together"] == pytest.approx([1 / most / 1.25, 1.25 / least])
+    assert "timed together" in markdown({"runs": [run], "hours": run["hours"], "gpu_hours": run["gpu_hours"]})
 
 
 def test_imagenet_is_taken_where_a_recipe_names_it(light_recipe):
@@ -235,7 +248,9 @@ def test_what_would_narrow_a_wide_interval():
     assert "--measure" in narrower(counted)[0] and narrower(counted | {"hours": [1.9, 3.0]}) == []
     measured = counted | {"source": "measured", "shared_cores": True, "workers": 4, "limit": "reading"}
     measured |= {"train": [50.0, 60.0], "read": [200.0, 300.0], "probe": {"read": [0.01, 0.02]}}
-    assert [line.partition(";")[0] for line in narrower(measured)] == ["data.workers=0"]
-    assert "name the data" in narrower(measured | {"probe": {}})[0]
+    assert len(narrower(measured)) == 1 and narrower(measured)[0].startswith("--together times steps while")
+    assert len(narrower(measured | {"probe": {}})) == 1 and "name the data" in narrower(measured | {"probe": {}})[0]
+    busy = narrower(measured | {"together": [10.0, 60.0]})
+    assert len(busy) == 1 and "nothing else runs here" in busy[0]
     busy = narrower(measured | {"workers": 0, "train": [10.0, 60.0]})
     assert len(busy) == 1 and "nothing else runs here" in busy[0]

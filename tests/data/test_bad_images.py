@@ -16,6 +16,7 @@ from scalekd.data.batches import Images, eval_batches, train_batches, training_i
 from scalekd.data.images import Bad, BadImages, read_list
 from scalekd.data.options import Augment, Data
 from scalekd.data.samplers import TrainSampler
+from scalekd.data.sources.open import open_source
 from scalekd.data.split import open_split
 from scalekd.train.log import read_log
 
@@ -272,3 +273,13 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(cli, recipe_file, 
     command += ["data.max_bad=0.1"]
     assert cli(*command, "--on-bad-image", "skip").code == 0
     assert str(victim) in (tmp_path / "run" / "bad-images.txt").read_text()
+
+
+def test_a_message_proposes_only_what_the_command_takes(image_folder):
+    (image_folder / "val" / "ant" / "0.png").write_bytes(b"")
+    source = open_source(str(image_folder / "val"), "data")
+    error = Images(source, range(len(source)), lambda image: image, None)[0, 0]  # as `evaluate` reads them
+    assert str(error).endswith("it is empty (0 bytes). Remove or replace that file")
+    split = open_split(Data(train=str(image_folder / "train"), val=str(image_folder / "val")))
+    error = validation_images(split, Data(image_size=32), Augment())[0, 0]
+    assert str(error).endswith("or set data.on_bad_image=skip to train without it.")

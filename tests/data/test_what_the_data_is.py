@@ -35,13 +35,31 @@ def opened(folder: Path, **more: object) -> dict:
 # ---------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize("name", ["train", "Training", "VALID", "val", "validation", "dev", "test", "testing"])
+@pytest.mark.parametrize(
+    "name",
+    ["train", "Training", "VALID", "val", "validation", "dev", "test", "testing", "Eval", "train_images", "val2017"],
+)
 def test_a_folder_named_as_a_split_is_no_class(image_folder, name):
     assert split_of(name)
     (image_folder / "val").rename(image_folder / "other")
     (image_folder / "train").rename(image_folder / name)
     message = refused(str(image_folder))
     assert "has folders named as splits, not as classes" in message and f"{image_folder}/{name}" in message
+
+
+def test_names_of_splits_and_of_classes():
+    names = ["trainset", "images-val", "Test Data", "test_split", "imgs_train", "dev-set", "evaluation"]
+    assert [split_of(name) for name in names] == ["train", "val", "test", "test", "train", "val", "val"]
+    assert not any(
+        map(split_of, ["bullet train", "test_tube", "train station", "trainer", "valley", "data", "img2017"])
+    )
+
+
+def test_eval_validates_if_there_is_no_val(image_folder):
+    shutil.copytree(image_folder / "val", image_folder / "eval")
+    assert pair_of(str(image_folder)) == (f"{image_folder}/train", f"{image_folder}/val")
+    shutil.rmtree(image_folder / "val")
+    assert pair_of(str(image_folder)) == (f"{image_folder}/train", f"{image_folder}/eval")
 
 
 def test_valid_is_found_and_test_never_chooses(image_folder):

@@ -26,6 +26,10 @@ class Released(NamedTuple):
     attention: float  # `softmax_scale`
     stage_3: str  # name of the student's module that ends stage 3
     stage_4: str
+    teacher: tuple[str, str] = (
+        "layers.2",
+        "norm",
+    )  # the names for the teacher: of Swin, whose target is after its norm
 
 
 class Projector(nn.Module):
@@ -110,8 +114,8 @@ def step(
     (s3, s4), logit_s = stages_of(student, images[0], (released.stage_3, released.stage_4))
     s3, s4 = as_map(s3), as_map(s4)
     with torch.no_grad():
-        (t3, t4), logit_t = stages_of(teacher, images[1], ("layers.2", "norm"))
-        t3, t4 = t3.permute(0, 3, 1, 2), t4.permute(0, 3, 1, 2)
+        (t3, t4), logit_t = stages_of(teacher, images[1], released.teacher)
+        t3, t4 = (x.permute(0, 3, 1, 2) if x.ndim == 4 else as_map(x) for x in (t3, t4))
     total = task_loss(released.task, logit_s, y)
     if released.kd:
         kd = -(logit_t.softmax(1) * logit_s.log_softmax(1)).sum(1).mean()
@@ -121,8 +125,7 @@ def step(
         cap = Projector(s3.shape[1], s3.shape[2:], t3.shape[1], t3[0, 0].numel(), released.heads[0], released.attention)
         cap = cap.to(s3)
         cap.copy_from(method.proxy_caps[view])
-        proxy = cap(s3).reshape(len(s3), *t3.shape[2:], -1)
-        proxy = teacher.norm(teacher.layers[3](proxy)).flatten(1, 2)  # forward_specific_stage(..., 4)
+        proxy = last_stage(teacher, cap(s3), t3)  # forward_specific_stage(..., 4)
         total = total + released.s3[i] * view_losses(proxy, t4)[i]
         if released.s4[i]:
             cap = Projector(
@@ -131,6 +134,13 @@ def step(
             cap.copy_from(method.student_caps[view])
             total = total + released.s4[i] * view_losses(cap(s4, proxy), t4)[i]
     return total
+
+
+def last_stage(teacher: Any, tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens through the frozen last stage: of a Swin with its norm, of a ViT cut into quarters its last blocks alone."""
+    if hasattr(teacher, "blocks"):
+        return teacher.blocks[3 * len(teacher.blocks) // 4 :](tokens)
+    return teacher.norm(teacher.layers[3](tokens.reshape(len(tokens), *like.shape[2:], -1))).flatten(1, 2)
 
 
 def task_loss(task: str, logits: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`balance`: each loss pulls at the student's backbone as hard as its weight says, exactly also after a stop."""
+"""`balance`: each feature loss pulls at the student's backbone as hard as its weight says, exactly also after a stop."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def quadratic(student: nn.Linear, factors: dict[str, float]) -> dict[str, Tensor
 def test_norms_and_factors_by_hand():
     student = nn.Linear(2, 1, bias=False)
     nn.init.constant_(student.weight, 3.0)  # norm sqrt(18)
-    balance = Balance({"ce": 2.0, "fd": 0.5}, "ce", every=10, momentum=0.9)
-    assert balance.factors().tolist() == [2.0, 0.0]  # nothing is known yet
-    terms = quadratic(student, {"ce": 1.0, "fd.s3": 10.0, "fd.s4": 30.0})
+    balance = Balance({"ce": 2.0, "kd": 3.0, "fd": 0.5}, ["ce", "kd"], every=10, momentum=0.9)
+    assert balance.factors().tolist() == [2.0, 3.0, 0.0]  # nothing is known yet
+    terms = quadratic(student, {"ce": 1.0, "kd": -0.5, "fd.s3": 10.0, "fd.s4": 30.0})
     balance.measure(terms, list(student.parameters()), ONE)
     balance.update(ONE)
-    torch.testing.assert_close(balance.log_norms.exp(), torch.tensor([18**0.5, 40 * 18**0.5]))
-    torch.testing.assert_close(balance.factors(), torch.tensor([2.0, 0.5 / 40]))
-    torch.testing.assert_close(balance.shares(), torch.tensor([0.8, 0.2]))  # as the weights 2 and 0.5
+    norm = 18**0.5  # 2 of ce - 1.5 of kd: half of it is the reference
+    torch.testing.assert_close(balance.log_norms.exp(), torch.tensor([norm, norm / 2, 40 * norm, norm / 2]))
+    torch.testing.assert_close(balance.factors(), torch.tensor([2.0, 3.0, 0.5 / 80]))
+    torch.testing.assert_close(balance.shares(), torch.tensor([2.0, 1.5, 0.25]) / 3.75)
     scaled = balance.scaled(terms)
-    assert scaled["fd.s4"].item() == pytest.approx(0.5 / 40 * 30 * 9, rel=1e-5)
+    assert scaled["kd"].item() == pytest.approx(3.0 * -0.5 * 9, rel=1e-5)
+    assert scaled["fd.s4"].item() == pytest.approx(0.5 / 80 * 30 * 9, rel=1e-5)
     assert scaled["total"].item() == pytest.approx(sum(v.item() for k, v in scaled.items() if k != "total"), rel=1e-6)
 
 
@@ -78,7 +80,7 @@ def test_a_scale_for_half_precision_changes_nothing_and_an_overflow_is_skipped()
 
 def test_a_classifier_of_zeros_hides_the_reference_at_first():
     """As of an MLP-Mixer at its initial weights: its cross-entropy does not reach the backbone."""
-    balance = Balance({"ce": 1.0, "fd": 1.0}, "ce", every=1, momentum=0.9)
+    balance = Balance({"ce": 1.0, "fd": 1.0}, ["ce"], every=1, momentum=0.9)
     student = nn.Linear(1, 1, bias=False)
     nn.init.ones_(student.weight)
     for ce, expected in ((0.0, [1.0, 0.0]), (2.0, [1.0, 0.5])):
@@ -100,10 +102,10 @@ def test_the_backbone_is_all_but_the_classifier(name):
 
 
 def norms_of(run, terms: dict[str, Tensor]) -> dict[str, float]:
-    """The norm of each loss's gradient at the backbone, worked out apart from the product."""
+    """The norm of the gradient of each loss, and of ce and kd together, at the backbone, apart from the product."""
     norms = {}
-    for name in run.model.methods:
-        total = sum(value for term, value in terms.items() if term.split(".")[0] == name)
+    for name in (*run.model.methods, "ce+kd"):
+        total = sum(value for term, value in terms.items() if term.split(".")[0] in name.split("+"))
         gradients = torch.autograd.grad(total, backbone_parameters(run.student), retain_graph=True, allow_unused=True)
         norms[name] = sum(g.square().sum().item() for g in gradients if g is not None) ** 0.5
     return norms
@@ -128,9 +130,10 @@ def test_each_loss_pulls_as_its_weight_says(tiny_recipe):
         torch.manual_seed(0)
         terms = run.losses(run.model, batch, micro)
     norms = norms_of(run, terms)
-    assert norms["kd"] / norms["ce"] == pytest.approx(0.5, rel=0.02)
-    assert norms["fd@a"] / norms["ce"] == pytest.approx(0.2, rel=0.02)
-    assert norms["fd@b"] / norms["ce"] == pytest.approx(0.2, rel=0.02)
+    assert run.model.gradients.factors()[:2].tolist() == [1.0, 0.5]  # as without `balance`
+    reference = norms.pop("ce+kd")
+    assert norms["fd@a"] / reference == pytest.approx(0.2, rel=0.02)
+    assert norms["fd@b"] / reference == pytest.approx(0.2, rel=0.02)
     shares = run.gradient_shares()
     assert shares == {name: pytest.approx(norm / sum(norms.values()), rel=0.02) for name, norm in norms.items()}
 
@@ -146,7 +149,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(random_recipe, tmp_path, ac
             start(recipe, tmp_path / "parts", stop)
     start(recipe, tmp_path / "parts")
     assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
-    assert final_state(tmp_path / "whole")["balance"]["counts"].tolist() == [7, 7, 7]  # steps 0 to 4, 6, 8
+    assert final_state(tmp_path / "whole")["balance"]["counts"].tolist() == [7, 7, 7, 7]  # steps 0 to 4, 6, 8
     shares = [[e["gradient_shares"] for e in events(tmp_path / part, "step")] for part in ("parts", "whole")]
     assert shares[0] == shares[1] and len(shares[0]) == 9
 
@@ -201,7 +204,11 @@ def screen_of(recipe) -> str:
 def test_preflight_shows_the_shares(tiny_recipe):
     text = screen_of(tiny_recipe)
     assert "share of the loss and of the gradient at the student: ce " in text
-    assert "(balance: by weight)" in screen_of(balanced(tiny_recipe))
+    balance = screen_of(balanced(tiny_recipe))
+    assert "(with `balance`)" in balance
+    # also of losses that were not measured yet, and that have the factor 0 in the first step
+    losses = balance.partition("losses: ")[2].partition(", total")[0]
+    assert len(losses.split(", ")) == 6 and "0.000" not in losses
 
 
 def test_preflight_warns_of_a_run_that_is_short_for_its_projectors(tiny_recipe):
@@ -219,7 +226,7 @@ def test_preflight_warns_if_the_labels_hardly_count(tiny_recipe):
     run = build(check_config(recipe, "test"), CPU)
     check = gradient_check(run)
     assert check.status == "warn" and "Little is left for ce" in check.text
-    assert check.fix == "Set balance={} to weight the losses by their gradients, or lower losses.fd.weight"
+    assert check.fix == "Lower losses.fd.weight, or set balance={} to weight it by its gradient"
     assert gradient_check(build(check_config(changed(recipe, balance={}), "test"), CPU)).status == "ok"
     even = changed(tiny_recipe, losses={"ce": {}, "fd": {"weight": 0.001}})
     assert gradient_check(build(check_config(even, "test"), CPU)).status == "ok"

@@ -20,7 +20,9 @@ from released_literal import Released, step
 
 SIZE = (64, 64)
 SWIN = {"img_size": SIZE, "window_size": 2, "embed_dim": 12, "depths": (1, 1, 1, 2), "num_heads": (1, 2, 2, 4)}
-NORMAL, FIRST = (0.08, 0.06), (0.08, 0.0)
+# BEiT-L is a ViT with a norm after the pooling; here without a class token, which goes along our proxy path only
+BEIT = {"img_size": SIZE, "embed_dim": 24, "depth": 4, "num_heads": 2, "class_token": False}
+NORMAL, FIRST, BEIT_L = (0.08, 0.06), (0.08, 0.0), (0.016, 0.008)
 RELEASED = {  # recipe: its values in the release, and what makes its student small
     "swin-l-resnet50-advanced": (
         Released("bce", True, (16, 24), NORMAL, NORMAL, 5.0, "layer3", "layer4"),
@@ -46,6 +48,10 @@ RELEASED = {  # recipe: its values in the release, and what makes its student sm
         Released("smooth", True, (8, 16), NORMAL, NORMAL, 1.0, "stages.2", "norm_pre"),
         {"depths": (1, 1, 1, 1), "dims": (4, 8, 8, 16), "drop_path_rate": 0.0},
     ),
+    "beit-l-resnet50-advanced": (
+        Released("bce", True, (8, 8), BEIT_L, BEIT_L, 0.2, "layer3", "layer4", ("blocks.2", "blocks.3")),
+        {"layers": (1, 1, 1, 1), "channels": (4, 4, 4, 4)},
+    ),
 }
 
 
@@ -54,7 +60,10 @@ def pair_of(name: str, small: dict[str, Any]) -> tuple[Any, Distiller]:
     torch.manual_seed(0)
     config = load_recipe(name)
     student = timm.create_model(config.student.model, num_classes=5, **config.student.kwargs | small)
-    teacher = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SWIN)
+    if "beit-l" in name:
+        teacher = timm.create_model("vit_base_patch16_224", num_classes=5, global_pool="avg", **BEIT)
+    else:
+        teacher = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SWIN)
     losses = copy.deepcopy(config.losses)
     distiller = Distiller(student, teacher, losses, image_size=SIZE, student_cuts=config.student.cuts).double().train()
     for p in (*teacher.parameters(), *distiller.parameters()):
@@ -90,6 +99,7 @@ def test_a_step_equals_the_release(row):
         ("swin-l-mixer-s-advanced", "student_norm", True),
         ("swin-s-resnet50-traditional", "student_views", "both"),
         ("swin-l-vit-small-advanced", "beta", 0.571),
+        ("beit-l-resnet50-advanced", "teacher_norm", True),
     ],
 )
 def test_every_option_is_needed(row, option, value):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from damage import some_of
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -25,10 +26,10 @@ from small_images import write_images
 from scalekd.cli.app import parse
 from scalekd.cli.options import recipe_overrides
 from scalekd.common.errors import UserError
-from scalekd.compare.ladder import jobs, load_ladder
 from scalekd.config.recipe import check_config, load_recipe
 from scalekd.data.options import Data
 from scalekd.distill.build import build
+from scalekd.heads import features as head_features
 from scalekd.heads import fit_head as head
 from scalekd.heads import linear as head_solver
 from scalekd.heads import page as head_page
@@ -36,6 +37,7 @@ from scalekd.heads.features import pooled
 from scalekd.heads.fit_head import Teacher, fit_head
 from scalekd.heads.linear import best_temperature, calibration_error, choose, fit, held_out_parts, scores
 from scalekd.models.build import build_model
+from scalekd.models.fitted_head import build_with_head
 from scalekd.models.options import Model
 from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import trained
@@ -72,9 +74,9 @@ def fitted_on(
 ) -> dict[str, Any]:
     """`fit_head` of root/w.safetensors on the images in root."""
     spec = Model(model=name, weights=str(root / "w.safetensors"), kwargs=kwargs, image_size=options.pop("size", 48))
-    data = Data(
-        train=str(root / "train"), val=str(options.pop("val", root / "val")), limit=options.pop("limit", None), seed=0
-    )
+    sources = {"train": str(root / "train"), "val": str(options.pop("val", root / "val"))}
+    read = {key: options.pop(key) for key in ("limit", "on_bad_image", "max_bad") if key in options}
+    data = Data.model_validate(sources | read | {"seed": 0})
     return fit_head(spec, data, root / out, CPU, Console(file=io.StringIO()), cache=root / "cache", **options)
 
 
@@ -614,25 +616,52 @@ def test_heads_of_several_teachers_are_in_folders_of_their_own(tiny_recipe, tmp_
         build(config, CPU)
 
 
-def test_where_no_head_is_fitted_it_is_said(tiny_recipe, image_folder, recipe_file):
+def test_unreadable_images_are_left_out(own):
+    """With `data.on_bad_image: skip`, in a run too: the head is that of the other images."""
+    images = sorted(own.glob("train/*/*.png"))
+    first = images[0]
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match=r"ant/0\.png: it is empty"):
+        fitted_on(own, "new")
+    card = fitted_on(own, "new", on_bad_image="skip", max_bad=0.5)
+    assert fitted_on(own, "again", on_bad_image="skip", max_bad=0.5)["head_sha256"] == card["head_sha256"]  # cached
+    first.unlink()
+    assert fitted_on(own, "fewer")["head_sha256"] == card["head_sha256"]
+    for image in images[:8]:
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"^none of the 8 training images of the class ant can be"):
+        fitted_on(own, "none", on_bad_image="skip", max_bad=0.5)
+
+
+def test_a_batch_without_a_readable_image_is_left_out(own, monkeypatch):
+    monkeypatch.setattr(head_features, "BATCH", 2)
+    monkeypatch.setattr(head_features, "CHUNK", 4)
+    images = sorted(own.glob("train/*/*.png"))
+    for image in images[2:5]:  # the second batch, and the first image of the third
+        image.write_bytes(b"")
+    card = fitted_on(own, "new", on_bad_image="skip", max_bad=0.5)
+    for image in images[2:5]:
+        image.unlink()
+    assert fitted_on(own, "fewer")["head_sha256"] == card["head_sha256"]
+
+
+def test_a_head_needs_labels(tiny_recipe, image_folder):
     data = {"train": None, "unlabelled": str(image_folder / "train")}
     no_labels = tiny_recipe | {"data": tiny_recipe["data"] | data, "losses": {"kd": {}}}
     no_labels["teacher"] = tiny_recipe["teacher"] | {"head": "fit"}
     with pytest.raises(UserError, match=r"teacher\.head: fit needs labelled images; set data\.train"):
         check_config(no_labels, "test")
-    with pytest.raises(UserError, match=r"the runs of a comparison share one teacher; fit its head once"):
-        jobs(load_ladder("own-ladder"), [f"data.train={image_folder / 'train'}", "teacher.head=fit"])
 
 
 def test_the_search_ends_when_the_held_out_loss_rises(monkeypatch):
     monkeypatch.setattr(head_solver, "STRENGTHS", (1000.0, 100.0, 10.0, 1.0, 0.1))
-    losses, fits = iter([3.0, 2.0, 2.05, 2.04, 1.0]), []
+    losses, fits = iter([3.0, 2.0, 2.05, 1.0, 1.0]), []
     monkeypatch.setattr(head_solver, "fit", lambda *args: fits.append(args[3]) or head_solver.Linear(ZERO, ZERO[:, 0]))
     monkeypatch.setattr(head_solver, "scores", lambda *_: {"nll": next(losses, 9.0), "top1": 50.0})
     x, y = blobs()
     choice = choose(x, y, 3, seed=0)
-    assert [row["nll"] for row in choice.tried] == [3.0, 2.0, 2.05, 2.04]
-    assert choice.strength == head_solver.STRENGTHS[1] and len(fits) == 4 * head_solver.PARTS
+    assert [row["nll"] for row in choice.tried] == [3.0, 2.0, 2.05]
+    assert choice.strength == head_solver.STRENGTHS[1] and len(fits) == 3 * head_solver.PARTS
 
 
 def test_the_search_tells_how_far_it_is(monkeypatch):
@@ -641,3 +670,21 @@ def test_the_search_tells_how_far_it_is(monkeypatch):
     lines: list[str] = []
     choose(*blobs(), 3, 0, lines.append)
     assert "(1 of at most 2), fit 1 of 5" in lines[0] and "best so far" in lines[-1]
+
+
+def test_a_damaged_head_gives_a_message_and_damaged_features_are_computed_again(own):
+    spec = Model(model=NAME, weights=str(own / "w.safetensors"), kwargs=KWARGS, head=str(own / "head"))
+    for name, content in some_of(own / "head", ["head.json", "head.safetensors"], 5):
+        before = (own / "head" / name).read_bytes()
+        (own / "head" / name).write_bytes(content)
+        try:
+            build_with_head(spec, channels=3, image_size=(48, 48), classes=3, where="teacher")
+        except UserError as error:
+            assert str(error).startswith("teacher")
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (own / "head" / name).write_bytes(before)
+    whole = fitted_on(own, "whole")
+    for file in (own / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert fitted_on(own, "again")["validation"] == whole["validation"]

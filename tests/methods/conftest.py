@@ -26,11 +26,11 @@ class Tail(nn.Module):
         self.batches: list[int] = []
         self.double().requires_grad_(False)
 
-    def forward(self, k: int, x: Tensor) -> Tensor:
+    def forward(self, k: int, x: Tensor, end: bool = True) -> Tensor:
         assert k == 3
         self.batches.append(len(x))
-        x = F.gelu(self.conv(x)).permute(0, 2, 3, 1)
-        return self.norm(self.linear(x)).permute(0, 3, 1, 2)
+        x = self.linear(F.gelu(self.conv(x)).permute(0, 2, 3, 1))
+        return (self.norm(x) if end else x).permute(0, 3, 1, 2)
 
 
 @dataclass

@@ -261,7 +261,7 @@ def test_grids_of_7x7_and_16x16():
         )
 
     s, t = features(student), features(teacher)
-    t.resume = lambda k, x: x.roll(1, dims=1)
+    t.resume = lambda k, x, end: x.roll(1, dims=1)
     released = scalekd(student, teacher, reduction="sum")
     released.load_state_dict(method.state_dict())
     for name, value in method(s, t, torch.tensor([0, 0])).items():
@@ -296,6 +296,21 @@ def test_a_student_path_with_the_first_view_only(pair, shared):
     assert all(torch.equal(value, all_terms[name]) for name, value in terms.items())
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in first.parameters())
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_the_teacher_s_stage_4_before_its_final_norm(pair, grad_checkpointing):
+    """Target and proxy path both: as with a teacher that has no norm."""
+    method = randomised(scalekd(pair.student, pair.teacher, teacher_norm=False, grad_checkpointing=grad_checkpointing))
+    student, teacher, targets = pair.features()
+    terms = method(student, teacher, targets)
+    after = scalekd(pair.student, pair.teacher).double()
+    after.load_state_dict(method.state_dict())
+    assert all(terms[name].item() != value.item() for name, value in after(student, teacher, targets).items())
+    pair.tail.norm = torch.nn.Identity()
+    bare = dataclasses.replace(teacher, final=teacher.maps[3])
+    for name, value in after(student, bare, targets).items():
+        assert terms[name].item() == value.item(), name
 
 
 def test_stage_4_before_the_final_norm(pair):

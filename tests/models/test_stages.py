@@ -171,6 +171,7 @@ def test_teacher_runs_on_from_its_own_stages(family):
         own = f.maps[k - 1].clone().requires_grad_()
         final = f.resume(k, own)
         assert torch.equal(final, f.final), (final - f.final).abs().max()  # the same operations, in order
+        assert torch.equal(f.resume(k, own, end=False), f.maps[3])
         (grad,) = torch.autograd.grad(final.square().mean(), own)
         assert grad.isfinite().all() and (grad.abs().amax(dim=(2, 3)) > 0).float().mean() > 0.5  # ReLU kills some
         assert all(p.grad is None for p in view.model.parameters())
@@ -201,7 +202,7 @@ def test_prefix_tokens_stand_beside_the_maps_and_are_used(name, tokens):
         assert [tuple(p.shape) for p in f.prefix] == [(2, tokens, 48)] * 4
         tail = TEACHER_TAILS[type(view.model)]
         for wrong in (torch.zeros_like(f.prefix[2]), f.prefix[2].flip(0)):
-            assert not close(tail(view.model, view.indices[2], f.maps[2], wrong), f.final, 1e-3)
+            assert not close(tail(view.model, view.indices[2], f.maps[2], wrong, True), f.final, 1e-3)
 
 
 def test_no_prefix_without_tokens():

@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from damage import some_of
 from safetensors.torch import load_file, save_file
 from small_images import write_images
-from whole_runs import TINY, changed, events
+from whole_runs import TINY, events
+from whole_runs import changed as with_sections
 
 from scalekd.cli.app import main
-from scalekd.data.fingerprint import differences, fingerprint
+from scalekd.common.errors import UserError
+from scalekd.data.fingerprint import Listing, changed, differences, fingerprint
 from scalekd.data.sources.open import open_source
 from scalekd.train import fingerprints
 
@@ -26,7 +31,7 @@ def stopped(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     write_images(root / "train", per_class=9)
     write_images(root / "val", per_class=4, seed=1)
-    recipe = changed(TINY, losses={"ce": {}}, teacher=None, train={"epochs": 1}, track=[])
+    recipe = with_sections(TINY, losses={"ce": {}}, teacher=None, train={"epochs": 1}, track=[])
     recipe["data"] |= {"train": "train", "val": "val"}
     (root / "ce.yaml").write_text(yaml.safe_dump(recipe))
     recipe |= {"losses": {"kd": {}}, "teacher": {"model": "teacher"}}
@@ -107,6 +112,7 @@ def test_other_inputs_are_rejected_and_can_be_allowed(again, change):
     result = again()
     assert result.code == 2 and message in result.err and f'"train.resume_anyway=[{kind}]"' in result.err
     assert len(result.err.splitlines()) == 2
+    assert ("(1 file, such as train/" in result.err) == (change in (replace_a_file, same_size_other_content))
     assert again("train.resume_anyway=[versions]").code == 2
     allowed = again(f"train.resume_anyway=[{kind}]")
     assert allowed.code == 0, allowed.err
@@ -150,6 +156,70 @@ def test_a_run_without_a_checkpoint_starts_with_the_new_data(again):
     Path("run/previous.pt").unlink(missing_ok=True)
     remove_a_file()
     assert again().code == 0
+
+
+def test_a_bad_image_that_was_repaired_is_no_other_data(again):
+    file, other = sorted(Path("train", classes()[0]).iterdir())[:2]
+    content = file.read_bytes()
+    file.write_bytes(b"damaged")
+    assert again("train.resume_anyway=[data]").code == 0  # as if it had been started so
+    Path("run/summary.json").unlink()
+    Path("run/bad-images.txt").write_text(f"train\t{file}\tPillow does not recognise it\n")
+    file.write_bytes(content)
+    wrong = other.read_bytes()
+    other.write_bytes(content)
+    refused = again("--on-bad-image", "skip")
+    assert refused.code == 2 and f"(1 file, such as {other})" in refused.err
+    other.write_bytes(wrong)
+    mended = again("--on-bad-image", "skip")
+    assert mended.code == 0, mended.err
+    assert f"continues with 1 image that could not be read before and changed since, such as {file}" in mended.out
+    assert not Path("run/bad-images.txt").read_text()
+
+
+def test_files_that_could_not_be_opened_are_told_apart(tmp_path):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths[:2]:
+        Path(path).write_bytes(b"1")
+    os.mkfifo(paths[2])
+    listing = Listing(["x"], [0, 0, 0], paths, paths)
+    before = fingerprint(listing)
+    assert changed(before, before, listing) == {}
+    Path(paths[1]).write_bytes(b"2")
+    Path(paths[2]).unlink()
+    Path(paths[2]).write_bytes(b"1")
+    now = fingerprint(listing)
+    assert changed(before, now, listing) == {1: True, 2: False}
+    assert changed(now, fingerprint(listing._replace(labels=[0, 0, 1])), listing) is None
+    assert changed(before | {"files": "?"}, now, listing) is None  # of an older version, or damaged
+
+
+def test_damaged_inputs_are_other_inputs_or_none(tmp_path):
+    """Without a traceback."""
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths:
+        Path(path).write_bytes(b"1")
+    listing = Listing(["x", "y"], [0, 0, 1], paths, paths)
+    images = SimpleNamespace(listed=lambda: listing)
+    config = SimpleNamespace(train=SimpleNamespace(resume_anyway=()))
+    run: Any = SimpleNamespace(train_images=images, val_images=images, config=config)
+    now = {"data": dict.fromkeys(("train", "val"), fingerprint(listing)), "teacher": {"teacher": ["a", None]}}
+    now |= {"versions": {"torch": "2"}, "machine": "CPU"}
+    fingerprints.write_inputs(now, tmp_path)
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "bad-images.txt").write_text("train\ta\tempty\n")
+    for name, content in some_of(tmp_path, ["inputs.json", "bad-images.txt"], 60):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        try:
+            fingerprints.data_changes(tmp_path, now["data"])
+            fingerprints.teacher_changes(tmp_path, {"teacher": "b"})
+            fingerprints.check_inputs(run, now, tmp_path)
+        except UserError as error:
+            assert "train.resume_anyway=" in str(error)
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
+        (tmp_path / name).write_bytes(before)
 
 
 def test_every_source_has_a_fingerprint_of_its_pixels(tmp_path):

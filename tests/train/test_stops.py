@@ -288,7 +288,7 @@ def test_images_that_are_readable_again_leave_the_list(cli, recipe, image_folder
     assert "data.max_bad allows 2" in cli(*command).err
     for victim, data in zip(victims, kept):
         victim.write_bytes(data)
-    assert cli(*command, "train.resume_anyway=[data]").code == 0  # their sizes differ from those of the empty files
+    assert cli(*command).code == 0  # also those that the run did not meet: the files were empty
     assert (tmp_path / "run" / "bad-images.txt").read_text() == ""
 
 
@@ -298,6 +298,22 @@ def test_a_class_without_a_readable_image_is_named(image_folder, max_bad):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 8 training images of the class bee can be read"):
         list(train_batches(images_of(image_folder, max_bad=max_bad), TrainSampler(24, 8, 3, 3), 0, pin=False))
+
+
+def test_a_worker_that_was_killed_with_a_lock_holds_up_nothing(image_folder):
+    """PyTorch waits for that lock when it ends its workers."""
+    batches = train_batches(images_of(image_folder), TrainSampler(24, 8, 3, 30), 1, pin=False)
+    next(batches)
+    iterator = batches.gi_frame.f_locals["batches"].gi_frame.f_locals["iterator"]
+    iterator._workers_done_event._cond.acquire()
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the end of the workers is waited for"))
+    signal.alarm(10)
+    try:
+        batches.close()
+        del iterator
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_bad_images_of_all_processes_count(monkeypatch, tmp_path):

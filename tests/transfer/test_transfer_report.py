@@ -13,11 +13,14 @@ import test_transfer_runs as small
 import timm
 import torch
 import yaml
+from damage import some_of
 from pages import cells, well_formed
 from PIL import Image
 from structures import with_structure
 
+from scalekd.common.errors import UserError
 from scalekd.models.student_file import export_student
+from scalekd.report import run as report_run
 from scalekd.report.folder import read_run
 from scalekd.report.transfer_sections import figure_sections
 from scalekd.train.log import read_log
@@ -184,3 +187,34 @@ def test_a_card_that_a_person_wrote_is_kept(cli, runs, tmp_path):
     run = copied(runs["segmentation"], tmp_path / "run")
     (run / "README.md").write_text("mine")
     assert cli("report", run).code == 0 and (run / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_damaged_file_never_ends_in_a_traceback(runs, tmp_path, task):
+    run = copied(runs[task], tmp_path / "run")
+    weights = TASKS[task].weights
+    read = ["recipe.yaml", "log.jsonl", "summary.json", "provenance.json", "report.json", "README.md"]
+    for files, number, use in (
+        ([*read, Path(weights).with_suffix(".json").name], 2, lambda: report_run.report(run)),
+        ([weights, Path(weights).with_suffix(".json").name], 2, lambda: load(run, task)),
+    ):
+        for name, content in some_of(run, files, number):
+            before = (run / name).read_bytes()
+            (run / name).write_bytes(content)
+            try:
+                use()
+            except UserError as error:
+                assert len(str(error).splitlines()) <= 40
+            except Exception as error:
+                raise AssertionError(f"{name}: {content[:3000]!r}") from error
+            (run / name).write_bytes(before)
+
+
+def test_a_segmenter_s_validation_with_empty_values(runs, tmp_path):
+    run = copied(runs["segmentation"], tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "validation":
+            line |= {"pixels": None, "images": None, "per_class": [{"class": "a", "iou": 3.0}]}
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report_run.report(run)

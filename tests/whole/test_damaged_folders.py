@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from damage import some_of
 
 from scalekd.common.errors import UserError
 from scalekd.compare.report import report_any
@@ -21,74 +17,6 @@ FILES = [
     "recipe.yaml", "log.jsonl", "summary.json", "student.json", "provenance.json", "report.json", "last.pt",
     "student.safetensors", "README.md",
 ]  # fmt: skip
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    1.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    10**400,
-    "",
-    "x",
-    [],
-    [1],
-    {},
-    {"a": 1},
-]
-
-
-def raw_mutations(data: bytes) -> Iterator[bytes]:
-    yield from (
-        b"",
-        b"\xff\xfe\x00",
-        b"null",
-        b"[]",
-        b"3",
-        b'"x"',
-        b"{}",
-        b"{",
-        data[: len(data) // 2],
-        data[:-3],
-        b"[" * 9999,
-    )
-    yield data[: len(data) // 2] + bytes(8) + data[len(data) // 2 + 8 :]
-
-
-def value_mutations(value: Any) -> Iterator[Any]:
-    """`value` with any one of its parts, at any depth, removed or replaced."""
-    yield from VALUES
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield {k: v for k, v in value.items() if k != key}
-            yield from (value | {key: other} for other in value_mutations(inner))
-    elif isinstance(value, list):
-        for i, inner in list(enumerate(value))[:3]:
-            yield from ([*value[:i], other, *value[i + 1 :]] for other in value_mutations(inner))
-
-
-def mutations(folder: Path) -> dict[str, list[Callable[[], bytes | str]]]:
-    """File -> functions that make contents that it could have; only a few of them are called."""
-    found: dict[str, list[Callable[[], bytes | str]]] = {}
-    for name in FILES:
-        data = (folder / name).read_bytes()
-        found[name] = [partial(bytes, raw) for raw in raw_mutations(data)]
-        if name == "recipe.yaml":
-            found[name] += [partial(yaml.safe_dump, v) for v in value_mutations(yaml.safe_load(data))]
-        elif name == "log.jsonl":
-            lines = data.decode().splitlines()
-            for i, line in enumerate(lines):
-                found[name] += [partial(with_line, lines, i, v) for v in value_mutations(json.loads(line))]
-        elif name.endswith(".json"):
-            found[name] += [partial(json.dumps, v) for v in value_mutations(json.loads(data))]
-    return found
-
-
-def with_line(lines: list[str], i: int, value: Any) -> str:
-    return "\n".join([*lines[:i], json.dumps(value), *lines[i + 1 :]])
 
 
 @pytest.fixture
@@ -125,15 +53,11 @@ def damaged(finished, tmp_path, monkeypatch):
 
 
 def check(damaged, number: int) -> None:
-    chosen = random.Random(0)
-    for name, contents in mutations(damaged.run).items():
-        for made in chosen.sample(contents, min(number, len(contents))):
-            content = made()
-            content = content.encode() if isinstance(content, str) else content
-            try:
-                damaged(name, content)
-            except Exception as error:
-                raise AssertionError(f"{name}: {content[:3000]!r}") from error
+    for name, content in some_of(damaged.run, FILES, number):
+        try:
+            damaged(name, content)
+        except Exception as error:
+            raise AssertionError(f"{name}: {content[:3000]!r}") from error
 
 
 def test_a_damaged_file_never_ends_in_a_traceback(damaged):

@@ -33,7 +33,7 @@ TO_BE_WRITTEN = {
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w./-])(?:src|docs|tests|tools|examples|benchmarks)/[\w./-]*[\w/]")
 KEY = re.compile(
-    r"(?<![\w./-])(?:data|augment|student|teacher|losses|train|optim|schedule|backbone|detector|segmenter)\.(?!(?:py|json|safetensors|onnx|pt)\b)[\w.]+(?=[=`])"
+    r"(?<![\w./-])(?:data|augment|student|teacher|losses|train|optim|schedule|backbone|detector|segmenter)\.(?!(?:py|json|safetensors|onnx|int8|pt)\b)[\w.]+(?=[=`])"
 )
 
 
@@ -85,6 +85,8 @@ def test_a_command_line_is_understood(file, line):
             assert jobs(load_ladder(args.ladder), recipe_overrides(args))
         else:
             assert (ROOT / args.ladder).parent.name == "lab"  # a file, of the laboratory
+    elif hasattr(args, "overrides") and not hasattr(args, "recipe"):
+        load_recipe("demo", args.overrides)  # they change a run's own recipe
     elif hasattr(args, "overrides") and not args.recipe.endswith(".yaml"):
         load_recipe(args.recipe, recipe_overrides(args))
     if getattr(args, "show", None):

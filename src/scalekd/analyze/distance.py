@@ -187,10 +187,15 @@ def _spaces(t: Trained, pixels: Tensor, teacher: Features, fitted: list[Tensor],
     student = t.student.features(pixels)
     assert student.final is not None and teacher.final is not None
     calls = projector_calls(t.methods, student, teacher)
-    maps = {name: call.output for name, call in calls.items() if call.stage == 4}
+    maps = {name: call.output for name, call in calls.items() if call.stage == 4 and _onto_final(t, name)}
     both = [mapped(student.final, teacher.final, w) for w in fitted]
     odd = (done + torch.arange(len(pixels), device=pixels.device)) % 2 == 1
     return maps | {LINEAR: torch.where(odd[:, None, None, None], both[1], both[0])}
+
+
+def _onto_final(t: Trained, call: str) -> bool:
+    """Whether a projector of stage 4 is trained on the teacher's map after its final norm."""
+    return getattr(t.methods[call.partition(".")[0]], "teacher_norm", True)
 
 
 def _flat(maps: Tensor) -> Tensor:

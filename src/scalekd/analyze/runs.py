@@ -272,7 +272,7 @@ def _projectors(method: nn.Module) -> list[tuple[str, nn.Module, int]]:
     if isinstance(method, ScaleKD):
         proxied = method.cap_of.items() if method.proxy_caps else ()  # one projector may serve both views
         proxies = [(f"proxy_{view}", method.proxy_caps[key], 3) for view, key in proxied]
-        return [(view, method.student_caps[key], 4) for view, key in method.cap_of.items()] + proxies
+        return [(view, method.student_caps[method.cap_of[view]], 4) for view in method.student_path] + proxies
     if isinstance(method, FD):
         return [(name, projector, int(name[1:])) for name, projector in method.projectors.items()]  # s1 to s4
     return []

@@ -38,12 +38,13 @@ def gradient_check(run: DistillationRun) -> Check:
         f"{name} {values[name] / total:.0%} and {shares[name]:.0%}" for name in shares
     )
     if isinstance(run.distiller.gradients, Balance):
-        return Check("losses", "ok", f"{text} (balance: by weight)")
+        return Check("losses", "ok", f"{text} (with `balance`)")
     own = [n for n, m in run.distiller.methods.items() if not getattr(m, "needs_teacher", True) and gradients[n]]
     rest = sum(shares[name] for name in own)
     if own and rest < LITTLE:
         largest = max(shares, key=lambda name: shares[name])
-        fix = f"Set balance={{}} to weight the losses by their gradients, or lower losses.{largest}.weight"
+        on_maps = getattr(run.distiller.methods[largest], "needs_maps", True)
+        fix = f"Lower losses.{largest}.weight" + on_maps * ", or set balance={} to weight it by its gradient"
         return Check("losses", "warn", f"{text}. Little is left for {' and '.join(own)}", fix)
     return Check("losses", "ok", text)
 
@@ -58,16 +59,11 @@ def _measured(run: DistillationRun) -> tuple[dict[str, float], dict[str, float]]
     seed_everything(run.config.seed, "pre-flight")
     with torch.autocast(run.device.type, AUTOCAST[precision], enabled=precision != "float32"):
         terms = d(*run.inputs(batch))
-    meter = Gradients(d.methods, 1, 0.0).to(run.device)
+    meter = d.gradients if isinstance(d.gradients, Balance) else Gradients(d.methods, 1, 0.0).to(run.device)
     one = torch.ones((), device=run.device)
     meter.measure(terms, backbone_parameters(run.student), one)
     meter.update(one)
-    norms = torch.where(meter.counts > 0, meter.log_norms.exp(), 0.0).tolist()
-    factors = [1.0] * len(norms)
-    if isinstance(d.gradients, Balance):  # what the balance will make of these norms
-        d.gradients.log_norms.copy_(meter.log_norms)
-        d.gradients.counts.copy_(meter.counts)
-        factors = d.gradients.factors().tolist()
+    norms, factors = meter.norms().tolist(), meter.factors().tolist()
     with torch.no_grad():
         for buffer, value in zip(d.buffers(), before):
             buffer.copy_(value)

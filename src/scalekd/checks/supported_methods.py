@@ -14,6 +14,7 @@ from scalekd.config.losses import reads_logits, reads_teacher
 from scalekd.methods.names import METHODS
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import usual_size
+from scalekd.models.names import models_like
 from scalekd.models.stages import Shapes, StageView
 from scalekd.models.unfilled import unfilled
 
@@ -68,8 +69,7 @@ def examine(name: str, student: Shapes | None = None) -> dict[str, Any]:
 
 def _view(name: str) -> StageView:
     if not timm.is_model(name):
-        hint = nearest(name.split(".")[0], timm.list_models())
-        raise UserError(f"timm has no model `{printable(name)}`.{hint}")
+        raise UserError(f"timm has no model `{printable(name)}`.{models_like(name)}")
     try:
         with unfilled():
             model = timm.create_model(name).eval()

@@ -12,11 +12,11 @@ from scalekd.common.stop import Stopped, StopRequest
 from scalekd.common.text import printable
 from scalekd.common.version import __version__
 
-from . import analyze, compare, cost, deploy, heads, lists, train, transfer
+from . import analyze, compare, cost, deploy, heads, lists, quantize, train, transfer
 from .error_options import with_options
 from .hints import Parser, key_hint
 
-COMMANDS = (train, deploy, compare, heads, transfer, analyze, cost, lists)
+COMMANDS = (train, deploy, quantize, compare, heads, transfer, analyze, cost, lists)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +60,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command_line = parser()
     args, rest = command_line.parse_known_args(argv)  # argparse does not assign overrides that follow an option
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        hint = key_hint(rest) if hasattr(args, "overrides") else ""
+        takes_overrides = hasattr(args, "overrides")
+        hint = key_hint(rest) if takes_overrides else ""
+        unknown = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
         command_line.error(
-            f"unrecognized arguments: {' '.join(rest)}; {hint}`scalekd COMMAND --help` lists the options"
+            f"unrecognized arguments: {' '.join(unknown)}; {hint}`scalekd COMMAND --help` lists the options"
         )
     if rest:
         args.overrides += rest

@@ -46,6 +46,9 @@ def _add_plan(commands: Any) -> None:
     sub.add_argument("--gpu", metavar="KIND", help="the GPU: v100, a100, h100, l4, rtx4090, ... (default: a100)")
     sub.add_argument("--gpus", type=int, default=1, metavar="K", help="number of GPUs (default: 1)")
     sub.add_argument("--measure", action="store_true", help="time real steps and image loading on this machine")
+    sub.add_argument(
+        "--together", action="store_true", help="for --measure: also time steps while the workers load images"
+    )
     sub.add_argument("--batch", type=int, metavar="N", help="for --measure: images per step (default: up to 64)")
     sub.add_argument("--device", help=f"for --measure: {DEVICE}")
     add_json_or_markdown(sub)
@@ -82,6 +85,7 @@ def _plan(args: argparse.Namespace) -> None:
         gpu=args.gpu,
         gpus=args.gpus,
         measure=args.measure,
+        together=args.together,
         batch=args.batch,
         device=args.device,
         overrides=overrides(args),

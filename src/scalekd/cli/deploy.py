@@ -17,7 +17,7 @@ from scalekd.common.text import counted, printable
 from .options import DEVICE, command
 
 if TYPE_CHECKING:
-    from scalekd.common.results import Prediction, Predictions
+    from scalekd.common.results import FormatFile, Prediction, Predictions
 
 STUDENT = "a run's folder, a .safetensors file or an .onnx file"
 WIDTH = 80  # of the table, in characters
@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("--json", action="store_true")
 
     sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
-    sub.add_argument("run_folder", type=Path, help="the run's folder")
+    sub.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="the run's folder")
     sub.add_argument(
         "--checkpoint",
         choices=["best", "last"],
@@ -43,6 +43,15 @@ def add_commands(commands: Any) -> None:
         help="which weights: the best by top-1 on the validation images, or the last (default)",
     )
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
+    sub.add_argument(
+        "--format",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also convert it for other runtimes, and compare them on validation images",
+    )
+    sub.add_argument("--list", action="store_true", help="list the formats, and how to install their converters")
+    sub.add_argument("--data", metavar="SOURCE", help="images to compare on (default: the run's validation images)")
 
     sub = command(commands, "predict", _predict, "print the most probable classes of images")
     _add_inputs(sub)
@@ -102,11 +111,31 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    result = api.export(args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx)
+    if args.list:
+        from scalekd.runs.formats import listed
+
+        print("\n".join(listed()))
+        return
+    if args.run_folder is None:
+        raise UserError("export needs the folder of a run; `scalekd export --list` lists the formats")
+    result = api.export(
+        args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx, formats=args.format, data=args.data
+    )
     print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
     for file, difference in result.differences.items():
         reader = "onnxruntime" if file == result.onnx else "timm loads it back"
         print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
+    for name, made in result.formats.items():
+        print(printable(f"{made.file}  {name}, {made.bytes / 1e6:.2f} MB, {_comparison(made)}"))
+
+
+def _comparison(made: FormatFile) -> str:
+    if made.largest_difference is None:
+        return made.about
+    text = f"largest difference of logits {made.largest_difference:.1e} on {made.about}"
+    if made.top1 is None:
+        return text
+    return f"{text}; top-1 {made.top1:.2f} % (student {made.student_top1:.2f} %)"
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from scalekd.common.errors import UserError
 
 # parameters of the Python functions that have an option but no recipe key
 POSSIBLE = {
-    "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "csv", "data", "device", "draws",
-    "dry_run", "gpu", "jsonl", "private", "sheet", "top",
+    "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "csv", "data", "device", "draws", "format",
+    "dry_run", "gpu", "jsonl", "private", "qat", "qat_labels", "sheet", "top",
     "gpus", "image_size", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
-    "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "val_limit", "workers",
+    "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "together", "val_limit", "workers",
 }  # fmt: skip
 OPTIONS = {"train": "data"}  # recipe key -> option, where the names differ
 KEYS = re.compile(
@@ -22,7 +22,12 @@ KEYS = re.compile(
     r"|augment\.(crop_pct))\b"
 )
 PARAMETER = re.compile(r"Did you mean [^?]*\?|`([a-z_]+)`")  # suggestions stay as they are
-CALLED = {"analyses": "analysis", "baselines": "baseline", "preflight": "no_preflight"}  # parameter -> option
+CALLED = {
+    "analyses": "analysis",
+    "baselines": "baseline",
+    "formats": "format",
+    "preflight": "no_preflight",
+}  # parameter -> option
 
 
 def with_options(message: str, args: argparse.Namespace) -> str:

@@ -252,6 +252,10 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         remedy = "Files saved before are intact; free some space and run the same command again."
     elif error.errno in GONE:
         remedy = "Files saved before are intact; when the disk can be written again, run the same command again."
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = (
+            "Raise the limit of open files (`ulimit -n 4096`), or lower data.workers, and run the same command again."
+        )
     elif error.errno == errno.ELOOP:
         remedy = "It is a link, and scalekd writes through none; remove it or choose another folder."
     else:

@@ -117,6 +117,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class FormatFile:
+    """A student for another runtime."""
+
+    file: Path
+    bytes: int
+    ran: bool
+    """Whether it was run here and compared."""
+    about: str
+    """What it was compared on, or why it was not run."""
+    largest_difference: float | None = None
+    """Of its logits from the student's."""
+    student_top1: float | None = None
+    """Top-1 accuracy of the student on the same images, in %."""
+    top1: float | None = None
+    agreement: float | None = None
+    """Images with the student's class, in %."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Exported files."""
 
@@ -126,6 +145,23 @@ class Export:
     differences: dict[Path, float]
     """For each file, the largest absolute difference between its logits and the student's."""
     onnx: Path | None = None
+    formats: dict[str, FormatFile] = field(default_factory=dict)
+    """The files for other runtimes, by name of the format."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The int8 files of a student."""
+
+    file: Path
+    """student.int8.onnx in the run's folder."""
+    way: str
+    """How it was made: `qat` (trained with the teacher), `qat-labels` or `ptq` (calibrated); the first of them that there
+    is."""
+    rows: dict[str, dict[str, Any]]
+    """For `float32` and each way: top1 and agreement with float32 in %, bytes, latency_ms by batch size, ..."""
+    details: dict[str, Any]
+    """The content of quantize.json in the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-REQUEUE = 75  # EX_TEMPFAIL: run the same command again
-EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: 130, signal.SIGHUP: 129}
+from .early_signals import EXIT_CODES
+
 PATIENCE = 5.0  # seconds until a process that must stop at once, but hangs in a library, is ended
 
 
@@ -99,6 +99,12 @@ class StopRequest:
         elif time.monotonic() - self.raised > 1:  # a second signal must not cut off the ending
             self.raised = time.monotonic()
             raise Stopped(number, self.saved)
+
+    def finish(self) -> None:
+        """The command is done: from here on signals are ignored, also after the context."""
+        if self.before:
+            ignore_signals()
+            self.before = dict.fromkeys(self.before, signal.SIG_IGN)
 
     def unsaved(self) -> str:
         """What to say after a KeyboardInterrupt, which does not save."""

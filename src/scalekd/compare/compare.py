@@ -19,21 +19,19 @@ from scalekd.common.files import in_use, reject_links, write_text
 from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
-from scalekd.data.batches import listed
 from scalekd.data.description import KEY, tell_data
-from scalekd.data.fingerprint import fingerprint
 from scalekd.data.split import open_split
-from scalekd.train.fingerprints import FILE as INPUTS
-from scalekd.train.fingerprints import data_changes
+from scalekd.runs.heads import fit_into, with_heads
 from scalekd.train.hardware import resolved
 
-from .ladder import Job, Ladder, jobs, ladder_text
+from .ladder import Job, Ladder, fits_heads, jobs, ladder_text
 from .page import markdown
 from .plot import curve_plot, gain_plot
 from .progress import Board
 from .report import write_comparison
 from .results import FILE, Record, held_values, known_records, record_of, summary, write_records
 from .runner import FAILED, FINISHED, Place, run_all
+from .same_inputs import check_finished
 from .shared_outputs import Outputs
 
 
@@ -65,7 +63,8 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts one process for each run itself; start it without torchrun")
-    planned = settled(jobs(ladder, overrides), out, places[0])
+    wanted = jobs(ladder, overrides)
+    planned = settled(wanted, out, places[0])
     for folder in known:
         reject_links(folder)
         if not (folder / FILE).is_file():
@@ -78,9 +77,11 @@ def compare(
         where = f"{len(places)} at a time on {places[0].device}"
         say(console, f"{ladder.title or ladder.name}: {counts}; {where}; {_budget(planned)}")
         described = _described(planned[0], out, bool(missing))
-        if missing:
-            _check_images(missing[0], records, out)
+        if missing or known:
+            check_finished(records, out)
         tell_data(console, described)
+        if missing:
+            _fit_heads(wanted, out, places[0], console)
         began = time.monotonic()
         failed: dict[Job, str] = {}
         try:
@@ -150,43 +151,32 @@ def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
         return {}
 
 
-def _check_images(job: Job, records: Iterable[Job], out: Path) -> None:
-    """Raises `UserError` if the images changed since a run with the same recipe section `data` was finished in `out`.
-
-    The new runs would then be compared with runs on other images.
-    """
-    same = [out / "runs" / done.folder for done in records if done.config.data == job.config.data]
-    folder = next((folder for folder in same if (folder / INPUTS).is_file()), None)
-    if folder is None:
-        return
-    split = open_split(job.config.data)
-    now = {
-        "train": fingerprint(listed(split.train, split.train_indices)),
-        "val": fingerprint(listed(split.val, split.val_indices)),
-    }
-    if changes := data_changes(folder, now):
-        raise UserError(
-            f"the images changed since {folder} was finished: {'; '.join(changes)}.\nRestore them, or start a new "
-            "comparison in another folder with `out`"
-        )
-
-
 def _check_out(out: Path) -> None:
     """Raises `UserError` if `out` cannot be read or holds something other than a comparison."""
     try:
         inside = [p.name for p in out.iterdir()] if out.exists() else []
     except OSError as error:
         raise UserError(f"cannot use {out}: {error}. Choose a readable and writable folder with `out`.") from None
-    known = {"results.jsonl", "runs", "outputs", ".lock"}
+    known = {"results.jsonl", "runs", "outputs", "head", ".lock"}
     if inside and not known & set(inside):
         raise UserError(f"{out} is not empty and holds no comparison; choose another folder with `out`")
 
 
 def settled(planned: Sequence[Job], out: Path, place: Place) -> list[Job]:
-    """The jobs with a value in place of every `auto`: that of the runs in `out` if there are any, else the place's."""
+    """The jobs with a value in place of every `auto`, and a folder in `out` in place of every head to fit.
+
+    The values are those of the runs in `out` if there are any, else the place's.
+    """
     held = held_values(out)
     device = torch.device(place.device)
-    return [replace(job, config=resolved(job.config, device, held, place.threads)) for job in planned]
+    return [replace(job, config=with_heads(resolved(job.config, device, held, place.threads), out)) for job in planned]
+
+
+def _fit_heads(planned: Sequence[Job], out: Path, place: Place, console: Console) -> None:
+    """Fits the heads that the runs ask for, once for all of them; not again once a run has begun."""
+    job = next((job for job in planned if fits_heads(job.config)), None)
+    if job is not None and not any((out / "runs").glob("*/recipe.yaml")):
+        fit_into(out, job.config, torch.device(place.device), console)
 
 
 def _rest(whole: Ladder | None, planned: Sequence[Job], overrides: Sequence[str], out: Path, place: Place) -> list[Job]:

@@ -188,22 +188,31 @@ def _not_comparable(planned: Iterable[Job]) -> dict[str, str]:
     """Why runs cannot be compared in one table: problem -> the first run that has it."""
     problems = {}
     kinds: dict[bool, Job] = {}  # whether a loss reads the student's logits -> the first such run
+    fitting: Job | None = None  # the first run with a head to fit
     for job in planned:
         if job.config.assistant is not None:
             problems["  - assistant: a comparison trains no assistants; train it first and name its run as teacher"] = (
                 f"{job.student}, {job.method}: 1 problem"
             )
-        if any(spec.fits_head for spec in job.config.all_teachers.values()):
-            problems[
-                "  - teacher.head: the runs of a comparison share one teacher; fit its head once with `scalekd head` "
-                "and name that folder as teacher"
-            ] = f"{job.student}, {job.method}: 1 problem"
+        if fits_heads(job.config):
+            fitting = fitting or job
+            if any(getattr(job.config, key) != getattr(fitting.config, key) for key in ("data", "teacher", "teachers")):
+                problems.setdefault(
+                    "  - teacher.head: `fit` fits one head for all runs, and their teachers or data differ; fit the heads "
+                    "with `scalekd head` and name their folders",
+                    f"{job.student}, {job.method}: 1 problem",
+                )
         kinds.setdefault(any(map(reads_logits, job.config.losses)), job)
     if len(kinds) > 1:
         problems[
             "  - losses: none reads the student's logits, so its top-1 is by nearest neighbours and the others' is not"
         ] = f"{kinds[False].student}, {kinds[False].method}: 1 problem"
     return problems
+
+
+def fits_heads(config: Config) -> bool:
+    """Whether a recipe asks for a head to be fitted."""
+    return any(spec.fits_head for spec in config.all_teachers.values())
 
 
 def with_seed(value: Any, seed: int) -> Any:

@@ -7,13 +7,15 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import write_text
 from scalekd.common.intervals import half_width
 from scalekd.common.sections import to_yaml
-from scalekd.common.text import printable
+from scalekd.common.text import printable, shortened
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import check_config
 from scalekd.methods.names import METHODS
@@ -21,7 +23,7 @@ from scalekd.train.hardware import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 
-from .ladder import Job, Ladder
+from .ladder import Job, Ladder, plain
 
 Record = dict[str, Any]
 FILE = "results.jsonl"
@@ -78,7 +80,9 @@ def known_records(out: Path, jobs: Iterable[Job], others: Iterable[Path] = ()) -
     for job in by_label.values():
         if job not in records and (equal := elsewhere.get(_key(recipe_of(job)))):
             record, folder = equal
-            records[job] = record | {"student": job.student, "method": job.method, "from": str(folder)}
+            run = folder / "runs" / plain(record["student"]) / plain(record["method"]) / f"seed-{record['seed']}"
+            named = {"student": job.student, "method": job.method, "from": str(folder)}
+            records[job] = {"run": str(run)} | record | named
     return records
 
 
@@ -113,15 +117,62 @@ def _integer_if_whole(number: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+class _Made(BaseModel):
+    machine: str
+    git: str | None
+
+
+class _Written(BaseModel):
+    """The keys of a record that are read."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    student: str
+    method: str
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    top1: Annotated[float, Field(ge=0, le=100)]
+    seconds: Annotated[float, Field(ge=0, lt=1e12)]
+    steps: Annotated[int, Field(ge=0, lt=2**53)]
+    curve: list[tuple[Annotated[int, Field(gt=0, lt=2**53)], Annotated[float, Field(ge=0, le=100)]]]
+    made: _Made
+    recipe: dict[str, Any]
+    run: str = ""
+
+
 def read_records(out: Path) -> list[Record]:
     """The lines of results.jsonl in `out`; empty without the file. Raises `UserError` if it is broken."""
     file = out / FILE
+    number = 0
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
-    except (OSError, ValueError) as error:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        records = []
+        for line in lines:
+            number += 1
+            if line:
+                records.append(json.loads(line))
+                _check(records[-1])
+        return records
+    except (OSError, ValueError, RecursionError) as error:
+        text = f"line {number}: {_fault(error)}" if number else first_line(error)
         raise UserError(
-            f"{file} cannot be read: {error}. Move it away; finished runs are then read from their folders."
+            f"{file} cannot be read: {shortened(text, 300)}. Move it away; finished runs are then read from their folders."
         ) from None
+
+
+def _check(record: Any) -> None:
+    """Raises `ValueError` unless the record has what is read of it."""
+    losses = _Written.model_validate_json(json.dumps(record)).recipe.get("losses")
+    if not isinstance(losses, dict) or not all(isinstance(options, dict) for options in losses.values()):
+        raise ValueError("recipe.losses is unusable")
+    for section in ("train", "data"):
+        if not isinstance(record["recipe"].get(section) or {}, dict):
+            raise ValueError(f"recipe.{section} is unusable")
+
+
+def _fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
 
 
 def write_records(out: Path, records: dict[Job, Record]) -> None:

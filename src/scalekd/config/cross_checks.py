@@ -47,7 +47,23 @@ def cross_checks(config: Recipe) -> list[str]:
             f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} must be below train.epochs {config.train.epochs}; "
             "for a short trial set schedule.warmup_epochs=0"
         )
-    return problems + _ignored(config)
+    return problems + _quantize(config) + _ignored(config)
+
+
+def _quantize(config: Recipe) -> list[str]:
+    """Settings that a student with the numbers of an int8 file cannot have."""
+    if config.quantize is None:
+        return []
+    train = config.train
+    odd = {
+        "train.ema": train.ema is not None,
+        "train.compile": train.compile,
+        "train.sync_batchnorm": train.sync_batchnorm,
+        "train.precision": train.precision != "float32",
+        "assistant": config.assistant is not None,
+    }
+    default = {"train.precision": "float32", "train.ema": "null", "assistant": "null"}
+    return [f"{key}: not with `quantize`; set {key}={default.get(key, 'false')}" for key, set_ in odd.items() if set_]
 
 
 def _several_teachers(config: Recipe, needing: list[str]) -> list[str]:

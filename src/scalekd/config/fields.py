@@ -10,6 +10,7 @@ from pydantic import (
 )
 
 from scalekd.common.sections import Positive, Section, Seed, Share
+from scalekd.data.calibration import FEWEST_IMAGES
 from scalekd.data.options import Augment, Data
 from scalekd.models.options import Model
 from scalekd.train.options import BaseOptim, Schedule, Train
@@ -31,6 +32,16 @@ class Balance(Section):
     """Momentum of the running means of the gradients' norms."""
     adjust: bool = True
     """False only measures and logs the shares of the losses in the gradient, and leaves the weights as they are."""
+
+
+class Quantize(Section):
+    run: str
+    """Folder of the run whose finished student this one quantises. The parameters of the losses, such as projectors,
+    come from its last.pt."""
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """How onnxruntime's quantiser finds the first ranges of the activations."""
+    images: Annotated[int, Field(ge=FEWEST_IMAGES)] = 256
+    """Training images that it looks at."""
 
 
 class Optim(BaseOptim):
@@ -65,8 +76,11 @@ class Recipe(AnyRecipe):
     """Methods by name, each with its options. Every method also has `weight` (default 1), a factor of its loss, and, with
     several teachers, `teachers`, the names of those it uses (default all)."""
     balance: Balance | None = None
-    """Weight the losses by their gradients: `weight` of a loss is then the norm of its gradient at the student's backbone,
-    relative to that of the first loss without a teacher, such as `ce` (docs/how-to/balance.md). {} switches it on. With a single loss it changes nothing."""
+    """Weight the losses on feature maps by their gradients: `weight` of such a loss is then the norm of its gradient at the
+    student's backbone, relative to that of the other losses together (docs/how-to/balance.md). {} switches it on."""
+    quantize: Quantize | None = None
+    """Train the student with the weights and activations of its int8 file. `scalekd quantize` writes such a recipe
+    (docs/how-to/quantize.md)."""
     train: DistillationTrain
     """Length of the training, batch size, precision and checkpoints."""
     optim: Optim = Optim()

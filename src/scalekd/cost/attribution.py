@@ -122,12 +122,12 @@ def _watched(teacher: Features | None, name: str, crossings: list[Crossing], led
         return teacher
     run_on = teacher.resume
 
-    def resume(k: int, x: Tensor) -> Tensor:
+    def resume(k: int, x: Tensor, end: bool = True) -> Tensor:
         if ledger.in_backward:  # recomputed by a method with grad_checkpointing; the graph is cut already
-            return run_on(k, x)
+            return run_on(k, x, end=end)
         ledger.on(_through(name))
         teacher_input = x.detach().requires_grad_()
-        teacher_output = run_on(k, teacher_input)
+        teacher_output = run_on(k, teacher_input, end=end)
         after = teacher_output.detach().requires_grad_()
         crossings.append((x, teacher_input, teacher_output, after))
         ledger.on(name)

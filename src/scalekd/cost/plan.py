@@ -68,12 +68,13 @@ def plan(
     classes: int | None = None,
     measure_on: torch.device | None = None,
     batch: int | None = None,
+    both: bool = False,
 ) -> dict[str, Any]:
     """`runs` (one, or the assistant's and then the student's), and their `hours` and `gpu_hours`, as plain data.
 
     images, classes: of the data; by default those of the data, and 1000 classes if they cannot be opened. gpu: a name in
     GPUS. measure_on: a device to time real steps on instead, with `batch` images; `gpus` is then the number of such
-    devices. Raises `UserError`.
+    devices. both: with the data here, also time steps while the workers load images. Raises `UserError`.
     """
     if gpu not in GPUS:
         raise UserError(f"`gpu` {gpu}: unknown.{nearest(gpu, GPUS)} Use `measure` to plan for this machine")
@@ -90,14 +91,28 @@ def plan(
     for recipe in chained(config):
         run = for_device(recipe, measure_on) if measure_on else _for_gpu(recipe, GPUS[gpu][3])
         amount, split = _amount(run, images, gpus)
+        if both:
+            _check_both(run, split, measure_on, gpus)
         outputs = classes or (len(split.classes) if split else 1000)
         if measure_on is None:
             speed = _counted(run, amount, outputs, gpu, gpus)
         else:
-            speed = _measured(run, amount, outputs, measure_on, gpus, batch, split)
+            speed = _measured(run, amount, outputs, measure_on, gpus, batch, split, both)
         runs.append(together(run, amount, speed, gpus))
     totals = {key: [sum(run[key][end] for run in runs) for end in (0, 1)] for key in ("hours", "gpu_hours")}
     return {"runs": runs, **totals}
+
+
+def _check_both(config: Config, split: Split | None, device: torch.device | None, gpus: int) -> None:
+    """Raises `UserError` if steps and loading cannot be timed at once."""
+    if device is None:
+        raise UserError("`together` goes with `measure`; without it nothing is run")
+    if split is None:
+        raise UserError("`together` loads images while it trains, and the data cannot be opened; set `data`")
+    if gpus > 1:
+        raise UserError("`together` times one device with its workers; leave out `gpus`")
+    if config.data.train and config.data.unlabelled:
+        raise UserError("`together` does not mix labelled and unlabelled images; leave it out")
 
 
 def _for_gpu(config: Config, has_bf16: bool) -> Config:
@@ -191,9 +206,10 @@ def _measured(
     gpus: int,
     batch: int | None,
     split: Split | None,
+    both: bool,
 ) -> dict[str, Any]:
     """Speed and memory from real steps on random pixels and, if the data can be opened, from loading some hundred images."""
-    measured = probe(config, device, classes, amount["batch_per_gpu"], batch, split)
+    measured = probe(config, device, classes, amount["batch_per_gpu"], batch, split, both)
     several = SEVERAL_GPUS if gpus > 1 else [1.0, 1.0]
 
     def rate(seconds: Interval, times: Interval, number: int) -> Interval:
@@ -217,6 +233,7 @@ def _measured(
         "validate": rate(measured["validate"], several, gpus),
         "read": reading[0],
         "read_validation": reading[1],
+        "together": rate(measured["together"], [1.0, 1.0], 1) if both else None,
         "shared_cores": device.type == "cpu",
         "memory": measured["memory"] | {"times": MEMORY_MEASURED},
         "probe": measured,
@@ -231,7 +248,7 @@ def together(config: Config, amount: dict[str, Any], speed: dict[str, Any], gpus
     """A run's entry in the plan: time, memory and bottleneck. amount: `_amount`. speed: counted or measured."""
     workers = workers_of(config)
     shared = speed["shared_cores"]
-    run = both_at_work(speed["train"], speed["read"], workers, shared)
+    run = speed.get("together") or both_at_work(speed["train"], speed["read"], workers, shared)
     validating = both_at_work(speed["validate"], speed["read_validation"], workers, shared)
     evaluated = amount["validations"] * amount["validation_images"]
     seconds = [amount["samples"] / run[end] + evaluated / validating[end] for end in (1, 0)]

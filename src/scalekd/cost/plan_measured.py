@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -16,7 +17,8 @@ from scalekd.common.malloc import keep_freed_memory
 from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.provenance import machine
 from scalekd.config.recipe import Config
-from scalekd.data.batches import Batch, Images, load_batch, training_images, validation_images
+from scalekd.data.batches import Batch, Images, load_batch, train_batches, training_images, validation_images
+from scalekd.data.samplers import TrainSampler
 from scalekd.data.split import Split
 from scalekd.data.transforms import make_mixup
 from scalekd.distill.build import untrained
@@ -24,6 +26,7 @@ from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
 from scalekd.distill.run import DistillationRun
 from scalekd.train.engine import looks_at_every_step, train_step
+from scalekd.train.hardware import workers_of
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import scaler_and_average
 
@@ -35,9 +38,17 @@ WARM, MOST_READ = 8, 400  # images loaded before the rounds, and at most in one
 
 
 def probe(
-    config: Config, device: torch.device, classes: int, micro: int, batch: int | None, split: Split | None
+    config: Config,
+    device: torch.device,
+    classes: int,
+    micro: int,
+    batch: int | None,
+    split: Split | None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Seconds per image, [least, most] of ROUNDS: `train`, `validate`, and with data `read` and `read_validation`.
+
+    together: with data, also `together`, those of steps on images that the recipe's workers load meanwhile.
 
     Times whole training steps at two batch sizes, with initial weights and a learning rate of 0. micro: the run's images
     per step and device. batch: the larger batch size; by default `micro`, at most MOST. `rounds` has the seconds per step
@@ -69,7 +80,10 @@ def probe(
         "memory": _memory(peaks, small, large, device),
     }
     if split is not None:
-        result |= _reading(config, run.distiller, split)
+        train, val = _images(config, run.distiller, split)
+        result |= {"read": _read(train), "read_validation": _read(val)}
+        if together:
+            result["together"] = _together(run, train, min(micro, len(train)))
     return result
 
 
@@ -162,14 +176,31 @@ def _memory(peaks: dict[int, float], small: int, large: int, device: torch.devic
     return {"fixed_mb": peaks[large] - large * slope, "image_mb": slope, "gpu_mb": total}
 
 
-def _reading(config: Config, distiller: Distiller, split: Split) -> dict[str, Any]:
-    """Seconds per training and validation image in this process, as in one worker."""
+def _images(config: Config, distiller: Distiller, split: Split) -> tuple[Images, Images]:
+    """The training and validation images, with the recipe's transforms."""
     size = tuple(map(max, distiller.image_size, distiller.teacher_size))
     data = config.data.model_copy(update={"image_size": size})
     mean, std = (tuple(values.flatten().tolist()) for values in (distiller.student_mean, distiller.student_std))
     train = training_images(split, data, config.augment, mean, std, config.seed)
-    val = validation_images(split, config.data, config.augment)
-    return {"read": _read(train), "read_validation": _read(val)}
+    return train, validation_images(split, config.data, config.augment)
+
+
+def _together(run: DistillationRun, images: Images, micro: int) -> list[float]:
+    """Seconds per image, [least, most] of ROUNDS, of training steps whose images the run's workers load meanwhile."""
+    workers, checked = workers_of(run.config), looks_at_every_step(run)
+    run.distiller.train()
+    # after the batches that workers load ahead, which the first steps do not wait for
+    ahead = 2 * workers + 2
+    sampler = TrainSampler(len(images), micro, run.config.seed, total_steps=10**9)
+    pin = run.device.type == "cuda"
+    with contextlib.closing(train_batches(images, sampler, workers, pin)) as batches:
+
+        def step() -> None:
+            train_step(run.distiller, [next(batches)], run, 0, checked)
+
+        times = max(1, math.ceil(ROUND_SECONDS / _seconds(step, ahead, run.device)))
+        rounds = spread([_seconds(step, times, run.device) for _ in range(ROUNDS)])
+    return [seconds / micro for seconds in rounds[1:]]
 
 
 def _read(images: Images) -> list[float]:

@@ -49,10 +49,9 @@ def narrower(run: dict[str, Any]) -> list[str]:
     lines = []
     if "read" not in run["probe"]:
         lines.append("name the data with --data; the speed of image loading is a guess without them")
-    if run["shared_cores"] and run["workers"] and run["limit"] != "device":
+    elif not run.get("together") and run["workers"]:
         lines.append(
-            "data.workers=0; it is unknown how much the workers take from the cores that train. Measured so, reading and "
-            "computing add up"
+            "--together times steps while the workers load; without it, it is unknown how much one takes from the other"
         )
     times = [run["train"][1] / run["train"][0], run["read"][1] / run["read"][0]]
     if not lines or times[0] > WIDE:
@@ -88,6 +87,7 @@ def _rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     at_cpu = run["shared_cores"]
     hours = "" if at_cpu else f", {between(*run['gpu_hours'])} GPU-hours"
     speed = f"computing {between(*run['train'])}, loading {between(*run['read'])}"
+    speed += ", timed together" * bool(run.get("together"))
     micro = run["batch_per_gpu"]
     amount = f"{run['samples']:,} samples: {run['epochs']} epochs of {run['images']:,} images ({run['images_from']})"
     return [

@@ -73,6 +73,7 @@ class Images(Dataset):
         self.source, self.indices, self.transform, self.seed, self.bad = source, indices, transform, seed, bad
         self.labelled = len(indices) if labelled is None else labelled
         self.alive: set[int] = set()  # classes with bad images that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -96,8 +97,8 @@ class Images(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file, "
-                        "or set data.on_bad_image=skip to train without it."
+                        f"cannot read {self.source.where(number)}: {printable(str(error))}. Remove or replace that file"
+                        + ", or set data.on_bad_image=skip to train without it." * self.skippable
                     )
                 if dead := self._dead_class(number):
                     return dead
@@ -111,28 +112,58 @@ class Images(Dataset):
     def _dead_class(self, number: int) -> UserError | None:
         """The error if no image of the class of this bad image can be read."""
         targets = self.source.targets
-        target = targets[number]
-        if target == UNLABELLED or target in self.alive:
-            return None
-        others = [i for i in self.indices if targets[i] == target]
-        for i in others:
-            try:
-                self.source[i]
-            except BadImage:
-                continue
-            except Outage as error:
-                return error
-            self.alive.add(target)
-            return None
-        part = "training" if self.seed is not None else "validation"
-        return UserError(
-            f"none of the {len(others)} {part} images of the class {printable(self.source.classes[target])} can be read, "
-            f"such as {self.source.where(number)}. Repair them, or remove the class from training and validation."
+        return dead_class(
+            [targets[number]] if targets[number] != UNLABELLED else [],
+            lambda label: (i for i in self.indices if targets[i] == label),
+            self.source.__getitem__,
+            self.alive,
+            lambda label: self.source.classes[label],
+            "training" if self.bad is not None and self.bad.part == "train" else "validation",
+            self.source.where(number),
         )
 
     def still_bad(self, names: Iterable[str]) -> dict[str, str]:
         """The reason for each of these names of images that cannot be read. Raises `Outage`."""
         return unreadable(names, ((self.source.where(i), partial(self.source.__getitem__, i)) for i in self.indices))
+
+
+def dead_class(
+    labels: Iterable[int],
+    having: Callable[[int], Iterable[int]],
+    read: Callable[[int], Any],
+    alive: set[int],
+    name: Callable[[int], str],
+    part: str,
+    where: str,
+) -> UserError | None:
+    """The error if a class has no image that can be read, or if there is an outage while looking.
+
+    Args:
+        labels: the classes of an image that cannot be read.
+        having: a class to the images that have it.
+        alive: classes with a readable image, which are not looked at again; those found here are added.
+        name: a class to its name.
+        part: `training` or `validation`.
+        where: the name of the image.
+    """
+    for label in labels:
+        count = 0
+        for i in () if label in alive else having(label):
+            count += 1
+            try:
+                read(i)
+            except BadImage:
+                continue
+            except Outage as error:
+                return error
+            alive.add(label)
+            break
+        if label not in alive:
+            return UserError(
+                f"none of the {count} {part} images of the class {printable(name(label))} can be read, such as "
+                f"{printable(where)}. Repair them, or remove the class from training and validation."
+            )
+    return None
 
 
 def unreadable(names: Iterable[str], images: Iterable[tuple[str, Callable[[], Any]]]) -> dict[str, str]:
@@ -177,6 +208,7 @@ def listed(source: Source, indices: Sequence[int]) -> Listing:
         [place if isinstance(place, str) else str(place or i) for place, i in zip(places, indices)],
         places,
         lambda i: source[indices[i]][0].tobytes(),
+        lambda i: source.where(indices[i]),
     )
 
 
@@ -184,13 +216,17 @@ def training_images(split: Split, data: Data, augment: Augment, mean: Statistic,
     """The augmented training images. `mean` and `std` are the student's, per channel, for pixels in [0, 1]."""
     bad = bad_images("train", data, len(split.train_indices))
     transform = train_transform(data, augment, mean, std)
-    return Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
+    images = Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
+    images.skippable = True
+    return images
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:
     """The validation images, resized and cropped."""
     bad = bad_images("val", data, len(split.val_indices))
-    return Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
+    images = Images(split.val, split.val_indices, eval_transform(data, augment), None, bad)
+    images.skippable = True
+    return images
 
 
 def bad_images(part: str, data: Any, images: int) -> BadImages | None:

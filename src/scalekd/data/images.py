@@ -274,7 +274,7 @@ def read_list(folder: Path) -> list[Entry]:
     """(part, name, reason) of every bad image listed in a run's folder, without repeats."""
     entries: dict[tuple[str, str], str] = {}
     for file in _lists(folder):
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             fields = line.split("\t")
             if len(fields) == 3:
                 entries.setdefault((fields[0], fields[1]), fields[2])

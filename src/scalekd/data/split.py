@@ -179,7 +179,7 @@ def _described(split: Split, data: Data) -> dict[str, Any]:
     described: dict[str, Any] = {}
     if data.train is not None:
         first = split.train.labelled if isinstance(split.train, Joined) else split.train
-        limited = f"{data.limit} by data.limit, seed {data.seed}" if data.limit else ""
+        limited = f"{data.limit} by data.limit, seed {data.seed}" if split.labelled == data.limit else ""
         described["training"] = part(split.labelled, data.train, limited, first.left_out)
     if rest := len(split.train_indices) - split.labelled:
         source = split.train.unlabelled if isinstance(split.train, Joined) else split.train

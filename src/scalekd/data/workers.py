@@ -10,14 +10,16 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, _utils, get_worker_info
 
 from scalekd.common.errors import UserError
 from scalekd.common.stop import Stopped, current, leave_signals_to_parent
@@ -71,8 +73,9 @@ def loaded(
             except StopIteration:
                 return
             yield batch
-    except (Exception, Stopped, GeneratorExit):  # the last: whoever took the batches wants no more
+    except (Exception, Stopped, GeneratorExit) as end:  # the last: whoever took the batches wants no more
         _kill(processes)  # PyTorch would wait for each of them
+        _abandon(iterator or _begun(end))
         raise
     finally:
         if watch:
@@ -170,6 +173,36 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
+def _begun(error: BaseException) -> Any:
+    """The iterator whose workers could not all be started, from the error's traceback; None if there is none."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        values = frame.f_locals
+        if hasattr(values.get("self"), "_index_queues"):
+            found = values["self"]
+        if isinstance(values, dict):  # up to Python 3.12 a copy, which would keep the iterator and its files
+            values.clear()
+    return found
+
+
+def _abandon(iterator: Any) -> None:
+    """Keeps PyTorch from ending an iterator whose workers were killed.
+
+    It would set an event, and wait for ever if a worker held the event's lock when it was killed.
+    """
+    if iterator is None or getattr(iterator, "_shutdown", True):
+        return
+    iterator._shutdown = True
+    if iterator._worker_pids_set:
+        _utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
+
+
 # ---------------------------------------------------------------- in a worker
 
 
@@ -200,6 +233,7 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 def _start_worker(worker: int) -> None:
     leave_signals_to_parent(worker)
+    sys.excepthook = _end_without_files
     # the thread that sends batches prints its errors and forgets the batch: end the worker instead, which PyTorch sees
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
@@ -207,3 +241,10 @@ def _start_worker(worker: int) -> None:
 def _end_worker(error: Exception, batch: Any) -> None:
     """The exit code is the reason; `common.out_of_memory` reads it."""
     os._exit(errno.EMFILE if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) else errno.ENOSPC)
+
+
+def _end_without_files(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For an error in a thread. The one that hands over memory would print this error again and again."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        os._exit(errno.EMFILE)
+    sys.__excepthook__(kind, error, trace)

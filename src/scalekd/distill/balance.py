@@ -2,13 +2,14 @@
 
 The value of a loss says little about its pull. A feature loss of 14 beside a cross-entropy of 4 may have ten times its
 gradient, or a tenth. So the norm of each loss's gradient at the student's backbone (all its parameters but the
-classifier's) is measured now and then. With `balance` every loss gets the factor
+classifier's) is measured now and then. With `balance` every loss on feature maps gets the factor
 
     weight * norm of the reference's gradient / norm of its own gradient
 
-The reference is the first loss that needs no teacher, such as `ce`, or else the first loss; its factor is its weight. A
-loss of weight 0.5 beside `ce` of weight 1 thus pulls half as hard as `ce` throughout the run. GradNorm (Chen et al., ICML
-2018, arXiv:1711.02257) equalises gradient norms too, with weights that are learned.
+The reference is the sum of the other losses, those on labels and logits, with their weights. They compare probabilities,
+so their scale does not depend on the teacher; that of feature maps does. A feature loss of weight 0.5 thus pulls half as
+hard as all of them together throughout the run. Without other losses the first one is the reference. GradNorm (Chen et
+al., ICML 2018, arXiv:1711.02257) equalises gradient norms too, with weights that are learned.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Gradients(nn.Module):
         momentum: of the running mean of the logarithms of the norms; the first measurements are averaged.
     """
 
-    log_norms: Tensor  # (losses,): running mean of the logarithm of each loss's gradient norm
-    counts: Tensor  # (losses,): measurements of each loss so far
+    log_norms: Tensor  # (losses,): running mean of the logarithm of each loss's gradient norm; `Balance` has one more
+    counts: Tensor  # of the same shape: measurements so far
 
-    def __init__(self, names: Iterable[str], every: int, momentum: float):
+    def __init__(self, names: Iterable[str], every: int, momentum: float, more: int = 0):
         super().__init__()
         self.names, self.every, self.momentum = list(names), every, momentum
-        self.register_buffer("log_norms", torch.zeros(len(self.names)))
-        self.register_buffer("counts", torch.zeros(len(self.names)))
+        self.register_buffer("log_norms", torch.zeros(len(self.names) + more))
+        self.register_buffer("counts", torch.zeros(len(self.names) + more))
         self.sums: dict[str, list[Tensor]] = {}  # gradients of the current step, summed over its micro-batches
 
     def due(self, step: int) -> bool:
@@ -54,9 +55,13 @@ class Gradients(nn.Module):
         """(losses,): the factor of each loss, 1."""
         return torch.ones_like(self.log_norms)
 
+    def norms(self) -> Tensor:
+        """(losses,): the norm of each loss's gradient without its factor; 0 if it was not measured."""
+        return torch.where(self.counts > 0, self.log_norms.exp(), 0.0)[: len(self.names)]
+
     def shares(self) -> Tensor:
         """(losses,): the norm of each loss's gradient, with its factor, as a share of the sum of these norms."""
-        pulls = self.factors() * torch.where(self.counts > 0, self.log_norms.exp(), 0.0)
+        pulls = self.factors() * self.norms()
         return pulls / pulls.sum().clamp_min(SMALLEST)
 
     def scaled(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +87,7 @@ class Gradients(nn.Module):
 
         scale: as for `measure`.
         """
-        norms = torch.stack([_norm(self.sums[name]) for name in self.names]) / scale
+        norms = torch.stack([_norm(gradient) for gradient in self._gradients()]) / scale
         self.sums = {}
         good = norms.isfinite() & (norms > SMALLEST)
         logs = torch.where(good, norms, 1.0).log().to(self.log_norms)
@@ -90,23 +95,28 @@ class Gradients(nn.Module):
         self.log_norms.copy_(torch.where(good, keep * self.log_norms + (1 - keep) * logs, self.log_norms))
         self.counts += good
 
+    def _gradients(self) -> list[list[Tensor]]:
+        """The summed gradients whose norms are taken."""
+        return [self.sums[name] for name in self.names]
+
 
 class Balance(Gradients):
     """Scales the losses so that their gradients at the student's backbone have the norms that `weights` ask for.
 
-    A loss whose gradient was not measured yet has the factor 0: the first step trains on the reference alone.
+    A loss whose gradient was not measured yet has the factor 0: the first step trains on the reference alone. The last
+    entry of the state is the reference.
 
     Args:
         weights: the weight of each loss, by its name in `Distiller.methods`. Its terms are built with weight 1.
-        reference: the name of the loss whose factor is its weight.
+        reference: the names of the losses whose factors are their weights.
         every, momentum: as for `Gradients`.
     """
 
     weights: Tensor  # (losses,)
 
-    def __init__(self, weights: Mapping[str, float], reference: str, every: int, momentum: float):
-        super().__init__(weights, every, momentum)
-        self.reference = self.names.index(reference)
+    def __init__(self, weights: Mapping[str, float], reference: Iterable[str], every: int, momentum: float):
+        super().__init__(weights, every, momentum, more=1)
+        self.reference = [self.names.index(name) for name in reference]
         self.register_buffer("weights", torch.tensor(list(weights.values())), persistent=False)
 
     def due(self, step: int) -> bool:
@@ -115,8 +125,8 @@ class Balance(Gradients):
 
     def factors(self) -> Tensor:
         """(losses,): the factor of each loss."""
-        known = (self.counts > 0) & (self.counts[self.reference] > 0)
-        factors = self.weights * (self.log_norms[self.reference] - self.log_norms).exp()
+        known = (self.counts[:-1] > 0) & (self.counts[-1] > 0)
+        factors = self.weights * (self.log_norms[-1] - self.log_norms[:-1]).exp()
         factors = torch.where(known, factors, 0.0)
         factors[self.reference] = self.weights[self.reference]
         return factors
@@ -126,6 +136,11 @@ class Balance(Gradients):
         factors = dict(zip(self.names, self.factors().unbind()))
         scaled = {name: value * factors[loss_of(name)] for name, value in terms.items() if name != "total"}
         return scaled | {"total": torch.stack(list(scaled.values())).sum()}
+
+    def _gradients(self) -> list[list[Tensor]]:
+        own = super()._gradients()
+        weighted = [[self.weights[i] * part for part in own[i]] for i in self.reference]
+        return [*own, [torch.stack(parts).sum(dim=0) for parts in zip(*weighted)]]
 
 
 def _norm(gradient: Sequence[Tensor]) -> Tensor:

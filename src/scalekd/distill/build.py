@@ -38,13 +38,14 @@ from scalekd.train.run import check_batch_size, scaler_and_average
 from .balance import Balance, Gradients
 from .compiled import compile_step
 from .distiller import Distiller
+from .quantised import calibration_images, fake_quantise, load_methods
 from .run import DistillationRun, gives_embeddings, logit_losses
 
 
 def build(config: Config, device: torch.device, strict: bool = True) -> DistillationRun:
     """Opens the data and builds models, methods, optimiser and schedule. Raises `UserError`.
 
-    strict: as for `open_split`.
+    strict: as for `open_split`. False is for a run whose checkpoint is loaded next.
     """
     config = for_device(config, device)
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
@@ -64,6 +65,10 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
     steps_per_epoch, mix = steps_of_an_epoch(config, len(images), split.labelled)
     distiller = _build_distiller(config, student, student_stats, teachers, device)
+    if config.quantize:
+        fake_quantise(distiller, config, config.quantize, calibration_images(split, config))
+        if strict:
+            load_methods(distiller, config.quantize)
     optimizer = make_optimizer(config, distiller)
     return DistillationRun(
         config=config,
@@ -145,7 +150,7 @@ def _build_distiller(
 
 
 def gradients_for(options: BalanceOptions, distiller: Distiller) -> Gradients:
-    """What measures the gradients of the losses and, unless `balance.adjust` is false, weights the losses by them.
+    """What measures the gradients of the losses and, unless `balance.adjust` is false, weights those on maps by them.
 
     The weights of the losses then move there from the distiller.
     """
@@ -153,10 +158,8 @@ def gradients_for(options: BalanceOptions, distiller: Distiller) -> Gradients:
     if not options.adjust:
         return Gradients(weights, options.every, options.momentum)
     distiller.weights = dict.fromkeys(weights, 1.0)
-    reference = next(
-        (n for n in weights if not getattr(distiller.methods[n], "needs_teacher", True)), next(iter(weights))
-    )
-    return Balance(weights, reference, options.every, options.momentum)
+    reference = [name for name in weights if not getattr(distiller.methods[name], "needs_maps", True)]
+    return Balance(weights, reference or list(weights)[:1], options.every, options.momentum)
 
 
 def _check_outputs(config: Config, teacher: str, model: nn.Module, classes: int) -> None:

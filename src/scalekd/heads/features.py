@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import make_folder, replacing
 from scalekd.common.seeds import seed_from
-from scalekd.common.text import counted, duration, say, shortened
+from scalekd.common.text import counted, duration, printable, say, shortened
 from scalekd.data.batches import Images, eval_batches
+from scalekd.data.images import BadImages
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.source import Source
 from scalekd.data.split import by_class
@@ -133,25 +134,34 @@ def _of_timm(name: str, file: str, size: tuple[int, int], device: torch.device) 
 
 
 def features(
-    backbone: Backbone, source: Source, indices: Sequence[int], name: str, cache: Path, console: Console
+    backbone: Backbone,
+    source: Source,
+    indices: Sequence[int],
+    name: str,
+    cache: Path,
+    console: Console,
+    bad: BadImages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D), float32, and targets (N,) of these images, in this order. Computes those missing in `cache`.
 
-    name: the user's name of the source. Raises `UserError` for an image that cannot be read, and for features that are
-    not finite.
+    name: the user's name of the source. bad: records images that cannot be read, which are left out. Raises `UserError`
+    for such an image without `bad`, for more of them than it allows, and for features that are not finite.
     """
-    folder = cache_folder(backbone, source, name, cache)
+    folder = cache_folder(backbone, source, name, cache, bad)
     known = _known_features(folder)
     missing = sorted(set(indices) - known.keys())
     say(console, f"{name}: features of {counted(len(indices), 'image')}, {len(indices) - len(missing)} from {folder}")
     began = shown = time.perf_counter()
     done = 0
     workers = WORKERS if backbone.device.type == "cuda" and len(missing) > CHUNK else 0
-    batches = eval_batches(Images(source, missing, backbone.transform, None), BATCH, workers, False)
-    for first in range(0, len(missing), CHUNK):
-        chunk = missing[first : first + CHUNK]
-        parts = []
-        for batch in itertools.islice(batches, CHUNK // BATCH):
+    images = Images(source, missing, backbone.transform, None, bad)
+    images.alive |= {source.targets[i] for i in known}  # their classes have readable images
+    batches = eval_batches(images, BATCH, workers, False)
+    left_to_do = iter(missing)
+    while first := next(batches, None):
+        chunk, parts = [], []
+        for batch in itertools.chain([first], itertools.islice(batches, CHUNK // BATCH - 1)):
+            chunk += _next_readable(left_to_do, len(batch.images), source, bad)
             parts.append(backbone.pooled(batch.images))
             done += len(batch.images)
             if time.perf_counter() - shown > PROGRESS_EVERY:
@@ -163,8 +173,17 @@ def features(
             raise UserError(f"{backbone.card['model']}: some features are not finite; check its weights, mean and std")
         _keep(folder / f"{seed_from(*chunk):016x}.safetensors", chunk, part)
         known |= dict(zip(chunk, part))
-    targets = source.targets
-    return torch.stack([known[i] for i in indices]), torch.tensor([targets[i] for i in indices])
+    if bad and bad.found:
+        said = f"{name}: {counted(len(bad.found), 'unreadable image')} left out, such as {next(iter(bad.found))}"
+        say(console, said)
+    targets, readable = source.targets, [i for i in indices if i in known]
+    return torch.stack([known[i] for i in readable]), torch.tensor([targets[i] for i in readable])
+
+
+def _next_readable(indices: Iterator[int], count: int, source: Source, bad: BadImages | None) -> list[int]:
+    """The next indices whose images are in a batch: the others were found bad when it was read."""
+    readable = (i for i in indices if bad is None or printable(source.where(i)) not in bad.found)
+    return list(itertools.islice(readable, count))
 
 
 def _known_features(folder: Path) -> dict[int, Tensor]:
@@ -185,7 +204,7 @@ def _keep(file: Path, indices: Sequence[int], part: Tensor) -> None:
         opened.write(save({"indices": torch.tensor(indices), "features": part.contiguous()}))
 
 
-def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path) -> Path:
+def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path, bad: BadImages | None = None) -> Path:
     """The cache folder of a model and a source.
 
     It differs if the weights, the preprocessing or the images differ: names, labels, sizes and times of change of the
@@ -198,7 +217,9 @@ def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path) -> 
     for stamp in source.stamps():
         summed.update(f"{stamp}\n".encode())
     sample = range(0, len(source), max(1, len(source) // 16))[:16]
-    for batch in eval_batches(Images(source, sample, backbone.transform, None), 16, 0, False):
+    images = Images(source, sample, backbone.transform, None, bad)
+    images.alive |= set(source.targets)  # the sample says nothing about a class
+    for batch in eval_batches(images, 16, 0, False):
         summed.update(batch.images.numpy().tobytes())
     return cache / summed.hexdigest()[:24]
 

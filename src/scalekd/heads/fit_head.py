@@ -30,7 +30,7 @@ from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
 from scalekd.common.text import printable, say
-from scalekd.data.batches import Images, eval_batches
+from scalekd.data.batches import Images, bad_images, eval_batches
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import pair_of
@@ -138,7 +138,7 @@ def fit_head(
 
     head, choice = fits[0].head, fits[0].choice
     tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
-    difference = _difference(teacher, splits[0], head, tensors)
+    difference = _difference(teacher, splits[0], data, head, tensors)
     make_folder(out)
     with replacing(out / "head.safetensors") as file:
         file.write(save(tensors))
@@ -183,13 +183,15 @@ def _fit_split(
     console: Console,
 ) -> Fit:
     classes = len(split.classes)
-    x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console)
+    bad = bad_images("train", data, len(split.train_indices))
+    x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console, bad)
     say(console, f"fitting {classes} classes to {len(y)} labels; the strength is chosen on held-out ones")
     choice = choose(x, y, classes, seed, partial(say, console))
     # all labels, with the chosen penalty: in a sum over the images it is the same prior
     plain = fit(x, y, classes, choice.strength)
     head = Linear(plain.weight / choice.temperature, plain.bias / choice.temperature)
-    x, y = features(teacher, split.val, val_indices, str(data.val or data.train), cache, console)
+    bad = bad_images("val", data, len(val_indices))
+    x, y = features(teacher, split.val, val_indices, str(data.val or data.train), cache, console, bad)
     return Fit(choice, head, {"before": scores(plain(x), y), "after": scores(head(x), y)})
 
 
@@ -293,12 +295,12 @@ def check_folder(out: Path) -> None:
         raise UserError(f"{out} is not empty; choose another folder with `out`, or remove this one")
 
 
-def _difference(teacher: Teacher, split: Split, head: Linear, tensors: dict[str, Tensor]) -> float:
-    """The largest logit difference between the model with its new classifier and the fit, on 8 images."""
+def _difference(teacher: Teacher, split: Split, data: Data, head: Linear, tensors: dict[str, Tensor]) -> float:
+    """The largest logit difference between the model with its new classifier and the fit, on up to 8 images."""
     model, _ = put_head(teacher.model.cpu(), teacher.loaded, tensors, teacher.spec.model, teacher.size, "head")
     teacher.model.to(teacher.device)
-    images = Images(split.train, split.train_indices[:8], teacher.transform, None)
-    (batch,) = eval_batches(images, 8, 0, False)
+    bad = bad_images("train", data, len(split.train_indices))
+    batch = next(eval_batches(Images(split.train, split.train_indices, teacher.transform, None, bad), 8, 0, False))
     wanted = head(teacher.pooled(batch.images))
     difference = (teacher.logits(model, batch.images).double() - wanted).abs().max().item()
     if not difference < 1e-3 * (1 + wanted.abs().max().item()):

@@ -22,8 +22,9 @@ UNCHOSEN = 10.0  # the strength if no image can be held out: the middle of the g
 PARTS = 5  # folds of the labelled images
 CROSS_VALIDATED = 2000  # up to this many images every fold is held out once; above, only the first
 FLAT = 1e-6  # a fit has converged if no entry of the mean loss's gradient is larger; above 10 times this, an error
-ROUGH = 5e-6  # the same for the fits that choose the strength: the held-out likelihood changes by about 1e-4
-FLATTER = 1e-8  # the same for the final fit; about the limit of rounding
+ROUGH = 1e-5  # the same for the fits that choose the strength
+FLATTER = 1e-8  # where the final fit stops if it gets there in `POLISH` steps; about the limit of rounding
+POLISH = 200  # steps beyond `FLAT`: with many classes and a weak penalty, `FLATTER` would take thousands
 TEMPERATURES = (1 / 20, 20.0)  # range of the search
 TELL_EVERY = 5.0  # seconds between lines on the progress
 BINS = 15  # bins of the calibration error
@@ -129,6 +130,23 @@ def _loss(parameters: Tensor, z: Tensor, unit: Tensor, targets: Tensor, strength
 def _minimise(parameters: Tensor, loss: Callable[[], Tensor], flat: float) -> float:
     """Runs L-BFGS on `parameters` in place. Returns the largest entry of the gradient at the end."""
     parameters.requires_grad_(True)
+    aim = max(flat, FLAT)
+    for _ in range(3):  # if the line search fails near the end, restart with an empty history
+        if (slope := _steps(parameters, loss, aim, 2000)) <= aim:
+            break
+    return slope if slope <= flat else _steps(parameters, loss, flat, POLISH)
+
+
+def _steps(parameters: Tensor, loss: Callable[[], Tensor], flat: float, most: int) -> float:
+    """At most so many steps of L-BFGS. Returns the largest entry of the gradient."""
+    optimizer = torch.optim.LBFGS(
+        [parameters],
+        max_iter=most,
+        history_size=20,
+        tolerance_grad=flat,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -136,22 +154,10 @@ def _minimise(parameters: Tensor, loss: Callable[[], Tensor], flat: float) -> fl
         value.backward()
         return value
 
-    for _ in range(3):  # if the line search fails near the end, restart with an empty history
-        optimizer = torch.optim.LBFGS(
-            [parameters],
-            max_iter=2000,
-            history_size=20,
-            tolerance_grad=flat,
-            tolerance_change=1e-16,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(closure)
-        closure()
-        assert parameters.grad is not None
-        slope = parameters.grad.abs().max().item()
-        if slope <= flat:
-            break
-    return slope
+    optimizer.step(closure)
+    closure()
+    assert parameters.grad is not None
+    return parameters.grad.abs().max().item()
 
 
 def choose(
@@ -163,8 +169,8 @@ def choose(
     the temperature is fitted to the same logits. With one image per class no image can be held out: the result is
     `UNCHOSEN` and temperature 1.
 
-    The strengths are tried from the strongest on. The search ends when the likelihood was worse than the best twice in a
-    row: from there it only gets worse, and weak penalties are slow to fit.
+    The strengths are tried from the strongest on. The search ends when the likelihood gets worse: from there it only gets
+    worse, and weak penalties are slow to fit.
 
     features: (N, D), targets: (N,), of labelled training images only. tell: gets a line on the progress every few seconds.
     """
@@ -179,7 +185,7 @@ def choose(
     axes = [principal_axes(features[rest]) for rest in rests]
     truth = targets[torch.tensor([i for part in parts for i in part], device=targets.device)]
     tried, best, best_logits = list[dict[str, float]](), math.inf, torch.empty(0)
-    rises, shown = 0, time.perf_counter()
+    shown = time.perf_counter()
     for number, strength in enumerate(STRENGTHS, 1):
         logits = []
         for k, (held, rest) in enumerate(zip(helds, rests)):
@@ -194,12 +200,9 @@ def choose(
         held_out_logits = torch.cat(logits)
         score = scores(held_out_logits, truth)
         tried.append({"strength": strength, "nll": score["nll"], "top1": score["top1"]})
-        if score["nll"] < best:
-            best, best_logits, rises = score["nll"], held_out_logits, 0
-        else:
-            rises += 1
-        if rises == 2 or score["nll"] > 1.1 * best:
+        if score["nll"] >= best:
             break
+        best, best_logits = score["nll"], held_out_logits
     chosen = min(tried, key=lambda row: row["nll"])["strength"]
     # if all are correct, the likelihood grows with 1/T without bound: the temperature is undefined
     all_right = bool((best_logits.argmax(1) == truth).all())

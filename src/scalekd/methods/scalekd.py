@@ -6,7 +6,7 @@ Recipes use the functions in `scalekd_forms.py`, each with the options that appl
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class ScaleKD(nn.Module):
         norm_eps: eps of that norm. None: 1e-5 for `batch`, 1e-6 for `layer`; the release has 1e-5 for both.
         student_norm: False takes the student's stage 4 before its final norm, as the released configurations of Mixers.
             Default True. No effect for students without a norm there, such as ResNets.
+        teacher_norm: False takes the teacher's stage 4 before its final norm, as target and as the end of the proxy
+            path, as the released configurations of BEiT teachers. Default True.
         student_views: `first`: the student path has the first view only, as in the released configurations of Swin-S.
             The proxy path keeps both. Default `both`. With `tpp` and two views only.
         grad_checkpointing: use less memory and more time. Activations after the CAPs' convolutions and in the teacher's
@@ -100,6 +102,7 @@ class ScaleKD(nn.Module):
         attention_scale: float = SOFTMAX_SCALE,
         norm_eps: float | None = None,
         student_norm: bool = True,
+        teacher_norm: bool = True,
         student_views: StudentViews = "both",
         grad_checkpointing: bool = False,
     ) -> None:
@@ -108,7 +111,6 @@ class ScaleKD(nn.Module):
         check_positive("ScaleKD", alpha=alpha)
         check_choice("ScaleKD", "reduction", reduction, ("mean", "sum"))
         check_choice("ScaleKD", "student_views", student_views, ("both", "first"))
-        assert student.final is not None and teacher.final is not None
         self.weights = view_weights(views, alpha, beta)
         _check_path(student, teacher, views, tpp, adaptive_queries)
         _check_views(teacher, self.weights)
@@ -131,11 +133,11 @@ class ScaleKD(nn.Module):
             norm_eps=norm_eps,
             grad_checkpointing=grad_checkpointing,
         )
-        self.student_norm = student_norm
+        self.student_norm, self.teacher_norm = student_norm, teacher_norm
         self.cap_of = {view: SHARED if shared else view for view in self.weights}
         self.student_path = tuple(self.weights)[: 1 if student_views == "first" else None]  # the views of that path
-        stage_4 = student.final if student_norm else student.maps[3]
-        of_student = partial(build, stage_4, teacher.final, heads=heads_4, learned_queries=not self.adaptive)
+        ends = _stage_4(student, student_norm), _stage_4(teacher, teacher_norm)
+        of_student = partial(build, *ends, heads=heads_4, learned_queries=not self.adaptive)
         of_proxy = partial(build, student.maps[2], teacher.maps[2], heads=heads_3)
         keys = dict.fromkeys(self.cap_of[view] for view in self.student_path)
         self.student_caps = nn.ModuleDict({key: of_student() for key in keys})
@@ -144,14 +146,14 @@ class ScaleKD(nn.Module):
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """One scalar per view and path, with weights applied. The targets are not used."""
-        assert teacher is not None and teacher.final is not None and student.final is not None
+        assert teacher is not None
         proxies = self._proxies(student, teacher)
-        stage_4 = student.final if self.student_norm else student.maps[3]
+        stage_4 = _stage_4(student, self.student_norm)
         mimics = {key: cap(stage_4, proxies[key] if self.adaptive else None) for key, cap in self.student_caps.items()}
         losses = {}
         for view, weight in self.weights.items():
             transform, key = TRANSFORMS[view], self.cap_of[view]
-            target = transform(teacher.final.detach())
+            target = transform(_stage_4(teacher, self.teacher_norm).detach())
             if view in self.student_path:
                 losses[view] = weight * normalized_distance(transform(mimics[key]), target, self.reduction)
             if proxies:
@@ -168,9 +170,14 @@ class ScaleKD(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             # one pass per view, so that only one view's activations are recomputed at a time; the teacher is not random
             run_on = partial(checkpoint, teacher.resume, 3, use_reentrant=False, preserve_rng_state=False)
-            return {key: run_on(stage_3) for key, stage_3 in maps.items()}
-        final = teacher.resume(3, torch.cat(list(maps.values())))  # one pass for all views
+            return {key: run_on(stage_3, end=self.teacher_norm) for key, stage_3 in maps.items()}
+        final = teacher.resume(3, torch.cat(list(maps.values())), end=self.teacher_norm)  # one pass for all views
         return dict(zip(maps, final.chunk(len(maps)), strict=True))
+
+
+def _stage_4(model: Shapes | Features, norm: bool) -> Any:
+    """The map of stage 4, or its shape, after or before the model's final norm."""
+    return model.final if norm else model.maps[3]
 
 
 def _check_path(student: Shapes, teacher: Shapes, views: str, tpp: bool, adaptive_queries: bool | None) -> None:

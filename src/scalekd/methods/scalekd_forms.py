@@ -26,6 +26,7 @@ def cap(
     attention_scale: float = SOFTMAX_SCALE,
     norm_eps: float | None = None,
     student_norm: bool = True,
+    teacher_norm: bool = True,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`cap`: match stage 4 through a cross attention projector (eq. 1).
@@ -46,6 +47,7 @@ def cap(
         attention_scale=attention_scale,
         norm_eps=norm_eps,
         student_norm=student_norm,
+        teacher_norm=teacher_norm,
         grad_checkpointing=grad_checkpointing,
     )
 
@@ -65,6 +67,7 @@ def dfm(
     attention_scale: float = SOFTMAX_SCALE,
     norm_eps: float | None = None,
     student_norm: bool = True,
+    teacher_norm: bool = True,
     shared: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
@@ -88,6 +91,7 @@ def dfm(
         attention_scale=attention_scale,
         norm_eps=norm_eps,
         student_norm=student_norm,
+        teacher_norm=teacher_norm,
         shared=shared,
         grad_checkpointing=grad_checkpointing,
     )
@@ -107,6 +111,7 @@ def tpp(
     attention_scale: float = SOFTMAX_SCALE,
     norm_eps: float | None = None,
     student_norm: bool = True,
+    teacher_norm: bool = True,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`tpp`: `cap` and the proxy path, in one view (eq. 4).
@@ -128,6 +133,7 @@ def tpp(
         attention_scale=attention_scale,
         norm_eps=norm_eps,
         student_norm=student_norm,
+        teacher_norm=teacher_norm,
         grad_checkpointing=grad_checkpointing,
     )
 
@@ -149,6 +155,7 @@ def scalekd(
     attention_scale: float = SOFTMAX_SCALE,
     norm_eps: float | None = None,
     student_norm: bool = True,
+    teacher_norm: bool = True,
     student_views: StudentViews = "both",
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
@@ -178,6 +185,7 @@ def scalekd(
         attention_scale=attention_scale,
         norm_eps=norm_eps,
         student_norm=student_norm,
+        teacher_norm=teacher_norm,
         student_views=student_views,
         shared=shared,
         grad_checkpointing=grad_checkpointing,

@@ -46,10 +46,11 @@ class Features:
     maps: tuple[Tensor, ...] = ()  # four of (B, D, H, W), raw stage outputs
     final: Tensor | None = None  # (B, D, H, W), the last map after the model's final norm
     prefix: tuple[Tensor | None, ...] = ()  # class and register tokens of each map, (B, P, D) or None
-    resume: Callable[[int, Tensor], Tensor] | None = None
+    resume: Callable[..., Tensor] | None = None
     """Teachers only: `resume(k, map)` runs the frozen teacher from the output of stage k (1 to 3),
-    `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`. Gradients flow to `map`. It uses the
-    teacher's own prefix tokens of that stage, repeated n times."""
+    `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`, or with `end=False` to the output of
+    stage 4, before the final norm. Gradients flow to `map`. It uses the teacher's own prefix tokens of that stage,
+    repeated n times."""
     pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
@@ -183,14 +184,15 @@ class StageView:
             classify=head[2],
         )
 
-    def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[[int, Tensor], Tensor]:
+    def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
         tail = TEACHER_TAILS[type(self.model)]
 
-        def resume(k: int, x: Tensor) -> Tensor:
+        def resume(k: int, x: Tensor, end: bool = True) -> Tensor:
             tokens = prefix[k - 1]
             if tokens is not None:
                 tokens = tokens.detach().repeat(x.shape[0] // tokens.shape[0], 1, 1)  # view by view
-            return _normed(self.model, tail(self.model, self.indices[k - 1], x, tokens))
+            x = tail(self.model, self.indices[k - 1], x, tokens, end)
+            return _normed(self.model, x) if end else x
 
         return resume
 

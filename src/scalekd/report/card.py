@@ -32,7 +32,8 @@ def write_card(folder: Path, text: str) -> None:
         write_text(path, text)
 
 
-def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -> str:
+def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None, speed: str = "") -> str:
+    """README.md of a student. speed: a block on its size and latency, if they were measured."""
     card = folder.card
     taught = f", taught by {card['teacher']}" if card.get("teacher") else ""
     classes = [str(label) for label in card["classes"]]
@@ -45,6 +46,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None) -
         f"```python\n{load_lines(card, timm_name(folder))}\n```",
         "## Results",
         _results(folder, seen),
+        *(["## Size and speed", speed] if speed else []),
         "## Training",
         facts_list({"losses": losses_text(card.get("losses") or {})} | dict(facts)),
         "`recipe.yaml` has all settings; `report.html` has the curves and the errors by class.",

@@ -32,6 +32,7 @@ from .feature_sections import cost_section, feature_sections, parts_section
 from .folder import RunFolder, load_baseline, read_run, rebuilt
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
+from .quantized_section import quantized_block, quantized_section
 from .series import events_of, time_use
 from .svg import escape, finite
 from .transfer_card import transfer_card
@@ -187,6 +188,7 @@ def _write(
         time_bars(runs, _other_time(folder)),
         cost_section(counted) if counted else parts_section(parts) if parts else "",
         *(feature_sections(seen) if seen else []),
+        "" if folder.task else quantized_section(folder.path),
         *more,
         use_section(folder) if folder.task else _use(folder),
         facts_section(facts),
@@ -201,7 +203,12 @@ def _write(
     if path == folder.path / FILE:
         write_text(folder.path / DATA, json.dumps(known, indent=1) + "\n")
         if folder.card.get("kwargs") is not None and folder.weights.is_file():
-            write_card(folder.path, transfer_card(folder, facts) if folder.task else model_card(folder, facts, seen))
+            text = (
+                transfer_card(folder, facts)
+                if folder.task
+                else model_card(folder, facts, seen, quantized_block(folder.path))
+            )
+            write_card(folder.path, text)
 
 
 def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:

@@ -89,10 +89,12 @@ def _segmentation(last: Mapping[str, Any]) -> list[str]:
     note = (
         f"mIoU: the mean over {last.get('classes_counted')} of {len(classes)} classes, those that are in the "
         "masks or were predicted. Mean accuracy: over the classes in the masks. Pixel accuracy: the share of "
-        f"{last.get('pixels', 0):,} pixels that were classified correctly."
+        f"{last.get('pixels') or 0:,} pixels that were classified correctly."
     )
     counted_classes = sorted((c for c in classes if finite(c.get("iou"))), key=lambda c: (c["iou"], c["class"]))
-    rows = [[c["class"], shown(c["iou"]), shown(c["accuracy"]), f"{c['pixels']:,}"] for c in counted_classes]
+    rows = [
+        [c["class"], shown(c["iou"]), shown(c.get("accuracy")), f"{c.get('pixels') or 0:,}"] for c in counted_classes
+    ]
     without = [c["class"] for c in classes if not finite(c.get("iou"))]
     head = ["class", "IoU (%)", "accuracy (%)", "pixels"]
     return [
@@ -106,7 +108,7 @@ def _worst(item: tuple[str, Any]) -> tuple[float, str]:
 
 
 def _on(last: Mapping[str, Any]) -> str:
-    return f", on {counted(last['images'], 'validation image')}" if "images" in last else ""
+    return f", on {counted(last['images'], 'validation image')}" if last.get("images") is not None else ""
 
 
 def _by_class(title: str, head: list[str], rows: list[list[str]], without: list[str], why: str) -> str:

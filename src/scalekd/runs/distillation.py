@@ -35,6 +35,7 @@ from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
 
 from .heads import fit_heads, heads_of, with_heads
+from .int8 import finish_quantised
 from .memory import smaller_steps
 from .students import student_card
 
@@ -105,7 +106,11 @@ def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: b
     file = folder / "student.safetensors"
     summary["student"] = str(file)
     card = student_card(run) | {key: summary[key] for key in ("top1", "exported", "exported_step")}
-    summary["reload_difference"] = export_student(run.deployed, file, card)
+    student = run.deployed
+    if run.config.quantize:
+        student, summary["int8_agreement"] = finish_quantised(run, folder, card)
+        card = {key: value for key, value in card.items() if key != "top1"}  # measured with rounding
+    summary["reload_difference"] = export_student(student, file, card)
     write_run_report(folder, summary, facts(run), run if look else None)
 
 

@@ -23,8 +23,10 @@ from scalekd.data.sources.open import evaluated_part, open_source, parts_of
 from scalekd.data.split import same_classes
 from scalekd.data.transforms import Transform, eval_transform
 from scalekd.distill.evaluate import evaluate
+from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
+from scalekd.models.int8.file import INT8
 from scalekd.models.open_student import open_student
 from scalekd.models.student_file import create_student, export_onnx, export_student
 from scalekd.models.weights.card import read_card, short_floats
@@ -63,6 +65,10 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     if not card_file.is_file() or not state_file.is_file():
         raise UserError(
             f"{folder} has no {which} checkpoint to export; choose the folder of a run that has reached a validation"
+        )
+    if is_file(folder / INT8) and is_file(folder / "recipe.yaml") and read_recipe(folder).quantize is not None:
+        raise UserError(
+            f"{folder} is a quantised run: its files are {INT8}, and student.safetensors with the weights before rounding"
         )
     state, card = checkpoint.load(state_file), read_card(card_file)
     student = create_student(card, card_file)

@@ -16,8 +16,9 @@ import PIL
 from scalekd.common.errors import UserError
 from scalekd.common.files import is_file, write_text
 from scalekd.common.provenance import machine, versions
-from scalekd.common.text import shortened
-from scalekd.data.fingerprint import differences, fingerprint
+from scalekd.common.text import counted, shortened
+from scalekd.data.fingerprint import changed, differences, fingerprint
+from scalekd.data.images import read_list
 
 from .run import Run
 
@@ -29,10 +30,7 @@ def inputs_of(run: Run) -> dict[str, Any]:
     """Fingerprints of the data, checksums of the models' weights, versions and machine, as plain values."""
     libraries = {key: value for key, value in versions().items() if key != "python"}
     return {
-        "data": {
-            part: fingerprint(images.listed())
-            for part, images in (("train", run.train_images), ("val", run.val_images))
-        },
+        "data": {part: fingerprint(images.listed()) for part, images in _parts(run)},
         "teacher": {role: [loaded.sha256, loaded.head] for role, loaded in run.loaded.items() if role not in TRAINED},
         "versions": libraries | {"pillow": PIL.__version__, "numpy": numpy.__version__},
         "machine": machine(run.device),
@@ -48,15 +46,57 @@ def data_changes(folder: Path, now: dict[str, Any]) -> list[str]:
     return [] if before is None else _data(before["data"], now)
 
 
-def check_inputs(now: dict[str, Any], allowed: Sequence[str], folder: Path) -> list[str]:
+def teacher_changes(folder: Path, now: dict[str, str]) -> list[str]:
+    """Which teachers of the run in `folder` have other weights now, in words. now: checksums by the recipe's key."""
+    before = (_read(folder / FILE) or {"teacher": {}})["teacher"]
+    known = {key: value[0] for key, value in before.items() if isinstance(value, list) and value}
+    return [f"the weights of {key} changed" for key, checksum in now.items() if known.get(key) not in (None, checksum)]
+
+
+def check_inputs(run: Run, now: dict[str, Any], folder: Path) -> list[str]:
     """Compares the `inputs_of` a run that resumes with those of its last start; returns lines to print.
 
-    A run without a checkpoint starts from the beginning, so nothing is compared. Raises `UserError` for inputs that
-    differ and are not `allowed`.
+    A run without a checkpoint starts from the beginning, so nothing is compared. Images that could not be read before may
+    have changed: the run did not train on them. Raises `UserError` for other inputs that differ and that
+    `train.resume_anyway` does not allow.
     """
     if not any(is_file(folder / name) for name in ("last.pt", "previous.pt")):
         return []
-    return _compared(_read(folder / FILE), now, allowed, folder)
+    before = _read(folder / FILE)
+    if before is None:
+        return [f"{folder} has no readable {FILE}, as in older versions; data and teacher are not compared with before"]
+    repaired, texts = _images(run, before["data"], now["data"], folder)
+    lines = []
+    if repaired:
+        lines.append(
+            f"continues with {counted(len(repaired), 'image')} that could not be read before and changed since, such as "
+            f"{repaired[0]}"
+        )
+    return lines + _compared(before, texts, now, run.config.train.resume_anyway, folder)
+
+
+def _images(run: Run, before: dict[str, Any], now: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the images that could not be read before and changed since; how the others differ, in words."""
+    bad = {(part, name) for part, name, _ in read_list(folder)}
+    repaired, texts = list[str](), list[str]()
+    for part, images in _parts(run):
+        old = before.get(part)
+        if not isinstance(old, dict):
+            texts.append(f"data.{part} has no fingerprint before")
+            continue
+        words, listing = differences(old, now[part]), images.listed()
+        files = (changed(old, now[part], listing) if words else None) or {}
+        others = [listing.name(i) for i, opened in files.items() if opened and (part, listing.name(i)) not in bad]
+        if files and not others:
+            repaired += [listing.name(i) for i in files]
+            continue
+        examples = f" ({counted(len(others), 'file')}, such as {others[0]})" if others else ""
+        texts += [f"data.{part} has {shortened(word, 200)}{examples}" for word in words]
+    return repaired, texts
+
+
+def _parts(run: Run) -> list[tuple[str, Any]]:
+    return [("train", run.train_images), ("val", run.val_images)]
 
 
 def write_inputs(now: dict[str, Any], folder: Path) -> None:
@@ -74,11 +114,12 @@ def _read(file: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and all(isinstance(values.get(kind), dict) for kind in kinds) else None
 
 
-def _compared(before: dict[str, Any] | None, now: dict[str, Any], allowed: Sequence[str], folder: Path) -> list[str]:
-    if before is None:
-        return [f"{folder} has no readable {FILE}, as in older versions; data and teacher are not compared with before"]
+def _compared(
+    before: dict[str, Any], data: Sequence[str], now: dict[str, Any], allowed: Sequence[str], folder: Path
+) -> list[str]:
+    """data: how the images differ, in words."""
     found = {
-        "data": _data(before["data"], now["data"]),
+        "data": list(data),
         "teacher": [f"the weights of {role} changed" for role in _changed(before["teacher"], now["teacher"])],
         "versions": [
             f"{name} {now['versions'].get(name)}, {shortened(str(before['versions'].get(name)), 40)} before"

@@ -66,7 +66,7 @@ def run_into(
         if parallel.rank() == 0:
             open_folder(folder, config, beforehand)  # again, now locked: another process may have used it meanwhile
             inputs = inputs_of(run)
-            notices = check_inputs(inputs, config.train.resume_anyway, folder)
+            notices = check_inputs(run, inputs, folder)
             write_folder(folder, run, outcome)
             write_inputs(inputs, folder)
         parallel.wait_for_all()

@@ -73,8 +73,19 @@ def test_scales_within_a_limit():
     assert Scales((480, 800), 1333).limited(224) == Scales((224,), 224)
 
 
-def test_bad_images_stop_or_are_passed_over(folder):
+def test_a_class_without_a_readable_image_is_named(folder):
     coco = opened(folder)
+    (folder / "images" / "1.png").write_bytes(b"")
+    bad = BadImages("train", 30, 1.0)
+    sampler = TrainSampler(size=2, batch_size=2, seed=0, total_steps=1)
+    with pytest.raises(UserError, match=r"none of the 1 training images of the class bag can be read, such as .*1.png"):
+        list(batches_of(DetectionImages(coco, PLAIN, 0, bad), sampler, 0, False))
+    coco = opened(folder, annotations=[*GOOD["annotations"], annotation(3, image=2)])
+    assert len(list(batches_of(DetectionImages(coco, PLAIN, 0, bad), sampler, 0, False))) == 1
+
+
+def test_bad_images_stop_or_are_passed_over(folder):
+    coco = opened(folder, annotations=[*GOOD["annotations"], annotation(3, image=2)])
     Image.new("RGB", (20, 40)).save(folder / "images" / "1.png")  # lies on its side now
     sampler = TrainSampler(size=2, batch_size=2, seed=0, total_steps=1)
     with pytest.raises(

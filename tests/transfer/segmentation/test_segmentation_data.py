@@ -180,3 +180,17 @@ def test_a_bad_pair_stops_or_is_left_out_and_noted(folder):
     sample = SegmentationImages(pairs, PLAIN, 0, BadImages("train", 4, 0.25))[(0, 1)]  # the next takes its place
     seed_everything(0, 0, 1)
     assert torch.equal(sample.pair[1], training_crop(*pairs[2], PLAIN)[1]) and len(sample.skipped) == 1
+
+
+def test_a_class_without_a_readable_pair_is_named(folder):
+    pairs = save_mask(folder, np.full((20, 30), 1, np.uint8))
+    for i in (0, 2, 3):
+        save_mask(folder, np.full((20, 30), i % 2 * 2, np.uint8), f"{i}.png")  # "sky" is in 3 only
+    (folder / "images" / "0.png").write_bytes(b"")
+    bad = BadImages("val", 4, 1.0)
+    assert len(list(eval_batches(SegmentationImages(pairs, PLAIN, None, bad), 4, 0, False))) == 1
+    (folder / "images" / "3.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"none of the 1 validation images of the class sky can be read, such as .*3.png"
+    ):
+        list(eval_batches(SegmentationImages(pairs, PLAIN, None, bad), 4, 0, False))

@@ -17,9 +17,15 @@ SPLITS = {
     "valid": "val",
     "validation": "val",
     "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
     "test": "test",
     "testing": "test",
 }
+# what may stand before and behind such a name: train_images, images-val, testset, val2017
+DECORATED = re.compile(
+    r"(?:(?:images?|imgs?|data|dataset|set)[ _-]?)?([a-z]+?)(?:[ _-]?(?:images?|imgs?|data|dataset|set|split|(?:19|20)\d\d))?"
+)
 SYSTEM = {"__macosx", "@eadir", "@tmp", "#recycle", "$recycle.bin", "system volume information", "lost+found",
           "thumbs.db", "desktop.ini", "__pycache__"}  # fmt: skip
 
@@ -31,8 +37,9 @@ LeftOut = dict[str, dict[str, Any]]  # reason: {"count": number of files, "examp
 
 
 def split_of(name: str) -> str | None:
-    """`train`, `val` or `test` for a name of a split in any case, such as Valid; else None."""
-    return SPLITS.get(name.lower())
+    """`train`, `val` or `test` for a name of a split in any case, such as Valid or train_images; else None."""
+    found = DECORATED.fullmatch(name.lower())
+    return SPLITS.get(found[1]) if found else None
 
 
 def is_hidden(path: str) -> bool:

@@ -145,4 +145,7 @@ def _parts(text: str) -> dict[str, str]:
         [n for n in names if split_of(n)]
     ):
         return {}  # a class that is called train
-    return {split: str(root / name) for name in reversed(names) if (split := split_of(name))}
+    # of several names of one split the last counts: the first by name, and any other before `eval`
+    evals = [name for name in names if "eval" in name.lower()]
+    named = [*evals, *(name for name in reversed(names) if name not in evals)]
+    return {split: str(root / name) for name in named if (split := split_of(name))}

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
-from scalekd.data.batches import checked, unreadable
+from scalekd.data.batches import checked, dead_class, unreadable
 from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, decode, of_channels, read_file
 from scalekd.data.reading import Outage
@@ -72,11 +72,13 @@ class DetectionImages(Dataset):
     seed, for evaluation: all images, unchanged.
 
     An image that cannot be used is returned as a `UserError`. With `bad`, it is skipped and recorded there; in
-    training the next image takes its place.
+    training the next image takes its place. A class without a readable image is an error in any case.
     """
 
     def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None):
         self.coco, self.scales, self.seed, self.bad = coco, scales, seed, bad
+        self.alive: set[int] = set()  # classes with bad images that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
         self.indices = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
         self.augment = v2.Compose(
             [
@@ -110,9 +112,11 @@ class DetectionImages(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Repair or remove the file, "
-                        "or set data.on_bad_image=skip"
+                        f"cannot use {printable(picture.path)}: {printable(str(error))}. Repair or remove the file"
+                        + ", or set data.on_bad_image=skip" * self.skippable
                     )
+                if dead := self._dead_class(number):
+                    return dead
                 skipped.append(Bad(picture.path, str(error)))
             except Outage as error:
                 return error
@@ -121,6 +125,19 @@ class DetectionImages(Dataset):
                 target |= {"picture": torch.tensor(number), "size": torch.tensor([picture.height, picture.width])}
                 return DetectionBatch([pixels], [target], skipped)
         return DetectionBatch([], [], skipped)
+
+    def _dead_class(self, number: int) -> UserError | None:
+        """The error if no image with one of the classes in this bad image can be read."""
+        pictures = self.coco.pictures
+        return dead_class(
+            _labels(pictures[number]),
+            lambda label: (i for i in self.indices if label in _labels(pictures[i])),
+            lambda i: _read(pictures[i]),
+            self.alive,
+            lambda label: self.coco.classes[label - 1],
+            "training" if self.seed is not None else "validation",
+            pictures[number].path,
+        )
 
     def still_bad(self, names: Iterable[str]) -> dict[str, str]:
         """The reason for each of these images that cannot be used. Raises `Outage`."""
@@ -134,6 +151,11 @@ class DetectionImages(Dataset):
         target = _target(picture)
         pixels, target = self.augment(tv_tensors.Image(pixels), target)
         return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+
+def _labels(picture: Picture) -> list[int]:
+    """The classes of its objects, without crowds."""
+    return sorted({instance.label for instance in picture.instances if not instance.crowd})
 
 
 def _read(picture: Picture) -> Image.Image:

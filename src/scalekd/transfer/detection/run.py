@@ -145,6 +145,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     count = len(coco.with_objects())
     train_images = DetectionImages(coco, scales, config.seed, bad_images("train", data, count))
     val_images = DetectionImages(val, scales, None, bad_images("val", data, len(val.pictures)))
+    train_images.skippable = val_images.skippable = True
     steps = steps_per_epoch(len(train_images), config)
     optimizer = make_optimizer(model, model.backbone, config)
     return DetectionRun(

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
-from scalekd.data.batches import Batch, checked, unreadable
+from scalekd.data.batches import Batch, checked, dead_class, unreadable
 from scalekd.data.fingerprint import Listing
 from scalekd.data.images import Bad, BadImage, BadImages, of_channels
 from scalekd.data.reading import Outage
@@ -144,11 +144,13 @@ class SegmentationImages(Dataset):
     """Pairs indexed by (epoch, index), as `scalekd.data.batches.Images`: random crops with a seed, else whole images.
 
     A pair that cannot be used is returned as a `UserError`. With `bad`, it is skipped and recorded there; in training
-    the next pair takes its place.
+    the next pair takes its place. A class without a readable pair is an error in any case.
     """
 
     def __init__(self, pairs: Pairs, crops: Crops, seed: int | None, bad: BadImages | None = None):
         self.pairs, self.crops, self.seed, self.bad = pairs, crops, seed, bad
+        self.alive: set[int] = set()  # classes with bad pairs that have a readable one
+        self.skippable = False  # whether there is a recipe that can say so, for the message
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -156,7 +158,8 @@ class SegmentationImages(Dataset):
     def listed(self) -> Listing:
         """Names and files of the images and masks, for their fingerprint."""
         files = [str(file) for pair in zip(self.pairs.images, self.pairs.masks) for file in pair]
-        return Listing(self.pairs.classes, [self.pairs.reduce_zero_label] * len(self.pairs), files, files)
+        labels = [self.pairs.reduce_zero_label] * len(self.pairs)
+        return Listing(self.pairs.classes, labels, files, files, called=lambda i: self.pairs.where(i // 2))
 
     def __getitem__(self, key: Key) -> Sample | UserError:
         epoch, index = key
@@ -172,15 +175,29 @@ class SegmentationImages(Dataset):
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
-                        f"cannot use {self.pairs.where(number)}: {printable(str(error))}. Repair or remove the two files, "
-                        "or set data.on_bad_image=skip"
+                        f"cannot use {self.pairs.where(number)}: {printable(str(error))}. Repair or remove the two files"
+                        + ", or set data.on_bad_image=skip" * self.skippable
                     )
+                if dead := self._dead_class(number):
+                    return dead
                 skipped.append(Bad(self.pairs.where(number), str(error)))
             except Outage as error:
                 return error
             else:
                 return Sample(transform(image, mask, self.crops), skipped)
         return Sample(None, skipped)
+
+    def _dead_class(self, number: int) -> UserError | None:
+        """The error if no pair with one of the classes in this bad pair can be read. Its mask must be readable."""
+        return dead_class(
+            self.pairs.labels(number),
+            lambda label: (i for i in range(len(self)) if label in self.pairs.labels(i)),
+            self.pairs.__getitem__,
+            self.alive,
+            lambda label: self.pairs.classes[label],
+            "training" if self.seed is not None else "validation",
+            self.pairs.where(number),
+        )
 
     def still_bad(self, names: Iterable[str]) -> dict[str, str]:
         """The reason for each of these pairs that cannot be used. Raises `Outage`."""

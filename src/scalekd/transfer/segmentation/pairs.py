@@ -48,7 +48,7 @@ class Pairs:
         """The image, rotated upright, of mode L or RGB, and its mask. Raises `BadImage`."""
         image = decode(read_file(str(self.images[i])))
         try:
-            mask = as_classes(read_mask(self.masks[i]), self.classes, self.reduce_zero_label)
+            mask = self._mask(i)
         except BadImage as error:
             raise BadImage(f"its mask {self.masks[i]}: {error}") from None
         if mask.shape != image.size[::-1]:
@@ -58,6 +58,16 @@ class Pairs:
                 + " after EXIF rotation" * (mask.shape == image.size)
             )
         return image, mask
+
+    def _mask(self, i: int) -> Mask:
+        return as_classes(read_mask(self.masks[i]), self.classes, self.reduce_zero_label)
+
+    def labels(self, i: int) -> list[int]:
+        """The classes in mask `i`; none if it cannot be read."""
+        try:
+            return [int(value) for value in np.unique(self._mask(i)) if value != IGNORED]
+        except BadImage:
+            return []
 
     def where(self, i: int) -> str:
         """The path of image `i`."""

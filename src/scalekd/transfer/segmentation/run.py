@@ -134,6 +134,7 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
     crops = Crops(crop, data.scale, flip=data.flip, photometric=data.photometric, channels=data.channels, fill=stats[0])
     train_images = SegmentationImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
     val_images = SegmentationImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
+    train_images.skippable = val_images.skippable = True
     optimizer = make_optimizer(model, model.student.pyramid.backbone, config)
     return SegmentationRun(
         config=config,
