@@ -6,6 +6,8 @@ The teacher is the demo's, a ViT with 92 % on real images.
 from __future__ import annotations
 
 import copy
+import functools
+import gzip
 import io
 import json
 import shutil
@@ -53,6 +55,7 @@ from scalekd.models.weights.match import sha256_of
 
 CPU = torch.device("cpu")
 FILE = resolve("package:demo/teacher.safetensors")
+UNPACKED = functools.lru_cache(maxsize=4)(gzip.decompress)
 STUDENT = {"model": "test_resnet", "mean": [0.286], "std": [0.353]}
 
 
@@ -76,7 +79,8 @@ def demo(**teacher: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, request):
-    """Small samples, and no trial steps except in the tests of them."""
+    """Small samples, images that are unpacked once, and no trial steps except in the tests of them."""
+    monkeypatch.setattr(gzip, "decompress", UNPACKED)
     monkeypatch.setattr(teacher_checks, "SAMPLE", 160)
     monkeypatch.setattr(teacher_checks, "FEW", 120)
     if "steps" not in request.node.name:

@@ -295,7 +295,7 @@ def terms(name: str) -> set[str]:
     if name == "own-images":
         return SCALEKD_TERMS
     if name == "own-data":
-        return {"ce", "dist.inter", "dist.intra"}
+        return {"ce", "dist.inter", "dist.intra", "fd.s4"}
     return {"ce", "kd"} | SCALEKD_TERMS
 
 

@@ -188,7 +188,8 @@ def _begun(error: BaseException) -> Any:
 def _abandon(iterator: Any) -> None:
     """Keeps PyTorch from ending an iterator whose workers were killed.
 
-    It would set an event, and wait for ever if a worker held the event's lock when it was killed.
+    It would set an event, and wait for ever if a worker held the event's lock when it was killed. In a copy of this
+    process it would end the workers of the original.
     """
     if iterator is None or getattr(iterator, "_shutdown", True):
         return
