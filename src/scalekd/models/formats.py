@@ -85,6 +85,8 @@ def size_of(file: Path) -> int:
 
 def _fp16(source: Source, file: Path) -> None:
     import onnx
+
+    onnx_runtime()
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     onnx.save(convert_float_to_float16(onnx.load(str(source.onnx)), keep_io_types=True), str(file))
