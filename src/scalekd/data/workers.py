@@ -75,7 +75,7 @@ def loaded(
             yield batch
     except (Exception, Stopped, GeneratorExit) as end:  # the last: whoever took the batches wants no more
         _kill(processes)  # PyTorch would wait for each of them
-        _abandon(iterator or _begun(end))
+        _abandon(_begun(end) if iterator is None else iterator)
         raise
     finally:
         if watch:

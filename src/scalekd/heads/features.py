@@ -155,7 +155,8 @@ def features(
     done = 0
     workers = WORKERS if backbone.device.type == "cuda" and len(missing) > CHUNK else 0
     images = Images(source, missing, backbone.transform, None, bad)
-    images.alive |= {source.targets[i] for i in known}  # their classes have readable images
+    targets = source.targets
+    images.alive |= {targets[i] for i in known}  # their classes have readable images
     batches = eval_batches(images, BATCH, workers, False)
     left_to_do = iter(missing)
     while first := next(batches, None):
@@ -176,7 +177,7 @@ def features(
     if bad and bad.found:
         said = f"{name}: {counted(len(bad.found), 'unreadable image')} left out, such as {next(iter(bad.found))}"
         say(console, said)
-    targets, readable = source.targets, [i for i in indices if i in known]
+    readable = [i for i in indices if i in known]
     return torch.stack([known[i] for i in readable]), torch.tensor([targets[i] for i in readable])
 
 

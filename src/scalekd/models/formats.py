@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import SCRATCH, cannot_write
 
+from .open_student import OnnxStudent
 from .student_file import example_images, onnx_runtime
 
 Run = Callable[[Tensor], Tensor]  # normalised images -> logits
@@ -93,9 +94,7 @@ def _fp16(source: Source, file: Path) -> None:
 
 
 def _run_onnx(file: Path) -> Run:
-    session = onnx_runtime().InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return OnnxStudent(file, torch.device("cpu"))
 
 
 def _openvino(source: Source, file: Path) -> None:

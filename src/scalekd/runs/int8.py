@@ -19,6 +19,8 @@ from scalekd.models.int8.fake import FakeQuantised
 from scalekd.models.int8.file import INT8, int8_of, unrounded, write_int8
 from scalekd.models.open_student import OnnxStudent
 
+from .quantized_recipe import LABELS, TEACHER
+
 CHECKED = 256  # validation images on which an int8 file is compared with the student that was trained
 
 
@@ -96,8 +98,7 @@ def finish_quantised(run: DistillationRun, folder: Path, card: dict[str, Any]) -
     student = run.deployed
     assert isinstance(student, FakeQuantised)
     where, file = folder / "student.json", folder / INT8
-    way = "qat" if run.config.all_teachers else "qat-labels"
-    quantised = {"way": way, "of": run.loaded["student"].sha256}
+    quantised = {"way": TEACHER if run.config.all_teachers else LABELS, "of": run.loaded["student"].sha256}
     write_int8(int8_of(student, card, where, run.config.student.cuts), file, card | {"quantized": quantised})
     device = torch.device("cpu")
     student.put_on(device)

@@ -42,8 +42,8 @@ def graph_of(
 ) -> Graph:
     """The graph of a student with a classifier. Its names depend on the architecture only, not on the weights.
 
-    cuts: as in the recipe. folded_weights: the state of the folded student, to use in place of its own. Raises `UserError` if the packages of `scalekd[onnx]` are missing or torch cannot export the
-    model.
+    cuts: as in the recipe. folded_weights: the state of the folded student, to use in place of its own. Raises
+    `UserError` if the packages of `scalekd[onnx]` are missing or torch cannot export the model.
     """
     onnx_runtime(exporting=True)
     images = example_images(card)
