@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 weights=$(realpath "${DINOV2:?the file of vit_small_patch14_dinov2, DINOV2=dinov2.safetensors lab/colour/run.sh}")
 run=${SCALEKD:-.venv/bin/scalekd}
 python=${PYTHON:-.venv/bin/python}
-budgets=${BUDGETS:-300 1500 6000} # steps of a run
+ladders=${LADDERS:-steps-300 pre-trained-300 steps-1500 pre-trained-1500 steps-6000}
 out=runs/colour
 export HF_HUB_OFFLINE=1
 
@@ -28,9 +28,8 @@ test -f $out/efficientnet_lite0.safetensors || with_packages lab/colour/student.
 test -f $out/head/head.json || "$run" head vit_small_patch14_dinov2 --weights $out/dinov2.safetensors \
     --data tar:$out/data/train.tar --val tar:$out/data/test.tar --image-size 56 --crop-pct 1.0 --out $out/head
 test "${1:-}" != prepare || exit 0
-for steps in $budgets; do
+for ladder in $ladders; do
     for seeds in 1 2 3; do # one more each time, so that the disk holds the teacher's outputs of one seed only
-        "$run" compare "lab/colour/steps-$steps.yaml" --out "docs/results/lab-colour/steps-$steps" --share-teacher \
-            --seeds $seeds "$@"
+        "$run" compare "lab/colour/$ladder.yaml" --out "docs/results/lab-colour/$ladder" --share-teacher --seeds $seeds "$@"
     done
 done

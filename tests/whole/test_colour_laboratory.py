@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from scalekd.compare.ladder import jobs, load_ladder
+from scalekd.config.recipe import load_recipe
 from scalekd.data.sources.open import open_source
 
 LAB = Path(__file__).parents[2] / "lab" / "colour"
-METHODS = ["no teacher", "KD", "DIST", "FD", "CAP", "ScaleKD with KD"]
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -105,18 +105,28 @@ def test_another_package_is_refused(tmp_path):
         icons.fetch(name, tmp_path)
 
 
-@pytest.mark.parametrize("steps", budgets.BUDGETS)
-def test_the_ladders_follow_from_the_script(steps):
-    file = LAB / f"steps-{steps}.yaml"
-    assert file.read_text() == budgets.text(steps)
-    ladder = load_ladder(str(file))
+@pytest.mark.parametrize("name", budgets.LADDERS)
+def test_the_ladders_follow_from_the_script(name):
+    file = LAB / f"{name}.yaml"
+    assert file.read_text() == budgets.text(name)
+    ladder, budget = load_ladder(str(file)), budgets.LADDERS[name]
     planned = jobs(ladder)
-    assert [*ladder.students] == ["CNN", "ViT", "pre-trained CNN"]
-    assert set(METHODS) <= set(ladder.methods)
-    assert len(planned) == len(ladder.students) * len(ladder.methods) * 3
+    assert len(planned) == len(budget.students) * len(budget.methods) * 3
     for job in planned:
-        assert job.config.train.epochs * budgets.STEPS_PER_EPOCH == steps
+        assert job.config.train.epochs * budgets.STEPS_PER_EPOCH == budget.steps
         assert job.config.train.batch_size == 32
+
+
+def test_every_student_is_trained_without_a_teacher_and_with_the_default():
+    default = load_recipe("own-data")
+    for label in budgets.STUDENTS:
+        budgeted = [b for b in budgets.LADDERS.values() if label in b.students]
+        assert {b.steps for b in budgeted} >= {300, 1500}
+        assert all({"no teacher", "DIST", "own-data"} <= set(b.methods) for b in budgeted)
+    for job in jobs(load_ladder(str(LAB / "steps-300.yaml"))):
+        if job.method == "own-data":
+            assert job.config.losses == default.losses
+            assert job.config.balance == default.balance
 
 
 def test_weights_are_converted_in_order():
