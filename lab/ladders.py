@@ -30,6 +30,7 @@ from rows import (
     NARROW,
     NO_TEACHER,
     OTHERS,
+    OWN_DATA,
     OWN_RATE,
     PITFALL,
     RATES,
@@ -219,13 +220,16 @@ def method_ladders(
             "title": "The paper's ladder (Tables 1 and 9)",
             "methods": {"no teacher": NO_TEACHER}
             | methods.ladder
-            | {"KD": methods.kd, "ScaleKD with KD": methods.with_kd},
+            | {"KD": methods.kd, "ScaleKD with KD": methods.with_kd, "own-data": OWN_DATA},
         },
         shared
         | {
             "name": "methods",
             "title": "ScaleKD and the methods it is compared with, three students (Table 7)",
-            "methods": {"no teacher": NO_TEACHER} | {label: methods.compared[label] for label in EVERY_STUDENT} | both,
+            "methods": {"no teacher": NO_TEACHER}
+            | {label: methods.compared[label] for label in EVERY_STUDENT}
+            | both
+            | {"own-data": OWN_DATA},
         },
         shared
         | {
@@ -242,7 +246,7 @@ def method_ladders(
             "methods": {"no teacher": NO_TEACHER}
             | methods.ladder
             | {label: methods.compared[label] for label in without_fitnet}
-            | {"ScaleKD with KD": methods.with_kd},
+            | {"ScaleKD with KD": methods.with_kd, "own-data": OWN_DATA},
         },
     ]
 

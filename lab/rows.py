@@ -13,6 +13,10 @@ FACTORS = (0.3, 1, 3, 10)
 BEYOND = {FACTORS[0]: (0.03, 0.1), FACTORS[-1]: (30, 100)}
 KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
 NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
+OWN_DATA: dict[str, Any] = {  # the losses of the recipe own-data, without label smoothing; not searched
+    "losses": {"ce": {}, "dist": {"weight": 2}, "fd": {"weight": 0.5}},
+    "balance": {},
+}
 
 PUBLISHED = {"shared": False, "expansion": 4}
 LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the method's losses at factor 1
