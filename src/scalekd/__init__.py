@@ -16,6 +16,7 @@ for _package in ("compare", "cost", "methods", "report", "train"):
     importlib.import_module(f"scalekd.{_package}")
 
 from scalekd.api import (  # noqa: E402
+    advise,
     compare,
     cost,
     embed,
@@ -47,6 +48,7 @@ __all__ = [
     "Stopped",
     "UserError",
     "__version__",
+    "advise",
     "compare",
     "cost",
     "embed",

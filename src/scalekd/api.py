@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scalekd.common.errors import UserError
 from scalekd.common.results import (
+    Advice,
     Comparison,
     Cost,
     Embeddings,
@@ -651,6 +652,45 @@ def plan(
         both=together,
     )
     return Plan(tuple(found["hours"]), tuple(found["gpu_hours"]), found["runs"])
+
+
+def advise(
+    *,
+    data: AnyPath | None = None,
+    val: AnyPath | None = None,
+    unlabelled: AnyPath | None = None,
+    teacher: AnyPath | None = None,
+    student: AnyPath | None = None,
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Advice:
+    """Chooses a recipe and losses for your images, teacher, student and steps; `scalekd advise`. Trains nothing.
+
+    The choice and the expected gain are those of the measured comparison that is closest to your situation.
+
+    Args:
+        data: labelled images, as for `train`.
+        val: as for `train`.
+        unlabelled: as for `train`. Without `data`, advice is about a student that sees no labels.
+        teacher: as for `train`; the recipe's by default.
+        student: as for `train`; the recipe's by default.
+        steps: about how many the run is to have; by default those of the recipe's epochs.
+        overrides: as for `train`.
+
+    Raises:
+        UserError: for a mistake in the arguments or the images.
+    """
+    from scalekd.compare.advice_page import commands
+    from scalekd.compare.advise import advise as chosen
+
+    if not data and not unlabelled:
+        raise UserError("`data`: name your images, or images without labels with `unlabelled`")
+    recipe = "own-data" if data else "own-images"
+    found = chosen(recipe, overrides_of(data, val, unlabelled, teacher, student, overrides), steps)
+    options = {"data": data, "val": val, "unlabelled": unlabelled, "teacher": teacher, "student": student}
+    given = [word for name, value in options.items() if value for word in (f"--{name}", fspath(value))]
+    details = found | commands(recipe, [*given, *overrides], found["overrides"])
+    return Advice(recipe, found["overrides"], details["command"], found["expected"], found["reasons"], details)
 
 
 def load_student(folder: AnyPath) -> tuple[nn.Module, dict[str, Any]]:

@@ -196,6 +196,23 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """Which recipe and losses suit a situation, by comparisons that were measured."""
+
+    recipe: str
+    overrides: list[str]
+    """For `train`, in addition to your own arguments."""
+    command: str
+    """The same as a command."""
+    expected: dict[str, Any] | None
+    """`gain` over no teacher in points of top-1, `ci95`, half of its 95 % interval, and `seeds`, in the comparison that is
+    closest to your situation; None if nothing was measured."""
+    reasons: list[str]
+    details: dict[str, Any]
+    """The output of `scalekd advise --json`."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A distillation method that `losses` in a recipe can name."""
 
