@@ -95,6 +95,8 @@ class CrossAttentionProjector(nn.Module):
         norm_eps: eps of that norm. None: 1e-5 for `batch`, 1e-6 for `layer`.
         grad_checkpointing: store no activations after the student branch's ReLU; compute them again in the backward
             pass.
+        skip: add a linear projection of the student's own position, as `linear_projector` makes it, to the output. Not
+            in the paper.
 
     Raises:
         ValueError: when built, if `heads` does not divide dt, `norm` or `tokens` is unknown, or a number is not
@@ -114,6 +116,7 @@ class CrossAttentionProjector(nn.Module):
         attention_scale: float = SOFTMAX_SCALE,
         norm_eps: float | None = None,
         grad_checkpointing: bool = False,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         ds, h, w = student
@@ -143,6 +146,7 @@ class CrossAttentionProjector(nn.Module):
         self.out = nn.Linear(dt, dt)
         self.out_norm = nn.LayerNorm(dt)
         self.ffn = nn.Sequential(nn.Linear(dt, expansion * dt), nn.ReLU(), nn.Linear(expansion * dt, dt))
+        self.skip = linear_projector(student, teacher) if skip else None
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """Projects `x`, `(B, ds, h, w)`, to `(B, dt, H, W)`.
@@ -160,8 +164,9 @@ class CrossAttentionProjector(nn.Module):
             # Not the convolution, which is most of the arithmetic, nor the batch norm, which would update its running
             # averages twice. Nothing in `_attend` is random.
             y: Tensor = checkpoint(self._attend, branch, queries, use_reentrant=False, preserve_rng_state=False)
-            return y
-        return self._attend(branch, queries)
+        else:
+            y = self._attend(branch, queries)
+        return y if self.skip is None else y + self.skip(x)
 
     def _attend(self, branch: Tensor, queries: Tensor | None) -> Tensor:
         """Everything after the student branch's ReLU: `(B, width, h, w)` to `(B, dt, H, W)`."""

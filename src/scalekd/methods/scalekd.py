@@ -71,6 +71,8 @@ class ScaleKD(nn.Module):
             path, as the released configurations of BEiT teachers. Default True.
         student_views: `first`: the student path has the first view only, as in the released configurations of Swin-S.
             The proxy path keeps both. Default `both`. With `tpp` and two views only.
+        skip: the CAPs add a linear projection of the student's own position to their output. Default False, as
+            published.
         grad_checkpointing: use less memory and more time. Activations after the CAPs' convolutions and in the teacher's
             last stage are computed again in the backward pass, view by view. The values are the same. Default False.
 
@@ -104,6 +106,7 @@ class ScaleKD(nn.Module):
         student_norm: bool = True,
         teacher_norm: bool = True,
         student_views: StudentViews = "both",
+        skip: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -131,6 +134,7 @@ class ScaleKD(nn.Module):
             expansion=expansion,
             attention_scale=attention_scale,
             norm_eps=norm_eps,
+            skip=skip,
             grad_checkpointing=grad_checkpointing,
         )
         self.student_norm, self.teacher_norm = student_norm, teacher_norm

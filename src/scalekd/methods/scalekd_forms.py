@@ -27,6 +27,7 @@ def cap(
     norm_eps: float | None = None,
     student_norm: bool = True,
     teacher_norm: bool = True,
+    skip: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`cap`: match stage 4 through a cross attention projector (eq. 1).
@@ -48,6 +49,7 @@ def cap(
         norm_eps=norm_eps,
         student_norm=student_norm,
         teacher_norm=teacher_norm,
+        skip=skip,
         grad_checkpointing=grad_checkpointing,
     )
 
@@ -69,6 +71,7 @@ def dfm(
     student_norm: bool = True,
     teacher_norm: bool = True,
     shared: bool = False,
+    skip: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`dfm`: `cap` in two views (eq. 3).
@@ -93,6 +96,7 @@ def dfm(
         student_norm=student_norm,
         teacher_norm=teacher_norm,
         shared=shared,
+        skip=skip,
         grad_checkpointing=grad_checkpointing,
     )
 
@@ -112,6 +116,7 @@ def tpp(
     norm_eps: float | None = None,
     student_norm: bool = True,
     teacher_norm: bool = True,
+    skip: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`tpp`: `cap` and the proxy path, in one view (eq. 4).
@@ -134,6 +139,7 @@ def tpp(
         norm_eps=norm_eps,
         student_norm=student_norm,
         teacher_norm=teacher_norm,
+        skip=skip,
         grad_checkpointing=grad_checkpointing,
     )
 
@@ -157,6 +163,7 @@ def scalekd(
     student_norm: bool = True,
     teacher_norm: bool = True,
     student_views: StudentViews = "both",
+    skip: bool = False,
     grad_checkpointing: bool = False,
 ) -> ScaleKD:
     """`scalekd`: CAP, DFM and TPP (eq. 5 without its task and KD terms); by default one narrow projector for each path.
@@ -188,6 +195,7 @@ def scalekd(
         teacher_norm=teacher_norm,
         student_views=student_views,
         shared=shared,
+        skip=skip,
         grad_checkpointing=grad_checkpointing,
     )
 
