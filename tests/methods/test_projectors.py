@@ -116,6 +116,18 @@ def test_attention_scale_and_eps_against_numpy(norm):
     np.testing.assert_allclose(as_tokens(cap(x)), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_a_skip_adds_the_students_own_position(grad_checkpointing):
+    grid = STUDENT[1:]  # the teacher's too: position i of the output gets position i of the student
+    given = {"heads": 3, "norm": "layer", "grad_checkpointing": grad_checkpointing}
+    cap = randomised(CrossAttentionProjector(STUDENT, (12, *grid), skip=True, **given))
+    plain = CrossAttentionProjector(STUDENT, (12, *grid), **given).double()
+    plain.load_state_dict({name: value for name, value in cap.state_dict().items() if not name.startswith("skip")})
+    x, w = random(2, *STUDENT), weights(cap)
+    matrix = np.einsum("bchw,oc->bohw", x.numpy(), w["skip.1.weight"][:, :, 0, 0]) + w["skip.1.bias"][:, None, None]
+    np.testing.assert_allclose(cap(x).detach().numpy() - plain(x).detach().numpy(), matrix, rtol=1e-9, atol=1e-9)
+
+
 def test_learned_queries_are_projected_once():
     cap = CrossAttentionProjector(STUDENT, TEACHER).double()
     seen = []
