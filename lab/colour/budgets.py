@@ -62,12 +62,27 @@ METHODS: dict[str, dict[str, Any]] = {  # with the weights of their papers, as i
     },
 }
 ALL = tuple(METHODS)
+PAPER = METHODS["ScaleKD with KD"] | {"balance": {"adjust": False, "every": 10}}  # also logs who pulls at the student
+BALANCED = METHODS["ScaleKD with KD"] | {"balance": {"every": 10}}
+TRIALS: dict[str, dict[str, Any]] = {  # one change each: what makes ScaleKD's short run worse than no teacher
+    "no teacher": METHODS["no teacher"],
+    "paper": PAPER,
+    "no clipping": PAPER | {"train": {"clip_grad": None}},
+    "clipping at 1": PAPER | {"train": {"clip_grad": 1.0}},
+    "projector rate x0.3": PAPER | {"optim": {"projector_lr": 0.3}},
+    "projector rate x3": PAPER | {"optim": {"projector_lr": 3.0}},
+    "a tenth of the weight": PAPER | {"losses": PAPER["losses"] | {"scalekd": {"weight": 0.1}}},
+    "balanced 0.5": BALANCED | {"losses": PAPER["losses"] | {"scalekd": {"weight": 0.5}}},
+    "with skip": PAPER | {"losses": PAPER["losses"] | {"scalekd": {"skip": True}}},
+}
 
 
 class Budget(NamedTuple):
     steps: int
     students: tuple[str, ...]
     methods: tuple[str, ...]
+    of: dict[str, dict[str, Any]] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 LADDERS = {
@@ -76,6 +91,8 @@ LADDERS = {
     "steps-1500": Budget(1500, ("CNN", "ViT"), ("no teacher", "KD", "DIST", "FD", "ScaleKD with KD", "own-data")),
     "pre-trained-1500": Budget(1500, ("pre-trained CNN",), ("no teacher", "KD", "DIST", "own-data")),
     "steps-6000": Budget(6000, ("CNN", "ViT"), ("no teacher", "DIST", "own-data")),
+    "trials-300": Budget(300, ("CNN",), tuple(TRIALS), TRIALS, (0,)),
+    "trials-1500": Budget(1500, ("CNN",), ("no teacher", "paper", "balanced 0.5"), TRIALS, (0,)),
 }
 
 
@@ -89,9 +106,9 @@ def ladder(name: str) -> dict[str, Any]:
         # one validation, at the end: it chooses nothing
         "set": {"train": {"epochs": epochs, "eval_every": epochs}, "schedule": {"warmup_epochs": WARMUP * epochs}},
         "students": {label: with_own_rate(STUDENTS[label]) for label in budget.students},
-        "methods": {label: METHODS[label] for label in budget.methods},
+        "methods": {label: budget.of[label] for label in budget.methods},
         "baseline": "no teacher",
-        "seeds": [0, 1, 2],
+        "seeds": [*budget.seeds],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 import tarfile
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from scalekd.compare.ladder import jobs, load_ladder
@@ -35,7 +37,7 @@ def loaded(name: str) -> ModuleType:
 sys.path.append(str(LAB))
 import icons  # noqa: E402
 
-budgets, data, student = loaded("budgets"), loaded("data"), loaded("student")
+budgets, data, shares, student = loaded("budgets"), loaded("data"), loaded("shares"), loaded("student")
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_the_ladders_follow_from_the_script(name):
     assert file.read_text() == budgets.text(name)
     ladder, budget = load_ladder(str(file)), budgets.LADDERS[name]
     planned = jobs(ladder)
-    assert len(planned) == len(budget.students) * len(budget.methods) * 3
+    assert len(planned) == len(budget.students) * len(budget.methods) * len(budget.seeds)
     for job in planned:
         assert job.config.train.epochs * budgets.STEPS_PER_EPOCH == budget.steps
         assert job.config.train.batch_size == 32
@@ -120,13 +122,39 @@ def test_the_ladders_follow_from_the_script(name):
 def test_every_student_is_trained_without_a_teacher_and_with_the_default():
     default = load_recipe("own-data")
     for label in budgets.STUDENTS:
-        budgeted = [b for b in budgets.LADDERS.values() if label in b.students]
+        budgeted = [b for b in budgets.LADDERS.values() if label in b.students and b.of is budgets.METHODS]
         assert {b.steps for b in budgeted} >= {300, 1500}
         assert all({"no teacher", "DIST", "own-data"} <= set(b.methods) for b in budgeted)
     for job in jobs(load_ladder(str(LAB / "steps-300.yaml"))):
         if job.method == "own-data":
             assert job.config.losses == default.losses
             assert job.config.balance == default.balance
+
+
+def test_shares_are_read_from_the_logs(tmp_path):
+    for name, clip, logged in (("a", 5.0, range(100, 600, 100)), ("b", None, [7]), ("c", 5.0, [])):
+        run = tmp_path / "runs" / "CNN" / name / "seed-0"
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(yaml.safe_dump({"train": {"clip_grad": clip}}))
+        events = [
+            {
+                "event": "step",
+                "step": step,
+                "losses": {"ce": 1.0, "fd.s3": 1.0, "fd.s4": step / 100, "total": 2 + step / 100},
+                "grad_norm": 10.0,
+                "gradient_shares": {"ce": 0.25, "fd": 0.75},
+            }
+            for step in logged
+        ]
+        events = [*events, {"event": "step", "step": 1}, {"event": "finished", "top1": 12.0}]
+        (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    shares.main(tmp_path)
+    first, second = json.loads((tmp_path / "shares.json").read_text())
+    assert [point["step"] for point in first["points"]] == [100, 300, 500]
+    assert first["points"][2]["loss"] == {"ce": round(1 / 7, 4), "fd": round(6 / 7, 4)}
+    page = (tmp_path / "shares.md").read_text()
+    assert "| CNN/a/seed-0 | 12.0 | 300 | ce 20, fd 80 | ce 25, fd 75 | 10.0 | 50 % |" in page
+    assert second["run"] == "CNN/b/seed-0" and "not clipped" in page
 
 
 def test_weights_are_converted_in_order():
