@@ -111,3 +111,12 @@ def test_mistakes(root, cli, monkeypatch):
     )
     result = cli("export", "--list")
     assert result.code == 0 and result.out.splitlines() == listed() and "pip install openvino" in result.out
+
+
+@pytest.mark.parametrize("name, weights", [("s.xml", "s.bin"), ("s.onnx", "s.onnx.data"), ("s.onnx", None)])
+def test_the_size_counts_weights_in_a_file_of_their_own(tmp_path, name, weights):
+    (tmp_path / name).write_bytes(b"x" * 5)
+    (tmp_path / "s.onnx.json").write_bytes(b"x" * 100)  # a neighbour that is no part of it
+    if weights:
+        (tmp_path / weights).write_bytes(b"x" * 70)
+    assert size_of(tmp_path / name) == (75 if weights else 5)

@@ -77,11 +77,11 @@ def is_installed(name: str) -> bool:
 
 
 def size_of(file: Path) -> int:
-    """Bytes of an exported file with its weights."""
+    """Bytes of an exported file with its weights, which OpenVINO, and ONNX above 2 GB, keep in a file of their own."""
     if file.is_dir():
         return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
-    weights = file.with_suffix(".bin") if file.suffix == ".xml" else None
-    return file.stat().st_size + (weights.stat().st_size if weights else 0)
+    weights = file.with_suffix(".bin") if file.suffix == ".xml" else file.with_name(f"{file.name}.data")
+    return file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
 def _fp16(source: Source, file: Path) -> None:

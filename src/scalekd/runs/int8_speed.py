@@ -10,6 +10,7 @@ from scalekd.common.sections import height_and_width
 from scalekd.config.recipe import Config
 from scalekd.cost.latency import BATCHES, latencies
 from scalekd.models.build import build_model
+from scalekd.models.formats import size_of
 from scalekd.models.student_file import export_onnx, onnx_runtime
 
 THREADS = 1
@@ -31,7 +32,7 @@ def costs(files: dict[str, Path], config: Config, classes: int, scratch: Path) -
             card = {"classes": [""], "image_size": list(size), "mean": [0.0] * config.data.channels}
             theirs[key] = scratch / f"{key}.onnx"
             export_onnx(model, theirs[key], card)
-            teachers[key] = {"model": spec.model, "bytes": _size(theirs[key])}
+            teachers[key] = {"model": spec.model, "bytes": size_of(theirs[key])}
         except UserError as error:
             teachers[key] = {"model": spec.model, "not_measured": first_line(error)}
             theirs.pop(key, None)
@@ -39,14 +40,9 @@ def costs(files: dict[str, Path], config: Config, classes: int, scratch: Path) -
     for key in theirs:
         teachers[key]["latency_ms"] = measured[key]
     return {
-        "files": {name: {"bytes": _size(file), "latency_ms": measured[name]} for name, file in files.items()},
+        "files": {name: {"bytes": size_of(file), "latency_ms": measured[name]} for name, file in files.items()},
         "teachers": teachers,
         "how": f"a batch in ms under onnxruntime, {THREADS} thread, random images, batches of "
         f"{' and '.join(map(str, BATCHES))}; median and quartiles of rounds in which every file runs, in random order",
         "onnxruntime": onnx_runtime().__version__,
     }
-
-
-def _size(file: Path) -> int:
-    """Bytes, with the file of the weights of a model above 2 GB."""
-    return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
