@@ -147,6 +147,7 @@ def _ignored(config: Recipe) -> list[str]:
             (own_val, "data.val_fraction", data, "no data.val"),
             (own_val and no_limit, "data.seed", data, "data.limit or no data.val; the seed of the run is `seed`"),
             (data.train is None, "data.limit", data, "data.train; for data.unlabelled use data.unlabelled_limit"),
+            (data.train is None, "data.class_balance", data, "data.train"),
             (data.unlabelled is None, "data.unlabelled_limit", data, "data.unlabelled"),
             (one_kind, "data.unlabelled_share", data, "both data.train and data.unlabelled"),
         ]

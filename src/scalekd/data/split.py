@@ -23,7 +23,7 @@ from .sources.open import open_source, open_unlabelled
 from .sources.source import Source
 from .sources.table.text import is_table
 from .sources.unlabelled import Joined, WithoutLabels
-from .targets import Target, are_sets, count_of, rarest
+from .targets import Target, are_sets, balancing_weights, count_of, rarest
 
 MOST_EXAMPLES = 10  # images that an error lists
 REST = "rest"  # value of `data.unlabelled`: the images that `data.limit` leaves out of `data.train`
@@ -60,7 +60,7 @@ def open_split(data: Data, strict: bool = True) -> Split:
             + _lower(data.train or data.val)
         )
     split, notes = _without_copies(split, data, strict)
-    return split._replace(described=_described(split, data) | {"notes": notes})
+    return split._replace(described=_described(split, data) | {"notes": notes + _balance_note(split, data)})
 
 
 def _lower(text: str | None) -> str:
@@ -216,6 +216,24 @@ def _described(split: Split, data: Data) -> dict[str, Any]:
     )
     counted_on = labelled or [split.val.targets[i] for i in split.val_indices]
     return described | {"classes": classes_of(split.classes, counted_on)}
+
+
+def drawing_weights(split: Split, data: Data) -> list[float] | None:
+    """How often to draw each labelled training image, relative to the others; None if all equally often."""
+    if not data.class_balance or not split.labelled:
+        return None
+    return balancing_weights([split.train.targets[i] for i in split.train_indices[: split.labelled]], data.class_balance)
+
+
+def _balance_note(split: Split, data: Data) -> list[str]:
+    """How often an image is drawn in an epoch, at most and at least, if `data.class_balance` is set."""
+    if (weights := drawing_weights(split, data)) is None:
+        return []
+    often = [len(weights) * weight / sum(weights) for weight in (max(weights), min(weights))]
+    return [
+        f"data.class_balance {data.class_balance:g}: in an epoch, an image of the rarest class is drawn "
+        f"{often[0]:.2g} times on average, one of the most frequent class {often[1]:.2g} times"
+    ]
 
 
 def same_classes(known: Sequence[str], other: Sequence[str]) -> bool:

@@ -46,6 +46,17 @@ def count_of(targets: Sequence[Target]) -> Counter[int]:
     return Counter(label for target in targets for label in classes_in(target))
 
 
+def balancing_weights(targets: Sequence[Target], balance: float) -> list[float]:
+    """How often to draw each image, relative to the others: `n ** -balance` for an image of a class with n images.
+
+    0 draws all images equally often, 1 all classes, 0.5 is square-root sampling (arXiv:1805.00932). An image
+    with several classes counts for the rarest, as in the repeat factors of arXiv:1908.03195, one with none for the largest.
+    """
+    images = count_of(targets)
+    most = max(images.values(), default=1)
+    return [(images[label] if label >= 0 else most) ** -balance for label in rarest(targets)]
+
+
 def one_each(targets: Sequence[Target], what: str) -> list[int]:
     """`targets`, if no image has a set of classes. Raises `UserError` otherwise.
 

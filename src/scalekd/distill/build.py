@@ -23,7 +23,7 @@ from scalekd.data.batches import (
     validation_images,
 )
 from scalekd.data.samplers import Mix
-from scalekd.data.split import open_split
+from scalekd.data.split import drawing_weights, open_split
 from scalekd.data.transforms import make_mixup
 from scalekd.models.build import build_model
 from scalekd.models.class_order import put_in_order
@@ -84,6 +84,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
         steps_per_epoch=steps_per_epoch,
         mix=mix,
         repeats=config.augment.repeats,
+        weights=drawing_weights(split, data),
         described=split.described,
         **scaler_and_average(train, distiller.student, device),
     )

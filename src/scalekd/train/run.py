@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,7 +47,7 @@ class Run(ABC):
             `still_bad(names)`: the reasons of those of them that still cannot be read.
         model: all parameters that are trained.
         loaded: for each model, which weights were loaded.
-        mix, repeats: as for `TrainSampler`.
+        mix, repeats, weights: as for `TrainSampler`.
         described: the data, as `scalekd.data.description` makes it.
     """
 
@@ -66,6 +66,7 @@ class Run(ABC):
     steps_per_epoch: int
     mix: Mix | None = None
     repeats: int = 1
+    weights: Sequence[float] | None = None
     described: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,6 +157,7 @@ class Run(ABC):
             parallel.world(),
             self.repeats,
             self.mix,
+            self.weights,
         )
 
 
