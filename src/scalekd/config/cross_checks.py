@@ -47,6 +47,10 @@ def cross_checks(config: Recipe) -> list[str]:
             f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} must be below train.epochs {config.train.epochs}; "
             "for a short trial set schedule.warmup_epochs=0"
         )
+    if "asl" in config.losses and (config.augment.mixup or config.augment.cutmix):
+        problems.append(
+            "losses.asl: it needs labels of 0 and 1, and augment.mixup and augment.cutmix mix them; remove these, or use bce"
+        )
     return problems + _quantize(config) + _ignored(config)
 
 

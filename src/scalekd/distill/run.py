@@ -22,6 +22,7 @@ from scalekd.data.batches import (
     train_batches,
 )
 from scalekd.data.samplers import Key, TrainSampler
+from scalekd.data.targets import are_sets
 from scalekd.data.transforms import mixed
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import scaled
@@ -32,6 +33,7 @@ from scalekd.train.run import Run
 from .balance import backbone_parameters
 from .distiller import Distiller, Teacher
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
+from .label_sets import FIGURES, figures_of, scores_of
 from .teacher_outputs import TeacherOutputs
 
 
@@ -77,7 +79,14 @@ class DistillationRun(Run):
         return parts
 
     @property
+    def multi_label(self) -> bool:
+        """Whether the target of an image is a set of classes."""
+        return are_sets(self.val_images.source.targets)
+
+    @property
     def figures(self) -> dict[str, str]:
+        if self.multi_label:
+            return FIGURES
         neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
         return {"top1": f"{neighbours}top-1", "top5": "top-5"}
 
@@ -153,9 +162,13 @@ class DistillationRun(Run):
         return load_batch(images, keys), [images.source.where(images.indices[i]) for _, i in keys]
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Accuracy of the deployed student: `evaluate`, or `evaluate_features` if it has no classifier."""
+        """The figures of the deployed student: for sets of labels `figures_of`; else `evaluate`, or `evaluate_features` if it
+        has no classifier."""
+        inputs = self.deployed, batches, self.model.student_mean, self.model.student_std, self.device
+        if self.multi_label:
+            return figures_of(scores_of(*inputs))
         measure = evaluate if self.has_classifier else evaluate_features
-        return measure(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
+        return measure(*inputs)
 
 
 def logit_losses(config: Config, teacher: str) -> list[str]:

@@ -1,10 +1,11 @@
-"""Losses on logits: `ce` and `bce` with the labels, `kd` with the teacher's predictions."""
+"""Losses on logits: `ce`, `bce` and `asl` with the labels, `kd` with the teacher's predictions."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch.nn.functional as F
+from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
@@ -34,6 +35,7 @@ class CrossEntropy(nn.Module):
     needs_teacher = False
     needs_maps = False
     needs_targets = True
+    one_label = "its probabilities of the classes add up to 1; use bce or asl"
 
     def __init__(self, student: Shapes, teacher: Shapes | None = None, *, smoothing: float = 0.0) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class BinaryCrossEntropy(nn.Module):
         self.reduction = reduction
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
-        """Targets: class indices `(B,)` or probabilities `(B, classes)`."""
+        """Targets: class indices `(B,)`, or `(B, classes)` in [0, 1]: probabilities, or 1 for each class of an image."""
         logits = full_precision(student.logits)
         classes = logits.shape[1]
         if targets.ndim == 1:
@@ -89,30 +91,114 @@ class BinaryCrossEntropy(nn.Module):
         return {"bce": loss * classes if self.reduction == "sum" else loss}
 
 
+class Asymmetric(nn.Module):
+    """`asl`: the asymmetric loss for images with several labels (Ridnik et al., ICCV 2021, arXiv:2009.14119), in nats.
+
+    Each class is a yes/no question, as in `bce`, with p the student's probability of yes. A class that an image has
+    counts `-(1 - p)^gamma_pos * log(p)`. One that it does not have counts `-q^gamma_neg * log(1 - q)` with
+    `q = max(p - clip, 0)`: classes that the student is sure an image does not have, which are most, count little or
+    nothing (eq. 4, 5 and 7 of the paper). Computed by timm.
+
+    Args:
+        gamma_neg: focusing of the classes that an image does not have. Default 4, as in the paper.
+        gamma_pos: focusing of those that it has. Default 1, as in the authors' code; the paper's experiments have 0.
+        clip: the margin m of the probability, in [0, 1). Default 0.05, as in the paper.
+        reduction: over the classes of an image. `mean` (default), as for `bce`, so that losses keep their balance
+            whatever the number of classes. `sum` is `classes` times as large. The authors' code also sums the batch.
+
+    Raises:
+        ValueError: the student has no classes, or an option is out of range.
+    """
+
+    needs_teacher = False
+    needs_maps = False
+    needs_targets = True
+    several_labels = True
+
+    def __init__(
+        self,
+        student: Shapes,
+        teacher: Shapes | None = None,
+        *,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 1.0,
+        clip: float = 0.05,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        _check_task("asl", student, 0)
+        check_choice("asl", "reduction", reduction, ("mean", "sum"))
+        if gamma_neg < 0 or gamma_pos < 0 or not 0 <= clip < 1:
+            raise ValueError(
+                f"asl: gamma_neg is {gamma_neg}, gamma_pos {gamma_pos} and clip {clip}; the first two must not be negative, "
+                "and clip must be in [0, 1)"
+            )
+        self.loss = AsymmetricLossMultiLabel(
+            gamma_neg, gamma_pos, clip, reduction="mean" if reduction == "mean" else "batchmean"
+        )
+
+    def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
+        """Targets: `(B, classes)` of 0 and 1, or class indices `(B,)` for images with one class each."""
+        logits = full_precision(student.logits)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1])
+        return {"asl": self.loss(logits, targets)}
+
+
 class KD(nn.Module):
     """`kd`: `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch, in nats.
 
     Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T.
 
+    For images with several labels the softmax has no meaning. With `probabilities: sigmoid` each class is a yes/no
+    question, p = sigmoid(logit / T), as in multi-label logits distillation (Yang et al., ICCV 2023, arXiv:2308.06453):
+
+        T^2 * mean over classes of  KL((p_t, 1 - p_t) || (p_s, 1 - p_s))
+
+    The paper adds the classes up. The mean keeps the balance with `bce` whatever the number of classes.
+
     Args:
         temperature: T > 0. Default 1, as in ScaleKD and vanillaKD.
+        probabilities: `softmax` (default), or `sigmoid` for teachers whose logits answer a yes/no question for each
+            class.
 
     Raises:
-        ValueError: no teacher, a teacher without classes or with another number than the student, or a `temperature`
-            that is not positive.
+        ValueError: no teacher, a teacher without classes or with another number than the student, a `temperature`
+            that is not positive, or an unknown value of `probabilities`.
     """
 
     needs_maps = False
+    one_label = "the softmax's probabilities of the classes add up to 1; set losses.kd.probabilities=sigmoid"
 
-    def __init__(self, student: Shapes, teacher: Shapes | None, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        student: Shapes,
+        teacher: Shapes | None,
+        *,
+        temperature: float = 1.0,
+        probabilities: Literal["softmax", "sigmoid"] = "softmax",
+    ) -> None:
         super().__init__()
         check_logits("kd", student, teacher, temperature)
-        self.temperature = temperature
+        check_choice("kd", "probabilities", probabilities, ("softmax", "sigmoid"))
+        self.temperature, self.probabilities = temperature, probabilities
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`kd`. The targets are not used."""
         assert teacher is not None
         T = self.temperature
-        log_s = F.log_softmax(full_precision(student.logits) / T, dim=1)
-        log_t = F.log_softmax(full_precision(teacher.logits.detach()) / T, dim=1)
+        s, t = full_precision(student.logits) / T, full_precision(teacher.logits.detach()) / T
+        if self.probabilities == "sigmoid":
+            return {"kd": T * T * binary_kl(t, s).mean()}
+        log_s = F.log_softmax(s, dim=1)
+        log_t = F.log_softmax(t, dim=1)
         return {"kd": T * T * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)}
+
+
+def binary_kl(t: Tensor, s: Tensor) -> Tensor:
+    """KL of two yes/no answers with probabilities sigmoid(t) and sigmoid(s), elementwise.
+
+    From logits, so that a probability that is 0 or 1 in float32 still has a logarithm.
+    """
+    yes = t.sigmoid()
+    return yes * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - yes) * (F.logsigmoid(-t) - F.logsigmoid(-s))

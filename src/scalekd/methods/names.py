@@ -14,7 +14,7 @@ from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
 from .fd import FD
-from .logits import KD, BinaryCrossEntropy, CrossEntropy
+from .logits import KD, Asymmetric, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
 from .ofa import OFA
 from .ofd import OFD
@@ -26,6 +26,7 @@ from .srrl import SRRL
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "ce": CrossEntropy,
     "bce": BinaryCrossEntropy,
+    "asl": Asymmetric,
     "kd": KD,
     "bkd": BKD,
     "dkd": DKD,

@@ -20,6 +20,7 @@ from scalekd.common.stopwatch import Stopwatch
 from scalekd.data.samplers import Key, Mix, TrainSampler
 from scalekd.models.weights.trained import Loaded
 
+KEPT = ("neighbours", "threshold")  # values of a validation that its figures depend on
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
