@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
 from small_images import COLOURS
 
 
@@ -19,10 +18,10 @@ def write_sets(folder: Path, images: int = 32, size: int = 40, seed: int = 0) ->
     random, rows = np.random.default_rng(seed), []
     for i in range(images):
         labels = [name for name, share in zip(COLOURS, (2, 3, 6)) if i % share == 0] or ["ant"]
-        picture = random.integers(90, 120, (size, size, 3))
+        picture = random.integers(0, 255, (size, size, 3))
         for name in labels:
-            y, x = random.integers(0, size // 2, 2)
-            picture[y : y + size // 2, x : x + size // 2] = COLOURS[name]
+            y, x = random.integers(0, size - 12, 2)
+            picture[y : y + 12, x : x + 12] = COLOURS[name]
         Image.fromarray(picture.astype(np.uint8)).save(folder / f"{i}.png")
         rows.append(tuple(labels))
     lines = [f"{i}.png,{'|'.join(labels)}" for i, labels in enumerate(rows)]

@@ -14,7 +14,7 @@ from scalekd.common.errors import UserError
 from scalekd.data.batches import Batch
 from scalekd.models.inputs import scaled
 
-FIGURES = {"map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1"}
+SET_FIGURES = {"map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1"}
 THRESHOLDS = torch.arange(1, 100, dtype=torch.float64) / 100
 
 
@@ -111,7 +111,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 def counts_at(scores: Scores, thresholds: Tensor) -> Counts:
     """The counts at these thresholds, ascending (K,) float64."""
     passed = torch.bucketize(scores.logits.double().sigmoid(), thresholds, right=True)  # number of thresholds <= p
-    images, classes = passed.shape
+    classes = passed.shape[1]
     steps = len(thresholds) + 1
     cells = passed + steps * torch.arange(classes)
 

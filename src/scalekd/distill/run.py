@@ -33,7 +33,7 @@ from scalekd.train.run import Run
 from .balance import backbone_parameters
 from .distiller import Distiller, Teacher
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
-from .label_sets import FIGURES, figures_of, scores_of
+from .label_sets import SET_FIGURES, figures_of, scores_of
 from .teacher_outputs import TeacherOutputs
 
 
@@ -86,7 +86,7 @@ class DistillationRun(Run):
     @property
     def figures(self) -> dict[str, str]:
         if self.multi_label:
-            return FIGURES
+            return SET_FIGURES
         neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
         return {"top1": f"{neighbours}top-1", "top5": "top-5"}
 

@@ -20,6 +20,7 @@ from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
 from scalekd.data.sources.open import evaluated_part
+from scalekd.distill.label_sets import SET_FIGURES
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
@@ -87,8 +88,9 @@ class RunFolder:
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         few = 0 < len(self.card.get("classes") or []) <= 5  # every answer is among the first five
+        default = SET_FIGURES if self.card.get("multi_label") else TOP1
         keys = [key for key in FIGURES if key in logged and not (few and key == "top5")]
-        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or TOP1
+        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or default
 
     @property
     def step(self) -> tuple[int, int | None]:

@@ -10,11 +10,12 @@ from typing import Any
 from scalekd.common.text import counted
 from scalekd.transfer.tasks import TASKS
 
-from .answer_sections import name, worst_and_best
+from .answer_sections import name
 from .curves import losses_text
 from .damage import TAUGHT, intact_json
 from .folder import RunFolder
 from .page import NONE, code, section, table
+from .predictions import worst_and_best
 from .svg import escape, finite
 
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "S", "ap_medium": "M", "ap_large": "L"}

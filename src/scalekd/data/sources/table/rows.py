@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 from scalekd.common.errors import UserError, nearest
@@ -187,14 +187,20 @@ def _of_lists(columns: Columns, cells: Sequence[str], problems: Problems) -> lis
 def _tell_other_separator(columns: Columns, labels: Sequence[tuple[str, ...]], problems: Problems) -> None:
     """Adds rows whose label is several labels of other rows, joined by a character that is not the separator."""
     known = {label for row in labels for label in row}
-    names = {char: name for name, char in SEPARATORS.items() if name != "space"}
     for number, row in zip(columns.rows, labels):
         for label in row:
-            for char, name in names.items():
-                parts = [part.strip() for part in label.split(char)] if char in label else []
-                if len(parts) > 1 and all(part in known for part in parts):
-                    kind = f"rows with several labels among rows with one; write separator={name} if they are sets"
-                    problems.add(kind, number, label)
+            if name := separator_in(label, known):
+                kind = f"rows with several labels among rows with one; write separator={name} if they are sets"
+                problems.add(kind, number, label)
+
+
+def separator_in(label: str, known: Container[str]) -> str:
+    """The name of the separator if a text is several known labels, joined by it; else ""."""
+    for name, char in SEPARATORS.items():
+        parts = [part.strip() for part in label.split(char)] if char in label and name != "space" else []
+        if len(parts) > 1 and all(part in known for part in parts):
+            return name
+    return ""
 
 
 def _of_split(

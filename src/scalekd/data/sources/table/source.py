@@ -17,7 +17,7 @@ from ..content import real, sizes_of, stamps_of
 from ..names import LeftOut
 from .coco import coco_rows
 from .problems import MOST, Problems
-from .rows import Rows, rows_of, splits_of
+from .rows import Rows, rows_of, separator_in, splits_of
 from .text import TableText, table_of
 
 NUMBER = re.compile(r"-?[0-9]{1,9}")
@@ -181,7 +181,11 @@ def _check_known(rows: Rows, number: dict[str, int], classes: Sequence[str], pro
     kind, hints = f"labels that are none of the {len(classes)} classes", dict[str, str]()
     for row, labels in zip(rows.numbers, rows.labels):
         for label in labels:
-            if label not in number:
+            if label in number:
+                continue
+            if name := separator_in(label, number):
+                problems.add(f"labels that are several classes; write separator={name} if they are sets", row, label)
+            else:
                 if len(hints) < MOST:  # looking for the nearest name is slow, and no more are shown
                     hints.setdefault(label, did_you_mean(label, classes))
                 problems.add(kind, row, f"`{label}`{hints.get(label, '')}")
