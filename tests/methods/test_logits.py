@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from scalekd.methods.logits import KD, BinaryCrossEntropy, CrossEntropy
+from scalekd.methods.logits import KD, Asymmetric, BinaryCrossEntropy, CrossEntropy
 from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features, Shapes
 
@@ -133,3 +133,41 @@ def test_large_logits_stay_finite():
 def test_rejected_options(build, message):
     with pytest.raises(ValueError, match=message):
         build(S3)
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([[1.0, 0, 1]]), torch.tensor([[0.0, 1, 0]])])
+def test_asl_by_hand(targets):
+    options = {"gamma_neg": 3.0, "gamma_pos": 2.0, "clip": 0.1}
+    expected = 0.0
+    for p, y in zip((3 / 4, 1 / 5, 1 / 2), targets[0].tolist()):
+        q = max(p - 0.1, 0)
+        expected += -((1 - p) ** 2) * log(p) if y else -(q**3) * log(1 - q)
+    mean = Asymmetric(S3, **options)(SIGMOIDS, None, targets)
+    total = Asymmetric(S3, **options, reduction="sum")(SIGMOIDS, None, targets)
+    assert mean["asl"].item() == pytest.approx(expected / 3, rel=1e-5)
+    assert total["asl"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_asl_without_focus_is_bce_and_ignores_what_the_student_rules_out():
+    targets = torch.tensor([[1.0, 0, 0]])
+    plain = Asymmetric(S3, gamma_neg=0.0, gamma_pos=0.0, clip=0.0)(SIGMOIDS, None, targets)["asl"]
+    assert plain.item() == pytest.approx(BinaryCrossEntropy(S3)(SIGMOIDS, None, targets)["bce"].item(), rel=1e-6)
+    logits = torch.tensor([[1.0, -4.0, 2.0]], requires_grad=True)  # sigmoid(-4) is 0.018, below clip
+    Asymmetric(S3)(Features(logits), None, targets)["asl"].backward()
+    assert logits.grad is not None and logits.grad[0, 1] == 0 and (logits.grad[0, [0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("options", [{"gamma_neg": -1.0}, {"clip": 1.0}, {"reduction": "none"}])
+def test_asl_options_out_of_range(options):
+    with pytest.raises(ValueError, match="asl"):
+        Asymmetric(S3, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kd_of_yes_and_no_is_the_mean_of_binary_divergences(temperature):
+    s, t = torch.tensor([[2.0, -1.0, 30.0], [0.5, 0.0, -3.0]]), torch.tensor([[-1.0, 0.5, 9.0], [0.5, 4.0, -200.0]])
+    method = KD(S3, S3, temperature=temperature, probabilities="sigmoid")
+    p, q = (1 / (1 + np.exp(-x.double().numpy() / temperature)) for x in (t, s))
+    expected = temperature**2 * (rel_entr(p, q) + rel_entr(1 - p, 1 - q)).mean()
+    assert method(Features(s), Features(t), torch.tensor([0, 1]))["kd"].item() == pytest.approx(expected, rel=1e-5)
+    assert method(Features(s), Features(s), torch.tensor([0, 1]))["kd"].item() == 0

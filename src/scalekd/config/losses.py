@@ -116,7 +116,7 @@ def label_problems(losses: Mapping[str, Mapping[str, Any]], several: bool) -> li
     for name, options in losses.items():
         reason = getattr(METHODS[name], "one_label", "")
         if several and reason and options.get("probabilities") != "sigmoid":
-            problems.append(f"losses.{name}: the images have sets of labels, and {name} needs one class per image: {reason}")
+            problems.append(f"losses.{name}: needs one class per image, and the images have sets of labels: {reason}")
         if not several and getattr(METHODS[name], "several_labels", False):
             problems.append(
                 f"losses.{name}: it is for sets of labels, and the images have one class each; use ce or bce, or name a "
