@@ -139,9 +139,9 @@ def test_losses_for_one_class_are_refused_together_with_the_reason(recipe, losse
 
 
 def test_sets_are_refused_where_one_class_is_needed_and_the_reverse(recipe, sets, tiny_recipe, cli, tmp_path):
-    with pytest.raises(UserError, match="losses.asl: it is for sets of labels"):
+    with pytest.raises(UserError, match=r"losses.asl: it is for sets of labels"):
         build(check_config(tiny_recipe | {"losses": {"asl": {}}, "teacher": None}, "test"), CPU)
-    with pytest.raises(UserError, match="augment.mixup and augment.cutmix mix them"):
+    with pytest.raises(UserError, match=r"augment.mixup and augment.cutmix mix them"):
         check_config(changed(recipe, losses={"asl": {}, "fd": {}}, augment={"mixup": 0.1}), "test")
     table = sets / "train" / TABLE
     for command in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from scalekd.models.inputs import scaled
 from scalekd.models.normalised import Normalised
 from scalekd.train.hardware import workers_of
 
-from .evaluate import BATCH, MOST_IMAGES, STUDENT, TEACHER, chosen_images, misfits, shown_student
+from .evaluate import BATCH, MOST_IMAGES, MOST_SECONDS, STUDENT, TEACHER, chosen_images, misfits, shown_student
 from .page import NONE, section, table
 from .predictions import worst_and_best
 from .svg import escape
@@ -41,10 +42,11 @@ def look_at_sets(
     threshold: float | None,
     baselines: Mapping[str, Normalised] | None = None,
     most: int = MOST_IMAGES,
+    seconds: float = MOST_SECONDS,
 ) -> SeenSets:
     """Evaluates `deployed`, the run's teachers (the mean of their logits) and the baselines on `most` validation images.
 
-    threshold: of the student; by default, as for the others, the best on these images. The models stay in eval mode.
+    The pass ends after `seconds`, with the images so far. threshold: of the student; by default, as for the others, the best on these images. The models stay in eval mode.
     """
     for module in (deployed, run.distiller):
         module.eval()
@@ -58,12 +60,17 @@ def look_at_sets(
     workers = workers_of(run.config) if len(images) > 10 * BATCH else 0
     logits: dict[str, list[Tensor]] = {label: [] for label in groups}
     truth: list[Tensor] = []
-    for batch in eval_batches(images, BATCH, workers, run.device.type == "cuda"):
+    began = time.monotonic()
+    batches = eval_batches(images, BATCH, workers, run.device.type == "cuda")
+    for batch in batches:
         pixels = scaled(batch.images.to(run.device))
         truth.append(batch.targets > 0.5)
         for label, models in groups.items():
             found = [model.features(pixels, maps=False).logits.float() for model in models]
             logits[label].append(torch.stack(found).mean(0).cpu())
+        if time.monotonic() - began > seconds:
+            batches.close()
+            break
     scores = {label: Scores(torch.cat(parts), torch.cat(truth)) for label, parts in logits.items()}
     figures = {label: figures_of(s, threshold if label == STUDENT else None) for label, s in scores.items()}
     rows = class_table(scores[STUDENT], run.classes, figures[STUDENT]["threshold"])

@@ -131,7 +131,7 @@ def _evaluated(
     }
     with explain_out_of_memory(device, "Try `device` cpu, or close other programs that use it."):
         if run.multi_label:
-            return look_at_sets(run, deployed, found.card.get("threshold"), students, images), ""
+            return look_at_sets(run, deployed, found.card.get("threshold"), students, images, float("inf")), ""
         return look(run, deployed, students, most=images, seconds=float("inf")), ""
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-
-from PIL import Image
+from collections.abc import Sequence
 
 from scalekd.common.errors import UserError, did_you_mean
 from scalekd.common.text import printable
-from scalekd.data.images import EXTENSIONS, decode, read_file
+from scalekd.data.images import EXTENSIONS
 from scalekd.data.targets import Target
 
-from ..content import real, sizes_of, stamps_of
+from ..in_files import InFiles
 from ..names import LeftOut
 from .coco import coco_rows
 from .problems import MOST, Problems
@@ -24,7 +22,7 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 MAX_CLASSES = 1_000_000
 
 
-class Table:
+class Table(InFiles):
     """The images of a table, in its order. All rows are checked when it is opened, and all problems told together.
 
     Args:
@@ -48,29 +46,11 @@ class Table:
         self.classes, number = _classes(table, rows, classes, known, key)
         _check_known(rows, number, self.classes, problems)
         problems.raise_if_any(key, table.name)
-        self.targets: list[Target] = [_target(labels, number, rows.several) for labels in rows.labels]
+        self.targets = [_target(labels, number, rows.several) for labels in rows.labels]
         self.left_out: LeftOut = {}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, Target]:
-        return decode(read_file(self.files[i])), self.targets[i]
 
     def where(self, i: int) -> str:
         return printable(f"{self.paths[i]} ({self.word} {self.numbers[i]} of {self.table})")
-
-    def identity(self, i: int) -> str:
-        return real(self.files[i])
-
-    def sizes(self) -> list[int]:
-        return sizes_of(self.files)
-
-    def content(self, i: int) -> bytes:
-        return read_file(self.files[i])
-
-    def stamps(self) -> Iterator[str]:
-        return stamps_of(self.files)
 
 
 def files_in(text: str, key: str) -> tuple[list[str], list[str]]:
