@@ -77,7 +77,7 @@ def test_from_training_to_predictions(recipe, sets, tmp_path, cli):
 
     measured = json.loads(cli("evaluate", run, "--data", sets / "val" / TABLE, "--json").out)
     assert {k: measured[k] for k in ("map", "f1_macro", "f1_micro", "loss")} == pytest.approx({k: best[k] for k in ("map", "f1_macro", "f1_micro", "loss")}, abs=1e-4)
-    assert "top1" not in measured and len(measured["classes"]) == 3
+    assert measured["top1"] is None and len(measured["classes"]) == 3
     assert "precision %" in cli("evaluate", run, "--data", sets / "val" / TABLE).out
     refused = cli("evaluate", run, "--data", sets / "val" / "labels.csv")
     assert refused.code == 2 and "write separator=pipe" in refused.err

@@ -107,7 +107,7 @@ def workers(text: str) -> int | str:
 def _evaluate(args: argparse.Namespace) -> None:
     result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
     if args.json:
-        print(json.dumps({key: value for key, value in asdict(result).items() if value not in (None, [])}))
+        print(json.dumps(asdict(result)))
     elif result.map is not None:
         print("\n".join(class_lines(result.classes)))
         print(
