@@ -171,7 +171,7 @@ def test_a_teacher_at_chance_or_without_sigmoids_is_noticed():
     good = accuracy_on_sets("a", 4 * truth - 2 + noise, sample, ["kd"])
     chance = accuracy_on_sets("a", noise, sample, ["kd"])
     shifted = accuracy_on_sets("a", 4 * truth + 10 + noise, sample, ["kd"])
-    assert good.status == "ok" and chance.status == "warn" and "chance level" in chance.fix
+    assert good.status == "ok" and chance.status == "warn" and "shuffled labels" in chance.fix
     assert shifted.status == "warn" and "kd would teach these probabilities" in shifted.fix
     assert accuracy_on_sets("a", 4 * truth + 10 + noise, sample, []).status == "ok"
 

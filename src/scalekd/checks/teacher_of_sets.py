@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from scalekd.distill.label_sets import Scores, figures_of
+from scalekd.distill.label_sets import Scores, mean_average_precision
 
 from .model import Check
 from .statistical_tests import Sample
@@ -24,13 +24,13 @@ def accuracy_on_sets(name: str, logits: torch.Tensor, sample: Sample, reads_logi
     truth = sample.targets > 0.5
     if not truth.any():
         return Check(name, "ok", f"none of {len(truth)} validation images has a label")
-    found = figures_of(Scores(logits, truth))["map"]
+    found = mean_average_precision(Scores(logits, truth))
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(truth), generator=generator) for _ in range(SHUFFLES)]
-    chance = [figures_of(Scores(logits, truth[order]))["map"] for order in orders]
+    chance = [mean_average_precision(Scores(logits, truth[order])) for order in orders]
     text = f"mAP {found:.1f} % on {len(truth)} validation images ({sum(chance) / SHUFFLES:.1f} % by chance)"
     if found <= max(chance):
-        return Check(name, "warn", text, "This is chance level: check its weights and class order")
+        return Check(name, "warn", text, "It is not better than with shuffled labels: check its weights and class order")
     share = truth.double().mean(0).clamp(1e-6, 1 - 1e-6).logit().expand(truth.shape)
     own, constant = (F.binary_cross_entropy_with_logits(x.double(), truth.double()).item() for x in (logits, share))
     if own > constant and reads_logits:

@@ -69,17 +69,21 @@ def figures_of(scores: Scores, threshold: float | None = None) -> dict[str, floa
     """
     chosen = best_threshold(scores) if threshold is None else threshold
     macro, micro = (figure.item() for figure in f1_of(counts_at(scores, torch.tensor([chosen]).double())))
-    precisions = average_precisions(scores)
     truth = scores.truth.double()
     loss = nn.functional.binary_cross_entropy_with_logits(scores.logits.double(), truth).item()
     return {
-        "map": 100 * float(np.nanmean(precisions)),
+        "map": mean_average_precision(scores),
         "f1_macro": 100 * macro,
         "f1_micro": 100 * micro,
         "threshold": chosen,
         "loss": loss,
         "images": len(truth),
     }
+
+
+def mean_average_precision(scores: Scores) -> float:
+    """mAP in %, over the classes that an image has."""
+    return 100 * float(np.nanmean(average_precisions(scores)))
 
 
 def average_precisions(scores: Scores) -> list[float]:
