@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -242,3 +243,9 @@ def test_the_held_out_images_have_all_classes_however_rare(folder):
     first = [sets[i] for i in order[:6]]
     assert {label for row in first for label in row} == {0, 1, 2}
     assert sum(row == (0, 1, 2) for row in first) == 2  # both, since every class has its turn
+
+
+def test_parquet_without_pyarrow_names_the_install_line(folder, monkeypatch):
+    (folder / "labels.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'scalekd[hf]'" in problem_of(str(folder / "labels.parquet"))

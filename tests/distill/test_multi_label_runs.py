@@ -188,3 +188,17 @@ def test_from_python(recipe, sets, tmp_path):
 def _saved(recipe: dict[str, Any], folder: Path) -> Path:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder / "recipe.yaml"
+
+
+def test_sets_and_images_without_labels_share_a_batch(recipe, sets, tmp_path):
+    recipe = changed(
+        recipe,
+        data={"unlabelled": str(sets / "train" / TABLE), "limit": 16, "class_balance": 1.0},
+        augment={"mixup": 0.2},
+        train={"epochs": 1},
+    )
+    run = start(recipe, tmp_path)
+    batch = next(run.train_batches(run.train_sampler(), 0))
+    assert batch.targets.shape == (4, 3) and len(batch.images) == 8
+    images, targets = run.inputs(batch)
+    assert len(images) == 8 and targets.shape == (4, 3) and run.distiller(images, targets)["total"].isfinite()
