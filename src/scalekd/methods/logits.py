@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
 from .shared import check_choice, check_logits, full_precision
+
+EPS = 1e-6  # logits with a smaller standard deviation count as equal
 
 
 def _check_task(name: str, student: Shapes, smoothing: float) -> None:
@@ -92,27 +95,79 @@ class BinaryCrossEntropy(nn.Module):
 class KD(nn.Module):
     """`kd`: `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch, in nats.
 
-    Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T.
+    Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T. Two later changes:
+
+    - `standardize`, logit standardisation (Sun et al., CVPR 2024, arXiv:2403.01427): for each image the logits of both
+      models are first shifted to mean 0 and scaled to standard deviation 1 over the classes. The student's logits then
+      need not have the range of the teacher's. The sum of squares is divided by `classes - 1`, as in the authors' code.
+      Logits with a standard deviation below 1e-6 count as equal, without a gradient. The authors' code adds 1e-7 to the
+      standard deviation instead, which for equal logits gives a gradient near 1e7.
+    - `variant`, transformed teacher matching (Zheng and Yang, ICLR 2024, arXiv:2402.11148): with `ttm` the student has
+      no temperature and there is no factor T^2, so that the student learns `p^(1/T)` of the teacher's probabilities p,
+      scaled to sum 1. `wttm` also multiplies the loss of each image by that sum, which is larger where the teacher is
+      less certain.
 
     Args:
         temperature: T > 0. Default 1, as in ScaleKD and vanillaKD.
+        standardize: standardise the logits. Default False. The authors' ImageNet run has T 2 and weight 9.
+        variant: `kd` (default), `ttm` or `wttm`.
 
     Raises:
-        ValueError: no teacher, a teacher without classes or with another number than the student, or a `temperature`
-            that is not positive.
+        ValueError: no teacher, a teacher without classes or with another number than the student, a `temperature` that is
+            not positive, an unknown `variant`, or options that exclude each other or have no effect.
     """
 
     needs_maps = False
 
-    def __init__(self, student: Shapes, teacher: Shapes | None, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        student: Shapes,
+        teacher: Shapes | None,
+        *,
+        temperature: float = 1.0,
+        standardize: bool = False,
+        variant: Literal["kd", "ttm", "wttm"] = "kd",
+    ) -> None:
         super().__init__()
         check_logits("kd", student, teacher, temperature)
-        self.temperature = temperature
+        check_choice("kd", "variant", variant, ("kd", "ttm", "wttm"))
+        if standardize and student.classes < 2:
+            raise ValueError("kd: standardize needs two classes or more. Use bkd")
+        if variant != "kd" and temperature == 1:
+            raise ValueError(f"kd: variant {variant} is plain kd at temperature 1; set another temperature")
+        if variant != "kd" and standardize:
+            raise ValueError(
+                f"kd: variant {variant} leaves the range of the logits to the student and standardize fixes it; use one of "
+                "them"
+            )
+        self.temperature, self.standardize, self.variant = temperature, standardize, variant
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`kd`. The targets are not used."""
         assert teacher is not None
         T = self.temperature
-        log_s = F.log_softmax(full_precision(student.logits) / T, dim=1)
-        log_t = F.log_softmax(full_precision(teacher.logits.detach()) / T, dim=1)
-        return {"kd": T * T * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)}
+        s, t = full_precision(student.logits), full_precision(teacher.logits.detach())
+        if self.standardize:
+            s, t = standardized(s), standardized(t)
+        if self.variant == "kd":
+            return {"kd": T * T * divergence(s / T, t / T)}
+        if self.variant == "ttm":
+            return {"kd": divergence(s, t / T)}
+        return {"kd": divergence(s, t / T, (F.log_softmax(t, dim=1) / T).exp().sum(dim=1))}
+
+
+def divergence(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`KL(softmax(teacher) || softmax(student))` from logits `(B, classes)`, averaged over the batch, in nats.
+
+    weights: `(B,)`, a factor for each image; the sum is still divided by B.
+    """
+    log_s, log_t = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    if weights is None:
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    return (weights * F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)).mean()
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Logits `(B, classes)` with mean 0 and standard deviation 1 over the classes; 0 where they hardly vary."""
+    spread = logits.std(dim=1, keepdim=True)
+    return (logits - logits.mean(dim=1, keepdim=True)) / spread.masked_fill(spread < EPS, torch.inf)

@@ -10,6 +10,7 @@ from .at import AttentionTransfer
 from .bkd import BKD
 from .cc import CC
 from .crd import CRD
+from .deit import DeiT
 from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
@@ -20,8 +21,12 @@ from .ofa import OFA
 from .ofd import OFD
 from .reviewkd import ReviewKD
 from .rkd import RKD
+from .rsd import RSD
 from .scalekd_forms import cap, dfm, scalekd, tpp
 from .srrl import SRRL
+from .vkd import VkD
+from .wkd_f import WKDF
+from .wkd_l import WKDL
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "ce": CrossEntropy,
@@ -30,6 +35,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "bkd": BKD,
     "dkd": DKD,
     "dist": DIST,
+    "wkd_l": WKDL,
+    "deit": DeiT,
     "fd": FD,
     "cap": cap,
     "dfm": dfm,
@@ -45,4 +52,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "mgd": MGD,
     "ofa": OFA,
     "diffkd": DiffKD,
+    "wkd_f": WKDF,
+    "vkd": VkD,
+    "rsd": RSD,
 }
