@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
 
-from .shared import check_features, check_positive, check_weights, full_precision, pooled
+from .shared import check_features, check_positive, full_precision, pooled
 
 EPS = 1e-5  # added to the standard deviations, as in the authors' code
 
@@ -28,7 +28,7 @@ class RSD(nn.Module):
 
     Args:
         alpha: weight of both terms. Default 0.1, as in the authors' code.
-        kappa: factor of `decorrelation`, not negative. Default 0.01, as in the authors' code.
+        kappa: factor of `decorrelation`. Default 0.01, as in the authors' code.
         expansion: width of the hidden layer, as a multiple of ds. Default 2, as in the authors' code.
 
     Raises:

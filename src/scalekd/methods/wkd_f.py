@@ -66,7 +66,7 @@ class WKDF(nn.Module):
             self.grids[stage] = _grid(student, teacher, stage, grid)
             self.projectors[f"s{stage}"] = nn.Sequential(
                 nn.Conv2d(ds, width, 1),
-                nn.Conv2d(width, width, 3, padding=1),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
                 nn.Conv2d(width, dt, 1, bias=False),
                 nn.BatchNorm2d(dt),
                 nn.ReLU() if relu else nn.Identity(),
