@@ -50,8 +50,8 @@ class OrthogonalProjection(nn.Module):
         (I + A/2)^-1 (I - A/2) X,  A = W X^T - X W^T,  with trainable W, `(n, k)`, zero at the start
 
     A has rank 2k, so a system of 2k equations is solved (their Lemma 4). The VkD authors' code has torch's
-    parametrisation by Householder reflections, or by the matrix exponential if n = k. Its values are the same matrices,
-    but its backward pass takes n steps one after the other.
+    parametrisation by Householder reflections, whose backward pass takes k steps one after the other, or by the matrix
+    exponential if n = k.
     """
 
     base: Tensor  # (n, k): X
