@@ -49,6 +49,8 @@ FAMILIES = {  # timm name or class, a dot, a remark: (what makes it small, image
     "vit_base_patch16_clip_224": (WIDE | SMALL_VIT, (64, 96)),
     "deit_tiny_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
     "deit_tiny_distilled_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
+    "vit_wide_last": (WIDE | SMALL_VIT | {"last_dim": 64, "last_heads": 4}, (64, 96)),
+    "vit_lift": (WIDE | SMALL_VIT | {"last_dim": 64}, (64, 96)),
     "deit3_small_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
     "vit_small_patch14_dinov2": (PATCH14 | SMALL_VIT, (56, 84)),
     "vit_small_patch14_reg4_dinov2": (PATCH14 | SMALL_VIT, (56, 84)),

@@ -17,6 +17,7 @@ from .dkd import DKD
 from .fd import FD
 from .logits import KD, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
+from .mse import MSE
 from .ofa import OFA
 from .ofd import OFD
 from .reviewkd import ReviewKD
@@ -53,6 +54,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "ofa": OFA,
     "diffkd": DiffKD,
     "wkd_f": WKDF,
+    "mse": MSE,
     "vkd": VkD,
     "rsd": RSD,
 }
