@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 from math import log
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 
 from scalekd.common.errors import UserError
 from scalekd.distill.distiller import Distiller
+from scalekd.distill.quantised import fake_quantise
 from scalekd.methods.deit import DeiT
 from scalekd.models.stages import Features, Shapes, StageView
 from scalekd.models.two_heads import has_two_heads
@@ -161,3 +164,11 @@ def test_a_student_with_one_head_is_told_before_training():
     student, teacher = (timm.create_model("test_vit", num_classes=5, img_size=32) for _ in range(2))
     with pytest.raises(UserError, match=r"losses\.deit: deit needs a student with a second head"):
         Distiller(student, teacher, {"ce": {}, "deit": {}}, image_size=(32, 32))
+
+
+def test_a_quantised_student_is_rejected(pair):
+    """It gives the mean of its heads only, whatever else the distiller holds."""
+    distiller: Any = SimpleNamespace(methods={"ce": object(), "deit": DeiT(pair.student, pair.teacher)})
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"losses\.deit=off losses\.kd"):
+        fake_quantise(distiller, nothing, nothing, nothing)

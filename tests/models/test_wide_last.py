@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 from scalekd.models.build import build_model
+from scalekd.models.names import ADDED
 from scalekd.models.options import Model
 from scalekd.models.stages import StageView
+from scalekd.report.card import load_lines, nature
 
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 WIDE = SMALL | {"last_dim": 48}
@@ -99,3 +102,13 @@ def test_weights_for_another_image_size(tmp_path, name):
     save_file(built(name, size=(16, 16)).state_dict(), file)
     model = built(name, size=(32, 32), weights=str(file))
     assert model.pos_embed.shape == (1, 17, 24) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_cards_import_what_adds_a_model_to_timm():
+    entries = {name: timm.model_entrypoint(name).__module__ for name in timm.list_models()}
+    assert {name: module for name, module in entries.items() if module.startswith("scalekd")} == ADDED
+    for name in (*ADDED, "resnet18"):
+        card = {"model": name, "mean": [0.5] * 3, "classes": []}
+        needed = f"import {ADDED.get(name)}"
+        assert (needed in load_lines(card, "local-dir:.").splitlines()) == (name in ADDED)
+        assert (needed in nature(card)) == ("does not need scalekd" not in nature(card)) == (name in ADDED)

@@ -37,10 +37,10 @@ class WideLast(VisionTransformer):
     A linear layer without bias and a LayerNorm lead from one width to the other.
     """
 
-    def __init__(self, *, last_dim: int, last_heads: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, embed_dim: int, last_dim: int, last_heads: int, **kwargs: Any) -> None:
+        super().__init__(embed_dim=embed_dim, **kwargs)
         wide = VisionTransformer(**kwargs | {"embed_dim": last_dim, "num_heads": last_heads})
-        widen = nn.Sequential(nn.Linear(self.embed_dim, last_dim, bias=False), copy.deepcopy(wide.blocks[-1].norm1))
+        widen = nn.Sequential(nn.Linear(embed_dim, last_dim, bias=False), copy.deepcopy(wide.blocks[-1].norm1))
         widen.apply(init_weights_vit_timm)
         self.blocks[-1] = nn.Sequential(*widen, wide.blocks[-1])
         self.norm, self.fc_norm, self.attn_pool, self.head = wide.norm, wide.fc_norm, wide.attn_pool, wide.head
@@ -54,9 +54,9 @@ class Lift(VisionTransformer):
     The classifier takes the mean of the patches.
     """
 
-    def __init__(self, *, last_dim: int, **kwargs: Any) -> None:
-        super().__init__(**{"global_pool": "avg", "fc_norm": False} | kwargs)
-        self.norm = nn.Sequential(nn.Linear(self.embed_dim, last_dim, bias=False), nn.LayerNorm(last_dim))
+    def __init__(self, *, embed_dim: int, last_dim: int, **kwargs: Any) -> None:
+        super().__init__(embed_dim=embed_dim, **{"global_pool": "avg", "fc_norm": False} | kwargs)
+        self.norm = nn.Sequential(nn.Linear(embed_dim, last_dim, bias=False), nn.LayerNorm(last_dim))
         self.embed_dim = self.num_features = self.head_hidden_size = last_dim
         self.reset_classifier(self.num_classes)
         self.norm.apply(init_weights_vit_timm)
