@@ -113,6 +113,7 @@ def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
         maps=tuple(map(leaf, features.maps)),
         final=leaf(features.final),
         prefix=tuple(map(leaf, features.prefix)),
+        distilled=leaf(features.distilled),
     )
 
 

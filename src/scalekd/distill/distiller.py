@@ -14,6 +14,7 @@ from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
 from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
 from scalekd.models.stages import Features, Shapes, StageView
+from scalekd.models.two_heads import train_apart
 
 from .balance import Gradients
 
@@ -144,6 +145,7 @@ class Distiller(nn.Module):
         for name, options in losses.items():
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
+        train_apart(student, any(getattr(m, "needs_two_heads", False) for m in self.methods.values()))
         self.teacher_clock = Stopwatch()
         self.pixels_checked = False
         self.eager = False  # do not use `compiled`

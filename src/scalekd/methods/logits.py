@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from scalekd.models.stages import Features, Shapes
 
 from .shared import check_choice, check_logits, full_precision
+
+EPS = 1e-6  # logits with a smaller standard deviation count as equal
 
 
 def _check_task(name: str, student: Shapes, smoothing: float) -> None:
@@ -148,7 +151,17 @@ class Asymmetric(nn.Module):
 class KD(nn.Module):
     """`kd`: `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch, in nats.
 
-    Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T.
+    Hinton et al. 2015 (arXiv:1503.02531). The factor T^2 keeps the gradient's size independent of T. Two later changes:
+
+    - `standardize`, logit standardisation (Sun et al., CVPR 2024, arXiv:2403.01427): for each image the logits of both
+      models are first shifted to mean 0 and scaled to standard deviation 1 over the classes. The student's logits then
+      need not have the range of the teacher's. The sum of squares is divided by `classes - 1`, as in the authors' code.
+      Logits with a standard deviation below 1e-6 count as equal, without a gradient. The authors' code adds 1e-7 to the
+      standard deviation instead, which for equal logits gives a gradient near 1e7.
+    - `variant`, transformed teacher matching (Zheng and Yang, ICLR 2024, arXiv:2402.11148): with `ttm` the student has
+      no temperature and there is no factor T^2, so that the student learns `p^(1/T)` of the teacher's probabilities p,
+      scaled to sum 1. `wttm` also multiplies the loss of each image by that sum, which is larger where the teacher is
+      less certain.
 
     For images with several labels the softmax has no meaning. With `probabilities: sigmoid` each class is a yes/no
     question, p = sigmoid(logit / T), as in multi-label logits distillation (Yang et al., ICCV 2023, arXiv:2308.06453):
@@ -161,10 +174,12 @@ class KD(nn.Module):
         temperature: T > 0. Default 1, as in ScaleKD and vanillaKD.
         probabilities: `softmax` (default), or `sigmoid` for teachers whose logits answer a yes/no question for each
             class.
+        standardize: standardise the logits. Default False. The authors' ImageNet run has T 2 and weight 9.
+        variant: `kd` (default), `ttm` or `wttm`.
 
     Raises:
-        ValueError: no teacher, a teacher without classes or with another number than the student, a `temperature`
-            that is not positive, or an unknown value of `probabilities`.
+        ValueError: no teacher, a teacher without classes or with another number than the student, a `temperature` that is
+            not positive, an unknown `probabilities` or `variant`, or options that exclude each other or have no effect.
     """
 
     needs_maps = False
@@ -177,22 +192,41 @@ class KD(nn.Module):
         *,
         temperature: float = 1.0,
         probabilities: Literal["softmax", "sigmoid"] = "softmax",
+        standardize: bool = False,
+        variant: Literal["kd", "ttm", "wttm"] = "kd",
     ) -> None:
         super().__init__()
         check_logits("kd", student, teacher, temperature)
         check_choice("kd", "probabilities", probabilities, ("softmax", "sigmoid"))
+        check_choice("kd", "variant", variant, ("kd", "ttm", "wttm"))
+        if probabilities == "sigmoid" and (standardize or variant != "kd"):
+            raise ValueError("kd: standardize and variant change the softmax, and probabilities is sigmoid; use one of them")
+        if standardize and student.classes < 2:
+            raise ValueError("kd: standardize needs two classes or more. Use bkd")
+        if variant != "kd" and temperature == 1:
+            raise ValueError(f"kd: variant {variant} is plain kd at temperature 1; set another temperature")
+        if variant != "kd" and standardize:
+            raise ValueError(
+                f"kd: variant {variant} leaves the range of the logits to the student and standardize fixes it; use one of "
+                "them"
+            )
         self.temperature, self.probabilities = temperature, probabilities
+        self.standardize, self.variant = standardize, variant
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`kd`. The targets are not used."""
         assert teacher is not None
         T = self.temperature
-        s, t = full_precision(student.logits) / T, full_precision(teacher.logits.detach()) / T
+        s, t = full_precision(student.logits), full_precision(teacher.logits.detach())
         if self.probabilities == "sigmoid":
-            return {"kd": T * T * binary_kl(t, s).mean()}
-        log_s = F.log_softmax(s, dim=1)
-        log_t = F.log_softmax(t, dim=1)
-        return {"kd": T * T * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)}
+            return {"kd": T * T * binary_kl(t / T, s / T).mean()}
+        if self.standardize:
+            s, t = standardized(s), standardized(t)
+        if self.variant == "kd":
+            return {"kd": T * T * divergence(s / T, t / T)}
+        if self.variant == "ttm":
+            return {"kd": divergence(s, t / T)}
+        return {"kd": divergence(s, t / T, (F.log_softmax(t, dim=1) / T).exp().sum(dim=1))}
 
 
 def binary_kl(t: Tensor, s: Tensor) -> Tensor:
@@ -202,3 +236,20 @@ def binary_kl(t: Tensor, s: Tensor) -> Tensor:
     """
     yes = t.sigmoid()
     return yes * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - yes) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+
+
+def divergence(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`KL(softmax(teacher) || softmax(student))` from logits `(B, classes)`, averaged over the batch, in nats.
+
+    weights: `(B,)`, a factor for each image; the sum is still divided by B.
+    """
+    log_s, log_t = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    if weights is None:
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    return (weights * F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)).mean()
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Logits `(B, classes)` with mean 0 and standard deviation 1 over the classes; 0 where they hardly vary."""
+    spread = logits.std(dim=1, keepdim=True)
+    return (logits - logits.mean(dim=1, keepdim=True)) / spread.masked_fill(spread < EPS, torch.inf)

@@ -10,18 +10,24 @@ from .at import AttentionTransfer
 from .bkd import BKD
 from .cc import CC
 from .crd import CRD
+from .deit import DeiT
 from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
 from .fd import FD
 from .logits import KD, Asymmetric, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
+from .mse import MSE
 from .ofa import OFA
 from .ofd import OFD
 from .reviewkd import ReviewKD
 from .rkd import RKD
+from .rsd import RSD
 from .scalekd_forms import cap, dfm, scalekd, tpp
 from .srrl import SRRL
+from .vkd import VkD
+from .wkd_f import WKDF
+from .wkd_l import WKDL
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "ce": CrossEntropy,
@@ -31,6 +37,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "bkd": BKD,
     "dkd": DKD,
     "dist": DIST,
+    "wkd_l": WKDL,
+    "deit": DeiT,
     "fd": FD,
     "cap": cap,
     "dfm": dfm,
@@ -46,4 +54,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "mgd": MGD,
     "ofa": OFA,
     "diffkd": DiffKD,
+    "wkd_f": WKDF,
+    "mse": MSE,
+    "vkd": VkD,
+    "rsd": RSD,
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .inputs import input_channels
 from .tails import TEACHER_TAILS, to_map
+from .two_heads import has_two_heads, predictions
 
 MapShape = tuple[int, int, int]  # channels, height, width
 LARGE = 60_000_000  # parameters; larger models are probed on the meta device
@@ -36,6 +37,7 @@ class Shapes:
     classes: int  # 0 for a model without a head
     can_resume: bool = False  # `tails.py` has a tail for it, so `Features.resume` works
     pooled: int = 0  # channels of its classifier's input; 0 if its logits are not the output of one layer
+    two_heads: bool = False  # it has a second classifier for the teacher's predictions (`two_heads.py`)
 
 
 @dataclass
@@ -54,6 +56,9 @@ class Features:
     pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
+    distilled: Tensor | None = None
+    """Students with two heads, in train mode, for methods that need it: the logits `(B, classes)` of the second head.
+    `logits` are then those of the first; without it they are the mean of both."""
 
     def first(self, count: int) -> Features:
         """The features of the first `count` images, without `resume`."""
@@ -64,6 +69,7 @@ class Features:
             prefix=tuple(None if p is None else p[:count] for p in self.prefix),
             pooled=None if self.pooled is None else self.pooled[:count],
             classify=self.classify,
+            distilled=None if self.distilled is None else self.distilled[:count],
         )
 
 
@@ -107,7 +113,7 @@ class StageView:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[..., Any]] = [lambda twin, images: _one_logit_tensor(twin(images))]
+        calls: list[Callable[..., Any]] = [lambda twin, images: predictions(twin(images))[0]]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)
@@ -131,6 +137,7 @@ class StageView:
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
             can_resume=features is not None and type(model) in TEACHER_TAILS,
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
+            two_heads=has_two_heads(model),
         )
 
     def __call__(
@@ -152,7 +159,8 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            return Features(logits=_one_logit_tensor(self.model(images)))
+            logits, distilled = predictions(self.model(images))
+            return Features(logits=logits, distilled=distilled)
         if self.refusal:
             raise ValueError(self.refusal)
         features = self._tap(self.model, images, classifier)
@@ -174,14 +182,15 @@ class StageView:
         )
         maps, prefix = zip(*outputs) if self._gives_prefix else (outputs, [None] * len(outputs))
         _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it does not return four maps")
-        head = _head(model, x) if classifier else (_one_logit_tensor(model.forward_head(x)), None, None)
+        head = _head(model, x) if classifier else (*predictions(model.forward_head(x)), None, None)
         return Features(
             logits=head[0],
+            distilled=head[1],
             maps=tuple(maps),
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
-            pooled=head[1],
-            classify=head[2],
+            pooled=head[2],
+            classify=head[3],
         )
 
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
@@ -255,14 +264,6 @@ def _refusal(name: str, model: nn.Module, reason: str) -> str:
 # Calling the model
 
 
-def _one_logit_tensor(logits: Any) -> Tensor:
-    """The logits. In training a distilled DeiT returns two predictions; their mean is its output in evaluation."""
-    if isinstance(logits, tuple) and len(logits) == 2 and logits[0].shape == logits[1].shape:
-        logits = (logits[0] + logits[1]) / 2
-    _expect(isinstance(logits, Tensor), f"it returns a {type(logits).__name__} instead of logits")
-    return logits
-
-
 def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     """The head's input as `(B, D, H, W)`. timm returns it as NCHW, NHWC or tokens."""
     _expect(isinstance(x, Tensor), "its features are not one tensor")
@@ -278,24 +279,24 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """The logits, the classifier's input, and the classifier.
+def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """The logits, those of a second head (`predictions`), the classifier's input, and the classifier.
 
     The latter two are None if the logits are not the output of one module, as in models with two heads or with a head on
     every token.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Module):
-        return _one_logit_tensor(model.forward_head(x)), None, None
+        return *predictions(model.forward_head(x)), None, None
     calls: list[tuple[Any, Any]] = []
     hook = classifier.register_forward_hook(lambda _, given, result: calls.append((given[0], result)))
     try:
-        logits = _one_logit_tensor(model.forward_head(x))
+        logits, distilled = predictions(model.forward_head(x))
     finally:
         hook.remove()
     if len(calls) != 1 or calls[0][1] is not logits or calls[0][0].ndim != 2:
-        return logits, None, None
-    return logits, calls[0][0], classifier
+        return logits, distilled, None, None
+    return logits, distilled, calls[0][0], classifier
 
 
 def _normed(model: Any, x: Tensor) -> Tensor:

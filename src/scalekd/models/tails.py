@@ -19,6 +19,8 @@ import torch
 from timm import models
 from torch import Tensor, nn
 
+from .wide_last import Lift, WideLast
+
 
 def to_tokens(x: Tensor, prefix: Tensor | None) -> Tensor:
     """(B, D, H, W), (B, P, D) -> (B, P + H*W, D)"""
@@ -106,6 +108,8 @@ def _mobilenetv3_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None, 
 TEACHER_TAILS: dict[type[nn.Module], Callable[[nn.Module, int, Tensor, Tensor | None, bool], Tensor]] = {
     models.VisionTransformer: _vit_tail,
     models.VisionTransformerDistilled: _vit_tail,
+    WideLast: _vit_tail,
+    Lift: _vit_tail,
     models.Beit: _beit_tail,
     models.Eva: _eva_tail,
     models.MlpMixer: _mixer_tail,

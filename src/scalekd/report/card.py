@@ -13,6 +13,7 @@ from scalekd.common.files import is_file, write_text
 from scalekd.common.intervals import share_interval
 from scalekd.common.text import shortened
 from scalekd.models.licences import UNKNOWN, explained, licences_in
+from scalekd.models.names import ADDED
 
 from .curves import losses_text
 from .evaluate import STUDENT, Seen
@@ -41,7 +42,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | SeenSet
     blocks = [
         front(front_matter(folder)),
         f"# {marked(folder.title)}",
-        f"{marked(card['model'] + taught)}. Trained with scalekd. It is a plain timm model and does not need scalekd.",
+        f"{marked(card['model'] + taught)}. Trained with scalekd. {nature(card)}",
         "## Use",
         "In this folder:",
         f"```python\n{load_lines(card, timm_name(folder))}\n```",
@@ -129,8 +130,15 @@ def timm_name(folder: RunFolder) -> str | None:
     return None if is_file(folder.weights) and not is_file(folder.path / "config.json") else "local-dir:."
 
 
+def nature(card: Mapping[str, Any]) -> str:
+    """A sentence on what is needed to load the student."""
+    if module := ADDED.get(card["model"]):
+        return f"It is a timm model of a kind that `import {module}` adds to timm."
+    return "It is a plain timm model and does not need scalekd."
+
+
 def load_lines(card: Mapping[str, Any], name: str | None) -> str:
-    """Python code that loads the student with timm alone and runs it on an image.
+    """Python code that loads the student with timm and runs it on an image.
 
     name: `local-dir:FOLDER` or `hf-hub:USER/NAME`; None loads student.safetensors without timm's config.json.
     """
@@ -150,6 +158,7 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
     lines = [
         "import timm",
         "from PIL import Image",
+        *([f"import {ADDED[card['model']]}"] if card["model"] in ADDED else []),
         "",
         *loading,
         f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
