@@ -1,0 +1,165 @@
+"""Writes a trained RetinaNet as one ONNX file, from the pixels of an image to its boxes, and compares the two."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image, nms
+
+from scalekd.common.errors import UserError
+from scalekd.models.inputs import scaled
+from scalekd.models.student_file import onnx_runtime, save_onnx
+from scalekd.transfer.pyramid import Size
+
+from .model import Detector
+
+INPUT, OUTPUTS = "image", ("boxes", "scores", "labels")
+IMAGES = 2  # random images that are compared
+NEAR_PIXELS, NEAR_SCORE = 0.1, 1e-3  # boxes and scores that differ by less are equal
+EQUAL = 0.95  # smallest share of equal objects; rounding may change the order of two near scores, and what NMS keeps
+TIMED = 5  # runs of which the median time is told
+
+
+class Written(NamedTuple):
+    """What `write_onnx` found."""
+
+    compared: int  # objects that the detector found in the compared images
+    equal: int  # those that the file found too
+    milliseconds: float  # per image under onnxruntime on this CPU
+
+
+class OneSize(nn.Module):
+    """A detector for images of one size, without a branch that depends on the pixels: what is exported.
+
+    `(1, C, H, W)` uint8 to the 100 best objects after non-maximum suppression, best first, as `OUTPUTS`: boxes (N, 4) left,
+    top, right, bottom in the image's pixels, float32; scores (N,); labels (N,) int64 from 1. These are the objects of
+    `Detector.forward`, which leaves out those with a score of 0.05 or less, and more.
+
+    Args:
+        detector: a `Detector` with a RetinaNet, in evaluation mode.
+        size: (height, width) in pixels of the images.
+    """
+
+    mean: Tensor  # (1, C, 1, 1)
+    std: Tensor
+    anchors: Tensor  # (A, 4) of all levels
+    model: Any
+
+    def __init__(self, detector: Detector, size: Size):
+        super().__init__()
+        self.model, self.size = detector.student, size
+        transform = self.model.transform
+        scale = min(min(transform.min_size) / min(size), transform.max_size / max(size))
+        # as in torchvision's GeneralizedRCNNTransform
+        self.resized = (math.floor(size[0] * scale), math.floor(size[1] * scale))
+        unit = transform.size_divisible
+        self.canvas = tuple(math.ceil(side / unit) * unit for side in self.resized)
+        self.classes: int = self.model.head.classification_head.num_classes
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(transform, f"image_{name}")).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        anchors, self.counts = self._anchors()
+        self.register_buffer("anchors", anchors, persistent=False)
+
+    def _anchors(self) -> tuple[Tensor, list[int]]:
+        """The anchors of all levels, (A, 4), and how many each level has."""
+        pixels = torch.zeros(1, self.mean.shape[1], *self.canvas)
+        with torch.no_grad():
+            maps = list(self.model.backbone(pixels).values())
+        (anchors,) = self.model.anchor_generator(ImageList(pixels, [self.resized]), maps)
+        each = self.model.anchor_generator.num_anchors_per_location()
+        return anchors, [m.shape[-2] * m.shape[-1] * n for m, n in zip(maps, each)]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pixels = (scaled(image) - self.mean) / self.std
+        if self.resized != self.size:
+            pixels = F.interpolate(pixels, self.resized, mode="bilinear", align_corners=False)
+        pixels = F.pad(pixels, (0, self.canvas[1] - self.resized[1], 0, self.canvas[0] - self.resized[0]))
+        outputs = self.model.head(list(self.model.backbone(pixels).values()))
+        parts = [
+            self._best(*level)
+            for level in zip(
+                torch.split(outputs["cls_logits"][0], self.counts),
+                torch.split(outputs["bbox_regression"][0], self.counts),
+                torch.split(self.anchors, self.counts),
+            )
+        ]
+        boxes, scores, labels = (torch.cat(part) for part in zip(*parts))
+        # NMS within each class: objects of different classes are moved apart
+        apart = boxes + (labels * (max(self.resized) + 1)).to(boxes)[:, None]
+        kept = nms(apart, scores, self.model.nms_thresh)[: self.model.detections_per_img]
+        ratio = torch.tensor([self.size[1] / self.resized[1], self.size[0] / self.resized[0]]).repeat(2)
+        return boxes[kept] * ratio.to(boxes), scores[kept], labels[kept]
+
+    def _best(self, logits: Tensor, shifts: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best objects of a level: boxes within the resized image, scores, labels. logits: (A, classes)."""
+        scores = logits.sigmoid().flatten()
+        scores, places = scores.topk(min(self.model.topk_candidates, scores.shape[0]))
+        at = places // self.classes
+        boxes = self.model.box_coder.decode_single(shifts[at], anchors[at])
+        return clip_boxes_to_image(boxes, self.resized), scores, places % self.classes
+
+
+def write_onnx(detector: Detector, card: dict[str, Any], size: Size, path: Path) -> Written:
+    """Writes `path` for images of `size` (height, width) in pixels, and compares it under onnxruntime with the detector.
+
+    The file holds the card, with the key `input_size`, in its metadata.
+    Raises `UserError` for a detector with masks, if the extra is missing, if the file cannot be written, and if it finds
+    other objects: then it is removed.
+    """
+    runtime = onnx_runtime(exporting=True)
+    if detector.has_masks:
+        raise UserError(
+            "a Mask R-CNN cannot be exported to ONNX: its mask head runs on as many regions as it finds. Train with "
+            "detector.kind=retinanet"
+        )
+    if detector.limit is not None and math.floor(min(size) * detector.limit / max(size)) < 1:
+        raise UserError(f"images of {size[0]}x{size[1]} pixels are too narrow")
+    model = OneSize(detector.eval(), size).eval()
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, len(card["mean"]), *size)
+    images = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for _ in range(IMAGES)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torchvision, on how it calls torch
+        program = torch.onnx.export(
+            model, (images[0],), dynamo=True, input_names=[INPUT], output_names=[*OUTPUTS], verbose=False
+        )
+        expected = [model(image) for image in images]
+    assert program is not None
+    save_onnx(program, path, card | {"input_size": list(size)})
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = [tuple(map(torch.from_numpy, session.run(None, {INPUT: image.numpy()}))) for image in images]
+    compared = sum(len(boxes) for boxes, *_ in expected)
+    equal = sum(equal_objects(theirs, ours) for theirs, ours in zip(expected, found))
+    if equal < EQUAL * compared:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: only {equal} of {compared} objects under onnxruntime are those of the detector; the file was removed. "
+            "Use detector.safetensors, or other versions of onnxruntime and onnxscript"
+        )
+    return Written(compared, equal, _milliseconds(session, images[0]))
+
+
+def equal_objects(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> int:
+    """How many of the wanted objects were found, in any order. Both: boxes (N, 4), scores (N,), labels (N,)."""
+    boxes = (wanted[0][:, None] - found[0][None]).abs().amax(dim=2) < NEAR_PIXELS
+    scores = (wanted[1][:, None] - found[1][None]).abs() < NEAR_SCORE
+    return int((boxes & scores & (wanted[2][:, None] == found[2][None])).any(dim=1).sum())
+
+
+def _milliseconds(session: Any, image: Tensor) -> float:
+    times = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        session.run(None, {INPUT: image.numpy()})
+        times.append(1000 * (time.perf_counter() - began))
+    return median(times)
