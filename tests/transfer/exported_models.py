@@ -53,6 +53,7 @@ def new_detector(card: dict[str, Any] = DETECTOR) -> Detector:
             for parameter in detector.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
             detector.student.head.classification_head.cls_logits.bias.fill_(-3)
+            detector.student.head.regression_head.bbox_reg.weight *= 0.1  # boxes near their anchors, with some area
         return detector
     heads = detector.student.roi_heads
     with torch.no_grad():

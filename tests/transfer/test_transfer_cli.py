@@ -194,7 +194,9 @@ def test_a_detector_without_masks_agrees_with_its_own_boxes(cli, photos, tmp_pat
     assert entries and all("segmentation" not in entry and entry["score"] >= 0.3 for entry in entries)
     (tmp_path / "truth.json").write_text(json.dumps(as_annotations(entries, photos)))
     files = "--annotations", tmp_path / "truth.json", "--images", photos
-    table = cli("detect", "evaluate", run, *files, "--workers", 0).out
+    result = cli("detect", "evaluate", run, *files, "--workers", 0)
+    assert result.code == 0, result.err
+    table = result.out
     assert float(table.splitlines()[2].split("|")[2]) > 50 and "| class | box AP | objects |" in table
     assert "mask" not in table
 
@@ -204,6 +206,7 @@ def test_a_detector_without_masks_agrees_with_its_own_boxes(cli, photos, tmp_pat
     result = cli("detect", "export", run)
     assert result.code == 0 and asked[-1] == ((64, 64), run / "detector.onnx")
     assert "uint8 images (1, 3, 64, 64); 199 of 200 objects in random images equal" in result.out
+    assert "1 have rivals with equal scores; 12 ms per image" in result.out
     cli("detect", "export", run, "--image-size", 50, 70, "--out", tmp_path / "new/a.onnx")
     assert asked[-1] == ((50, 70), tmp_path / "new/a.onnx")
     result = cli("detect", "export", run, "--image-size", 0, 70)

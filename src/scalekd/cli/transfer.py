@@ -252,12 +252,13 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"--out must be a file that ends in .onnx, not {file}")
     make_folder(file.parent)
     written = write_onnx(detector, card, size, file)
-    print(
-        printable(
-            f"{file}: uint8 images (1, {len(card['mean'])}, {size[0]}, {size[1]}); {written.equal} of {written.compared} "
-            f"objects in random images equal those of {args.trained}; {written.milliseconds:.0f} ms per image on this CPU"
-        )
+    ties = written.compared - written.equal
+    text = (
+        f"{file}: uint8 images (1, {len(card['mean'])}, {size[0]}, {size[1]}); {written.equal} of {written.compared} objects in "
+        f"random images equal those of {args.trained}{f', {ties} have rivals with equal scores' * bool(ties)}; "
+        f"{written.milliseconds:.0f} ms per image on this CPU"
     )
+    print(printable(text))
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -338,5 +338,5 @@ def test_boxes_are_enough_for_a_detector_without_masks(folder):
     coco = open_coco(*files, masks=False)
     assert [[(x.box, x.mask) for x in p.instances] for p in coco.pictures] == [[((2, 2, 10, 8), None)]] * 2 + [[]]
     assert coco.problems == {CONTRADICTING: ["annotation 3"]}
-    with pytest.raises(UserError, match="annotations cannot be used"):
+    with pytest.raises(UserError, match="has no usable object"):
         open_coco(*files)

@@ -128,8 +128,8 @@ def test_every_parameter_is_in_one_group_and_what_is_deployed_holds_all():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mask-rcnn", "retinanet"])
-def test_it_learns_where_a_square_is(kind):
+@pytest.mark.parametrize(("kind", "lr", "steps"), [("mask-rcnn", 1e-3, 60), ("retinanet", 5e-3, 120)])
+def test_it_learns_where_a_square_is(kind, lr, steps):
     options = {"anchors": (16, 32, 64, 128, 256), "freeze_norms": False, "width": 64}
     model = detector("test_resnet", classes=1, kind=kind, **options).train()
     pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
@@ -139,8 +139,8 @@ def test_it_learns_where_a_square_is(kind):
         "labels": torch.tensor([1]),
         "masks": (pixels[:1] > 0).byte(),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for _ in range(steps):
         optimizer.zero_grad()
         model([pixels], [wanted])["total"].backward()
         optimizer.step()
