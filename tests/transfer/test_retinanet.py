@@ -132,7 +132,8 @@ def test_a_file_that_finds_other_objects_is_removed(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_a_mask_rcnn_is_not_exported(tmp_path):
-    pytest.importorskip("onnxruntime", reason=student_file.ONNX_MISSING)
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(UserError, match=r"images of 20000x2 pixels are too narrow"):
+        OneSize(new_detector(RETINANET), (20000, 2))
     with pytest.raises(UserError, match=r"Mask R-CNN cannot be exported .* Train with detector.kind=retinanet"):
         write_onnx(new_detector().eval(), DETECTOR, (64, 64), tmp_path / "detector.onnx")

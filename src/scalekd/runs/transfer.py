@@ -94,7 +94,8 @@ def _memory_remedy(config: Any) -> str:
         train.batch_size % (parts * parallel.world()) == 0
     )
     current = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
-    return f"The run uses {current}; try {more}smaller images."
+    teacher = ", or a smaller teacher.image_size" if config.teacher else ""
+    return f"The run uses {current}; try {more}smaller images{teacher}."
 
 
 def _card(run: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def make_optimizer(model: nn.Module, backbone: nn.Module, teacher: TeacherTerm |
     if teacher:
         groups += _projector_groups(list(projector), optim.lr * config.teacher.lr_scale, optim.weight_decay)
     slowest, schedule = min(groups, key=lambda group: group["lr"]), config.schedule
-    lowest, whose = slowest["lr"], "projector" if slowest["name"].startswith(PROJECTOR) else "first layer"
+    named = {PROJECTOR: PROJECTOR, "rest": "other parts"}
+    lowest, whose = slowest["lr"], named.get(slowest["name"].partition(",")[0], "first layer")
     warms_up = getattr(schedule, "warmup_epochs", 0) or getattr(schedule, "warmup_iterations", 0)
     for name, rate in (("warmup_lr", schedule.warmup_lr if warms_up else 0.0), ("min_lr", schedule.min_lr)):
         if rate > lowest:

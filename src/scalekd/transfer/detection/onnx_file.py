@@ -30,6 +30,7 @@ IMAGES = 2  # random images that are compared
 NEAR_PIXELS, NEAR_SCORE = 0.1, 1e-3  # boxes and scores that differ by less are equal
 NEAR_OVERLAP = 0.01  # so much below the threshold of NMS, rounding may decide
 TIMED = 5  # runs of which the median time is told
+Objects = tuple[Tensor, Tensor, Tensor]  # boxes (N, 4), scores (N,), labels (N,)
 
 
 class Written(NamedTuple):
@@ -50,6 +51,9 @@ class OneSize(nn.Module):
     Args:
         detector: a `Detector` with a RetinaNet, in evaluation mode.
         size: (height, width) in pixels of the images.
+
+    Raises:
+        UserError: if resizing would leave no short side.
     """
 
     mean: Tensor  # (1, C, 1, 1)
@@ -64,6 +68,8 @@ class OneSize(nn.Module):
         scale = min(min(transform.min_size) / min(size), transform.max_size / max(size))
         # as in torchvision's GeneralizedRCNNTransform
         self.resized = (math.floor(size[0] * scale), math.floor(size[1] * scale))
+        if min(self.resized) < 1:
+            raise UserError(f"images of {size[0]}x{size[1]} pixels are too narrow: resizing would leave no short side")
         unit = transform.size_divisible
         self.canvas = tuple(math.ceil(side / unit) * unit for side in self.resized)
         self.classes: int = self.model.head.classification_head.num_classes
@@ -119,14 +125,12 @@ def write_onnx(detector: Detector, card: dict[str, Any], size: Size, path: Path)
     Raises `UserError` for a detector with masks, if the extra is missing, if the file cannot be written, and if it finds
     other objects that no tie explains: then it is removed.
     """
-    runtime = onnx_runtime(exporting=True)
     if detector.has_masks:
         raise UserError(
             "a Mask R-CNN cannot be exported to ONNX: its mask head runs on as many regions as it finds. Train with "
             "detector.kind=retinanet"
         )
-    if detector.limit is not None and math.floor(min(size) * detector.limit / max(size)) < 1:
-        raise UserError(f"images of {size[0]}x{size[1]} pixels are too narrow")
+    runtime = onnx_runtime(exporting=True)
     model = OneSize(detector.eval(), size).eval()
     generator = torch.Generator().manual_seed(0)
     shape = (1, len(card["mean"]), *size)
@@ -135,26 +139,24 @@ def write_onnx(detector: Detector, card: dict[str, Any], size: Size, path: Path)
         program = torch.onnx.export(
             model, (images[0],), dynamo=True, input_names=[INPUT], output_names=[*OUTPUTS], verbose=False
         )
-        expected = [model(image) for image in images]
+        expected: list[Objects] = [model(image) for image in images]
     assert program is not None
     save_onnx(program, path, card | {"input_size": list(size)})
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = [tuple(map(torch.from_numpy, session.run(None, {INPUT: image.numpy()}))) for image in images]
-    compared = sum(len(boxes) for boxes, *_ in expected)
-    pairs = list(zip(expected, found))
-    overlap = detector.student.nms_thresh - NEAR_OVERLAP
-    missed = sum(int((~(equal(*pair) | explained(*pair, overlap))).sum()) for pair in pairs)
+    compared = same = missed = 0
+    for image, wanted in zip(images, expected):
+        boxes, scores, labels = map(torch.from_numpy, session.run(None, {INPUT: image.numpy()}))
+        found, overlap = (boxes, scores, labels), detector.student.nms_thresh - NEAR_OVERLAP
+        compared += len(wanted[1])
+        same += int(equal(wanted, found).sum())
+        missed += int((~(equal(wanted, found) | explained(wanted, found, overlap))).sum())
     if missed:
         path.unlink(missing_ok=True)
         raise UserError(
             f"{path}: {missed} of {compared} objects of the detector are not found under onnxruntime; the file was removed. "
             "Use detector.safetensors, or other versions of onnxruntime and onnxscript"
         )
-    same = sum(int(equal(*pair).sum()) for pair in pairs)
     return Written(compared, same, _milliseconds(session, images[0]))
-
-
-Objects = tuple[Tensor, Tensor, Tensor]  # boxes (N, 4), scores (N,), labels (N,)
 
 
 def equal(wanted: Objects, found: Objects) -> Tensor:
