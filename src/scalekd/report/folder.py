@@ -31,7 +31,7 @@ from scalekd.models.student_file import create_student, load_student
 from scalekd.models.weights.card import read_card
 from scalekd.train import checkpoint
 from scalekd.train.log import read_log
-from scalekd.transfer.tasks import TASKS, TaskName, task_of
+from scalekd.transfer.tasks import TASKS, TaskName, architecture, task_of
 
 from .curves import TOP1, ReportRun
 from .damage import FIGURES, KNOWN, MADE, RESULTS, check_sections, intact_card, intact_events, intact_json
@@ -129,7 +129,7 @@ class RunFolder:
         ]:
             facts["data"] = ", ".join(parts)
         if self.task:
-            facts["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
+            facts["model"] = f"{architecture(self.recipe)} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
             model = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}
