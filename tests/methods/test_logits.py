@@ -203,6 +203,8 @@ def test_large_logits_stay_finite():
         (lambda s: KD(s, s, variant="wtm"), "choose from 'kd', 'ttm', 'wttm'"),
         (lambda s: KD(s, s, variant="ttm"), "ttm is plain kd at temperature 1"),
         (lambda s: KD(s, s, variant="wttm", temperature=2.0, standardize=True), "use one of them"),
+        (lambda s: KD(s, s, probabilities="sigmoid", standardize=True), "probabilities is sigmoid"),
+        (lambda s: KD(s, s, probabilities="sigmoid", variant="ttm", temperature=2.0), "probabilities is sigmoid"),
         (lambda s: KD(*[dataclasses.replace(s, classes=1)] * 2, standardize=True), "two classes"),
     ],
 )

@@ -38,6 +38,7 @@ class DeiT(nn.Module):
     """
 
     needs_maps = False
+    one_label = "its second head learns one class or a softmax; use kd with probabilities=sigmoid"
     needs_two_heads = True
 
     def __init__(

@@ -48,6 +48,7 @@ class WKDL(nn.Module):
 
     needs_classifier = True
     needs_targets = True
+    one_label = "it moves probability between classes of a softmax; use kd with probabilities=sigmoid"
     needs_logits = True
 
     def __init__(
