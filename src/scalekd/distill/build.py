@@ -38,6 +38,7 @@ from scalekd.train.run import check_batch_size, scaler_and_average
 from .balance import Balance, Gradients
 from .compiled import compile_step
 from .distiller import Distiller
+from .levers import make_ready
 from .quantised import calibration_images, fake_quantise, load_methods
 from .run import DistillationRun, gives_embeddings, logit_losses
 
@@ -141,11 +142,9 @@ def _build_distiller(
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
     if config.balance and len(distiller.methods) > 1:
         distiller.gradients = gradients_for(config.balance, distiller)
-    distiller.to(device)
-    if train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    make_ready(distiller, config, device)
     if train.compile:
-        compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
+        compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()), train.cuda_graphs)
     return distiller
 
 
