@@ -82,16 +82,18 @@ def _checks(tiny: bool) -> Iterator[Row]:
 
     pair, batch = ("tiny", 8) if tiny else ("swin-s-resnet50", 16)
     yield check("environment", "environment")
-    yield check("float32, every method", "float32_methods")
+    drawing = ["kd", "scalekd", "crd", "mgd", "diffkd"]  # the last three draw random numbers
+    yield check("float32, every method", "float32_methods", methods=drawing if tiny else None)
     yield check(f"float32, {pair}", "float32_pair", pair=pair, form="default")
     yield check("bf16", "half_precision", precision="bf16")
     yield check("fp16, with an overflow", "half_precision", precision="fp16")
     yield check("resumed, deterministic", "resume", deterministic=True)
-    yield check("resumed", "resume", deterministic=False)
+    if not tiny:
+        yield check("resumed", "resume", deterministic=False)
     yield check("one process with NCCL", "one_process")
     yield check("export", "export")
     yield check("out of memory", "out_of_memory")
-    for levers in AGREEING[:3] if tiny else AGREEING:
+    for levers in ("teacher+streams", "checkpointing") if tiny else AGREEING:
         limit = COMPILED if "compile" in levers or "graphs" in levers else 45
         small = "tiny" if limit == COMPILED else pair  # the compiler takes long for a large model
         yield check(f"{levers}, {small}", "levers_agree", limit, pair=small, batch=batch, levers=[levers])
@@ -122,7 +124,7 @@ def _tiny() -> Iterator[Row]:
     """The same functions as the real rows, on models of a few thousand parameters."""
     for form in FORMS:
         yield _step("tiny", form, 8, "plain", **SHORT)
-    for levers in EAGER_LEVERS:
+    for levers in ("teacher", "streams", "float32", "tf32"):
         yield _step("tiny", "default", 8, levers, **SHORT)
     yield _step("tiny", "kd", 8, "teacher+compile", backend="eager", **SHORT)
     yield _step("tiny", "kd", 8, "graphs", backend="eager", **SHORT)

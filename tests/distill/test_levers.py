@@ -20,7 +20,7 @@ from scalekd.data.batches import Batch
 from scalekd.distill.build import build
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
-from scalekd.distill.levers import make_ready
+from scalekd.distill.levers import move
 from scalekd.distill.streams import SideStream
 from scalekd.methods.names import METHODS
 from scalekd.models.half import hold_in
@@ -223,7 +223,7 @@ def test_tf32_on_a_gpu_that_has_no_use_for_it(tiny_recipe, monkeypatch, precisio
     config = check_config(changed(tiny_recipe, train={"tf32": True}), "test")
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     with pytest.raises(UserError, match=rf"train\.tf32.*{reason}"):
-        make_ready(randomised({"kd": {}}), config, torch.device("cuda", 0))
+        move(randomised({"kd": {}}), config, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(("tf32", "asked"), [(True, "high"), (False, "highest")])
@@ -233,7 +233,7 @@ def test_tf32_is_set_for_every_run_on_a_gpu(tiny_recipe, monkeypatch, tf32, aske
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(Distiller, "to", lambda distiller, *_: distiller)
     config = check_config(changed(tiny_recipe, train={"tf32": tf32}), "test")
-    make_ready(randomised({"kd": {}}), config, torch.device("cuda", 0))
+    move(randomised({"kd": {}}), config, torch.device("cuda", 0))
     assert found == [asked]
 
 

@@ -17,7 +17,7 @@ from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
-from scalekd.distill.levers import make_ready
+from scalekd.distill.levers import move
 from scalekd.train.run import AUTOCAST
 
 from .count import plain_distillation
@@ -88,7 +88,7 @@ def _real_step(
 
 def ready_for_steps(distiller: Distiller, config: Config, device: torch.device) -> Optimizer:
     """Moves an untrained `distiller` to the device, in training mode; returns an optimiser that changes no weight."""
-    make_ready(distiller.train(), config, device)
+    move(distiller.train(), config, device)
     optimizer = make_optimizer(config, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the recipe's rate could make the weights diverge on random pixels

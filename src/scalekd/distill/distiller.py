@@ -300,8 +300,9 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)
         for teacher in self.teachers.values():
             teacher.view.model._apply(fn)
-            if teacher.view.held:
-                teacher.view.model.to(teacher.view.held)
+            held = teacher.view.held
+            if held and any(p.dtype != held for p in teacher.view.model.parameters()):
+                teacher.view.model.to(held)
             teacher.mean, teacher.std = fn(teacher.mean), fn(teacher.std)
         return self
 

@@ -1,4 +1,4 @@
-"""Puts a distiller on its device in the form that a recipe asks for: precisions, memory format, streams, recomputation."""
+"""Gives a distiller the speed and memory that a recipe asks for: precisions, recomputation, memory format, streams."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ from .distiller import Distiller
 from .streams import SideStream
 
 
-def make_ready(distiller: Distiller, config: Config, device: torch.device) -> None:
-    """Moves `distiller` to the device and changes it in place. Compile it after that, with `compile_step`.
+def reshape_step(distiller: Distiller, config: Config) -> None:
+    """Changes what a step computes and keeps, on any device: teachers in half precision, blocks that run again.
 
-    On a GPU it sets PyTorch's precision of float32 products for the whole process, as `train.tf32` says. Raises
-    `UserError` if the device or the student cannot do what the recipe asks for.
+    Raises `UserError` if the student's blocks are not known.
     """
-    train = config.train
-    _check_device(train, device)
     for name, teacher in distiller.teachers.items():
         if precision := config.all_teachers[name].precision:
             hold_in(teacher.view, precision)
+    if config.train.grad_checkpointing:
+        recompute_blocks(distiller.student, "student.model")
+
+
+def move(distiller: Distiller, config: Config, device: torch.device) -> None:
+    """Moves `distiller` to the device, in the recipe's memory format and with its streams. Compile it after that.
+
+    On a GPU it sets PyTorch's precision of float32 products for the whole process, as `train.tf32` says. Raises
+    `UserError` if the device cannot do what the recipe asks for.
+    """
+    train = config.train
+    _check_device(train, device)
     distiller.to(device)
     if train.channels_last:
         distiller.to(memory_format=torch.channels_last)
-    if train.grad_checkpointing:
-        recompute_blocks(distiller.student, "student.model")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
         if train.streams:
