@@ -268,5 +268,7 @@ def test_the_pre_flight_sees_a_teacher_that_overflows(tiny_recipe):
     with torch.no_grad():
         run.distiller.teachers["teacher"].view.model.head.weight.fill_(6e4)
         run.distiller.teachers["teacher"].view.model.norm.weight.fill_(6e4)
+    screen = io.StringIO()
     with pytest.raises(UserError, match="NaN or infinite: kd"):
-        preflight(run, Console(file=io.StringIO()))
+        preflight(run, Console(file=screen, width=200))
+    assert "weights held in fp16" in screen.getvalue()

@@ -177,7 +177,7 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
     if known:
         share = [known.utilisation[0] / (1 + UNFORESEEN), known.utilisation[1] * (1 + UNFORESEEN)]
         memory = [known.memory[0], known.memory[1] * MEMORY_MEASURED[1]]
-        why = f"{known.steps} steps measured on {known.device}, up to {100 * UNFORESEEN:g} % slower or faster"
+        why = f"{known.steps} steps measured on {known.device}, {100 * UNFORESEEN:g} % slower or faster: {known.table}"
     assumed.append(
         f"a step reaches {100 * share[0]:.3g} to {100 * share[1]:.3g} % of the card's {peak:g} TFLOP/s "
         f"in {'fp16/bf16' if in_half else 'float32'} ({why})"
