@@ -67,6 +67,7 @@ PAIRS = {
     "swin-s-resnet50": Pair("swin_small_patch4_window7_224", "resnet50", 224, 4, (3, 6)),
     "swin-s-mobilenet-v1": Pair("swin_small_patch4_window7_224", "mobilenetv1_100", 224, 4, (3, 6)),
     "swin-s-mixer-s": Pair("swin_small_patch4_window7_224", "mixer_s16_224", 224, 4, (3, 6), "adamw"),
+    "swin-l-resnet50": Pair("swin_large_patch4_window7_224", "resnet50", 224, 4, (16, 24)),
     "swin-l-vit-s": Pair(
         "swin_large_patch4_window7_224", "vit_small_patch16_224", 224, 4, (16, 24), "adamw", {}, POOLED
     ),

@@ -13,7 +13,7 @@ import torch
 from whole_runs import changed
 
 from scalekd.config.recipe import check_config
-from scalekd.cost import plan_measured
+from scalekd.cost import gpu_figures, plan_measured
 from scalekd.cost.count import cost
 from scalekd.cost.plan import (
     GPUS,
@@ -254,3 +254,57 @@ def test_what_would_narrow_a_wide_interval():
     assert len(busy) == 1 and "nothing else runs here" in busy[0]
     busy = narrower(measured | {"workers": 0, "train": [10.0, 60.0]})
     assert len(busy) == 1 and "nothing else runs here" in busy[0]
+
+
+# ---------------------------------------------------------------- figures of GPUs
+
+
+@pytest.fixture
+def measured_gpus(tmp_path, monkeypatch):
+    """Steps of an H200 as benchmarks/gpu_table.py writes them: 20 and 30 % of its 989 TFLOP/s, compiled 40 %."""
+    steps = [
+        {"half": True, "compiled": compiled, "images_per_s": share * 989e12 / 1e11, "flops_per_image": 1e11,
+         "peak_mb": times * 5000, "counted_mb": 5000}
+        for share, times, compiled in ((0.2, 0.9, False), (0.3, 1.2, False), (0.4, 1.0, True))
+    ]  # fmt: skip
+    file = tmp_path / "gpus.json"
+    file.write_text(json.dumps({"h200": {"device": "NVIDIA H200", "table": "docs/results/gpu/x.md", "steps": steps}}))
+    monkeypatch.setattr(gpu_figures, "FILE", file)
+
+
+def on(gpu: str, tiny_recipe: dict[str, Any], **train: Any) -> dict[str, Any]:
+    config = check_config(changed(tiny_recipe, train={"precision": "bf16"} | train), "test")
+    return plan(config, images=1000, classes=3, gpu=gpu)["runs"][0]
+
+
+def test_a_plan_uses_what_was_measured_on_the_card(measured_gpus, tiny_recipe):
+    run = on("h200", tiny_recipe)
+    flops = 1e9 * run["gflops"]["train"]
+    assert run["train"] == pytest.approx([0.2 / 1.25 * 989e12 / flops, 0.3 * 1.25 * 989e12 / flops])
+    assert run["memory"]["times"] == pytest.approx([0.9, 1.2 * 1.15])
+    assert "16 to 37.5 % of the card's 989 TFLOP/s in fp16/bf16 (2 steps measured on NVIDIA H200" in run["assumed"][0]
+    assert "memory is 0.9 to 1.38 times" in run["assumed"][1]
+    compiled = on("h200", tiny_recipe, compile=True)
+    assert compiled["train"] == pytest.approx([0.4 / 1.25 * 989e12 / flops, 0.4 * 1.25 * 989e12 / flops])
+
+
+def test_other_cards_and_precisions_keep_the_assumptions(measured_gpus, tiny_recipe):
+    for run in (on("h100", tiny_recipe), on("h200", tiny_recipe, precision="float32")):
+        assert "not verified by a run" in run["assumed"][0] and run["memory"]["times"] == MEMORY_COUNTED
+
+
+@pytest.mark.parametrize(
+    ("device", "gb", "card"),
+    [
+        ("NVIDIA H200", 150.1, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 42.3, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 85.0, "a100"),
+        ("Tesla V100-SXM2-16GB", 16.9, "v100-16"),
+        ("NVIDIA GeForce RTX 4090", 25.4, "rtx4090"),
+        ("NVIDIA L40S", 47.7, "l40s"),
+        ("NVIDIA L4", 23.6, "l4"),
+        ("CPU, Intel(R) Xeon(R) Processor, 1 threads", 0.0, None),
+    ],
+)
+def test_the_card_of_a_device(device, gb, card):
+    assert gpu_figures.card_of(device, gb, {key: values[4] for key, values in GPUS.items()}) == card

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -278,6 +279,23 @@ def test_erasing_keeps_the_other_pixels():
         box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert 0 < box.numel() < 0.4 * changed.numel()
         assert box.float().mean() > 0.9
+
+
+def test_erasing_is_timms_own_on_normalised_pixels():
+    erase = train_transform(Data(train="", image_size=64), Augment(crop="none", flip=0, erase=0.7), MEAN, STD)
+    theirs = RandomErasing(0.7, mode="pixel", device="cpu")
+    mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    original = pil_to_tensor(picture(64, 64))
+    kept = 0
+    for seed in range(20):
+        seed_everything(seed)
+        ours = erase(picture(64, 64))
+        seed_everything(seed)
+        torch.rand(1)  # the transform draws once for the flip
+        wanted = (theirs((original - mean) / std) * std + mean).round().clamp(0, 255).to(torch.uint8)
+        assert torch.equal(ours, wanted)
+        kept += torch.equal(ours, original)
+    assert 0 < kept < 20
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -21,6 +21,7 @@ ALL = {"ce": {}, "kd": {}, "scalekd": {}, "srrl": {}}  # logits, maps, the last 
 TEACHERS = [
     {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random"},  # tokens: strides of channels last
     {"model": "test_convnext", "kwargs": {}, "weights": "random"},  # maps as they are
+    {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random", "precision": "bf16"},
 ]
 
 
@@ -39,7 +40,7 @@ def run_with(recipe, folder, outputs=None):
     return torch.load(folder / "last.pt", weights_only=False), (read[-1] if read else None)
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda t: t["model"])
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["tokens", "maps", "half"])
 def test_read_equals_computed_to_the_last_bit(recipe, tmp_path, teacher):
     text = recipe(losses=ALL, teacher=teacher, train={"epochs": 1, "accumulate": 2}, data={"image_size": 64})
     alone, _ = run_with(text, tmp_path / "alone")

@@ -128,7 +128,8 @@ def _inputs(run: DistillationRun) -> list[Check]:
     for taught in run.taught_by:
         t = taught.teacher
         resized = ", resized from the student's augmented images" if t.size != d.image_size else ""
-        text = f"{t.size[0]}x{t.size[1]}{resized}, {shown(t.mean, t.std)}"
+        held = f", weights held in {taught.spec.precision}" if taught.spec.precision else ""
+        text = f"{t.size[0]}x{t.size[1]}{resized}, {shown(t.mean, t.std)}{held}"
         checks.append(teacher_input(run, taught, text))
         checks += unseen_pixels(taught.label, taught.place, t.view.model, t.size)
     return checks

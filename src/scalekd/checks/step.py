@@ -116,6 +116,7 @@ def one_step(run: Run) -> list[Check]:
             break
         last = batch
         seed_everything(config.seed, "pre-flight")
+        d.zero_grad()  # as between steps: CUDA graphs reuse the memory of gradients
         began = time.perf_counter()
         losses = forward_backward(run, batch, TRIAL * config.train.accumulate)
         if run.device.type == "cuda":

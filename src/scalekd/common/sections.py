@@ -49,10 +49,9 @@ def _or_auto(kind: str) -> WrapValidator:
 Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], _or_auto("a number from 0 to 1024")]
 Switch = Annotated[bool | Literal["auto"], _or_auto("true or false")]
 PRECISIONS = {"fp32": "float32", "bfloat16": "bf16", "float16": "fp16"}  # other names -> ours
-Precision = Annotated[
-    Literal["auto", "float32", "bf16", "fp16"],
-    BeforeValidator(lambda name: PRECISIONS.get(name, name) if isinstance(name, str) else name),
-]
+_our_name = BeforeValidator(lambda name: PRECISIONS.get(name, name) if isinstance(name, str) else name)
+Precision = Annotated[Literal["auto", "float32", "bf16", "fp16"], _our_name]
+HalfPrecision = Annotated[Literal["bf16", "fp16"], _our_name]
 
 
 def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Idle = tuple[bool, str, "Section", str]
 
 # fields of a model that a student may not set, and what to use instead
-TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": ""}
+TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": "", "precision": "; set train.precision"}
 
 
 def cross_checks(config: Recipe) -> list[str]:
@@ -51,7 +51,28 @@ def cross_checks(config: Recipe) -> list[str]:
         problems.append(
             "losses.asl: it needs labels of 0 and 1, and augment.mixup and augment.cutmix mix them; remove these, or use bce"
         )
-    return problems + _quantize(config) + _ignored(config)
+    return problems + _quantize(config) + _step(config) + _ignored(config)
+
+
+def _step(config: Recipe) -> list[str]:
+    """Settings of a step that cannot go together."""
+    train, problems = config.train, []
+    if train.cuda_graphs and train.accumulate > 1:
+        problems.append(
+            "train.cuda_graphs: not with train.accumulate above 1, because a graph's next run would overwrite the gradients; "
+            "set train.accumulate=1 or train.cuda_graphs=false"
+        )
+    if train.cuda_graphs and train.streams:
+        problems.append(
+            "train.cuda_graphs: not with train.streams, because the teacher's graph would overwrite features that the step "
+            "before still reads; set one of the two to false"
+        )
+    if train.compile and train.grad_checkpointing:
+        problems.append(
+            "train.grad_checkpointing: not with train.compile, which chooses itself what to compute again; set one of the two "
+            "to false"
+        )
+    return problems
 
 
 def _quantize(config: Recipe) -> list[str]:
@@ -62,6 +83,7 @@ def _quantize(config: Recipe) -> list[str]:
     odd = {
         "train.ema": train.ema is not None,
         "train.compile": train.compile,
+        "train.grad_checkpointing": train.grad_checkpointing,
         "train.sync_batchnorm": train.sync_batchnorm,
         "train.precision": train.precision != "float32",
         "assistant": config.assistant is not None,
@@ -145,6 +167,9 @@ def _ignored(config: Recipe) -> list[str]:
         [
             (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
             (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
+            (not config.train.compile, "train.cuda_graphs", config.train, "train.compile: true"),
+            (not config.all_teachers, "train.streams", config.train, "a teacher"),
+            (config.train.precision in ("bf16", "fp16"), "train.tf32", config.train, "train.precision: float32"),
             (own_jitter, "augment.color_jitter", augment, "no augment.auto_augment, which has its own"),
             *idle_in(config.schedule),
             (data.on_bad_image == "error", "data.max_bad", data, "data.on_bad_image: skip"),

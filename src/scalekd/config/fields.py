@@ -23,6 +23,18 @@ class DistillationTrain(Train):
     compile: bool = False
     """Compile the teacher, the student and the methods with torch.compile. The first step after each start takes a minute
     or more longer. Losses and gradients are the same up to rounding (docs/explanation/performance.md)."""
+    cuda_graphs: bool = False
+    """With `compile`: record the kernels of a step as CUDA graphs, which start with one call of the host. For small
+    models and batches, whose kernels are short. CUDA only, without `accumulate`; not with `streams`."""
+    streams: bool = False
+    """Run the teachers, and copy their images, on a CUDA stream beside the student's. Same values; takes more memory. On
+    a CPU it changes nothing."""
+    tf32: bool = False
+    """Compute products of float32 matrices in TF32, as PyTorch does for convolutions anyway: 10 bits of mantissa instead
+    of 23, losses included. With `precision: float32`, on GPUs from NVIDIA's Ampere on (A100, A10, RTX 30)."""
+    grad_checkpointing: bool = False
+    """Save only the input of each of the student's blocks, and compute the block again in the backward pass. Less memory,
+    a longer step, same values. Projectors have an option of that name of their own."""
 
 
 class Balance(Section):

@@ -125,7 +125,7 @@ def count_step(distiller: Distiller, config: Config, classes: int, batch: int) -
             pixels, targets = stand_ins(distiller, config, classes, batch)
             half = config.train.precision != "float32"
             charge_step(distiller.train(), pixels, targets, ledger, half)
-            again = _held_again(distiller, pixels, targets, half)
+            again = _held_again(distiller, config, pixels, targets, half)
             fixed = fixed_bytes(distiller, config)
     except NEEDS_VALUES as error:
         raise UserError(
@@ -162,9 +162,12 @@ def stand_ins(distiller: Distiller, config: Config, classes: int, batch: int) ->
     return pixels, torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
 
 
-def _held_again(distiller: Distiller, pixels: Tensor, targets: Tensor, half: bool) -> int | None:
-    """Bytes that the backward pass holds in addition to the saved ones; None if no method has grad_checkpointing."""
-    if not any(getattr(method, "grad_checkpointing", False) for method in distiller.methods.values()):
+def _held_again(
+    distiller: Distiller, config: Config, pixels: Tensor, targets: Tensor, half: bool
+) -> int | None:
+    """Bytes that the backward pass holds in addition to the saved ones; None if nothing has grad_checkpointing."""
+    of_methods = any(getattr(method, "grad_checkpointing", False) for method in distiller.methods.values())
+    if not of_methods and not config.train.grad_checkpointing:
         return None
     between, most = held_in_a_step(distiller, pixels, targets, half)
     return most - between

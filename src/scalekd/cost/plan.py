@@ -21,6 +21,7 @@ from scalekd.models.unfilled import unfilled
 from scalekd.train.hardware import MOST_WORKERS, for_device, resolved, workers_of
 
 from .count import count_step
+from .gpu_figures import figures
 from .plan_measured import probe
 
 Interval = list[float]
@@ -171,11 +172,17 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
         share, peak = UTILISATION_HALF, half
     if config.train.precision == "bf16" and not has_bf16:
         assumed.append(f"{name} has no bf16, so the run is counted as fp16; set train.precision=fp16")
+    known = figures(gpu, in_half, config.train.compile, peak * 1e12)
+    memory, why = MEMORY_COUNTED, "`scalekd docs plan`; not verified by a run"
+    if known:
+        share = [known.utilisation[0] / (1 + UNFORESEEN), known.utilisation[1] * (1 + UNFORESEEN)]
+        memory = [known.memory[0], known.memory[1] * MEMORY_MEASURED[1]]
+        why = f"{known.steps} steps measured on {known.device}, {100 * UNFORESEEN:g} % slower or faster: {known.table}"
     assumed.append(
-        f"a step reaches {100 * share[0]:g} to {100 * share[1]:g} % of the card's {peak:g} TFLOP/s "
-        f"in {'fp16/bf16' if in_half else 'float32'} (`scalekd docs plan`; not verified by a run)"
+        f"a step reaches {100 * share[0]:.3g} to {100 * share[1]:.3g} % of the card's {peak:g} TFLOP/s "
+        f"in {'fp16/bf16' if in_half else 'float32'} ({why})"
     )
-    assumed.append(f"memory is {MEMORY_COUNTED[0]:g} to {MEMORY_COUNTED[1]:g} times what is counted")
+    assumed.append(f"memory is {memory[0]:.2g} to {memory[1]:.3g} times what is counted")
     assumed.append(f"a worker loads {READ_BY_WORKER[0]:g} to {READ_BY_WORKER[1]:g} images/s: a guess, not measured")
     readers = max(1, workers_of(config)) * gpus
     per_image = {"train": 2e9 * step["total"]["gmacs"], "validate": 2e9 * step["parts"]["student"]["forward"]}
@@ -190,7 +197,7 @@ def _counted(config: Config, amount: dict[str, Any], classes: int, gpu: str, gpu
         "memory": {
             "fixed_mb": sum(value or 0 for value in step["fixed_mb"].values()),
             "image_mb": step["total"]["saved_mb"],
-            "times": MEMORY_COUNTED,
+            "times": memory,
             "gpu_mb": 1000 * gb,
         },
         "gflops": {key: value / 1e9 for key, value in per_image.items()},

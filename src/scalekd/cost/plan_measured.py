@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -62,7 +62,7 @@ def probe(
     if device.type == "cpu":
         keep_freed_memory()  # as in a run
     with explain_out_of_memory(device, f"Try a smaller `batch` (now {large})."):
-        run = _run(config, device, classes)
+        run = untrained_run(config, device, classes, config.losses)
         for size in (small, large):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -99,9 +99,9 @@ def seconds_per_image(at_small: list[float], at_large: list[float], small: int, 
     return measured if on_the_line <= 0 else [min(measured[0], on_the_line), max(measured[1], on_the_line)]
 
 
-def _run(config: Config, device: torch.device, classes: int) -> DistillationRun:
-    """An untrained run without images, complete enough for `train_step`."""
-    distiller = untrained(config, classes, config.losses)
+def untrained_run(config: Config, device: torch.device, classes: int, losses: Mapping[str, Any]) -> DistillationRun:
+    """An untrained run without images, complete enough for `train_step`. losses: as for `Distiller`."""
+    distiller = untrained(config, classes, losses)
     optimizer = ready_for_steps(distiller, config, device)
     return DistillationRun(
         config=config,
@@ -126,7 +126,7 @@ def _step(run: DistillationRun, classes: int, size: int) -> Callable[[], object]
     batch = Batch(pixels, torch.randint(classes, (size,)))
     checked = looks_at_every_step(run)
     if run.config.train.compile:
-        compile_step(distiller, size)
+        compile_step(distiller, size, run.config.train.cuda_graphs)
     return lambda: train_step(distiller, [batch], run, 0, checked)
 
 

@@ -17,6 +17,7 @@ from scalekd.config.recipe import Config
 from scalekd.distill.build import make_optimizer, untrained
 from scalekd.distill.compiled import compile_step
 from scalekd.distill.distiller import Distiller
+from scalekd.distill.levers import move
 from scalekd.train.run import AUTOCAST
 
 from .count import plain_distillation
@@ -70,7 +71,7 @@ def _real_step(
 ) -> Callable[[], None]:
     optimizer = ready_for_steps(distiller, config, device)
     if config.train.compile:
-        compile_step(distiller, batch)
+        compile_step(distiller, batch, config.train.cuda_graphs)
     pixels = torch.rand(
         batch, config.data.channels, *map(max, distiller.image_size, distiller.teacher_size), device=device
     )
@@ -87,9 +88,7 @@ def _real_step(
 
 def ready_for_steps(distiller: Distiller, config: Config, device: torch.device) -> Optimizer:
     """Moves an untrained `distiller` to the device, in training mode; returns an optimiser that changes no weight."""
-    distiller.to(device).train()
-    if config.train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    move(distiller.train(), config, device)
     optimizer = make_optimizer(config, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the recipe's rate could make the weights diverge on random pixels

@@ -88,15 +88,36 @@ def _convert(channels: int) -> Transform:
 
 
 class _Erase:
-    """timm's random erasing with normal noise in normalised space, converted back to uint8 pixels."""
+    """timm's random erasing with normal noise in normalised space, converted to uint8 pixels.
+
+    Only the erased area is converted: other pixels would be normalised and come back as they were.
+    """
 
     def __init__(self, probability: float, mean: Statistic, std: Statistic):
         self.erase = RandomErasing(probability, mode="pixel", device="cpu")
         self.mean, self.std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
 
     def __call__(self, image: Tensor) -> Tensor:
-        erased = self.erase((image - self.mean) / self.std)
-        return (erased * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+        areas = _Areas(image.shape)
+        self.erase(areas)
+        for where, noise in areas.filled:
+            image[where] = (noise * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+        return image
+
+
+class _Areas:
+    """Stands in for a normalised image (C, H, W): records which areas are filled, and with what."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size):
+        self.shape, self.filled = shape, list[tuple[Any, Tensor]]()
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, where: Any, noise: Tensor) -> None:
+        self.filled.append((where, noise))
 
 
 def make_mixup(augment: Augment, classes: int, multi_label: bool = False) -> Mixup | None:

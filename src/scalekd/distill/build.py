@@ -38,6 +38,7 @@ from scalekd.train.run import check_batch_size, scaler_and_average
 from .balance import Balance, Gradients
 from .compiled import compile_step
 from .distiller import Distiller
+from .levers import move, reshape_step
 from .quantised import calibration_images, fake_quantise, load_methods
 from .run import DistillationRun, gives_embeddings, logit_losses
 
@@ -157,11 +158,10 @@ def _build_distiller(
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)
     if config.balance and len(distiller.methods) > 1:
         distiller.gradients = gradients_for(config.balance, distiller)
-    distiller.to(device)
-    if train.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    reshape_step(distiller, config)
+    move(distiller, config, device)
     if train.compile:
-        compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()))
+        compile_step(distiller, train.batch_size // (train.accumulate * parallel.world()), train.cuda_graphs)
     return distiller
 
 
@@ -277,14 +277,16 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
     student, _ = create(config.student.model, size, False, inputs | outputs | config.student.kwargs, "student")
     student_stats = statistics(student, config.student, channels, "student")
     if spec is None or not teacher:
-        return Distiller(
+        alone = Distiller(
             student, None, losses, image_size=size, student_stats=student_stats, student_cuts=config.student.cuts
         )
+        reshape_step(alone, config)
+        return alone
     # pre-trained weights keep their own classifier, as in training
     outputs = {"num_classes": classes} if spec.weights != "pretrained" or spec.head else {}
     teacher_size = height_and_width(spec.image_size or size)
     model, _ = create(spec.model, teacher_size, False, inputs | outputs | spec.kwargs, "teacher")
-    return Distiller(
+    distiller = Distiller(
         student,
         model,
         losses,
@@ -295,6 +297,8 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
         student_cuts=config.student.cuts,
         teacher_cuts=spec.cuts,
     )
+    reshape_step(distiller, config)
+    return distiller
 
 
 def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:

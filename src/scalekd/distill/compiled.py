@@ -13,19 +13,20 @@ import torch
 from .distiller import Compiled, Distiller
 
 
-def compile_step(distiller: Distiller, images: int, **options: Any) -> None:
+def compile_step(distiller: Distiller, images: int, cuda_graphs: bool = False, **options: Any) -> None:
     """Makes `distiller` compile its step for batches of `images` images, at the first of them.
 
     A batch of another size, because bad images were skipped, is not compiled; its values are the same up to rounding.
     Neither is a teacher whose classifier a method calls (srrl). Random numbers are the same as without compiling.
 
-    options: arguments of torch.compile.
+    cuda_graphs: record the kernels as CUDA graphs (`train.cuda_graphs`). options: arguments of torch.compile.
     """
     if not options.keys() & {"backend", "mode", "options"}:
-        options["options"] = {"fallback_random": True}
+        options["options"] = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
     teachers = {
         name: torch.compile(teacher.see, dynamic=False, **options)
         for name, teacher in distiller.teachers.items()
         if not teacher.needs_classifier
     }
-    distiller.compiled = Compiled(images, torch.compile(distiller.terms, dynamic=False, **options), teachers)
+    terms = torch.compile(distiller.terms, dynamic=False, **options)
+    distiller.compiled = Compiled(images, terms, teachers, cuda_graphs)

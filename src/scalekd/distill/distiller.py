@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +16,8 @@ from scalekd.models.stages import Features, Shapes, StageView
 from scalekd.models.two_heads import train_apart
 
 from .balance import Gradients
+from .streams import Beside
+from .teacher import Teacher
 
 
 class Compiled(NamedTuple):
@@ -26,46 +27,11 @@ class Compiled(NamedTuple):
     terms: Callable[..., dict[str, Tensor]]  # for `Distiller.terms`
     # for `Teacher.see`, by teacher
     teachers: Mapping[str, Callable[[Tensor], Features]]
+    cuda_graphs: bool = False
 
 
 T = TypeVar("T")
 ONE = "teacher"  # name of a single teacher
-
-
-@dataclass
-class Teacher:
-    """A frozen model with its input size and normalisation.
-
-    Not an `nn.Module`, so that its parameters are not among the distiller's.
-    """
-
-    view: StageView
-    size: tuple[int, int]  # (height, width) in pixels
-    mean: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
-    std: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
-    needs_maps: bool = False
-    needs_classifier: bool = False
-
-    def __call__(self, pixels: Tensor, see: Callable[[Tensor], Features] | None = None) -> Features:
-        """The features that the methods need, for pixels `(B, C, H, W)` in [0, 1] of any size.
-
-        see: a compiled version of `self.see`.
-        """
-        features = (see or self.see)(resized(pixels, self.size, self.view.model))
-        return self.view.resumable(features) if self.needs_maps and self.view.shapes.can_resume else features
-
-    def stay_in_eval(self) -> None:
-        """Puts the model back into eval mode if the caller's loop put it, or a part of it, into train mode.
-
-        `module.train()` of a module that also holds the teacher does so, for example. In train mode batch norms would
-        use and change their statistics, and drop path would act.
-        """
-        if any(module.training for module in self.view.model.modules()):
-            self.view.model.eval()
-
-    def see(self, pixels: Tensor) -> Features:
-        """The features, without `resume`, for pixels `(B, C, H, W)` in [0, 1] of the teacher's input size."""
-        return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=self.needs_classifier)
 
 
 class Distiller(nn.Module):
@@ -150,6 +116,7 @@ class Distiller(nn.Module):
         self.pixels_checked = False
         self.eager = False  # do not use `compiled`
         self.compiled: Compiled | None = None
+        self.beside = Beside()  # where the teachers run; a CUDA stream of their own with `train.streams`
         self.gradients: Gradients | None = None  # measures, and with `Balance` scales, the losses of a run
 
     def _add(self, name: str, options: Any) -> None:
@@ -223,6 +190,8 @@ class Distiller(nn.Module):
         compiled = self.compiled if self.compiled and self.compiled.images == len(images) else None
         if self.eager:
             compiled = None
+        if compiled and compiled.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs of the step before may be overwritten
         if not self.pixels_checked:  # once, because it waits for the device
             expect_unit_range(images)
             self.pixels_checked = True
@@ -230,25 +199,39 @@ class Distiller(nn.Module):
         for frozen in self.teachers.values():
             frozen.stay_in_eval()
         if teacher is None:
-            by_teacher = self._all_features(pixels, compiled.teachers if compiled else None)
+            with self.beside.work(pixels):
+                by_teacher = self._all_features(pixels, compiled.teachers if compiled else None)
         else:
             by_teacher = dict.fromkeys(self.teachers, teacher)
-        terms = compiled.terms if compiled else self.terms
-        return terms(resized(pixels, self.image_size, self.student), targets, by_teacher)
+        pixels = resized(pixels, self.image_size, self.student)
+        if compiled:
+            self.beside.join(by_teacher)
+            return compiled.terms(pixels, targets, by_teacher)
+        student = self.see(pixels)
+        self.beside.join(by_teacher)
+        return self.compare(student, targets, by_teacher)
 
     def terms(self, pixels: Tensor, targets: Tensor, by_teacher: dict[str, Features]) -> dict[str, Tensor]:
         """The loss terms, as `forward` returns them, from the features of each teacher.
 
         pixels: `(B, C, H, W)` in [0, 1] of the student's input size.
         """
+        return self.compare(self.see(pixels), targets, by_teacher)
+
+    def see(self, pixels: Tensor) -> Features:
+        """The student's features for pixels as for `terms`."""
         student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
         if not self.student_view.shapes.classes:
             student.logits = student.logits[:, :0]  # without a classifier timm returns pooled features
+        return student
+
+    def compare(self, student: Features, targets: Tensor, by_teacher: dict[str, Features]) -> dict[str, Tensor]:
+        """The loss terms of the features of all models."""
         labelled = len(targets)
         losses: dict[str, Tensor] = {}
         for key, method in self.methods.items():
             inputs = student, _mean_logits([by_teacher[name] for name in self.reads[key]])
-            if labelled < len(pixels) and getattr(method, "needs_targets", False):
+            if labelled < len(student.logits) and getattr(method, "needs_targets", False):
                 inputs = student.first(labelled), inputs[1] and inputs[1].first(labelled)
             for term, value in method(*inputs, targets).items():
                 losses[key if term == key.partition("@")[0] else f"{key}.{term}"] = self.weights[key] * value
@@ -319,6 +302,9 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)
         for teacher in self.teachers.values():
             teacher.view.model._apply(fn)
+            held = teacher.view.held
+            if held and any(p.dtype != held for p in teacher.view.model.parameters()):
+                teacher.view.model.to(held)
             teacher.mean, teacher.std = fn(teacher.mean), fn(teacher.std)
         return self
 

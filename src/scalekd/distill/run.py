@@ -31,9 +31,10 @@ from scalekd.models.weights.trained import Loaded
 from scalekd.train.run import Run
 
 from .balance import backbone_parameters
-from .distiller import Distiller, Teacher
+from .distiller import Distiller
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
 from .label_sets import SET_FIGURES, figures_of, scores_of
+from .teacher import Teacher
 from .teacher_outputs import TeacherOutputs
 
 
@@ -144,11 +145,14 @@ class DistillationRun(Run):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Arguments of the distiller: images `(B, C, H, W)` in [0, 1] and targets, after Mixup and CutMix if the recipe has them."""
-        images = scaled(batch.images.to(self.device, non_blocking=True))
-        targets = batch.targets.to(self.device, non_blocking=True)
-        if self.config.train.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return mixed(images, targets, self.mixup) if self.mixup else (images, targets)
+        with self.model.beside.work(batch.images, batch.targets):
+            images = scaled(batch.images.to(self.device, non_blocking=True))
+            targets = batch.targets.to(self.device, non_blocking=True)
+            if self.config.train.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            made = mixed(images, targets, self.mixup) if self.mixup else (images, targets)
+        self.model.beside.join(made)
+        return made
 
     def train_batches(self, sampler: TrainSampler, workers: int) -> Generator[Batch, None, None]:
         return train_batches(self.train_images, sampler, workers, self.device.type == "cuda")

@@ -150,7 +150,7 @@ class TeacherOutputs:
         maps, prefix = values.pop("maps"), values.pop("prefix")
         features = Features(maps=tuple(maps), prefix=tuple(prefix + [None] * (len(maps) - len(prefix))), **values)
         if features.pooled is not None:
-            features.classify = view.model.get_classifier()  # type: ignore[operator]
+            features.classify = view.classifier()
         return view.resumable(features) if maps and view.shapes.can_resume else features
 
 

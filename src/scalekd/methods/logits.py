@@ -200,7 +200,9 @@ class KD(nn.Module):
         check_choice("kd", "probabilities", probabilities, ("softmax", "sigmoid"))
         check_choice("kd", "variant", variant, ("kd", "ttm", "wttm"))
         if probabilities == "sigmoid" and (standardize or variant != "kd"):
-            raise ValueError("kd: standardize and variant change the softmax, and probabilities is sigmoid; use one of them")
+            raise ValueError(
+                "kd: standardize and variant change the softmax, and probabilities is sigmoid; use one of them"
+            )
         if standardize and student.classes < 2:
             raise ValueError("kd: standardize needs two classes or more. Use bkd")
         if variant != "kd" and temperature == 1:

@@ -118,11 +118,7 @@ class ScaleKD(nn.Module):
         _check_path(student, teacher, views, tpp, adaptive_queries)
         _check_views(teacher, self.weights)
         _check_heads(heads, tpp)
-        if shared and not can_share(views, self.weights):
-            raise ValueError("shared needs two different views")
-        if student_views == "first" and not (tpp and len(self.weights) == 2):
-            raise ValueError("student_views: first needs the proxy path and two views with a weight")
-
+        _check_two(views, self.weights, shared, student_views == "first", tpp)
         self.adaptive = tpp and adaptive_queries is not False
         self.reduction: Reduction = reduction
         self.grad_checkpointing = grad_checkpointing
@@ -204,6 +200,14 @@ def _check_views(teacher: Shapes, weights: dict[str, float]) -> None:
             f"{teacher.model} has a 1x1 final map, which is 0 without its direct component. "
             "Use a larger image size, or cap or tpp"
         )
+
+
+def _check_two(views: str, weights: dict[str, float], shared: bool, first: bool, tpp: bool) -> None:
+    """Raises ValueError for options that need two views, and for `student_views: first` without the proxy path."""
+    if shared and not can_share(views, weights):
+        raise ValueError("shared needs two different views")
+    if first and not (tpp and len(weights) == 2):
+        raise ValueError("student_views: first needs the proxy path and two views with a weight")
 
 
 def _check_heads(heads: tuple[int, ...] | None, tpp: bool) -> None:

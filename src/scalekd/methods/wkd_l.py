@@ -65,9 +65,7 @@ class WKDL(nn.Module):
         super().__init__()
         teacher = check_features(student, teacher)
         check_logits("wkd_l", student, teacher, temperature)
-        check_positive(
-            "wkd_l", gamma=gamma, sharpness=sharpness, regularization=regularization, iterations=iterations
-        )
+        check_positive("wkd_l", gamma=gamma, sharpness=sharpness, regularization=regularization, iterations=iterations)
         if teacher.pooled < 1:
             raise ValueError(
                 f"wkd_l needs a single classifier that gives the teacher's logits, and {teacher.model} has none.\n"

@@ -15,6 +15,7 @@ def pooled(model: Any, images: Tensor) -> Tensor:
 
     Raises `UserError` if the model does not pool into one vector per image.
     """
+    images = images.to(next(model.parameters(), images).dtype)  # a teacher may be held in half precision
     return _flat(model.forward_head(model.forward_features(images), pre_logits=True), model)
 
 

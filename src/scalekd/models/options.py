@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from scalekd.common.sections import ImageSize, Section
+from scalekd.common.sections import HalfPrecision, ImageSize, Section
 from scalekd.common.text import printable
 
 
@@ -85,6 +85,11 @@ class Model(Backbone):
     classes: ClassOrder | None = None
     """Teachers: the order of the teacher's classes, if it differs from the data's: `natural` for the order that timm's
     train.py uses, or the names of all classes."""
+
+    precision: HalfPrecision | None = None
+    """Teachers: hold the weights in `bf16` or `fp16` and compute the teacher in it, its last stage under a method too.
+    Its features are converted to float32, or taken as they are under the autocast of `train.precision`; losses are
+    computed in float32. By default the weights stay in float32, and `train.precision` says how the teacher computes."""
 
     @property
     def fits_head(self) -> bool:

@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class StageView:
         self.model = model
         self.name = name
         self.refusal: str | None = None
+        self.held: torch.dtype | None = None  # the half precision in which the model is held, see `half.py`
+        self.run: Callable[..., Any] = _as_it_is  # runs a part of the model on tensors
         self.indices: tuple[int, ...] = ()  # the four features taken, in timm's numbering
         self._gives_prefix = _gives_prefix(model)
         reason = obstacle(model)
@@ -159,11 +162,12 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            logits, distilled = predictions(self.model(images))
-            return Features(logits=logits, distilled=distilled)
+            return self.run(lambda x: _predicted(self.model(x)), images)
         if self.refusal:
             raise ValueError(self.refusal)
-        features = self._tap(self.model, images, classifier)
+        features: Features = self.run(lambda x: self._tap(self.model, x, classifier), images)
+        if features.classify is not None:
+            features.classify = self.classifier()
         return self.resumable(features) if resumable else features
 
     def resumable(self, features: Features) -> Features:
@@ -174,6 +178,10 @@ class StageView:
             )
         features.resume = self._resume_from(features.prefix)
         return features
+
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """The model's classifier, for `Features.classify`."""
+        return partial(self.run, self.model.get_classifier())  # type: ignore[operator]
 
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
         options = {"return_prefix_tokens": True} if self._gives_prefix else {}
@@ -196,14 +204,26 @@ class StageView:
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
         tail = TEACHER_TAILS[type(self.model)]
 
+        def run_on(x: Tensor, tokens: Tensor | None, k: int, end: bool) -> Tensor:
+            x = tail(self.model, self.indices[k - 1], x, tokens, end)
+            return _normed(self.model, x) if end else x
+
         def resume(k: int, x: Tensor, end: bool = True) -> Tensor:
             tokens = prefix[k - 1]
             if tokens is not None:
                 tokens = tokens.detach().repeat(x.shape[0] // tokens.shape[0], 1, 1)  # view by view
-            x = tail(self.model, self.indices[k - 1], x, tokens, end)
-            return _normed(self.model, x) if end else x
+            return self.run(partial(run_on, k=k, end=end), x, tokens)
 
         return resume
+
+
+def _predicted(output: Any) -> Features:
+    logits, distilled = predictions(output)
+    return Features(logits=logits, distilled=distilled)
+
+
+def _as_it_is(part: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    return part(*inputs)
 
 
 # Choosing the features
