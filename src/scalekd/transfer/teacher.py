@@ -1,7 +1,7 @@
 """A frozen teacher beside the backbone of a detector or segmenter: the coarse map learns the teacher's last map.
 
-RT-DETRv4 (arXiv:2510.25257) trains its detectors so, with a linear projector. The teacher and the projector are not
-part of the deployed model.
+RT-DETRv4 (arXiv:2510.25257) aligns the deep layers of its detectors with a foundation model in this way. The teacher and the
+projector are not part of the deployed model.
 """
 
 from __future__ import annotations
