@@ -60,7 +60,9 @@ def test_version_and_no_command(cli):
 def test_methods(cli):
     listed = json.loads(cli("methods", "--json").out)
     assert [entry["name"] for entry in listed] == list(METHODS)
-    assert next(e for e in listed if e["name"] == "kd")["options"] == {"temperature": 1.0}
+    assert next(e for e in listed if e["name"] == "kd")["options"] == {
+        "temperature": 1.0, "probabilities": "softmax", "standardize": False, "variant": "kd"
+    }  # fmt: skip
     assert all(re.match(rf"`{e['name']}`: .*\.$", e["summary"]) and "See" not in e["summary"] for e in listed)
     text = cli("methods").out
     assert all(f"\n{name} " in f"\n{text}" for name in METHODS) and "temperature=1.0" in text
