@@ -243,7 +243,7 @@ def _check_batch(config: Config, images: int, mix: Mix | None, processes: int) -
 
 
 def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]], teacher: bool = True) -> Distiller:
-    """The recipe's distiller with initial values instead of trained weights, to count and time its step.
+    """The recipe's distiller with initial values instead of trained weights, to count and time its step. It measures nothing.
 
     Args:
         classes: number of classes of the data.
@@ -268,7 +268,7 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
     outputs = {"num_classes": classes} if spec.weights != "pretrained" or spec.head else {}
     teacher_size = height_and_width(spec.image_size or size)
     model, _ = create(spec.model, teacher_size, False, inputs | outputs | spec.kwargs, "teacher")
-    return Distiller(
+    distiller = Distiller(
         student,
         model,
         losses,
@@ -279,6 +279,8 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
         student_cuts=config.student.cuts,
         teacher_cuts=spec.cuts,
     )
+    distiller.skip_measuring()
+    return distiller
 
 
 def make_optimizer(config: Config, distiller: Distiller) -> Optimizer:

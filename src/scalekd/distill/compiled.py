@@ -26,6 +26,6 @@ def compile_step(distiller: Distiller, images: int, **options: Any) -> None:
     teachers = {
         name: torch.compile(teacher.see, dynamic=False, **options)
         for name, teacher in distiller.teachers.items()
-        if not teacher.needs_classifier
+        if not (teacher.needs_classifier or teacher.needs_pooled)
     }
     distiller.compiled = Compiled(images, torch.compile(distiller.terms, dynamic=False, **options), teachers)

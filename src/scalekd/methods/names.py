@@ -14,6 +14,7 @@ from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
 from .fd import FD
+from .fm import FM
 from .logits import KD, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
 from .ofa import OFA
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "dkd": DKD,
     "dist": DIST,
     "fd": FD,
+    "fm": FM,
     "cap": cap,
     "dfm": dfm,
     "tpp": tpp,

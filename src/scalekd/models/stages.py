@@ -51,7 +51,8 @@ class Features:
     `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`, or with `end=False` to the output of
     stage 4, before the final norm. Gradients flow to `map`. It uses the teacher's own prefix tokens of that stage,
     repeated n times."""
-    pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
+    pooled: Tensor | None = None
+    """(B, P), the classifier's input: the class token or what the model pools. Only for methods that need it."""
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
 
@@ -100,6 +101,7 @@ class StageView:
         self.refusal: str | None = None
         self.indices: tuple[int, ...] = ()  # the four features taken, in timm's numbering
         self._gives_prefix = _gives_prefix(model)
+        self._one_classifier: bool | None = None  # known after the first pass with `classifier`
         reason = obstacle(model)
         if reason is None:
             self.indices, reason = _choose(model, name, cuts)
@@ -174,14 +176,16 @@ class StageView:
         )
         maps, prefix = zip(*outputs) if self._gives_prefix else (outputs, [None] * len(outputs))
         _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it does not return four maps")
-        head = _head(model, x) if classifier else (_one_logit_tensor(model.forward_head(x)), None, None)
+        if classifier and self._one_classifier is None:
+            self._one_classifier = _has_one_classifier(model, x)
+        logits, pooled, classify = _head(model, x, classifier and bool(self._one_classifier))
         return Features(
-            logits=head[0],
+            logits=logits,
             maps=tuple(maps),
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
-            pooled=head[1],
-            classify=head[2],
+            pooled=pooled,
+            classify=classify,
         )
 
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
@@ -278,15 +282,22 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """The logits, the classifier's input, and the classifier.
+def _head(model: Any, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """The logits, and with `split` the classifier's input and the classifier, else None and None."""
+    if not split:
+        return _one_logit_tensor(model.forward_head(x)), None, None
+    pooled, classify = model.forward_head(x, pre_logits=True), model.get_classifier()
+    return classify(pooled), pooled, classify
 
-    The latter two are None if the logits are not the output of one module, as in models with two heads or with a head on
-    every token.
+
+def _has_one_classifier(model: Any, x: Tensor) -> bool:
+    """Whether the logits are the output of one module on pooled features `(B, P)`.
+
+    They are not in models with two heads or with a head on every token. x: the head's input.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Module):
-        return _one_logit_tensor(model.forward_head(x)), None, None
+        return False
     calls: list[tuple[Any, Any]] = []
     hook = classifier.register_forward_hook(lambda _, given, result: calls.append((given[0], result)))
     try:
@@ -294,8 +305,13 @@ def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tenso
     finally:
         hook.remove()
     if len(calls) != 1 or calls[0][1] is not logits or calls[0][0].ndim != 2:
-        return logits, None, None
-    return logits, calls[0][0], classifier
+        return False
+    try:
+        pooled = model.forward_head(x, pre_logits=True)
+    except TypeError:  # a model without this argument
+        return False
+    same = isinstance(pooled, Tensor) and pooled.shape == calls[0][0].shape
+    return same and (pooled.is_meta or torch.equal(pooled, calls[0][0]))
 
 
 def _normed(model: Any, x: Tensor) -> Tensor:
