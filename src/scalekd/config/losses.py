@@ -102,6 +102,13 @@ def reads_logits(loss: str) -> bool:
     return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
 
 
+def reads_pooled(loss: str) -> bool:
+    """Whether a method, given by name, uses the input of the student's classifier."""
+    from scalekd.methods.names import METHODS
+
+    return getattr(METHODS[loss], "needs_pooled", False)
+
+
 def explained(name: str) -> str:
     """What a method computes, and its options with their defaults. Raises `UserError` for an unknown name."""
     from scalekd.methods.names import METHODS

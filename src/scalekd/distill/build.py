@@ -16,7 +16,7 @@ from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.config.fields import Balance as BalanceOptions
-from scalekd.config.losses import reads_logits
+from scalekd.config.losses import reads_logits, reads_pooled
 from scalekd.config.recipe import Config
 from scalekd.data.batches import (
     training_images,
@@ -56,7 +56,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     student, student_loaded = build_model(
         config.student, channels=data.channels, image_size=size, classes=head, where="student"
     )
-    if not head:
+    if not head and not any(map(reads_pooled, config.losses)):
         _check_backbone(student, config.student.model)
     student_stats = statistics(student, config.student, data.channels, "student")
     teachers = _build_teachers(config, split.classes)
@@ -179,8 +179,9 @@ def _check_backbone(student: nn.Module, name: str) -> None:
     if hidden != features:
         raise UserError(
             f"student.model: no loss uses the student's logits, so the layer between {name}'s last map and its classifier "
-            f"({features} to {hidden} channels) would stay untrained. Add a loss on logits, such as kd with a teacher that "
-            "has a classifier for your classes, or choose a student without such a layer, such as a ResNet"
+            f"({features} to {hidden} channels) would stay untrained. Add fm, which trains it, or a loss on logits, such as "
+            "kd with a teacher that has a classifier for your classes, or choose a student without such a layer, such as a "
+            "ResNet"
         )
 
 

@@ -20,7 +20,8 @@ from timm.layers import LayerNorm2d, LayerNorm2dFp32, PatchDropout, PatchDropout
 from torch import Tensor, nn
 
 from .inputs import input_channels
-from .tails import TEACHER_TAILS, to_map
+from .tails import TEACHER_TAILS
+from .token_maps import to_map
 
 MapShape = tuple[int, int, int]  # channels, height, width
 LARGE = 60_000_000  # parameters; larger models are probed on the meta device
