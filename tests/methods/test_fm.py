@@ -190,6 +190,6 @@ def test_rejected_options(pair, options, message):
 
 
 def test_an_order_without_a_hadamard_matrix(pair):
-    with pytest.raises(ValueError, match="fm: no Hadamard matrix of order 92.*Set standardise to 'channel'"):
+    with pytest.raises(ValueError, match=r"fm: no Hadamard matrix of order 92.*Set standardise to 'channel'"):
         FM(pair.student, replace(pair.teacher, pooled=92))
     FM(pair.student, replace(pair.teacher, pooled=92), standardise="channel")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard as sylvester
 
 from scalekd.methods.hadamard import hadamard
 from scalekd.methods.standardise import FLOOR, Standardise, isotropic

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from timm.layers import LayerNorm2d, LayerNorm2dFp32, PatchDropout, PatchDropout
 from torch import Tensor, nn
 
 from .inputs import input_channels
+from .own_stages import OwnStages, checked
 from .tails import TEACHER_TAILS
 from .token_maps import to_map
 
@@ -70,7 +71,7 @@ class Features:
 
 
 class StageView:
-    """Calls a timm model and returns its `Features`. Does not change the model.
+    """Calls a timm model, or a module with `OwnStages`, and returns its `Features`. Does not change the model.
 
     `view(images)` is the model's own forward pass, in its current mode: drop path, dropout and batch norm act, and
     gradients flow, as in `model(images)`.
@@ -104,13 +105,16 @@ class StageView:
         self._gives_prefix = _gives_prefix(model)
         self._one_classifier: bool | None = None  # known after the first pass with `classifier`
         reason = obstacle(model)
-        if reason is None:
+        if isinstance(model, OwnStages):
+            if cuts is not None:
+                raise ValueError(f"cuts={list(cuts)}: {name} has stages of its own. Remove cuts.")
+        elif reason is None:
             self.indices, reason = _choose(model, name, cuts)
         elif cuts is not None:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[..., Any]] = [lambda twin, images: _one_logit_tensor(twin(images))]
+        calls: list[Callable[..., Any]] = [_logits]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)
@@ -132,7 +136,7 @@ class StageView:
             maps=tuple(tuple(m.shape[1:]) for m in features.maps) if features else (),
             final=tuple(features.final.shape[1:]) if features else None,
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
-            can_resume=features is not None and type(model) in TEACHER_TAILS,
+            can_resume=features is not None and (type(model) in TEACHER_TAILS or hasattr(model, "resume_stage")),
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
         )
 
@@ -155,7 +159,7 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            return Features(logits=_one_logit_tensor(self.model(images)))
+            return Features(logits=_logits(self.model, images))
         if self.refusal:
             raise ValueError(self.refusal)
         features = self._tap(self.model, images, classifier)
@@ -171,6 +175,10 @@ class StageView:
         return features
 
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
+        if isinstance(model, OwnStages):
+            features = checked(model.stage_features(images))
+            features.prefix = features.prefix or (None,) * 4
+            return features if classifier else replace(features, pooled=None, classify=None)
         options = {"return_prefix_tokens": True} if self._gives_prefix else {}
         x, outputs = model.forward_intermediates(
             images, indices=list(self.indices), norm=False, output_fmt="NCHW", **options
@@ -190,12 +198,14 @@ class StageView:
         )
 
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-        tail = TEACHER_TAILS[type(self.model)]
+        tail = TEACHER_TAILS.get(type(self.model))
 
         def resume(k: int, x: Tensor, end: bool = True) -> Tensor:
             tokens = prefix[k - 1]
             if tokens is not None:
                 tokens = tokens.detach().repeat(x.shape[0] // tokens.shape[0], 1, 1)  # view by view
+            if tail is None:
+                return self.model.resume_stage(k, x, tokens, end)  # type: ignore[operator]
             x = tail(self.model, self.indices[k - 1], x, tokens, end)
             return _normed(self.model, x) if end else x
 
@@ -207,6 +217,8 @@ class StageView:
 
 def obstacle(model: Any) -> str | None:
     """Why the model cannot give maps, or None."""
+    if isinstance(model, OwnStages):
+        return None
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         return "this class has no forward_intermediates in timm"
     if len(getattr(model, "feature_info", ())) == 0:
@@ -258,6 +270,10 @@ def _refusal(name: str, model: nn.Module, reason: str) -> str:
 
 
 # Calling the model
+
+
+def _logits(model: Any, images: Tensor) -> Tensor:
+    return model.stage_features(images).logits if isinstance(model, OwnStages) else _one_logit_tensor(model(images))
 
 
 def _one_logit_tensor(logits: Any) -> Tensor:

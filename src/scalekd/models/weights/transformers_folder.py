@@ -24,9 +24,9 @@ def is_transformers(config: object) -> bool:
 def read_transformers(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Described` of a folder whose config.json has this content. Raises `UserError`."""
     try:
-        vision = config["vision_config"] if config["model_type"] == "siglip" else config
-        if config["model_type"] == "siglip":
-            vision = {"model_type": "siglip_vision_model"} | vision
+        vision = dict(config)
+        if config["model_type"] == "siglip":  # images and texts
+            vision = {"model_type": "siglip_vision_model"} | config["vision_config"]
         if vision["model_type"] not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise UserError(
