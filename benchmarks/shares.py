@@ -19,9 +19,9 @@ from scalekd.config.recipe import load_recipe
 from scalekd.distill.build import build
 from scalekd.train.engine import train_step
 
-STEPS = 40
+STEPS = 21
 EVERY = 10
-IMAGES = 500  # half of the demo's
+IMAGES = 200
 TEACHERS = [
     "teacher=null",
     "teachers.demo={model: vit_tiny_r_s16_p8_224, kwargs: {patch_size: 1, embed_dim: 96, depth: 6, num_heads: 3}, "
