@@ -104,8 +104,9 @@ class StageView:
         self.indices: tuple[int, ...] = ()  # the four features taken, in timm's numbering
         self._gives_prefix = _gives_prefix(model)
         self._one_classifier: bool | None = None  # known after the first pass with `classifier`
+        self._own = isinstance(model, OwnStages)
         reason = obstacle(model)
-        if isinstance(model, OwnStages):
+        if self._own:
             if cuts is not None:
                 raise ValueError(f"cuts={list(cuts)}: {name} has stages of its own. Remove cuts.")
         elif reason is None:
@@ -114,7 +115,7 @@ class StageView:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[..., Any]] = [_logits]
+        calls: list[Callable[..., Any]] = [self._logits]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)
@@ -159,7 +160,7 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            return Features(logits=_logits(self.model, images))
+            return Features(logits=self._logits(self.model, images))
         if self.refusal:
             raise ValueError(self.refusal)
         features = self._tap(self.model, images, classifier)
@@ -174,8 +175,11 @@ class StageView:
         features.resume = self._resume_from(features.prefix)
         return features
 
+    def _logits(self, model: Any, images: Tensor) -> Tensor:
+        return model.stage_features(images).logits if self._own else _one_logit_tensor(model(images))
+
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
-        if isinstance(model, OwnStages):
+        if self._own:
             features = checked(model.stage_features(images))
             features.prefix = features.prefix or (None,) * 4
             return features if classifier else replace(features, pooled=None, classify=None)
@@ -270,10 +274,6 @@ def _refusal(name: str, model: nn.Module, reason: str) -> str:
 
 
 # Calling the model
-
-
-def _logits(model: Any, images: Tensor) -> Tensor:
-    return model.stage_features(images).logits if isinstance(model, OwnStages) else _one_logit_tensor(model(images))
 
 
 def _one_logit_tensor(logits: Any) -> Tensor:
