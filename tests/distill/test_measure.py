@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from whole_runs import CPU, Interrupted, assert_same, changed, final_state, start
 
+from scalekd.checks.step import dead_parameters
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
 from scalekd.config.recipe import check_config
@@ -98,6 +99,11 @@ def test_a_teacher_with_large_features_does_not_drown_another() -> None:
             assert 0.3 < shares({"standardise": standardise, "loss": loss})[0] < 0.7
 
 
+def test_there_must_be_images() -> None:
+    with pytest.raises(UserError, match="no images to measure"):
+        distiller({}).measure([])
+
+
 # ---------------------------------------------------------------- teachers left out
 
 
@@ -149,6 +155,16 @@ def test_the_first_images_of_a_run_are_measured(recipe: dict[str, Any]) -> None:
     measured = run.distiller.methods["fm@cnn"].targets["patch"]
     np.testing.assert_allclose(measured.mean, x.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(measured.weight, 1 / x.std(0), rtol=1e-3)
+
+
+def test_a_layer_before_the_classifier_is_trained_without_labels(tiny_recipe: dict[str, Any]) -> None:
+    recipe = changed(tiny_recipe, losses={"fm": {}}, student={"model": "mobilenetv3_small_050"})
+    run = build(check_config(recipe, "test"), CPU)
+    assert run.distiller.student_view.shapes.classes == 0
+    run.model.train()(IMAGES, NONE)["total"].backward()
+    assert dead_parameters(run.model) == [] and run.student.conv_head.weight.grad.abs().max() > 0
+    with pytest.raises(UserError, match=r"would stay untrained\. Add fm, which trains it"):
+        build(check_config(changed(recipe, losses={"fd": {}}), "test"), CPU)
 
 
 def test_a_run_goes_on_with_its_statistics(recipe: dict[str, Any], tmp_path: Path) -> None:

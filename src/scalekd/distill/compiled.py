@@ -17,7 +17,7 @@ def compile_step(distiller: Distiller, images: int, **options: Any) -> None:
     """Makes `distiller` compile its step for batches of `images` images, at the first of them.
 
     A batch of another size, because bad images were skipped, is not compiled; its values are the same up to rounding.
-    Neither is a teacher whose classifier a method calls (srrl). Random numbers are the same as without compiling.
+    Neither is a teacher whose classifier or its input a method reads (srrl, fm). Random numbers are the same as without compiling.
 
     options: arguments of torch.compile.
     """

@@ -250,14 +250,18 @@ class Distiller(nn.Module):
         Without this call, the first batch of `forward` is measured. In several processes, call it in all of them, each
         with its own images.
 
-        batches: images `(B, C, H, W)`, uint8 or float in [0, 1]; together about `images_to_measure`.
+        batches: images `(B, C, H, W)`, uint8 or float in [0, 1]; together about `images_to_measure`. Raises `UserError` if there
+        are none.
         """
         if not self.images_to_measure:
             return
         for teacher in self.teachers.values():
             teacher.stay_in_eval()
+        images = None
         for images in batches:
             self._observe(self._all_features(scaled(images) if images.dtype == torch.uint8 else images))
+        if images is None:
+            raise UserError("`batches` has no images to measure the teachers' features on")
         self._freeze()
 
     def skip_measuring(self) -> None:

@@ -108,12 +108,16 @@ class DistillationRun(Run):
         """Whether the student has a classifier. It has none if no loss uses its logits."""
         return self.distiller.student_view.shapes.classes > 0
 
+    @property
+    def steps_to_measure(self) -> int:
+        """Steps of images on which `prepare` measures the teachers; 0 if nothing is to be measured."""
+        return min(self.total_steps, math.ceil(self.model.images_to_measure / self.config.train.batch_size))
+
     def prepare(self) -> None:
-        """Measures the teachers for methods that standardise their features: on the first images of the run, as in it."""
-        if not (images := self.model.images_to_measure):
+        """Measures the teachers for methods that standardise their features, on the first images of the run as it sees them."""
+        if not (steps := self.steps_to_measure):
             return
         train, rank, world = self.config.train, parallel.rank(), parallel.world()
-        steps = min(self.total_steps, math.ceil(images / train.batch_size))
 
         def pixels(batches: Iterable[Batch]) -> Iterator[Tensor]:
             for micro, batch in enumerate(batches):
