@@ -158,7 +158,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ImportError("models of transformers need `pip install scalekd[transformers]`") from None
+        raise ImportError('models of transformers need transformers: pip install "scalekd[transformers]"') from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
