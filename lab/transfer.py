@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,25 @@ FIGURES = {
 PICTURES, TILE = 4, 256
 
 
-def figures(runs: Path, task: str) -> dict[str, Any]:
-    """start -> metric -> its values by seed; start -> `seconds` -> the runs' times."""
+def figures(runs: Path, task: str, starts: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
+    """start -> metric of `keys` -> its values by seed; start -> `seconds` -> the runs' times."""
     results: dict[str, Any] = {}
-    for start in STARTS:
+    for start in starts:
         files = sorted(runs.glob(f"{task}-{start}-*/summary.json"))
         summaries = [json.loads(file.read_text()) for file in files]
-        results[start] = {key: {s["seed"]: s[key] for s in summaries} for key in FIGURES[task]}
+        results[start] = {key: {s["seed"]: s[key] for s in summaries} for key in keys}
         results[start]["seconds"] = [s["seconds"] for s in summaries]
     return results
 
 
-def row(results: dict[str, Any], start: str, keys: dict[str, str]) -> str:
-    """A row of the table: each metric, and its differences from the supervised backbone of the same seed."""
+def row(results: dict[str, Any], start: str, keys: Iterable[str], base: str) -> str:
+    """A row of the table: each metric, and its differences from the start `base` of the same seed."""
     cells = []
     for key in keys:
-        values, base = results[start][key], results["supervised"][key]
+        values, others = results[start][key], results[base][key]
         cells.append(spread(list(values.values())))
-        gains = [value - base[seed] for seed, value in values.items() if seed in base]
-        cells.append("" if start == "supervised" else spread(gains, sign="+"))
+        gains = [value - others[seed] for seed, value in values.items() if seed in others]
+        cells.append("" if start == base else spread(gains, sign="+"))
     return f"| {start} | {' | '.join(cells)} | {len(results[start]['seconds'])} |"
 
 
@@ -55,12 +56,11 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "") if values else "-"
 
 
-def table(results: dict[str, Any], task: str) -> list[str]:
-    """Lines of the Markdown table of a task."""
-    keys = FIGURES[task]
-    heads = " | ".join(f"{name} | over supervised" for name in keys.values())
-    lines = [f"| {task}, backbone | {heads} | seeds |", "|---" * (2 + 2 * len(keys)) + "|"]
-    return [*lines, *(row(results, start, keys) for start in STARTS), ""]
+def table(results: dict[str, Any], title: str, keys: dict[str, str], base: str) -> list[str]:
+    """Lines of the Markdown table of a task. title: of the first column. keys: metrics and their names."""
+    heads = " | ".join(f"{name} | over {base}" for name in keys.values())
+    lines = [f"| {title} | {heads} | seeds |", "|---" * (2 + 2 * len(keys)) + "|"]
+    return [*lines, *(row(results, start, keys, base) for start in results), ""]
 
 
 @torch.no_grad()
@@ -115,11 +115,16 @@ def main(runs: Path, out: Path) -> None:
     ]
     results = {}
     for task in FIGURES:
-        results[task] = figures(runs, task)
+        results[task] = figures(runs, task, STARTS, FIGURES[task])
         if any(results[task][start]["seconds"] for start in STARTS):
-            lines += table(results[task], task)
+            lines += table(results[task], f"{task}, backbone", FIGURES[task], "supervised")
         if all((runs / f"{task}-{start}-0" / "summary.json").is_file() for start in STARTS):
             pictures(runs, task, out)
+    write(runs, out, results, lines)
+
+
+def write(runs: Path, out: Path, results: dict[str, Any], lines: list[str]) -> None:
+    """Writes summary.md, and results.json with what made the runs."""
     made = next(iter(runs.glob("*/provenance.json")))
     results["made"] = {
         k: v for k, v in json.loads(made.read_text()).items() if k in ("machine", "torch", "timm", "git")

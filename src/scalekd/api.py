@@ -109,7 +109,7 @@ def train(
             )
     metrics = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     return Result(
-        folder, summary["top1"], metrics, folder / "student.safetensors", folder / "report.html", dict(summary)
+        folder, summary.get("top1"), metrics, folder / "student.safetensors", folder / "report.html", dict(summary)
     )
 
 
@@ -118,21 +118,23 @@ def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None, verb
 
     Args:
         student: a run's folder, its student.safetensors, or an .onnx file.
-        data: images with the student's classes, in any form that `train` takes.
+        data: images with the student's classes, in any form that `train` takes. A student of sets of labels needs sets.
         device: as for `train`.
         verbose: print what the data are.
     """
     from scalekd.runs.students import evaluate_student
 
     found, described = evaluate_student(Path(student), fspath(data), device, _console(verbose))
-    return Evaluation(found["top1"], found["top5"], found["loss"], int(found["images"]), described)
+    more = {key: found[key] for key in ("map", "f1_macro", "f1_micro", "threshold", "classes") if key in found}
+    return Evaluation(found.get("top1"), found.get("top5"), found["loss"], int(found["images"]), described, **more)
 
 
 def predict(
     student: AnyPath,
     inputs: AnyPath | Sequence[AnyPath],
     *,
-    top: int = 5,
+    top: int | None = None,
+    threshold: float | None = None,
     csv: AnyPath | None = None,
     jsonl: AnyPath | None = None,
     sheet: AnyPath | None = None,
@@ -148,7 +150,9 @@ def predict(
     Args:
         student: a run's folder, its student.safetensors, or an .onnx file.
         inputs: image files, folders that are searched at any depth, or other sources, as `train` takes them.
-        top: how many classes per image.
+        top: how many classes per image at most: 5 by default; with sets of labels all that reach the threshold.
+        threshold: for a student of sets of labels, the probability from which on an image has a class; by default that of
+            its card, which was chosen on the validation images.
         csv: write a table to this file.
         jsonl: write a JSON object per image to this file.
         sheet: draw the images with their classes into this .png or .jpg file; at most 120 of them.
@@ -158,7 +162,7 @@ def predict(
         verbose: print what is skipped, and the progress, to standard error.
 
     Raises:
-        UserError: for a student without a classifier, and if no image can be read.
+        UserError: for a student without a classifier, a threshold out of range, and if no image can be read.
     """
     from scalekd.runs.predict import predict as predicted
 
@@ -166,6 +170,7 @@ def predict(
         Path(student),
         _texts(inputs),
         top=top,
+        threshold=threshold,
         csv=Path(csv) if csv else None,
         jsonl=Path(jsonl) if jsonl else None,
         sheet=Path(sheet) if sheet else None,
@@ -433,13 +438,13 @@ def export(
 
     Args:
         run: the run's folder.
-        checkpoint: `last`, or `best` by top-1 on the validation images.
+        checkpoint: `last`, or `best` by top-1 (or mAP) on the validation images.
         onnx: also write student.onnx. Needs the extra `onnx`.
         formats: also convert it for these runtimes: fp16, openvino, coreml, litert, executorch, tensorrt. Each needs its
             converter, which the error for a missing one names, and is compared with the student if it runs here.
         data: images to compare on, in place of the run's validation images. At most 1,000 are used.
     """
-    from scalekd.runs.students import export_run
+    from scalekd.runs.students import export_run, several_labels
 
     if data is not None and not formats:
         raise UserError("`data` goes with `formats`; without them nothing is compared on images")
@@ -447,10 +452,13 @@ def export(
         from scalekd.runs.formats import check_formats, export_formats
 
         check_formats(formats)
-    top1, differences = export_run(Path(run), checkpoint, onnx)
+    figure, differences = export_run(Path(run), checkpoint, onnx)
     files = list(differences)
     made = export_formats(Path(run), formats, fspath(data) if data else None) if formats else {}
-    return Export(files[0], top1, differences, files[1] if onnx else None, made)
+    onnx_file = files[1] if onnx else None
+    if several_labels(Path(run)):
+        return Export(files[0], None, differences, onnx_file, made, map=figure)
+    return Export(files[0], figure, differences, onnx_file, made)
 
 
 def quantize(

@@ -30,7 +30,7 @@ def test_the_families():
     for family, entry in found.items():
         refused = {method for method, reason in entry["methods"].items() if reason}
         expected = set(READ_LOGITS) if family in {*HEADLESS, *EMBEDDINGS} else set()
-        expected |= {"srrl"} if family in HEADLESS else set()
+        expected |= {"srrl", "wkd_l"} if family in HEADLESS else set()
         assert refused == expected | ({"tpp", "scalekd"} if family.startswith("Hiera") else set()), family
         assert len(entry["maps"]) == 4
         assert entry["embedding"] == EMBEDDINGS.get(family, 0)

@@ -184,12 +184,16 @@ def test_the_resolved_recipe_reads_back_equal(load):
 def test_a_runs_recipe_leaves_nothing_to_a_methods_defaults(load, monkeypatch):
     """Otherwise a changed default in a later version would change the recipe of a finished run."""
 
-    def later(*, temperature: float = 9.0) -> None: ...
+    def later(
+        *, temperature: float = 9.0, probabilities: str = "sigmoid", standardize: bool = True, variant: str = "ttm"
+    ) -> None: ...
 
     config = load("losses.kd={weight: 2}", "losses.scalekd={heads: [3, 6]}")
     text = to_yaml(config)
     losses = yaml.safe_load(text)["losses"]
-    assert losses["kd"] == {"weight": 2.0, "temperature": 1.0}
+    assert losses["kd"] == {
+        "weight": 2.0, "temperature": 1.0, "probabilities": "softmax", "standardize": False, "variant": "kd"
+    }  # fmt: skip
     assert losses["scalekd"]["heads"] == [3, 6] and losses["scalekd"]["views"] == "all_alt"
     for name, options in losses.items():
         assert {*options} - {"weight"} == {*options_of(METHODS[name])}

@@ -50,6 +50,21 @@ def test_methods_of_logits_read_the_mean_of_the_teachers_logits() -> None:
     torch.testing.assert_close(both(IMAGES, TARGETS)["kd"], wanted)
 
 
+def test_methods_since_scalekd_work_with_several_teachers() -> None:
+    """Those on logits alone read the mean; the others have a projector, or costs, of each teacher."""
+    losses = {"deit": {}, "kd": {"standardize": True}, "wkd_l": {}, "wkd_f": {}, "vkd": {}, "rsd": {}}
+    torch.manual_seed(0)
+    student = model("deit_tiny_distilled_patch16_224", 0, img_size=64, depth=4, embed_dim=24, num_heads=2)
+    both = Distiller(student, teachers(), losses, image_size=SIZE).train()
+    found = both(IMAGES, TARGETS)
+    each = ("wkd_l@{}.target", "wkd_l@{}.transport", "wkd_f@{}.s4", "vkd@{}", "rsd@{}.invariance", "rsd@{}.decorrelation")
+    assert set(found) == {"deit", "kd", "total", *(name.format(t) for name in each for t in ("vit", "cnn"))}
+    found["total"].backward()
+    assert all(p.grad is not None for name, p in both.named_parameters() if name != "student.head.bias")
+    vit, cnn = (both.methods[f"vkd@{t}"].projector.matrix().shape for t in ("vit", "cnn"))
+    assert vit == (64, 24) and cnn == (64, 24)
+
+
 def test_other_methods_are_built_once_for_each_teacher_with_half_the_weight() -> None:
     both = distiller({"fd": {"weight": 3.0}})
     torch.manual_seed(0)

@@ -54,7 +54,9 @@ class Pair:
         self.tail.to(dtype)
         teacher.resume = self.tail
         teacher.pooled, teacher.classify = random(POOLED), self.classifier.to(dtype)
-        return student, teacher, torch.randint(0, CLASSES, (batch,))
+        targets = torch.randint(0, CLASSES, (batch,))
+        student.distilled = random(self.student.classes)
+        return student, teacher, targets
 
 
 @pytest.fixture
@@ -62,6 +64,6 @@ def pair() -> Pair:
     torch.manual_seed(1)
     classifier = nn.Linear(POOLED, CLASSES).requires_grad_(False)
     torch.manual_seed(0)  # what follows does not depend on the line above
-    student = Shapes("student", ((4, 8, 6), (4, 8, 6), (6, 4, 3), (8, 2, 3)), (8, 2, 3), CLASSES)
+    student = Shapes("student", ((4, 8, 6), (4, 8, 6), (6, 4, 3), (8, 2, 3)), (8, 2, 3), CLASSES, two_heads=True)
     teacher = Shapes("teacher", ((4, 16, 12), (6, 8, 6), (8, 6, 4), (12, 3, 2)), (12, 3, 2), CLASSES, True, POOLED)
     return Pair(student, teacher, Tail(8, 12), classifier)

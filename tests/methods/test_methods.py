@@ -48,7 +48,7 @@ def test_contract(pair, name, options):
     needs_teacher = getattr(METHODS[name], "needs_teacher", True)
     probabilities = torch.nn.functional.one_hot(indices, pair.student.classes).double()
     if not getattr(METHODS[name], "needs_maps", True):
-        student, teacher = Features(student.logits), Features(teacher.logits)
+        student, teacher = Features(student.logits, distilled=student.distilled), Features(teacher.logits)
     # a method may draw random numbers and keep state: the twin starts where the method does
     twin = copy.deepcopy(method)
     torch.manual_seed(1)
@@ -60,7 +60,8 @@ def test_contract(pair, name, options):
 
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in method.parameters())
-    reached = [x for x in (student.logits, student.final, *student.maps) if x is not None and x.grad is not None]
+    read = (student.logits, student.distilled, student.final, *student.maps)
+    reached = [x for x in read if x is not None and x.grad is not None]
     assert reached and all(x.grad.abs().sum() > 0 for x in reached)
     assert all(x is None or x.grad is None for x in (teacher.logits, teacher.final, *teacher.maps))
 
@@ -124,8 +125,8 @@ def tupled(value):
 
 @pytest.mark.parametrize("line", losses_of("reference/methods.md"))
 def test_recipe_lines_can_be_built(line):
-    student = Shapes("s", ((4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)), (8, 2, 2), 5)
-    teacher = Shapes("t", ((4, 8, 8), (4, 8, 8), (48, 4, 4), (96, 2, 2)), (96, 2, 2), 5, can_resume=True)
+    student = Shapes("s", ((4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)), (8, 2, 2), 5, two_heads=True)
+    teacher = Shapes("t", ((4, 8, 8), (4, 8, 8), (48, 4, 4), (96, 2, 2)), (96, 2, 2), 5, can_resume=True, pooled=96)
     losses = yaml.safe_load(line)["losses"]
     for name, options in losses.items():
         weight = options.pop("weight", 1.0)

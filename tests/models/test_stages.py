@@ -49,6 +49,8 @@ FAMILIES = {  # timm name or class, a dot, a remark: (what makes it small, image
     "vit_base_patch16_clip_224": (WIDE | SMALL_VIT, (64, 96)),
     "deit_tiny_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
     "deit_tiny_distilled_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
+    "vit_wide_last": (WIDE | SMALL_VIT | {"last_dim": 64, "last_heads": 4}, (64, 96)),
+    "vit_lift": (WIDE | SMALL_VIT | {"last_dim": 64}, (64, 96)),
     "deit3_small_patch16_224": (WIDE | SMALL_VIT, (64, 96)),
     "vit_small_patch14_dinov2": (PATCH14 | SMALL_VIT, (56, 84)),
     "vit_small_patch14_reg4_dinov2": (PATCH14 | SMALL_VIT, (56, 84)),
@@ -240,13 +242,16 @@ def test_drop_path_acts_in_training(name):
     assert close(ours, view.model(images))
 
 
-def test_distilled_deit_gives_the_mean_of_its_two_heads_in_training():
+def test_distilled_deit_gives_both_heads_in_training_only_if_asked():
     view, images = view_of("deit_tiny_distilled_patch16_224")
     view.model.train()
     view.model.set_distilled_training(True)
     first, second = view.model(images)
-    assert close(view(images).logits, (first + second) / 2)
-    assert close(view(images, maps=False).logits, (first + second) / 2)
+    for features in (view(images), view(images, maps=False)):
+        assert close(features.logits, first) and close(features.distilled, second)
+    view.model.set_distilled_training(False)
+    for features in (view(images), view(images, maps=False)):
+        assert close(features.logits, (first + second) / 2) and features.distilled is None
 
 
 @pytest.mark.parametrize("depth, ends", [(4, (0, 1, 2, 3)), (5, (0, 1, 2, 4)), (6, (0, 2, 3, 5)),

@@ -50,6 +50,8 @@ STUDENTS: list[tuple[str, tuple[int, int], int, int, dict[str, Any]]] = [
     ("test_efficientnet_evos", (48, 48), 3, 3, {}),
     ("test_vit4", (48, 48), 3, 5, {}),
     ("mlp_mixer", (32, 32), 3, 3, {"patch_size": 8, "num_blocks": 2, "embed_dim": 32}),
+    ("vit_wide_last", (64, 64), 3, 3, VIT | {"last_dim": 64, "last_heads": 2, "drop_path_rate": 0.1}),
+    ("vit_lift", (64, 64), 1, 0, VIT | {"last_dim": 64}),
     ("mobilenetv3_small_050", (64, 64), 3, 3, {}),
     ("regnetx_002", (64, 64), 1, 3, {}),
     ("edgenext_xx_small", (64, 64), 3, 3, {}),

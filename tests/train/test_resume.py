@@ -71,10 +71,10 @@ def test_optimisers_go_on(light_recipe, tmp_path, optimizer, precision):
 
 
 def test_methods_with_a_state_of_their_own_go_on(tiny_recipe, tmp_path):
-    """crd keeps a queue, mgd draws masks, diffkd draws noise."""
+    """crd keeps a queue, mgd draws masks, diffkd draws noise, vkd turns a random matrix, rsd has a batch norm."""
     recipe = changed(
         tiny_recipe,
-        losses={"ce": {}, "crd": {"negatives": 20}, "mgd": {}, "diffkd": {}},
+        losses={"ce": {}, "crd": {"negatives": 20}, "mgd": {}, "diffkd": {}, "vkd": {}, "rsd": {}},
         train={"save_minutes": 0},
     )
     start(recipe, tmp_path / "whole")

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from scalekd.transfer.detection.model import Detector
+from scalekd.transfer.detection.model import FINEST, Detector
 from scalekd.transfer.pyramid import Pyramid
 from scalekd.transfer.segmentation.model import UPerNet
 
@@ -24,6 +24,7 @@ DETECTOR = INPUT | {
     "anchors": [16, 32, 64, 128, 256],
     "proposals": 12,  # instead of 1000, to save time
 }
+RETINANET = DETECTOR | {"kind": "retinanet", "width": 16, "anchors": [8, 16, 32, 64, 128]}
 SEGMENTER = INPUT | {
     "task": "segmentation",
     "backbone": "test_resnet",
@@ -42,9 +43,18 @@ SEGMENTER = INPUT | {
 def new_detector(card: dict[str, Any] = DETECTOR) -> Detector:
     """A detector that finds a few large objects with high and low scores."""
     torch.manual_seed(0)
-    pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
+    backbone, kind = timm.create_model(card["backbone"], **card["kwargs"]), card.get("kind", "mask-rcnn")
+    pyramid = Pyramid(backbone, tuple(card["image_size"]), FINEST[kind])
     options = {key: card[key] for key in ("short", "long", "anchors")} | {"proposals": (24, card["proposals"])}
+    options |= {"kind": kind, "width": card.get("width", 256)}
     detector = Detector(pyramid, len(card["classes"]), card["mean"], card["std"], **options)
+    if kind == "retinanet":
+        with torch.no_grad():
+            for parameter in detector.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+            detector.student.head.classification_head.cls_logits.bias.fill_(-3)
+            detector.student.head.regression_head.bbox_reg.weight *= 0.1  # boxes near their anchors, with some area
+        return detector
     heads = detector.student.roi_heads
     with torch.no_grad():
         torch.nn.init.normal_(heads.box_predictor.cls_score.weight, std=0.3)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
+from exported_models import DETECTOR, RETINANET, SEGMENTER, new_detector, new_segmenter
 from safetensors.torch import load_file
 
 from scalekd.common.errors import UserError
@@ -46,6 +46,22 @@ def test_a_detector_comes_back_as_it_was(exported, detector):
     assert len(ours["scores"]) > 3
     for name, value in ours.items():
         assert torch.equal(value, theirs[name])
+
+
+def test_a_detector_without_masks_comes_back_as_it_was(tmp_path):
+    detector = new_detector(RETINANET).eval()
+    assert exported_model.export(detector.student, tmp_path / "detector.safetensors", RETINANET) == 0
+    loaded, _ = exported_model.load(tmp_path, "detection")
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = detector([image])[0], loaded([image])[0]
+    assert len(ours["scores"]) > 3 and ours.keys() == {"boxes", "scores", "labels"}
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    with torch.no_grad():
+        loaded.student.head.regression_head.bbox_reg.bias += 0.125
+    noise = torch.randn(1, 3, 64, 64)
+    pairs = zip(exported_model.outputs(detector.student, noise), exported_model.outputs(loaded.student, noise))
+    assert max((a - b).abs().max().item() for a, b in pairs) == pytest.approx(0.125, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +148,7 @@ def test_a_card_that_does_not_fit(exported, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"anchors": [32, 64]}, "anchors: "), ({"category_ids": [3]}, "1 category ids for 2")]
+    ("changes", "message"), [({"anchors": [32, 64]}, "anchors: "), ({"kind": "yolo"}, "kind: "), ({"category_ids": [3]}, "1 category ids for 2")]
 )
 def test_a_detector_needs_an_anchor_per_stride_and_an_id_per_class(tmp_path, changes, message):
     (tmp_path / "detector.json").write_text(json.dumps(DETECTOR | {"sha256": ""} | changes))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from exported_models import DETECTOR, SEGMENTER, new_detector, new_segmenter
+from exported_models import DETECTOR, RETINANET, SEGMENTER, new_detector, new_segmenter
 from PIL import Image
 
 from scalekd.cli import transfer as transfer_cli
@@ -17,8 +17,10 @@ from scalekd.config.recipe_files import recipe_names
 from scalekd.runs import transfer as transfer_runs
 from scalekd.transfer import evaluate, exported_model
 from scalekd.transfer.config import SHELVES
+from scalekd.transfer.detection import onnx_file
 
-COMMANDS = [(task, word) for task in ("detect", "segment") for word in ("train", "evaluate", "predict", "recipes")]
+WORDS = ("train", "evaluate", "predict", "recipes")
+COMMANDS = [(task, word) for task in ("detect", "segment") for word in WORDS] + [("detect", "export")]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,8 @@ def test_what_flags_stand_for():
     args = parsed("segment", "train", "r", "--data", "a b", "--backbone", "x", "--weights", "random")
     assert transfer_cli.shortcuts(args) == ['data.root="a b"', 'backbone.model="x"', 'backbone.weights="random"']
     assert transfer_cli.shortcuts(parsed("segment", "train", "r")) == []
+    args = parsed("segment", "train", "r", "--teacher", "vit_small_patch14_dinov2")
+    assert transfer_cli.shortcuts(args) == ['teacher.model="vit_small_patch14_dinov2"', 'teacher.weights="pretrained"']
 
 
 RECIPES = {
@@ -178,6 +182,37 @@ def test_a_detector_agrees_with_its_own_predictions(cli, runs, photos, tmp_path)
     truth.write_text(json.dumps(as_annotations(half, photos)))
     table = cli(*words).out
     assert 0 < float(table.splitlines()[2].split("|")[2]) < 100
+
+
+def test_a_detector_without_masks_agrees_with_its_own_boxes(cli, photos, tmp_path, monkeypatch):
+    detector, run = new_detector(RETINANET), tmp_path / "run"
+    run.mkdir()
+    exported_model.export(detector.student, run / "detector.safetensors", RETINANET)
+    result = cli("detect", "predict", run, photos, "--out", tmp_path / "out", "--threshold", 0.3)
+    assert result.code == 0 and len(list((tmp_path / "out/pictures").iterdir())) == 3
+    entries = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert entries and all("segmentation" not in entry and entry["score"] >= 0.3 for entry in entries)
+    (tmp_path / "truth.json").write_text(json.dumps(as_annotations(entries, photos)))
+    files = "--annotations", tmp_path / "truth.json", "--images", photos
+    result = cli("detect", "evaluate", run, *files, "--workers", 0)
+    assert result.code == 0, result.err
+    table = result.out
+    assert float(table.splitlines()[2].split("|")[2]) > 50 and "| class | box AP | objects |" in table
+    assert "mask" not in table
+
+    asked = []
+    written = onnx_file.Written(200, 199, 12.3)
+    monkeypatch.setattr(onnx_file, "write_onnx", lambda *args: asked.append(args[2:]) or written)
+    result = cli("detect", "export", run)
+    assert result.code == 0 and asked[-1] == ((64, 64), run / "detector.onnx")
+    assert "uint8 images (1, 3, 64, 64); 199 of 200 objects in random images equal" in result.out
+    assert "1 have rivals with equal scores; 12 ms per image" in result.out
+    cli("detect", "export", run, "--image-size", 50, 70, "--out", tmp_path / "new/a.onnx")
+    assert asked[-1] == ((50, 70), tmp_path / "new/a.onnx")
+    result = cli("detect", "export", run, "--image-size", 0, 70)
+    assert result.code == 2 and "--image-size must be two numbers of pixels from 1 to 65535, not 0 70" in result.err
+    result = cli("detect", "export", run, "--out", tmp_path / "a.bin")
+    assert result.code == 2 and "ends in .onnx" in result.err
 
 
 def test_a_detector_of_other_classes(cli, runs, photos, tmp_path):

@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from whole_runs import assert_same
 
 from scalekd.common.errors import UserError
 from scalekd.config.recipe_files import recipe_names
@@ -24,13 +26,14 @@ from scalekd.train import engine, health
 from scalekd.train.health import NonFinite
 from scalekd.train.log import read_log
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.config import SHELVES, load
+from scalekd.transfer.config import SHELVES, LoopTeacher, load
 from scalekd.transfer.detection import run as detect
 from scalekd.transfer.exported_model import load as load_trained
 from scalekd.transfer.segmentation import run as segment
 from scalekd.transfer.synthetic_scenes import Options, make_scenes
 
 CPU = torch.device("cpu")
+TEACHER = {"model": "test_vit", "weights": "random", "kwargs": {"depth": 4}, "image_size": 32}
 CARDS = {"detection": "detector.json", "segmentation": "segmenter.json"}
 
 
@@ -123,6 +126,59 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path,
         trained(config, tmp_path / "whole")
 
 
+def without_masks(file: str, folder: Path) -> str:
+    """A copy of annotations with boxes only."""
+    content = json.loads(Path(file).read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    (folder / Path(file).name).write_text(json.dumps(content))
+    return str(folder / Path(file).name)
+
+
+@pytest.mark.parametrize(("task", "projector"), [("detection", "mlp"), ("segmentation", "cap")])
+def test_a_run_with_a_teacher_goes_on_where_it_stopped(task, projector, scenes, tmp_path, monkeypatch):
+    """The detector is a RetinaNet, on annotations without masks."""
+    changes: dict[str, Any] = {"train": {"iterations": 3, "eval_every": 3, "save_minutes": 0}}
+    if task == "detection":
+        changes = {"train": {"epochs": 1, "save_minutes": 0}, "detector": {"kind": "retinanet"}}
+    values = recipe(task, scenes, teacher=TEACHER | {"projector": projector}, **changes)
+    if task == "detection":
+        del values["detector"]["regions"], values["detector"]["proposals"]
+        values["data"] |= {key: without_masks(values["data"][key], tmp_path) for key in ("annotations", "val_annotations")}
+    config = config_of(task, tmp_path, values)
+    whole = trained(config, tmp_path / "whole")
+    real, taken = engine.train_step, []
+
+    def failing(*args, **kwargs):
+        taken.append(0)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "train_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config, tmp_path / "parts")
+    monkeypatch.setattr(engine, "train_step", real)
+    trained(config, tmp_path / "parts")
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")]
+    for part in ("student", "projector", "optimizer"):
+        assert_same(*(state[part] for state in states))
+    steps = [e for e in read_log(tmp_path / "parts") if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [1, 2, 3]
+    assert all(0 < e["losses"]["teacher"] < 2 and 0 < e["teacher_share"] < 1 for e in steps)
+    assert list(json.loads((tmp_path / "parts/inputs.json").read_text())["teacher"]) == ["teacher"]
+
+    alone = build(config_of(task, tmp_path, values | {"teacher": None}), CPU)
+    assert_same(dict(build(config, CPU).student.state_dict()), dict(alone.student.state_dict()))  # the seed's weights
+    file = load_file(tmp_path / "whole" / CARDS[task].replace(".json", ".safetensors"))
+    assert file.keys() == alone.student.state_dict().keys() and whole["reload_difference"] < 1e-5
+    page, card = ((tmp_path / "whole" / name).read_text() for name in ("report.html", "README.md"))
+    assert ", beside test_vit while it was trained." in page and "- teacher: test_vit, in training only" in card
+    if task == "detection":
+        assert "RetinaNet on test_resnet" in page and "Box AP by class" in page and "masks" not in card
+        assert whole["box_ap"] == whole["best_box_ap"] and "mask_ap" not in whole
+
+
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_averaged_weights_in_halves_and_parts(task, scenes, tmp_path):
     """What a run on GPUs would use, in one process on the CPU."""
@@ -176,6 +232,16 @@ def test_another_backbone_brings_its_own_arguments(scenes, tmp_path):
     assert backbone == Backbone(model="resnet18", weights="random", kwargs={"drop_rate": 0.1})
 
 
+def test_another_teacher_keeps_how_it_teaches(scenes, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    teacher = TEACHER | {"weight": 2.0, "projector": "linear", "lr_scale": 3.0}
+    file.write_text(json.dumps(recipe("segmentation", scenes, teacher=teacher)))
+    found = load("segmentation", str(file), ["teacher.model=test_vit2", "teacher.weights=w.pt"]).teacher
+    assert found == LoopTeacher(model="test_vit2", weights="w.pt", weight=2.0, projector="linear", lr_scale=3.0)
+    assert load("segmentation", str(file), ["teacher=null"]).teacher is None
+    assert load("detection", "own-objects", ["teacher.model=test_vit", "teacher.weights=pretrained"]).teacher.weight == 1.0
+
+
 def test_a_warm_up_above_the_first_layer_s_rate_is_rejected(scenes, tmp_path):
     schedule = {"name": "cosine", "warmup_iterations": 2, "warmup_lr": 5e-4}
     values = recipe("segmentation", scenes, schedule=schedule)  # the stem's rate: 1e-3 * 0.7 ** 5
@@ -216,17 +282,18 @@ def test_all_of_the_model_learns_and_the_rates_fall_towards_the_image(task, scen
 def test_two_processes_give_the_run_of_one(scenes, tmp_path):
     """The same global batches without batch norm, so the same losses and weights; results go between processes."""
     backbone = {"model": "test_convnext", "weights": "random"}
-    values = recipe("detection", scenes, backbone=backbone, train={"batch_size": 4})
+    shared: dict[str, Any] = {"backbone": backbone, "teacher": TEACHER}
+    values = recipe("detection", scenes, **shared, train={"batch_size": 4})
     config_of("detection", tmp_path, values)  # writes it
     command = ["detect", "train", tmp_path / "recipe.yaml", "--device", "cpu", "--out", tmp_path / "two"]
     both = launcher.two_processes("-m", "scalekd", *command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert [done.returncode for done in both] == [0, 0], both
-    alone = recipe("detection", scenes, backbone=backbone, train={"batch_size": 4, "accumulate": 2})
+    alone = recipe("detection", scenes, **shared, train={"batch_size": 4, "accumulate": 2})
     trained(config_of("detection", tmp_path, alone), tmp_path / "one")
     logs = [[e for e in read_log(tmp_path / name) if e["event"] in ("step", "validation")] for name in ("two", "one")]
     for a, b in zip(*logs, strict=True):
         if a["event"] == "step":
-            assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
+            assert "teacher" in a["losses"] and a["losses"] == pytest.approx(b["losses"], rel=1e-3)
         else:
             assert a["images"] == b["images"] == 3
     weights = [load_trained(tmp_path / name, "detection")[0].state_dict() for name in ("two", "one")]
@@ -247,11 +314,14 @@ def test_poly_and_warm_up_by_hand(scenes, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(scenes, tmp_path):
-    config = config_of("segmentation", tmp_path, recipe("segmentation", scenes))
+    teacher = TEACHER | {"weight": 0.5}
+    config = config_of("segmentation", tmp_path, recipe("segmentation", scenes, teacher=teacher))
     out = io.StringIO()
     assert train(config, tmp_path / "run", CPU, Console(file=out, width=200), dry_run=True) is None
     assert not (tmp_path / "run").exists()
     assert "6 training images, 3 for validation, 10 classes" in out.getvalue()
+    assert "<- test_vit, UPerNet" in out.getvalue() and "this teacher is untrained" in out.getvalue()
+    assert "images resized to 32x32 give 2x2 positions of 64 channels; projector mlp, loss weight 0.5" in out.getvalue()
     assert "all trainable parameters receive gradients" in out.getvalue()
 
 
@@ -292,10 +362,23 @@ def test_all_errors_of_a_recipe_are_reported_together(scenes, tmp_path):
         "schedule.power: has no effect here; it is used only with schedule.name: poly",
     ):
         assert line in str(raised.value)
-    values = recipe("detection", scenes, data={"long": 40}, detector={"freeze_norms": True})
+    detector = {"freeze_norms": True, "kind": "retinanet"}
+    values = recipe("detection", scenes, data={"long": 40}, detector=detector, teacher={"model": "test_vit"})
     with pytest.raises(UserError) as raised:
         config_of("detection", tmp_path, values)
-    assert "data.long 40 is below" in str(raised.value) and "detector.freeze_norms=false" in str(raised.value)
+    for line in (
+        "data.long 40 is below",
+        "detector.freeze_norms=false",
+        "teacher.weights is not set",
+        "detector.regions: has no effect here; it is used only with detector.kind: mask-rcnn",
+        "detector.proposals: has no effect here",
+    ):
+        assert line in str(raised.value)
+    values["teacher"] = {"model": "test_vt", "weights": "random", "projector": "conv", "weight": 0, "layer": 3}
+    with pytest.raises(UserError) as raised:
+        config_of("detection", tmp_path, values)
+    for line in ("`test_vit`", "teacher.projector: ", "teacher.weight: ", "teacher.layer: unknown"):
+        assert line in str(raised.value)
 
 
 @pytest.mark.parametrize("task", list(SHELVES))

@@ -294,6 +294,8 @@ def terms(name: str) -> set[str]:
         return {"kd"}
     if name == "own-images":
         return SCALEKD_TERMS
+    if name == "own-labels":
+        return {"bce", "fd.s4"}
     if name == "own-data":
         return {"ce", "dist.inter", "dist.intra", "fd.s4"}
     return {"ce", "kd"} | SCALEKD_TERMS

@@ -31,6 +31,7 @@ from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Data
 from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, by_class, open_split
+from scalekd.data.targets import one_each
 from scalekd.heads.features import FEATURES, Backbone, cache_folder, features, named_backbone, some
 from scalekd.heads.knn import knn_predict
 from scalekd.heads.linear import choose, fit, scores
@@ -177,7 +178,8 @@ def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -
     Draw d is an order of all training images, seeded with `seed` + d. n shots are the first n images of each class in
     it, so the images of 1 shot are among those of 5. Raises `UserError` if a class has fewer images than shots.
     """
-    targets = [split.train.targets[i] for i in split.train_indices]
+    known = one_each(split.train.targets, "`scalekd probe`")
+    targets = [known[i] for i in split.train_indices]
     counted_by = Counter(targets)
     counts = [counted_by[c] for c in range(len(split.classes))]
     most = max([1, *(n for n in shots if isinstance(n, int))])

@@ -24,10 +24,11 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def from_source(role: str, key: str, loaded: Loaded) -> Check:
+def from_source(role: str, key: str, loaded: Loaded, skippable: bool = True) -> Check:
     """Checks weights that came from a file or from timm.
 
-    role: name of the model on the screen. key: recipe key of the model, such as `teacher`.
+    role: name of the model on the screen. key: recipe key of the model, such as `teacher`. skippable: whether the run
+    can skip the checks, which those of detection and segmentation cannot.
     """
     text = f"{loaded.matched} of {loaded.total} tensors from {loaded.source}"
     text += f" (sha256 {loaded.sha256[:12]})" if loaded.sha256 else ""
@@ -42,7 +43,7 @@ def from_source(role: str, key: str, loaded: Loaded) -> Check:
         status = "warn"  # this run trains it
     elif loaded.untrained:
         fix += f", or set {key}.weights=random to start from initial values"
-    elif status == "fail" and key != "backbone":  # runs of detection and segmentation cannot skip the checks
+    elif status == "fail" and skippable:
         fix += ", or skip the checks (`preflight`)"
     return Check(f"{role} weights", status, f"{text}; {verdict.figures}", fix)
 
@@ -85,4 +86,9 @@ def weights_check(spec: Backbone, loaded: Loaded, seed: int) -> Check:
     """Checks the weights of a detector's or segmenter's backbone."""
     if loaded.source == "random":
         return Check("backbone weights", "ok", f"initial values, from seed {seed}")
-    return from_source("backbone", "backbone", loaded)
+    return from_source("backbone", "backbone", loaded, skippable=False)
+
+
+def untrained_teacher(name: str, key: str) -> Check:
+    """The warning for a teacher whose weights the recipe asks to be random. name: of the line. key: recipe key."""
+    return Check(name, "warn", f"random initial values, as {key}.weights=random asks: this teacher is untrained")

@@ -12,7 +12,7 @@ from scalekd.data.images import BadImage
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .gradients import gradient_check, length_check
-from .model import Check, from_source, licence_check, shown, unseen_pixels
+from .model import Check, from_source, licence_check, shown, unseen_pixels, untrained_teacher
 from .step import Screen
 from .teacher import class_names, teacher_accuracy, teacher_input
 
@@ -54,9 +54,7 @@ def _weights(run: DistillationRun) -> list[Check]:
         elif key == "student":
             checks.append(Check(name, "ok", f"initial values, from seed {run.config.seed}"))
         elif spec.weights == "random":
-            checks.append(
-                Check(name, "warn", f"random initial values, as {key}.weights=random asks: this teacher is untrained")
-            )
+            checks.append(untrained_teacher(name, key))
         else:
             checks.append(
                 Check(

@@ -40,7 +40,7 @@ KNOWN: dict[str, Statistics] = {
 
 class Sample(NamedTuple):
     images: Tensor  # (N, C, H, W) uint8, at the teacher's input size, before normalisation
-    targets: Tensor  # (N,)
+    targets: Tensor  # (N,); with sets of labels (N, classes) of 0 and 1
 
     def every(self, step: int) -> Sample:
         """Every `step`-th image."""

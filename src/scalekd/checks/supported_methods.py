@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -88,10 +89,9 @@ def _obstacle(method: str, student: Shapes, view: StageView, embedding: bool) ->
     if view.refusal and method not in ON_LOGITS:
         return view.refusal.splitlines()[0]
     teacher = view.shapes
+    student = replace(student, two_heads=True)  # whether it has them says nothing of the teacher
     if reads_logits(method):  # its classes depend on its weights: assume the student's
-        student = Shapes(
-            student.model, student.maps, student.final, teacher.classes, student.can_resume, student.pooled
-        )
+        student = replace(student, classes=teacher.classes)
     try:
         with unfilled():
             METHODS[method](student, teacher)

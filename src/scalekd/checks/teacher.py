@@ -32,6 +32,7 @@ from .statistical_tests import (
     other_statistics,
     percent,
 )
+from .teacher_of_sets import accuracy_on_sets
 
 SAMPLE = 512  # validation images for the teacher's accuracy
 BYTES = 2**28  # most memory for the pixels of a sample
@@ -138,10 +139,19 @@ def _other_crop(what: str, crop_pct: float, interpolation: str, augment: Augment
 
 
 def teacher_accuracy(run: DistillationRun, taught: Taught) -> list[Check]:
-    """Evaluates the teacher on a sample: its logits, or its features if it has other classes, and likely errors."""
+    """Evaluates the teacher on a sample: its logits, or its features if it has other classes, and likely errors.
+
+    With sets of labels, only its logits.
+    """
     if len(run.classes) < 2:
         return []
-    return [accuracy_by_logits(run, taught)] if has_data_classes(run, taught) else _by_features(run, taught)
+    if not run.multi_label:
+        return [accuracy_by_logits(run, taught)] if has_data_classes(run, taught) else _by_features(run, taught)
+    if not has_data_classes(run, taught):
+        return []
+    sample = sample_of(run, taught, SAMPLE)
+    logits = logits_of(taught.teacher.view.model, sample, *_statistics(taught))
+    return [accuracy_on_sets(f"{taught.label} accuracy", logits, sample, logit_losses(run.config, taught.label))]
 
 
 def accuracy_by_logits(run: DistillationRun, taught: Taught) -> Check:

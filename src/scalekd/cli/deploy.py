@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 STUDENT = "a run's folder, a .safetensors file or an .onnx file"
 WIDTH = 80  # of the table, in characters
 NAME, CLASS = 32, 20  # of its columns
+MOST_CLASSES = 30  # lines of a table by class
 STDOUT = "-"
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5 of an exported student")
+    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5, or mAP and F1, of an exported student")
     sub.add_argument("student", type=Path, help=STUDENT)
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
@@ -40,7 +41,7 @@ def add_commands(commands: Any) -> None:
         "--checkpoint",
         choices=["best", "last"],
         default="last",
-        help="which weights: the best by top-1 on the validation images, or the last (default)",
+        help="which weights: the best by top-1 or mAP on the validation images, or the last (default)",
     )
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
     sub.add_argument(
@@ -55,7 +56,10 @@ def add_commands(commands: Any) -> None:
 
     sub = command(commands, "predict", _predict, "print the most probable classes of images")
     _add_inputs(sub)
-    sub.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    sub.add_argument("--top", type=int, metavar="K", help="most classes per image (default: 5; all labels of a set)")
+    sub.add_argument(
+        "--threshold", type=float, metavar="P", help="for sets of labels: least probability (default: that of the student)"
+    )
     sub.add_argument("--csv", metavar="FILE", help="write a table to this file; - for standard output")
     sub.add_argument("--jsonl", metavar="FILE", help="write a JSON object per image; - for standard output")
     sub.add_argument("--sheet", type=Path, metavar="FILE", help="draw the images with their classes, as .png or .jpg")
@@ -104,10 +108,29 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
     if args.json:
         print(json.dumps(asdict(result)))
+    elif result.map is not None:
+        print("\n".join(class_lines(result.classes)))
+        print(
+            f"mAP {result.map:.2f} %  macro F1 {result.f1_macro:.2f} %  micro F1 {result.f1_micro:.2f} %  at threshold "
+            f"{result.threshold:g}  loss {result.loss:.4f}  on {result.images} images"
+        )
     else:
         print(
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
         )
+
+
+def class_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of the classes, the worst average precision first, at most `MOST_CLASSES` of them."""
+    width = max(5, *(len(_cut(printable(row["class"]), NAME)) for row in rows[:MOST_CLASSES]))
+    lines = [f"{'class':{width}}  images    AP %  precision %  recall %    F1 %"]
+    for row in rows[:MOST_CLASSES]:
+        precision = "-" if row["precision"] is None else f"{row['precision']:.2f}"
+        lines.append(
+            f"{_cut(printable(row['class']), NAME):{width}}  {row['images']:6}  {row['ap']:6.2f}  {precision:>11}  "
+            f"{row['recall']:8.2f}  {row['f1']:6.2f}"
+        )
+    return lines + [f"... and {len(rows) - MOST_CLASSES} better ones (`--json` has all)"] * (len(rows) > MOST_CLASSES)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -121,7 +144,8 @@ def _export(args: argparse.Namespace) -> None:
     result = api.export(
         args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx, formats=args.format, data=args.data
     )
-    print(f"exported: the {args.checkpoint} weights, top-1 {result.top1:.2f} % on the validation images")
+    figure = f"mAP {result.map:.2f}" if result.map is not None else f"top-1 {result.top1:.2f}"
+    print(f"exported: the {args.checkpoint} weights, {figure} % on the validation images")
     for file, difference in result.differences.items():
         reader = "onnxruntime" if file == result.onnx else "timm loads it back"
         print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
@@ -146,6 +170,7 @@ def _predict(args: argparse.Namespace) -> None:
         args.student,
         args.inputs,
         top=args.top,
+        threshold=args.threshold,
         csv=files["csv"],
         jsonl=files["jsonl"],
         sheet=args.sheet,
@@ -170,11 +195,12 @@ def table(rows: list[Prediction]) -> list[str]:
     """A line for each image, at most `WIDTH` characters: its name, the best class with its probability, the others."""
     names = [_cut(row.image, NAME, from_end=True) for row in rows]
     width = max(5, *map(len, names))
-    first = max(5, *(len(_cut(printable(row.classes[0]), CLASS)) for row in rows))
+    first = max(5, *(len(_cut(printable(_first(row)), CLASS)) for row in rows))
     lines = [f"{'image':{width}}  {'class':{first}}      %  next".rstrip()]
     for row, name in zip(rows, names):
-        best, *others = [(printable(c), 100 * p) for c, p in zip(row.classes, row.probabilities)]
-        line = f"{name:{width}}  {_cut(best[0], CLASS):{first}}  {best[1]:5.1f}  "
+        pairs = [(printable(c), 100 * p) for c, p in zip(row.classes, row.probabilities)]
+        others, best = pairs[1:], f"{pairs[0][1]:5.1f}" if pairs else ""
+        line = f"{name:{width}}  {_cut(printable(_first(row)), CLASS):{first}}  {best}  "
         for i, (other, share) in enumerate(others):
             text = ", " * (i > 0) + f"{other} {share:.1f}"
             if len(line) + len(text) > WIDTH:
@@ -184,6 +210,10 @@ def table(rows: list[Prediction]) -> list[str]:
     return lines
 
 
+def _first(row: Prediction) -> str:
+    return row.classes[0] if row.classes else "-"
+
+
 def _cut(text: str, most: int, from_end: bool = False) -> str:
     if len(text) <= most:
         return text
@@ -191,9 +221,15 @@ def _cut(text: str, most: int, from_end: bool = False) -> str:
 
 
 def _summary(found: Predictions) -> str:
-    classes = Counter(row.classes[0] for row in found.images).most_common()
+    if found.threshold is None:
+        classes = Counter(row.classes[0] for row in found.images).most_common()
+    else:
+        classes = Counter(name for row in found.images for name in row.classes).most_common()
+        empty = sum(not row.classes for row in found.images)
+        classes += [("without a label", empty)] * (empty > 0)
     listed = ", ".join(f"{number} {name}" for name, number in classes[:5]) + ", ..." * (len(classes) > 5)
-    return f"{counted(len(found.images), 'image')}: {listed}{_skipped(found.skipped)}"
+    at = "" if found.threshold is None else f", labels from probability {found.threshold:g}"
+    return f"{counted(len(found.images), 'image')}{at}: {listed}{_skipped(found.skipped)}"
 
 
 def _skipped(skipped: dict[str, str]) -> str:

@@ -130,13 +130,10 @@ def _train(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         if result.summary["exported_step"] != result.summary["best_step"]:
             print(printable(f"`scalekd export {result.folder} --checkpoint best` exports the best weights instead"))
-        from scalekd.train.log import top1_of
+        from scalekd.train.log import main_figure
 
-        print(
-            printable(
-                f"{top1_of(result.summary)} {result.top1:.2f} %  student {result.student}  report {result.report}"
-            )
-        )
+        name, value = main_figure(result.summary)
+        print(printable(f"{name} {value:.2f} %  student {result.student}  report {result.report}"))
 
 
 def _check(args: argparse.Namespace) -> None:

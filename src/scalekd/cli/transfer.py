@@ -26,6 +26,7 @@ SHORTCUTS = {
     "data": "data.root",
     "backbone": "backbone.model",
     "weights": "backbone.weights",
+    "teacher": "teacher.model",
 }
 
 
@@ -37,7 +38,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_detect(commands: Any) -> None:
     parser = commands.add_parser(
-        "detect", help="Mask R-CNN on a backbone: train, evaluate, predict (`scalekd docs transfer`)"
+        "detect", help="Mask R-CNN or RetinaNet on a backbone: train, evaluate, predict, export (`scalekd docs transfer`)"
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "detection", "Train a detector. The same command resumes a stopped run.")
@@ -52,6 +53,16 @@ def _add_detect(commands: Any) -> None:
     sub.add_argument(
         "--threshold", type=float, default=0.5, metavar="X", help="omit objects that score below (default: 0.5)"
     )
+    sub = _command(group, "export", _export, "detection", "Write a trained RetinaNet as an ONNX file that returns boxes.")
+    sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
+    sub.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that the file takes, in pixels (default: a square of the short side in validation)",
+    )
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the file (default: detector.onnx next to the weights)")
     _recipes_command(group, "detection")
 
 
@@ -88,6 +99,7 @@ def _train_command(group: Any, task: str, text: str) -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
     sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
     sub.add_argument("--weights", metavar="FILE", help="weights of the backbone: a file, `pretrained` or `random`")
+    sub.add_argument("--teacher", metavar="MODEL", help="a frozen ViT beside the backbone: a timm name, or a run's folder")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument("--dry-run", action="store_true", help="stop after the pre-flight and write nothing")
@@ -145,16 +157,19 @@ def _train(args: argparse.Namespace) -> None:
     with processes(args.device) as device:
         summary = train(config, folder, device, Console(emoji=False), stop=stop.current(), dry_run=args.dry_run)
     if summary and int(os.environ.get("RANK", "0")) == 0:
-        figures = "  ".join(f"{name} {summary[key]:.2f} %" for key, name in TASKS[args.task].figures.items())
+        logged = {name: summary[key] for key, name in TASKS[args.task].figures.items() if key in summary}
+        figures = "  ".join(f"{name} {value:.2f} %" for name, value in logged.items())
         report = folder / "report.html"
         print(printable(f"{figures}  model {summary['model']}" + (f"  report {report}" if report.is_file() else "")))
 
 
 def shortcuts(args: argparse.Namespace) -> list[str]:
-    """The overrides that --annotations, --data, --backbone and so on set."""
+    """The overrides that --annotations, --data, --backbone, --teacher and so on set."""
     given = {key: getattr(args, option, None) for option, key in SHORTCUTS.items()}
     if args.backbone and not args.weights:
         given["backbone.weights"] = "pretrained"  # timm's or the folder's; the recipe's belong to another model
+    if args.teacher:
+        given["teacher.weights"] = "pretrained"
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
@@ -219,6 +234,31 @@ def _predict_classes(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     with explain_out_of_memory(device, "Try --device cpu, or smaller images."):
         predict_classes(args.trained, args.source, args.out, device, Console(emoji=False), args.inference)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from scalekd.common.files import make_folder
+    from scalekd.transfer.detection.onnx_file import write_onnx
+    from scalekd.transfer.exported_model import load
+
+    need_extra("detection")
+    detector, card = load(args.trained, "detection")
+    size = tuple(args.image_size or (card["short"], card["short"]))
+    if not all(0 < side < 2**16 for side in size):
+        raise UserError(f"--image-size must be two numbers of pixels from 1 to 65535, not {size[0]} {size[1]}")
+    folder = args.trained if args.trained.is_dir() else args.trained.parent
+    file = args.out or folder / "detector.onnx"
+    if file.suffix != ".onnx":
+        raise UserError(f"--out must be a file that ends in .onnx, not {file}")
+    make_folder(file.parent)
+    written = write_onnx(detector, card, size, file)
+    ties = written.compared - written.equal
+    text = (
+        f"{file}: uint8 images (1, {len(card['mean'])}, {size[0]}, {size[1]}); {written.equal} of {written.compared} objects in "
+        f"random images equal those of {args.trained}{f', {ties} have rivals with equal scores' * bool(ties)}; "
+        f"{written.milliseconds:.0f} ms per image on this CPU"
+    )
+    print(printable(text))
 
 
 def _recipes(args: argparse.Namespace) -> None:

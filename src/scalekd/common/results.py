@@ -15,9 +15,9 @@ class Result:
     """A finished run."""
 
     folder: Path
-    top1: float
+    top1: float | None
     """Top-1 accuracy of the exported student on the validation images, in %. For a student without a classifier,
-    the accuracy of nearest neighbours in its features."""
+    the accuracy of nearest neighbours in its features. None with sets of labels, whose figure is `metrics["map"]`."""
     metrics: dict[str, float]
     """All numbers in `summary`: top1, top5, best_top1, seconds, steps, ..."""
     student: Path
@@ -29,25 +29,37 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of a student: top-1 and top-5 accuracy in %, mean cross-entropy, number of images."""
+    """Evaluation of a student: top-1 and top-5 accuracy in %, mean cross-entropy, number of images.
 
-    top1: float
-    top5: float
+    With sets of labels, top1 and top5 are None, and mAP, macro and micro F1 at `threshold` (in %) and `classes` are set."""
+
+    top1: float | None
+    top5: float | None
     loss: float
     images: int
     data_description: dict[str, Any] = field(default_factory=dict)
     """What was evaluated on: images, classes, and what was left out."""
+    map: float | None = None
+    f1_macro: float | None = None
+    f1_micro: float | None = None
+    threshold: float | None = None
+    """The probability from which on a class counts as predicted: that of the student's card."""
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    """For each class with images: class, images, ap, precision, recall and f1 in %, the worst average precision first."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that a student sees in one image, the most probable first."""
+    """The classes that a student sees in one image, the most probable first.
+
+    A student of sets of labels sees the classes whose probability reaches the threshold, which may be none.
+    """
 
     image: str
     """The file, or the archive and the file in it."""
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
-    """From 0 to 1, the softmax of the student's logits."""
+    """From 0 to 1, the softmax of the student's logits; with sets of labels their sigmoids."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ class Predictions:
     """The images that cannot be read, and why."""
     notes: list[str] = field(default_factory=list)
     """What seems wrong with the images, such as folders that are named for other classes."""
+    threshold: float | None = None
+    """With sets of labels, the probability from which on an image has a class."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +154,15 @@ class Export:
     """Exported files."""
 
     student: Path
-    top1: float
-    """Top-1 accuracy of the exported checkpoint at its last validation, in %."""
+    top1: float | None
+    """Top-1 accuracy of the exported checkpoint at its last validation, in %; None with sets of labels."""
     differences: dict[Path, float]
     """For each file, the largest absolute difference between its logits and the student's."""
     onnx: Path | None = None
     formats: dict[str, FormatFile] = field(default_factory=dict)
     """The files for other runtimes, by name of the format."""
+    map: float | None = None
+    """With sets of labels, the checkpoint's mAP in %."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.split import open_split
+from scalekd.data.targets import one_each
 from scalekd.runs.heads import fit_into, with_heads
 from scalekd.train.hardware import resolved
 
@@ -144,7 +145,9 @@ def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
     Raises `UserError` for anything wrong with the data, before any run starts.
     """
     if running:
-        return dict(open_split(job.config.data).described)
+        split = open_split(job.config.data)
+        one_each(split.val.targets, "`scalekd compare`")
+        return dict(split.described)
     try:
         return dict(json.loads((out / "summary.json").read_text())[KEY])
     except (OSError, ValueError, KeyError, TypeError):

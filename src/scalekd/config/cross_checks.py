@@ -47,6 +47,10 @@ def cross_checks(config: Recipe) -> list[str]:
             f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} must be below train.epochs {config.train.epochs}; "
             "for a short trial set schedule.warmup_epochs=0"
         )
+    if "asl" in config.losses and (config.augment.mixup or config.augment.cutmix):
+        problems.append(
+            "losses.asl: it needs labels of 0 and 1, and augment.mixup and augment.cutmix mix them; remove these, or use bce"
+        )
     return problems + _quantize(config) + _ignored(config)
 
 
@@ -147,6 +151,7 @@ def _ignored(config: Recipe) -> list[str]:
             (own_val, "data.val_fraction", data, "no data.val"),
             (own_val and no_limit, "data.seed", data, "data.limit or no data.val; the seed of the run is `seed`"),
             (data.train is None, "data.limit", data, "data.train; for data.unlabelled use data.unlabelled_limit"),
+            (data.train is None, "data.class_balance", data, "data.train"),
             (data.unlabelled is None, "data.unlabelled_limit", data, "data.unlabelled"),
             (one_kind, "data.unlabelled_share", data, "both data.train and data.unlabelled"),
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -107,6 +107,29 @@ def reads_pooled(loss: str) -> bool:
     from scalekd.methods.names import METHODS
 
     return getattr(METHODS[loss], "needs_pooled", False)
+
+
+def label_problems(losses: Mapping[str, Mapping[str, Any]], several: bool) -> list[str]:
+    """One line for each loss that does not suit the labels.
+
+    A method that needs one class per image says why in `one_label`; its option `probabilities: sigmoid` lifts that. A
+    method for sets of labels only has `several_labels`.
+
+    several: whether the images have sets of labels.
+    """
+    from scalekd.methods.names import METHODS
+
+    problems = []
+    for name, options in losses.items():
+        reason = getattr(METHODS[name], "one_label", "")
+        if several and reason and options.get("probabilities") != "sigmoid":
+            problems.append(f"losses.{name}: needs one class per image, and the images have sets of labels: {reason}")
+        if not several and getattr(METHODS[name], "several_labels", False):
+            problems.append(
+                f"losses.{name}: it is for sets of labels, and the images have one class each; use ce or bce, or name a "
+                "`separator` if the table has several labels in a cell (docs/how-to/labels.md)"
+            )
+    return problems
 
 
 def explained(name: str) -> str:

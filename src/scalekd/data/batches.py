@@ -26,6 +26,7 @@ from .samplers import EvalSampler, Key, TrainSampler
 from .sources.source import Source
 from .sources.unlabelled import UNLABELLED, stored
 from .split import Split
+from .targets import classes_in, multi_hot
 from .transforms import Statistic, Transform, eval_transform, train_transform
 from .workers import loaded
 
@@ -34,15 +35,16 @@ class Batch(NamedTuple):
     """Images and targets; images without labels come last."""
 
     images: Tensor  # (B, C, H, W) uint8
-    targets: Tensor  # (L,) int64, of the first L images; the others have no label
+    # of the first L images, the others have no label: (L,) int64, or in multi-label data (L, classes) float32 of 0 and 1
+    targets: Tensor
     skipped: Sequence[Bad] = ()  # images that could not be read while making this batch
 
 
 class Sample(NamedTuple):
-    """One transformed image and its class."""
+    """One transformed image and its class, or in multi-label data (classes,) float32 of 0 and 1."""
 
     image: Tensor | None  # (C, H, W) uint8; None if it cannot be read and no other image replaces it
-    target: int
+    target: int | Tensor
     skipped: Sequence[Bad] = ()
 
 
@@ -106,15 +108,16 @@ class Images(Dataset):
             except Outage as error:
                 return error
             else:
-                return Sample(self.transform(image), target, skipped)
+                known = multi_hot(target, len(self.source.classes)) if isinstance(target, tuple) else target
+                return Sample(self.transform(image), known, skipped)
         return Sample(None, -1, skipped)
 
     def _dead_class(self, number: int) -> UserError | None:
         """The error if no image of the class of this bad image can be read."""
         targets = self.source.targets
         return dead_class(
-            [targets[number]] if targets[number] != UNLABELLED else [],
-            lambda label: (i for i in self.indices if targets[i] == label),
+            classes_in(targets[number]),
+            lambda label: (i for i in self.indices if label in classes_in(targets[i])),
             self.source.__getitem__,
             self.alive,
             lambda label: self.source.classes[label],
@@ -183,7 +186,7 @@ def unreadable(names: Iterable[str], images: Iterable[tuple[str, Callable[[], An
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
-    readable: list[tuple[Tensor, int]] = []
+    readable: list[tuple[Tensor, int | Tensor]] = []
     skipped: list[Bad] = []
     for sample in samples:
         if isinstance(sample, UserError):
@@ -194,8 +197,9 @@ def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
     if not readable:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
     images, targets = zip(*readable)
-    known = [target for target in targets if target != UNLABELLED]
-    return Batch(torch.stack(images), torch.tensor(known, dtype=torch.int64), skipped)
+    rows = [target for target in targets if isinstance(target, Tensor)]
+    known = [target for target in targets if not isinstance(target, Tensor) and target != UNLABELLED]
+    return Batch(torch.stack(images), torch.stack(rows) if rows else torch.tensor(known, dtype=torch.int64), skipped)
 
 
 def listed(source: Source, indices: Sequence[int]) -> Listing:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from scalekd.common.text import counted, say, shortened
 from .images import BadImages
 from .sources.names import LeftOut
 from .sources.source import Source
+from .targets import Target, are_sets, count_of
 
 KEY = "data_description"  # its key in summary.json and other results
 FIRST = 5  # classes that are listed by name
@@ -24,17 +24,20 @@ def part(images: int, source: str, chosen: str = "", left_out: LeftOut | None = 
     return {"images": images, "from": source, "chosen": chosen, "left_out": dict(left_out or {})}
 
 
-def classes_of(names: Sequence[str], targets: Iterable[int], what: str = "images") -> dict[str, Any]:
+def classes_of(names: Sequence[str], targets: Sequence[Target], what: str = "images") -> dict[str, Any]:
     """Number of classes, the first names, and the smallest and largest class by images.
 
-    targets: the class of every image; images without a class have a negative one. what: what is counted.
+    targets: the class or the set of classes of every image; images without a class have a negative one. what: what is
+    counted.
     """
-    images = Counter(target for target in targets if target >= 0)
+    images = count_of(targets)
     described: dict[str, Any] = {"count": len(names), "first": list(names[:FIRST])}
     for key, choose in (("smallest", min), ("largest", max)):
         if names:
             i = choose(range(len(names)), key=lambda i: images[i])
             described[key] = {"name": names[i], what: images[i]}
+    if are_sets(targets):
+        described["labels_per_image"] = round(images.total() / len(targets), 2)
     return described
 
 
@@ -83,6 +86,8 @@ def _classes_line(classes: Mapping[str, Any]) -> str:
     if smallest := classes.get("smallest"):
         sizes = [f"{shortened(c['name'], 40)} ({_number_of(c)})" for c in (smallest, classes["largest"])]
         text += f"; smallest {sizes[0]}, largest {sizes[1]}"
+    if (labels := classes.get("labels_per_image")) is not None:
+        text += f"; several labels per image, {labels:g} on average"
     return text
 
 

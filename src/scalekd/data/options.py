@@ -33,6 +33,9 @@ class Data(Section):
     seed: Seed = 0
     """Chooses the held-out images and those of `limit`. It is not the seed of the run, so that runs with different seeds
     have the same data."""
+    class_balance: Share = 0.0
+    """Draw images of rare classes more often in training: an image of a class with n images is drawn in proportion to
+    n ** -class_balance. 0: as they are; 0.5: square root; 1: all classes equally often (docs/how-to/labels.md)."""
     image_size: ImageSize = 224
     """Input size of the student in pixels, square or (height, width)."""
     channels: Literal[1, 3] = 3

@@ -21,8 +21,11 @@ from .sources.folders import class_folders
 from .sources.names import split_of
 from .sources.open import open_source, open_unlabelled
 from .sources.source import Source
+from .sources.table.text import is_table
 from .sources.unlabelled import Joined, WithoutLabels
+from .targets import Target, are_sets, balancing_weights, count_of, rarest
 
+MOST_EXAMPLES = 10  # images that an error lists
 REST = "rest"  # value of `data.unlabelled`: the images that `data.limit` leaves out of `data.train`
 
 
@@ -37,6 +40,11 @@ class Split(NamedTuple):
     labelled: int  # how many of train_indices have labels; they come first
     described: Mapping[str, Any] = MappingProxyType({})  # as `scalekd.data.description` makes it
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether the target of an image is a set of classes."""
+        return are_sets(self.val.targets)
+
 
 def open_split(data: Data, strict: bool = True) -> Split:
     """Opens the sources of a run. Raises `UserError`, for example for missing folders, empty classes or unequal classes.
@@ -47,10 +55,12 @@ def open_split(data: Data, strict: bool = True) -> Split:
     if len(split.classes) < 2:
         raise UserError(
             f"data.{'train' if data.train else 'val'} has a single class, {printable(', '.join(split.classes))}: nothing "
-            "can be learned. Name the folder whose sub-folders are the classes" + _lower(data.train or data.val)
+            "can be learned"
+            + ("" if is_table(data.train or "") else ". Name the folder whose sub-folders are the classes")
+            + _lower(data.train or data.val)
         )
     split, notes = _without_copies(split, data, strict)
-    return split._replace(described=_described(split, data) | {"notes": notes})
+    return split._replace(described=_described(split, data) | {"notes": notes + _balance_note(split, data)})
 
 
 def _lower(text: str | None) -> str:
@@ -65,17 +75,18 @@ def _opened(data: Data) -> Split:
     """The split of labelled training images and validation images, with `data.unlabelled` if it is set."""
     assert data.train is not None
     train = open_source(data.train, "data.train")
-    unused = sorted(set(range(len(train.classes))) - set(train.targets)) if _numbered(train.classes) else []
+    unused = sorted(set(range(len(train.classes))) - count_of(train.targets).keys()) if _numbered(train.classes) else []
     if unused:
         raise UserError(
-            f"data.train has labels up to {max(train.targets)}, but no image of class {unused[0]}"
+            f"data.train has labels up to {len(train.classes) - 1}, but no image of class {unused[0]}"
             + (f" and {len(unused) - 1} others" if unused[1:] else "")
             + ". Number the classes from 0 without gaps."
         )
     order = by_class(train.targets, data.seed)
     if data.val is not None:
-        val = open_source(data.val, "data.val")
+        val = open_source(data.val, "data.val", train.classes)
         val_indices: Sequence[int] = range(len(val))
+        _refuse_other_kind(train, val)
         if not same_classes(train.classes, val.classes):
             odd = sorted(set(val.classes) ^ set(train.classes))
             raise UserError(
@@ -96,6 +107,16 @@ def _opened(data: Data) -> Split:
     )
     split = Split(list(train.classes), train, kept, val, val_indices, len(kept))
     return split if data.unlabelled is None else _with_unlabelled(split, data, unused_indices)
+
+
+def _refuse_other_kind(train: Source, val: Source) -> None:
+    """Raises `UserError` if the images of one source have sets of labels and those of the other have one label each."""
+    if are_sets(train.targets) != are_sets(val.targets):
+        several, one = ("data.train", "data.val") if are_sets(train.targets) else ("data.val", "data.train")
+        raise UserError(
+            f"{several} has several labels per image and {one} one label per image. Give both the same kind of labels: "
+            "`labels=several` (or `separator`) makes the labels of a table sets (docs/how-to/labels.md)"
+        )
 
 
 def _with_unlabelled(split: Split | None, data: Data, rest: Sequence[int] = ()) -> Split:
@@ -160,7 +181,8 @@ def _without_copies(split: Split, data: Data, strict: bool) -> tuple[Split, list
 
 def _refuse_same(split: Split, data: Data, same: list[int]) -> None:
     labelled = split.train_indices[: split.labelled]
-    example = split.train.where(same[0])
+    example = ", ".join(split.train.where(i) for i in same[:MOST_EXAMPLES])
+    example += f" and {len(same) - MOST_EXAMPLES} others" * (len(same) > MOST_EXAMPLES)
     if same[0] in set(labelled):
         raise UserError(
             f"{len(same)} of the validation images are also training images, such as {example}. Set data.val to other "
@@ -196,6 +218,24 @@ def _described(split: Split, data: Data) -> dict[str, Any]:
     return described | {"classes": classes_of(split.classes, counted_on)}
 
 
+def drawing_weights(split: Split, data: Data) -> list[float] | None:
+    """How often to draw each labelled training image, relative to the others; None if all equally often."""
+    if not data.class_balance or not split.labelled:
+        return None
+    return balancing_weights([split.train.targets[i] for i in split.train_indices[: split.labelled]], data.class_balance)
+
+
+def _balance_note(split: Split, data: Data) -> list[str]:
+    """How often an image is drawn in an epoch, at most and at least, if `data.class_balance` is set."""
+    if (weights := drawing_weights(split, data)) is None:
+        return []
+    often = [len(weights) * weight / sum(weights) for weight in (max(weights), min(weights))]
+    return [
+        f"data.class_balance {data.class_balance:g}: in an epoch, an image of the rarest class is drawn "
+        f"{often[0]:.2g} times on average, one of the most frequent class {often[1]:.2g} times"
+    ]
+
+
 def same_classes(known: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two lists of classes are equal. Numbered classes come from labels, so `other` may lack the highest ones."""
     return list(other) == list(known[: len(other)] if _numbered(known) else known)
@@ -205,8 +245,12 @@ def _numbered(classes: Sequence[str]) -> bool:
     return list(classes) == [str(i) for i in range(len(classes))]
 
 
-def by_class(targets: Sequence[int], seed: int) -> list[int]:
-    """A seeded order of all indices in which every prefix is as balanced over the classes as possible."""
+def by_class(labels: Sequence[Target], seed: int) -> list[int]:
+    """A seeded order of all indices in which every prefix is as balanced over the classes as possible.
+
+    An image with several classes counts for the rarest of them.
+    """
+    targets = rarest(labels)
     generator = torch.Generator().manual_seed(seed_from("by class", seed))
     shuffled = torch.randperm(len(targets), generator=generator).tolist()
     count: dict[int, int] = {}  # images of each class so far

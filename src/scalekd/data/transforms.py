@@ -99,11 +99,11 @@ class _Erase:
         return (erased * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
-def make_mixup(augment: Augment, classes: int) -> Mixup | None:
+def make_mixup(augment: Augment, classes: int, multi_label: bool = False) -> Mixup | None:
     """timm's Mixup, or None if the recipe uses neither mixup nor CutMix. The task loss applies label smoothing."""
     if not (augment.mixup or augment.cutmix):
         return None
-    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes)
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes, multi_label=multi_label)
 
 
 def mixed(images: Tensor, targets: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
@@ -111,14 +111,14 @@ def mixed(images: Tensor, targets: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor
 
     Args:
         images: (B, C, H, W).
-        targets: (L,), classes of the first L images.
+        targets: of the first L images, classes (L,), or (L, classes) of 0 and 1.
 
     Returns the mixed images and soft targets (L, classes).
     """
     labelled = len(targets)
     if labelled == len(images):
         return mixup(images, targets)
-    unused = targets.new_zeros(len(images) - labelled)
+    unused = targets.new_zeros(len(images) - labelled, *targets.shape[1:])
     others, _ = mixup(images[labelled:], unused)
     if not labelled:
         return others, targets

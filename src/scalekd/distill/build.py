@@ -16,14 +16,14 @@ from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.config.fields import Balance as BalanceOptions
-from scalekd.config.losses import reads_logits, reads_pooled
+from scalekd.config.losses import label_problems, reads_logits, reads_pooled
 from scalekd.config.recipe import Config
 from scalekd.data.batches import (
     training_images,
     validation_images,
 )
 from scalekd.data.samplers import Mix
-from scalekd.data.split import open_split
+from scalekd.data.split import Split, drawing_weights, open_split
 from scalekd.data.transforms import make_mixup
 from scalekd.models.build import build_model
 from scalekd.models.class_order import put_in_order
@@ -51,6 +51,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
     data, train = config.data, config.train
     split = open_split(data, strict)
+    _check_labels(config, split)
     size, classes = height_and_width(data.image_size), len(split.classes)
     head = classes if any(map(reads_logits, config.losses)) else 0
     student, student_loaded = build_model(
@@ -80,13 +81,28 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
         loaded={"student": student_loaded, **teachers.loaded},
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, steps_per_epoch),
-        mixup=make_mixup(config.augment, classes),
+        mixup=make_mixup(config.augment, classes, split.multi_label and split.labelled > 0),
         steps_per_epoch=steps_per_epoch,
         mix=mix,
         repeats=config.augment.repeats,
+        weights=drawing_weights(split, data),
         described=split.described,
         **scaler_and_average(train, distiller.student, device),
     )
+
+
+def _check_labels(config: Config, split: Split) -> None:
+    """Raises `UserError` with all that does not suit the labels of the images: sets of classes, or one class each."""
+    problems = label_problems(config.losses, split.multi_label)
+    if split.multi_label and not any(map(reads_logits, config.losses)):
+        problems.append(
+            "losses: none uses the student's logits, so it would have no classifier; with sets of labels validation needs "
+            "one: add bce or asl"
+        )
+    if split.multi_label and config.quantize:
+        problems.append("quantize: needs one class per image, and the images have sets of labels")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 class _Teachers(NamedTuple):

@@ -13,6 +13,7 @@ from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
 from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
 from scalekd.models.stages import Features, StageView
+from scalekd.models.two_heads import train_apart
 
 from .balance import Gradients
 from .several_teachers import left_out, mean_logits, shapes_together
@@ -111,6 +112,7 @@ class Distiller(nn.Module):
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
         self.needs_pooled = any(getattr(m, "needs_pooled", False) for m in self.methods.values())
+        train_apart(student, any(getattr(m, "needs_two_heads", False) for m in self.methods.values()))
         self.teacher_clock = Stopwatch()
         self.pixels_checked = False
         self.eager = False  # do not use `compiled`

@@ -41,8 +41,15 @@ def normalised(images: Images, mean: Tensor, std: Tensor, size: int = CHUNK) -> 
 def fake_quantise(distiller: Distiller, config: Config, options: Quantize, images: Images) -> None:
     """Replaces the student of a distiller. Its places and first ranges are those of onnxruntime's quantiser.
 
-    Raises `UserError` if torch cannot export the student, and without the packages of `scalekd[onnx]`.
+    Raises `UserError` if torch cannot export the student, if a loss trains its second head, and without the packages of
+    `scalekd[onnx]`.
     """
+    for name, method in distiller.methods.items():
+        if getattr(method, "needs_two_heads", False):
+            raise UserError(
+                f"losses.{name}: a quantised student gives the mean of its two heads only. Train it with kd instead "
+                f"(losses.{name}=off losses.kd={{}}), or with labels only"
+            )
     old, student = distiller.student_view, distiller.student
     mean, std = distiller.student_mean, distiller.student_std
     card = {

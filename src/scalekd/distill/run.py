@@ -25,6 +25,7 @@ from scalekd.data.batches import (
     train_batches,
 )
 from scalekd.data.samplers import Key, TrainSampler
+from scalekd.data.targets import are_sets
 from scalekd.data.transforms import mixed
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import scaled
@@ -36,6 +37,7 @@ from scalekd.train.run import AUTOCAST, Run
 from .balance import backbone_parameters
 from .distiller import Distiller
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
+from .label_sets import SET_FIGURES, figures_of, scores_of
 from .teacher import Teacher
 from .teacher_outputs import TeacherOutputs
 
@@ -82,7 +84,14 @@ class DistillationRun(Run):
         return parts
 
     @property
+    def multi_label(self) -> bool:
+        """Whether the target of an image is a set of classes."""
+        return are_sets(self.val_images.source.targets)
+
+    @property
     def figures(self) -> dict[str, str]:
+        if self.multi_label:
+            return SET_FIGURES
         neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
         return {"top1": f"{neighbours}top-1", "top5": "top-5"}
 
@@ -180,9 +189,13 @@ class DistillationRun(Run):
         return load_batch(images, keys), [images.source.where(images.indices[i]) for _, i in keys]
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Accuracy of the deployed student: `evaluate`, or `evaluate_features` if it has no classifier."""
+        """The figures of the deployed student: for sets of labels `figures_of`; else `evaluate`, or `evaluate_features` if it
+        has no classifier."""
+        inputs = self.deployed, batches, self.model.student_mean, self.model.student_std, self.device
+        if self.multi_label:
+            return figures_of(scores_of(*inputs))
         measure = evaluate if self.has_classifier else evaluate_features
-        return measure(self.deployed, batches, self.model.student_mean, self.model.student_std, self.device)
+        return measure(*inputs)
 
 
 def logit_losses(config: Config, teacher: str) -> list[str]:

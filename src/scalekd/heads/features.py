@@ -27,6 +27,7 @@ from scalekd.data.images import BadImages
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.source import Source
 from scalekd.data.split import by_class
+from scalekd.data.targets import classes_in, one_each
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
 from scalekd.models.features import pooled
@@ -155,7 +156,7 @@ def features(
     done = 0
     workers = WORKERS if backbone.device.type == "cuda" and len(missing) > CHUNK else 0
     images = Images(source, missing, backbone.transform, None, bad)
-    targets = source.targets
+    targets = one_each(source.targets, "a classifier on frozen features")
     images.alive |= {targets[i] for i in known}  # their classes have readable images
     batches = eval_batches(images, BATCH, workers, False)
     left_to_do = iter(missing)
@@ -219,7 +220,7 @@ def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path, bad
         summed.update(f"{stamp}\n".encode())
     sample = range(0, len(source), max(1, len(source) // 16))[:16]
     images = Images(source, sample, backbone.transform, None, bad)
-    images.alive |= set(source.targets)  # the sample says nothing about a class
+    images.alive |= {label for target in source.targets for label in classes_in(target)}  # the sample says nothing about a class
     for batch in eval_batches(images, 16, 0, False):
         summed.update(batch.images.numpy().tobytes())
     return cache / summed.hexdigest()[:24]

@@ -35,6 +35,7 @@ from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, open_split
+from scalekd.data.targets import one_each
 from scalekd.models.build import build_model
 from scalekd.models.fitted_head import put_head
 from scalekd.models.inputs import input_doubt, sensible_crop, statistics
@@ -280,7 +281,7 @@ def _untrained_doubt(loaded: Loaded, where: str) -> str:
 
 
 def _refuse_empty_classes(split: Split, data: Data) -> None:
-    targets = split.train.targets
+    targets = one_each(split.train.targets, "a fitted classifier (`scalekd head`, `teacher.head: fit`)")
     empty = set(range(len(split.classes))) - {targets[i] for i in split.train_indices}
     if empty:
         names = ", ".join(split.classes[i] for i in sorted(empty)[:3]) + ", ..." * (len(empty) > 3)

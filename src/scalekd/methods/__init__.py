@@ -50,4 +50,7 @@ Class attributes, with the value that a method has if it does not set them:
   method then gets only the labelled ones.
 - `needs_logits = False`: set it to True if the method uses the student's logits in addition to maps. If no loss uses
   them, the student is built without a classifier.
+- `needs_two_heads = False`: set it to True to get the logits of the student's second head, `student.distilled`, in train
+  mode. `student.logits` are then those of the first head, for all losses. At construction, `student.two_heads` says
+  whether the student has one.
 """

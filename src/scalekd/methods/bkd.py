@@ -34,6 +34,7 @@ class BKD(nn.Module):
     """
 
     needs_maps = False
+    one_label = "the softmax's probabilities of the classes add up to 1; set losses.bkd.probabilities=sigmoid"
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class DIST(nn.Module):
     """
 
     needs_maps = False
+    one_label = "it compares softmax probabilities, which add up to 1; use kd with probabilities=sigmoid"
 
     def __init__(
         self,

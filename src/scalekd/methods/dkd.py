@@ -37,6 +37,7 @@ class DKD(nn.Module):
 
     needs_maps = False
     needs_targets = True
+    one_label = "it splits the softmax into the one class of an image and the others; use kd with probabilities=sigmoid"
 
     def __init__(
         self,

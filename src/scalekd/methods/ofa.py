@@ -35,6 +35,7 @@ class OFA(nn.Module):
 
     needs_targets = True
     needs_logits = True
+    one_label = "it raises the softmax's probability of the one class of an image; use kd with probabilities=sigmoid"
 
     def __init__(
         self,

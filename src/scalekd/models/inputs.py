@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
 
-from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
+from . import mixer, wide_last  # noqa: F401 - register models with timm
 from .options import Model
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel

@@ -1,4 +1,4 @@
-"""Suggestions for a model name that timm does not know."""
+"""Names of models: those that scalekd adds to timm, and suggestions for one that timm does not know."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from scalekd.common.errors import nearest
 from scalekd.common.text import printable
 
 MOST = 6  # names in a hint
+ADDED = {  # the names that scalekd adds to timm, by the module that does it
+    "mlp_mixer": "scalekd.models.mixer",
+    "vit_wide_last": "scalekd.models.wide_last",
+    "vit_lift": "scalekd.models.wide_last",
+}
 
 
 def way_to(name: str) -> str:

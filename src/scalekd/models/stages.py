@@ -23,6 +23,7 @@ from .inputs import input_channels
 from .own_stages import OwnStages, checked
 from .tails import TEACHER_TAILS
 from .token_maps import to_map
+from .two_heads import has_two_heads, predictions
 
 MapShape = tuple[int, int, int]  # channels, height, width
 LARGE = 60_000_000  # parameters; larger models are probed on the meta device
@@ -38,6 +39,7 @@ class Shapes:
     classes: int  # 0 for a model without a head
     can_resume: bool = False  # `tails.py` has a tail for it, so `Features.resume` works
     pooled: int = 0  # channels of its classifier's input; 0 if its logits are not the output of one layer
+    two_heads: bool = False  # it has a second classifier for the teacher's predictions (`two_heads.py`)
 
 
 @dataclass
@@ -57,6 +59,9 @@ class Features:
     """(B, P), the classifier's input: the class token or what the model pools. Only for methods that need it."""
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
+    distilled: Tensor | None = None
+    """Students with two heads, in train mode, for methods that need it: the logits `(B, classes)` of the second head.
+    `logits` are then those of the first; without it they are the mean of both."""
 
     def first(self, count: int) -> Features:
         """The features of the first `count` images, without `resume`."""
@@ -67,6 +72,7 @@ class Features:
             prefix=tuple(None if p is None else p[:count] for p in self.prefix),
             pooled=None if self.pooled is None else self.pooled[:count],
             classify=self.classify,
+            distilled=None if self.distilled is None else self.distilled[:count],
         )
 
 
@@ -115,7 +121,7 @@ class StageView:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[..., Any]] = [self._logits]
+        calls: list[Callable[..., Any]] = [lambda twin, images: self._logits(twin, images)[0]]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)
@@ -139,6 +145,7 @@ class StageView:
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
             can_resume=features is not None and (type(model) in TEACHER_TAILS or hasattr(model, "resume_stage")),
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
+            two_heads=has_two_heads(model),
         )
 
     def __call__(
@@ -160,7 +167,8 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            return Features(logits=self._logits(self.model, images))
+            logits, distilled = self._logits(self.model, images)
+            return Features(logits=logits, distilled=distilled)
         if self.refusal:
             raise ValueError(self.refusal)
         features = self._tap(self.model, images, classifier)
@@ -175,8 +183,9 @@ class StageView:
         features.resume = self._resume_from(features.prefix)
         return features
 
-    def _logits(self, model: Any, images: Tensor) -> Tensor:
-        return model.stage_features(images).logits if self._own else _one_logit_tensor(model(images))
+    def _logits(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits, and those of a second head (`predictions`)."""
+        return (model.stage_features(images).logits, None) if self._own else predictions(model(images))
 
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
         if self._own:
@@ -191,9 +200,10 @@ class StageView:
         _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it does not return four maps")
         if classifier and self._one_classifier is None:
             self._one_classifier = _has_one_classifier(model, x)
-        logits, pooled, classify = _head(model, x, classifier and bool(self._one_classifier))
+        logits, distilled, pooled, classify = _head(model, x, classifier and bool(self._one_classifier))
         return Features(
             logits=logits,
+            distilled=distilled,
             maps=tuple(maps),
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
@@ -276,14 +286,6 @@ def _refusal(name: str, model: nn.Module, reason: str) -> str:
 # Calling the model
 
 
-def _one_logit_tensor(logits: Any) -> Tensor:
-    """The logits. In training a distilled DeiT returns two predictions; their mean is its output in evaluation."""
-    if isinstance(logits, tuple) and len(logits) == 2 and logits[0].shape == logits[1].shape:
-        logits = (logits[0] + logits[1]) / 2
-    _expect(isinstance(logits, Tensor), f"it returns a {type(logits).__name__} instead of logits")
-    return logits
-
-
 def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     """The head's input as `(B, D, H, W)`. timm returns it as NCHW, NHWC or tokens."""
     _expect(isinstance(x, Tensor), "its features are not one tensor")
@@ -299,12 +301,14 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def _head(model: Any, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """The logits, and with `split` the classifier's input and the classifier, else None and None."""
+def _head(
+    model: Any, x: Tensor, split: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """The logits, those of a second head (`predictions`), and with `split` the classifier's input and the classifier."""
     if not split:
-        return _one_logit_tensor(model.forward_head(x)), None, None
+        return *predictions(model.forward_head(x)), None, None
     pooled, classify = model.forward_head(x, pre_logits=True), model.get_classifier()
-    return classify(pooled), pooled, classify
+    return classify(pooled), None, pooled, classify
 
 
 def _has_one_classifier(model: Any, x: Tensor) -> bool:
@@ -318,7 +322,7 @@ def _has_one_classifier(model: Any, x: Tensor) -> bool:
     calls: list[tuple[Any, Any]] = []
     hook = classifier.register_forward_hook(lambda _, given, result: calls.append((given[0], result)))
     try:
-        logits = _one_logit_tensor(model.forward_head(x))
+        logits, _ = predictions(model.forward_head(x))
     finally:
         hook.remove()
     if len(calls) != 1 or calls[0][1] is not logits or calls[0][0].ndim != 2:

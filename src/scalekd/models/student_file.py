@@ -126,15 +126,7 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
         verbose=False,
     )
     assert program is not None
-    program.model.metadata_props[CARD] = json.dumps(card)
-    try:
-        # a new folder, so that nothing is written through a link; above 2 GB a second file holds the weights
-        with tempfile.TemporaryDirectory(dir=path.parent, suffix=SCRATCH) as scratch:
-            program.save(str(Path(scratch) / path.name))
-            for file in Path(scratch).iterdir():
-                os.replace(file, path.parent / file.name)
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    save_onnx(program, path, card)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # not the exporter's batch size, to detect a graph with a fixed one
     again = torch.cat([images, images.flip(0)])
@@ -148,6 +140,19 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
             "onnxruntime and onnxscript"
         )
     return difference
+
+
+def save_onnx(program: Any, path: Path, card: dict[str, Any]) -> None:
+    """Writes torch's ONNX program with the card in its metadata. Raises `UserError` if the file cannot be written."""
+    program.model.metadata_props[CARD] = json.dumps(card)
+    try:
+        # a new folder, so that nothing is written through a link; above 2 GB a second file holds the weights
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=SCRATCH) as scratch:
+            program.save(str(Path(scratch) / path.name))
+            for file in Path(scratch).iterdir():
+                os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 @torch.no_grad()

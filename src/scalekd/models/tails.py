@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .token_maps import to_map, to_tokens
 from .transformers_vision import TransformersVision, transformers_tail
+from .wide_last import Lift, WideLast
 
 
 def _vit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None, end: bool) -> Tensor:
@@ -97,6 +98,8 @@ def _mobilenetv3_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None, 
 TEACHER_TAILS: dict[type[nn.Module], Callable[[nn.Module, int, Tensor, Tensor | None, bool], Tensor]] = {
     models.VisionTransformer: _vit_tail,
     models.VisionTransformerDistilled: _vit_tail,
+    WideLast: _vit_tail,
+    Lift: _vit_tail,
     models.Beit: _beit_tail,
     models.Eva: _eva_tail,
     models.MlpMixer: _mixer_tail,

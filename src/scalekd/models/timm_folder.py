@@ -47,6 +47,9 @@ def timm_config(student: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
     config["pretrained_cfg"]["license"] = "unknown"
     # exactly the arguments that the student was built with; timm's own list adds some that not every model takes
     config["model_args"] = {k: v for k, v in card["kwargs"].items() if k != "num_classes" and not is_drop_rate(k)}
+    if card.get("multi_label"):
+        config["problem_type"] = "multi_label_classification"  # transformers then applies a sigmoid
+        config["threshold"] = card.get("threshold")
     return config
 
 

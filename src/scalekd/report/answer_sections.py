@@ -11,7 +11,7 @@ from scalekd.common.text import shortened
 from .curves import bounds
 from .evaluate import STUDENT, TEACHER, Example, Seen
 from .page import NONE, panels, section, table
-from .predictions import accuracies, by_class, confusion_matrix, confusions
+from .predictions import accuracies, by_class, confusion_matrix, confusions, worst_and_best
 from .svg import (
     INK,
     LEFT,
@@ -28,7 +28,6 @@ from .svg import (
     value_axis,
 )
 
-MOST_CLASSES = 40  # rows of a table; with more classes, the worst and the best
 MATRIX, NUMBERED = 30, 12  # most classes of a confusion matrix, and of one with numbers in its cells
 PAIRS = 12
 FEW = 10  # images per class below which a note says so
@@ -92,17 +91,6 @@ def _classes(seen: Seen) -> str:
         for row in rows
     ]
     return section("Top-1 by class (%)", table(head, cells, "numbers"), note)
-
-
-def worst_and_best(rows: list[Any], order: str = "Sorted, the worst first.") -> tuple[list[Any], str]:
-    """The rows that a table shows, and a sentence that says which. rows: by class, the worst first."""
-    if len(rows) <= MOST_CLASSES:
-        return rows, order
-    half, left = MOST_CLASSES // 2, len(rows) - MOST_CLASSES
-    return [
-        *rows[:half],
-        *rows[-half:],
-    ], f"The worst {half} and the best {half}; the {left} between them are not shown."
 
 
 def _confusions(seen: Seen) -> str:

@@ -13,12 +13,14 @@ from scalekd.common.files import is_file, write_text
 from scalekd.common.intervals import share_interval
 from scalekd.common.text import shortened
 from scalekd.models.licences import UNKNOWN, explained, licences_in
+from scalekd.models.names import ADDED
 
 from .curves import losses_text
 from .evaluate import STUDENT, Seen
 from .folder import RunFolder
+from .label_sets import SeenSets
 from .page import NONE
-from .predictions import accuracies
+from .predictions import accuracies, worst_and_best
 from .svg import finite
 
 MARK = "<!-- Written by scalekd"
@@ -32,7 +34,7 @@ def write_card(folder: Path, text: str) -> None:
         write_text(path, text)
 
 
-def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None, speed: str = "") -> str:
+def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | SeenSets | None, speed: str = "") -> str:
     """README.md of a student. speed: a block on its size and latency, if they were measured."""
     card = folder.card
     taught = f", taught by {card['teacher']}" if card.get("teacher") else ""
@@ -40,7 +42,7 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None, s
     blocks = [
         front(front_matter(folder)),
         f"# {marked(folder.title)}",
-        f"{marked(card['model'] + taught)}. Trained with scalekd. It is a plain timm model and does not need scalekd.",
+        f"{marked(card['model'] + taught)}. Trained with scalekd. {nature(card)}",
         "## Use",
         "In this folder:",
         f"```python\n{load_lines(card, timm_name(folder))}\n```",
@@ -53,9 +55,10 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | None, s
     ]
     if classes:
         blocks += ["## Classes", classes_line(classes, "student.json")]
+    answer = "may predict no class or several" if card.get("multi_label") else "predicts one of these classes"
     limits = (
-        "Measured only on the validation images above. The model predicts one of these classes for any image. It may have "
-        "learned the teacher's errors."
+        f"Measured only on the validation images above. The model {answer} for any image. It may have learned the "
+        "teacher's errors."
     )
     licences = licence_lines(licences_in(card))
     return "\n\n".join([*blocks, "## Licences", licences, "## Limits", limits, OURS]) + "\n"
@@ -109,13 +112,14 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
     if finite(score) and card["classes"]:
         data = folder.recipe.get("data") or {}
         place = Path(str(data.get("val") or data.get("train"))).name or "validation images"
+        metric = "mAP" if card.get("multi_label") else "accuracy"
         measured = {
-            "type": "accuracy",
+            "type": metric,
             "value": round(score, 2),
             "name": f"{next(iter(folder.figures.values()))} (%)",
         }
         fields |= {
-            "metrics": ["accuracy"],
+            "metrics": [metric],
             "model-index": model_index(folder.title, task, place, [measured]),
         }
     return fields
@@ -126,8 +130,15 @@ def timm_name(folder: RunFolder) -> str | None:
     return None if is_file(folder.weights) and not is_file(folder.path / "config.json") else "local-dir:."
 
 
+def nature(card: Mapping[str, Any]) -> str:
+    """A sentence on what is needed to load the student."""
+    if module := ADDED.get(card["model"]):
+        return f"It is a timm model of a kind that `import {module}` adds to timm."
+    return "It is a plain timm model and does not need scalekd."
+
+
 def load_lines(card: Mapping[str, Any], name: str | None) -> str:
-    """Python code that loads the student with timm alone and runs it on an image.
+    """Python code that loads the student with timm and runs it on an image.
 
     name: `local-dir:FOLDER` or `hf-hub:USER/NAME`; None loads student.safetensors without timm's config.json.
     """
@@ -144,18 +155,23 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
             f"pixels = timm.data.create_transform({size!r}, interpolation={card['interpolation']!r}, "
             f"crop_pct={card['crop_pct']!r}, mean={tuple(card['mean'])!r}, std={tuple(card['std'])!r})",
         ]
-    return "\n".join(
-        [
-            "import timm",
-            "from PIL import Image",
-            "",
-            *loading,
-            f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
+    lines = [
+        "import timm",
+        "from PIL import Image",
+        *([f"import {ADDED[card['model']]}"] if card["model"] in ADDED else []),
+        "",
+        *loading,
+        f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
+    ]
+    if card.get("threshold") is not None and name is not None:
+        lines += [
+            'classes = student.pretrained_cfg["label_names"]',
+            f"labels = [name for name, p in zip(classes, logits[0].sigmoid()) if p >= {card['threshold']}]",
         ]
-    )
+    return "\n".join(lines)
 
 
-def _results(folder: RunFolder, seen: Seen | None) -> str:
+def _results(folder: RunFolder, seen: Seen | SeenSets | None) -> str:
     lines = ["| on all validation images | % |", "|---|--:|"]
     last = folder.last_validation
     for key, name in folder.figures.items():
@@ -164,7 +180,11 @@ def _results(folder: RunFolder, seen: Seen | None) -> str:
         if key == "top1" and finite(value) and images:
             text += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
         lines.append(f"| {name} | {text} |")
-    if seen is not None:
+    if folder.card.get("threshold") is not None:
+        lines += ["", threshold_line(folder.card)]
+    if isinstance(seen, SeenSets):
+        lines += _class_rows(seen)
+    elif seen is not None:
         lines += ["", f"| on {seen.images:,} of them, top-1 | % | ECE % |", "|---|--:|--:|"]
         for row in accuracies(seen):
             name = "this model" if row["model"] == STUDENT else marked(row["model"])
@@ -173,6 +193,23 @@ def _results(folder: RunFolder, seen: Seen | None) -> str:
     if any("[" in line for line in lines):
         lines += ["", "Brackets: 95 % intervals, which depend on the number of images."]
     return "\n".join(lines)
+
+
+def threshold_line(card: Mapping[str, Any]) -> str:
+    """Which classes a model of sets of labels predicts."""
+    return (
+        f"An image has the classes whose probability, the sigmoid of the logit, is at least {card['threshold']:g}. This "
+        "threshold has the largest macro F1 on the validation images, so F1 is likely to be lower on new images."
+    )
+
+
+def _class_rows(seen: SeenSets) -> list[str]:
+    shown, note = worst_and_best(seen.classes, "Sorted by average precision (AP), the worst first.")
+    lines = ["", "| class | images | AP % | precision % | recall % | F1 % |", "|---|--:|--:|--:|--:|--:|"]
+    for row in shown:
+        cells = [NONE if row[key] is None else f"{row[key]:.1f}" for key in ("ap", "precision", "recall", "f1")]
+        lines.append(f"| {marked(shortened(row['class'], 40))} | {row['images']} | {' | '.join(cells)} |")
+    return [*lines, "", f"On {seen.images:,} validation images. {note}"]
 
 
 def marked(text: object) -> str:

@@ -29,8 +29,11 @@ def chosen(images: int) -> list[int]:
     return list(range(images)) if images <= MOST else [i * images // MOST for i in range(MOST)]
 
 
-def contact_sheet(cells: Sequence[Cell], title: str) -> Image.Image:
-    """An RGB picture of all cells, from left to right: the image as a whole, its class and probability, its name."""
+def contact_sheet(cells: Sequence[Cell], title: str, several: bool = False) -> Image.Image:
+    """An RGB picture of all cells, from left to right: the image as a whole, its class and probability, its name.
+
+    several: the classes of a prediction are the labels of the image, of which the first is shown and the others counted.
+    """
     columns = min(COLUMNS, max(2, math.ceil(math.sqrt(len(cells)))))
     rows = math.ceil(len(cells) / columns)
     width = 2 * EDGE + columns * THUMBNAIL + (columns - 1) * GAP
@@ -41,15 +44,17 @@ def contact_sheet(cells: Sequence[Cell], title: str) -> Image.Image:
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         left = EDGE + column * (THUMBNAIL + GAP)
-        _draw_cell(sheet, draw, cell, left, EDGE + TITLE + row * (THUMBNAIL + CAPTION + GAP))
+        _draw_cell(sheet, draw, cell, left, EDGE + TITLE + row * (THUMBNAIL + CAPTION + GAP), several)
     return sheet
 
 
-def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left: int, top: int) -> None:
+def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left: int, top: int, several: bool) -> None:
     draw.rectangle((left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1), FRAME)
     small = _fitted(cell.image.convert("RGB"))
     sheet.paste(small, (left + (THUMBNAIL - small.width) // 2, top + (THUMBNAIL - small.height) // 2))
-    name, share = cell.prediction.classes[0], cell.prediction.probabilities[0]
+    name, share = next(zip(cell.prediction.classes, cell.prediction.probabilities), ("no label", 0.0))
+    others = len(cell.prediction.classes) - 1 if several else 0
+    name += f" + {others}" * (others > 0)
     line = top + THUMBNAIL
     draw.rectangle((left, line, left + THUMBNAIL - 1, line + 3), FRAME)
     draw.rectangle((left, line, left + max(1, round(share * THUMBNAIL)) - 1, line + 3), BAR)

@@ -13,6 +13,7 @@ from typing import Any
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file
+from scalekd.distill.label_sets import SET_FIGURES
 from scalekd.models.weights.card import read_card
 from scalekd.transfer.exported_model import read_card as read_transfer_card
 from scalekd.transfer.tasks import TASKS, TaskName
@@ -21,7 +22,7 @@ from .curves import TOP1
 from .svg import finite
 
 Check = Callable[[Any], bool]
-FIGURES = TOP1 | TASKS["detection"].figures | TASKS["segmentation"].figures
+FIGURES = TOP1 | SET_FIGURES | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 
 def _count(value: Any) -> bool:

@@ -92,10 +92,10 @@ def look(
         module.eval()
     students = {STUDENT: shown_student(run, deployed), **(baselines or {})}
     teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
-    notes = _misfits(teachers, len(run.classes))
+    notes = misfits(teachers, len(run.classes))
     answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
     maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
-    images = _chosen(run, [*students.values(), *teachers], most)
+    images = chosen_images(run, [*students.values(), *teachers], most)
     workers = workers_of(run.config) if len(images) > 10 * BATCH else 0  # few images: not worth starting workers
     skipped: set[str] = set()
     began, passed = time.monotonic(), 0
@@ -149,13 +149,13 @@ def _add_batch(
         maps.add(pixels, student, taught[0] if taught else None)
 
 
-def _misfits(teachers: Sequence[Normalised], classes: int) -> list[str]:
+def misfits(teachers: Sequence[Normalised], classes: int) -> list[str]:
     """Why the teachers' predictions cannot be compared with the student's; empty if they can."""
     odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != classes]
     return [f"A teacher has {odd[0]} classes and the data {classes}, so its predictions are left out."] if odd else []
 
 
-def _chosen(run: DistillationRun, models: Sequence[Normalised], most: int) -> Images:
+def chosen_images(run: DistillationRun, models: Sequence[Normalised], most: int) -> Images:
     """Images spread evenly over the validation images, in a seeded order, so a batch is a sample of all classes."""
     images, config = run.val_images, run.config
     n = min(most, len(images))

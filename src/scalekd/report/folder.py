@@ -20,6 +20,7 @@ from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
 from scalekd.data.sources.open import evaluated_part
+from scalekd.distill.label_sets import SET_FIGURES
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
@@ -30,7 +31,7 @@ from scalekd.models.student_file import create_student, load_student
 from scalekd.models.weights.card import read_card
 from scalekd.train import checkpoint
 from scalekd.train.log import read_log
-from scalekd.transfer.tasks import TASKS, TaskName, task_of
+from scalekd.transfer.tasks import TASKS, TaskName, architecture, task_of
 
 from .curves import TOP1, ReportRun
 from .damage import FIGURES, KNOWN, MADE, RESULTS, check_sections, intact_card, intact_events, intact_json
@@ -87,8 +88,9 @@ class RunFolder:
         logged = self.last_validation
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         few = 0 < len(self.card.get("classes") or []) <= 5  # every answer is among the first five
+        default = SET_FIGURES if self.card.get("multi_label") else TOP1
         keys = [key for key in FIGURES if key in logged and not (few and key == "top5")]
-        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or TOP1
+        return {key: neighbours * (key == "top1") + FIGURES[key] for key in keys} or default
 
     @property
     def step(self) -> tuple[int, int | None]:
@@ -127,7 +129,7 @@ class RunFolder:
         ]:
             facts["data"] = ", ".join(parts)
         if self.task:
-            facts["model"] = f"{TASKS[self.task].model} on {(self.recipe.get('backbone') or {}).get('model', '')}"
+            facts["model"] = f"{architecture(self.recipe)} on {(self.recipe.get('backbone') or {}).get('model', '')}"
         for role, loaded in (self.made.get("weights") or {}).items():
             model = (
                 self.recipe.get(role) or (self.recipe.get("teachers") or {}).get(role.removeprefix("teachers.")) or {}

@@ -10,7 +10,7 @@ import yaml
 
 from scalekd.models.licences import UNKNOWN, licences_in
 
-from .card import OURS, classes_line, front, licence_lines, load_lines, marked
+from .card import OURS, classes_line, front, licence_lines, load_lines, marked, nature
 
 FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 CODE = re.compile(
@@ -49,7 +49,7 @@ def short_card(card: Mapping[str, Any], repo: str) -> str:
     taught = f", taught by {card['teacher']}" if card.get("teacher") else ""
     blocks = [
         f"# {marked(repo.split('/')[-1])}",
-        f"{marked(card['model'] + taught)}. Exported with scalekd. It is a plain timm model.",
+        f"{marked(card['model'] + taught)}. Exported with scalekd. {nature(card)}",
         "## Use",
         f"```python\n{load_lines(card, f'hf-hub:{repo}')}\n```",
     ]

@@ -11,6 +11,8 @@ from scalekd.common.intervals import share_interval
 
 from .evaluate import STUDENT, TEACHER, Seen
 
+MOST_CLASSES = 40  # rows of a table; with more classes, the worst and the best
+
 
 def accuracies(seen: Seen) -> list[dict[str, Any]]:
     """For each model: top-1 with its interval, and the student's gain over it on the same images, with its interval."""
@@ -76,3 +78,14 @@ def _wrong_pairs(columns: dict[str, Any]) -> Counter[tuple[int, int]]:
     """(true class, predicted class) -> images. A matrix would be too large with many classes."""
     wrong = ~columns["right"]
     return Counter(zip(columns["target"][wrong].tolist(), columns["predicted"][wrong].tolist()))
+
+
+def worst_and_best(rows: list[Any], order: str = "Sorted, the worst first.") -> tuple[list[Any], str]:
+    """The rows that a table shows, and a sentence that says which. rows: by class, the worst first."""
+    if len(rows) <= MOST_CLASSES:
+        return rows, order
+    half, left = MOST_CLASSES // 2, len(rows) - MOST_CLASSES
+    return [
+        *rows[:half],
+        *rows[-half:],
+    ], f"The worst {half} and the best {half}; the {left} between them are not shown."

@@ -30,6 +30,7 @@ from .curves import bounds, figure_curves, loss_curves, losses_text, scores_tabl
 from .evaluate import MOST_IMAGES, TEACHER, Seen, look
 from .feature_sections import cost_section, feature_sections, parts_section
 from .folder import RunFolder, load_baseline, read_run, rebuilt
+from .label_sets import SeenSets, look_at_sets, set_numbers, set_sections
 from .page import code, facts_section, folded, page, section
 from .pictures import analysis_sections
 from .quantized_section import quantized_block, quantized_section
@@ -50,12 +51,13 @@ def write_run_report(
     are printed to stderr and not raised, so a finished run does not fail because of its report.
     """
     try:
-        seen, left_out = None, ""
+        seen: Seen | SeenSets | None = None
+        left_out = ""
         if run is None:
             pass
         elif run.has_classifier:
             try:
-                seen = look(run, run.deployed)
+                seen = look_at_sets(run, run.deployed, summary.get("threshold")) if run.multi_label else look(run, run.deployed)
             except Exception as error:
                 left_out = f"The evaluation on images failed: {first_line(error)}"
         else:
@@ -104,7 +106,7 @@ def report(
         seen, why_not = _evaluated(found, others, data, images or MOST_IMAGES, pick_device(device))
         left_out += [why_not] if why_not else []
         try:
-            classes = len(seen.classes if seen else found.card.get("classes") or []) or 1000
+            classes = len(seen.classes if isinstance(seen, Seen) else found.card.get("classes") or []) or 1000
             counted = cost(read_recipe(folder), classes=classes)
         except UserError as error:
             left_out.append(f"No costs: {first_line(error)}")
@@ -114,7 +116,7 @@ def report(
 
 def _evaluated(
     found: RunFolder, others: Mapping[str, RunFolder], data: str | None, images: int, device: torch.device
-) -> tuple[Seen | None, str]:
+) -> tuple[Seen | SeenSets | None, str]:
     """Evaluates the rebuilt run on images, or returns the reason why its own data or teacher cannot be used."""
     try:
         run, deployed = rebuilt(found, data, device)
@@ -128,6 +130,8 @@ def _evaluated(
         label: load_baseline(other, run.classes, device) for label, other in others.items()
     }
     with explain_out_of_memory(device, "Try `device` cpu, or close other programs that use it."):
+        if run.multi_label:
+            return look_at_sets(run, deployed, found.card.get("threshold"), students, images, float("inf")), ""
         return look(run, deployed, students, most=images, seconds=float("inf")), ""
 
 
@@ -162,7 +166,7 @@ def _write(
     folder: RunFolder,
     path: Path,
     facts: Mapping[str, str],
-    seen: Seen | None,
+    seen: Seen | SeenSets | None,
     left_out: Sequence[str],
     *,
     others: Mapping[str, RunFolder] | None = None,
@@ -176,18 +180,17 @@ def _write(
     figures = folder.figures
     teacher = (folder.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
     if not finite(teacher):
-        measured = seen is not None and TEACHER in seen.results and seen.images == seen.of_images
-        teacher = seen.results[TEACHER]["top1"] if seen is not None and measured else None
+        teacher = _teacher_score(seen)
     sections = [
         _opening(folder, facts, left_out),
         scores_table(runs, figures, teacher),
         *(figure_sections(folder) if folder.task else []),
         figure_curves(runs, figures, teacher),
         loss_curves(runs),
-        *(answer_sections(seen) if seen else []),
+        *_seen_sections(seen),
         time_bars(runs, _other_time(folder)),
         cost_section(counted) if counted else parts_section(parts) if parts else "",
-        *(feature_sections(seen) if seen else []),
+        *(feature_sections(seen) if isinstance(seen, Seen) else []),
         "" if folder.task else quantized_section(folder.path),
         *more,
         use_section(folder) if folder.task else _use(folder),
@@ -198,8 +201,10 @@ def _write(
     known = {"facts": dict(facts), "left_out": [line for line in left_out if line], "parts": parts, "cost": counted}
     if folder.task:
         known |= {"validation": folder.last_validation}
-    if seen:
+    if isinstance(seen, Seen):
         known |= numbers(seen) | {"frequency": seen.spectra, "cka": seen.cka, "distances": seen.distances}
+    elif seen:
+        known |= set_numbers(seen)
     if path == folder.path / FILE:
         write_text(folder.path / DATA, json.dumps(known, indent=1) + "\n")
         if folder.card.get("kwargs") is not None and folder.weights.is_file():
@@ -209,6 +214,20 @@ def _write(
                 else model_card(folder, facts, seen, quantized_block(folder.path))
             )
             write_card(folder.path, text)
+
+
+def _seen_sections(seen: Seen | SeenSets | None) -> list[str]:
+    if isinstance(seen, SeenSets):
+        return set_sections(seen)
+    return answer_sections(seen) if seen else []
+
+
+def _teacher_score(seen: Seen | SeenSets | None) -> float | None:
+    """The teacher's main figure in %, if it was measured on all validation images."""
+    if seen is None or seen.images != seen.of_images:
+        return None
+    results, key = (seen.figures, "map") if isinstance(seen, SeenSets) else (seen.results, "top1")
+    return results[TEACHER][key] if TEACHER in results else None
 
 
 def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str]) -> str:

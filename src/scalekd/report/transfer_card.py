@@ -12,7 +12,7 @@ from scalekd.models.licences import licences_in
 from .card import OURS, classes_line, facts_list, front, licence_lines, marked, model_index
 from .folder import RunFolder
 from .svg import finite
-from .transfer_sections import GIVES, figure_rows, load_lines, predict_line, trained_line
+from .transfer_sections import figure_rows, given_by, has_masks, load_lines, predict_line, trained_line
 
 HUB = {  # the Hub's name of the task, and its tag
     "detection": ("object-detection", "instance-segmentation"),
@@ -34,7 +34,7 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
         f"`pip install 'scalekd[{task}]'`, then, in this folder:",
         f"```sh\n{predict_line(task, here)}\n```",
         f"```python\n{load_lines(task, here, len(folder.card['mean']))}\n```",
-        GIVES[task],
+        given_by(folder),
         "## Results",
         "\n".join(map(table_row, table)),
         "In %, on all validation images. `report.html` has the values by class.",
@@ -54,8 +54,9 @@ def transfer_card(folder: RunFolder, facts: Mapping[str, str]) -> str:
 
 def front_matter(folder: RunFolder) -> dict[str, Any]:
     tag, more = HUB[str(folder.task)]
-    fields: dict[str, Any] = {"library_name": "scalekd", "pipeline_tag": tag, "tags": [tag, more, "timm", "scalekd"]}
     last = folder.last_validation
+    kinds = [tag, more] if folder.task != "detection" or has_masks(last) else [tag]
+    fields: dict[str, Any] = {"library_name": "scalekd", "pipeline_tag": tag, "tags": [*kinds, "timm", "scalekd"]}
     metrics = [
         {"type": key, "value": round(last[key], 2), "name": f"{name} (%)"}
         for key, name in folder.figures.items()

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from scalekd.common.text import counted
-from scalekd.transfer.tasks import TASKS
+from scalekd.transfer.tasks import TASKS, architecture
 
-from .answer_sections import name, worst_and_best
+from .answer_sections import name
 from .curves import losses_text
 from .damage import TAUGHT, intact_json
 from .folder import RunFolder
 from .page import NONE, code, section, table
+from .predictions import worst_and_best
 from .svg import escape, finite
 
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "S", "ap_medium": "M", "ap_large": "L"}
@@ -42,7 +43,9 @@ def trained_line(folder: RunFolder, facts: Mapping[str, str]) -> str:
     """Such as: Mask R-CNN on resnet18, weights: runs/kd/student.safetensors, the student of vit_small_patch14_dinov2."""
     backbone = facts.get("backbone") or (folder.recipe.get("backbone") or {}).get("model", "a backbone")
     taught = f", the student of {facts[TEACHER]}" if TEACHER in facts else ""
-    return f"{TASKS[str(folder.task)].model} on {backbone}{taught}"
+    teacher = folder.recipe.get("teacher")
+    beside = f", beside {teacher.get('model')} while it was trained" if isinstance(teacher, dict) else ""
+    return f"{architecture(folder.recipe)} on {backbone}{taught}{beside}"
 
 
 # ---------------------------------------------------------------- figures
@@ -59,9 +62,15 @@ def figure_sections(folder: RunFolder) -> list[str]:
 def figure_rows(task: str | None, last: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of metrics, in %; a dash for missing values."""
     if task == "detection":
-        rows = [[kind, *(shown(last.get(f"{kind}_{key}")) for key in AP)] for kind in ("box", "mask")]
+        kinds = [kind for kind in ("box", "mask") if kind == "box" or has_masks(last)]
+        rows = [[kind, *(shown(last.get(f"{kind}_{key}")) for key in AP)] for kind in kinds]
         return ["%", *AP.values()], rows
     return ["figure", "%"], [[name, shown(last.get(key))] for key, name in SHARES.items()]
+
+
+def has_masks(validation: Mapping[str, Any]) -> bool:
+    """Whether the detector that was validated predicts masks."""
+    return "mask_ap" in validation or "box_ap" not in validation
 
 
 def shown(value: Any) -> str:
@@ -76,11 +85,11 @@ def _detection(last: Mapping[str, Any]) -> list[str]:
     classes = last.get("classes") or {}
     rows = [[label, shown(ap)] for label, ap in sorted(classes.items(), key=_worst) if finite(ap)]
     without = [label for label, ap in classes.items() if not finite(ap)]
+    kind = "mask" if has_masks(last) else "box"
+    head = ["class", f"{kind} AP (%)"]
     return [
         section(f"At the end{_on(last)}", table(*figure_rows("detection", last), "numbers"), note),
-        _by_class(
-            "Mask AP by class", ["class", "mask AP (%)"], rows, without, "because the images have no such object"
-        ),
+        _by_class(f"{kind.title()} AP by class", head, rows, without, "because the images have no such object"),
     ]
 
 
@@ -131,22 +140,27 @@ def use_section(folder: RunFolder) -> str:
             f"{folder.weights.name} is written at the end of the run; the same `{TASKS[task].command} train` resumes it.",
         )
     note = (
-        f"This needs scalekd[{task}]. {GIVES[task]} README.md in the run's folder is a model card; `{folder.weights.stem}.json` "
+        f"This needs scalekd[{task}]. {given_by(folder)} README.md in the run's folder is a model card; `{folder.weights.stem}.json` "
         "describes how to use the weights."
     )
     content = code(predict_line(task, folder.path)) + code(load_lines(task, folder.path))
     return section("Use the model", content, escape(note))
 
 
+def given_by(folder: RunFolder) -> str:
+    """What the model takes and returns."""
+    masks = folder.task == "detection" and has_masks(folder.last_validation)
+    return f"{GIVES[str(folder.task)]}{'; masks (N, 1, H, W), probabilities' if masks else ''}."
+
+
 GIVES = {
     "detection": (
         "The model takes a list of uint8 images (C, H, W) of any size, resizes and normalises them, and returns for each one, "
-        "sorted by score: boxes (N, 4) left, top, right, bottom in the image's pixels; labels (N,) from 1; scores (N,); "
-        "masks (N, 1, H, W), probabilities."
+        "sorted by score: boxes (N, 4) left, top, right, bottom in the image's pixels; labels (N,) from 1; scores (N,)"
     ),
     "segmentation": (
         "classes_in resizes and normalises an image as in validation and returns the class of each pixel (H, W), from 0. The model "
-        "itself takes normalised images (B, C, H, W) and returns logits (B, classes, H, W)."
+        "itself takes normalised images (B, C, H, W) and returns logits (B, classes, H, W)"
     ),
 }
 

@@ -105,7 +105,8 @@ def check_teacher_outputs(config: Config, folder: Path | None) -> None:
 def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
-    card = student_card(run) | {key: summary[key] for key in ("top1", "exported", "exported_step")}
+    figures = (next(iter(run.figures)), "threshold", "exported", "exported_step")
+    card = student_card(run) | {key: summary[key] for key in figures if key in summary}
     student = run.deployed
     if run.config.quantize:
         student, summary["int8_agreement"] = finish_quantised(run, folder, card)

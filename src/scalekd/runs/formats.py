@@ -18,7 +18,9 @@ from scalekd.common.provenance import machine, versions
 from scalekd.common.results import FormatFile
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.sources.open import evaluated_part, open_source
+from scalekd.data.sources.unlabelled import WithoutLabels
 from scalekd.data.split import open_split, same_classes
+from scalekd.data.targets import are_sets
 from scalekd.distill.rebuild import read_recipe
 from scalekd.models.formats import FORMATS, Format, Source, check_installed, converted, is_installed, size_of
 from scalekd.models.inputs import card_statistics
@@ -88,6 +90,8 @@ def _images(folder: Path, card: dict[str, Any], data: str | None) -> tuple[Image
         return None, f"random inputs, because the validation images cannot be opened: {first_line(error)}"
     if card["classes"] and not same_classes(card["classes"], classes):
         raise UserError("`data`: its classes are not the student's; name images with the run's classes")
+    if are_sets(source.targets):  # top-1 needs one class per image; outputs are compared without labels
+        source = WithoutLabels(source)
     step = max(1, len(numbers) / MOST_IMAGES)
     chosen = [numbers[int(i * step)] for i in range(min(MOST_IMAGES, len(numbers)))]
     return Images(source, chosen, validation_transform(card), None), f"{len(chosen)} validation images"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ def predict(
     student: Path,
     inputs: Sequence[str],
     *,
-    top: int,
+    top: int | None,
+    threshold: float | None,
     csv: Path | None,
     jsonl: Path | None,
     sheet: Path | None,
@@ -50,12 +51,13 @@ def predict(
     device: str | None,
     console: Console,
 ) -> Predictions:
-    """The `top` most probable classes of every image, which are also written to the files that are given.
+    """The most probable classes of every image, which are also written to the files that are given.
 
-    Images that cannot be read are printed, skipped and listed. Raises `UserError`, also if none can be read, and if the
-    student has no classifier or its outputs are not finite.
+    These are the `top` (5) classes; of a student of sets of labels all those, or `top` of them, whose probability is at
+    least `threshold`, by default that of its card. Images that cannot be read are printed, skipped and listed. Raises
+    `UserError`, also if none can be read, and if the student has no classifier or its outputs are not finite.
     """
-    if top < 1:
+    if top is not None and top < 1:
         raise UserError(f"`top` {top}: must be 1 or more")
     check_outputs(csv=csv, jsonl=jsonl, sheet=sheet)
     on = parallel.pick_device(device)
@@ -67,9 +69,13 @@ def predict(
             "`scalekd embed` gives its features"
         )
 
+    least = _threshold(threshold, card, student)
+    most = min(len(classes), top or (len(classes) if card.get("multi_label") else 5))
+
     def best(images: Tensor) -> list[tuple[list[int], list[float]]]:
-        found = probabilities(model, images, student).topk(min(top, len(classes)), dim=1)
-        return list(zip(found.indices.tolist(), found.values.tolist()))
+        found = probabilities(model, images, student, bool(card.get("multi_label"))).topk(most, dim=1)
+        counts = (found.values >= least).sum(1).tolist()
+        return [(i[:n], p[:n]) for n, i, p in zip(counts, found.indices.tolist(), found.values.tolist())]
 
     source = open_inputs(inputs)
     notes = notes_on(source, classes)
@@ -80,20 +86,37 @@ def predict(
         Prediction(source.where(number), tuple(classes[i] for i in indices), tuple(values))
         for number, (indices, values) in zip(used.numbers, used.outputs)
     ]
-    found = Predictions(rows, used.skipped, notes)
+    found = Predictions(rows, used.skipped, notes, least if card.get("multi_label") else None)
     write_predictions(found, used.source, used.numbers, csv=csv, jsonl=jsonl, sheet=sheet)
     return found
 
 
-def probabilities(model: nn.Module, images: Tensor, student: Path) -> Tensor:
-    """Class probabilities (B, C) of normalised images. Raises `UserError` if they are not finite."""
+def _threshold(given: float | None, card: Mapping[str, Any], student: Path) -> float:
+    """The probability that a predicted class has at least; 0 for one class per image. Raises `UserError`."""
+    if not card.get("multi_label"):
+        if given is not None:
+            raise UserError(f"`threshold`: {student} was trained on one class per image; use `top`")
+        return 0.0
+    chosen = card.get("threshold") if given is None else given
+    if chosen is None:
+        raise UserError(f"`threshold`: the card of {student} has none, because its run has not ended; set it")
+    if not 0 < chosen < 1:
+        raise UserError(f"`threshold` {chosen:g}: must be above 0 and below 1; it is a probability")
+    return chosen
+
+
+def probabilities(model: nn.Module, images: Tensor, student: Path, multi_label: bool = False) -> Tensor:
+    """Class probabilities (B, C) of normalised images: sigmoids with `multi_label`, else softmax.
+
+    Raises `UserError` if they are not finite.
+    """
     logits = model(images).float()
     if not logits.isfinite().all():
         raise UserError(
             f"{student}: the student's outputs are not finite. Its run diverged or its file is damaged: train it again, or "
             "export another checkpoint with `scalekd export`"
         )
-    return logits.softmax(dim=1).cpu()
+    return logits.cpu().double().sigmoid() if multi_label else logits.softmax(dim=1).cpu()
 
 
 def embed(

@@ -51,13 +51,14 @@ def write_predictions(
         title = counted(len(numbers), "image")
         title = f"{len(shown)} of {title}" if len(shown) < len(numbers) else title
         with replacing(sheet) as file:
-            picture = contact_sheet(list(cells), title)
+            picture = contact_sheet(list(cells), title, found.threshold is not None)
             picture.save(file, "png" if sheet.suffix.lower() == ".png" else "jpeg", quality=92)
 
 
 def as_csv(rows: list[Prediction]) -> str:
-    """A header and a line for each image: image,class,probability,class_2,probability_2,..."""
-    count = max(len(row.classes) for row in rows)
+    """A header and a line for each image: image,class,probability,class_2,probability_2,...; cells after the last class
+    are empty."""
+    count = max(1, *(len(row.classes) for row in rows))
     header = ["image", "class", "probability"]
     header += [f"{name}_{i}" for i in range(2, count + 1) for name in ("class", "probability")]
     text = io.StringIO()
@@ -65,7 +66,8 @@ def as_csv(rows: list[Prediction]) -> str:
     writer.writerow(header)
     for row in rows:
         pairs = zip(row.classes, row.probabilities)
-        writer.writerow([row.image, *(value for name, share in pairs for value in (name, f"{share:.6f}"))])
+        cells = [value for name, share in pairs for value in (name, f"{share:.6f}")]
+        writer.writerow([row.image, *cells, *[""] * (2 * count - len(cells))])
     return text.getvalue()
 
 

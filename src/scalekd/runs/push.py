@@ -20,7 +20,8 @@ from scalekd.report.hub_card import hub_card
 from .students import opened
 
 # of the card, for the header of the uploaded weights: its provenance has the paths and the machine of the run
-PUBLIC = ("model", "kwargs", "classes", "image_size", "mean", "std", "interpolation", "crop_pct", "teacher", "top1")
+PUBLIC = ("model", "kwargs", "classes", "image_size", "mean", "std", "interpolation", "crop_pct", "teacher", "top1",
+          "multi_label", "map", "threshold")  # fmt: skip
 
 
 def push(run: Path, repo: str, *, private: bool, dry_run: bool) -> Pushed:

@@ -23,6 +23,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, bad_images, eval_batches
 from scalekd.data.calibration import FEWEST_IMAGES, Calibration, calibration_split
 from scalekd.data.split import Split, open_split, same_classes
+from scalekd.data.targets import one_each
 from scalekd.distill.quantised import normalised
 from scalekd.models.inputs import card_statistics
 from scalekd.models.int8.file import INT8, write_int8
@@ -85,6 +86,7 @@ def quantize(
     for way in ways:  # before anything takes time
         quantized_recipe(config, run, way, "minmax", images, epochs, overrides)
     split = open_split(config.data, strict=False)
+    one_each(split.val.targets, "`scalekd quantize`")
     if not same_classes(card["classes"], split.classes) or len(card["classes"]) != len(split.classes):
         raise UserError(
             f"`data`: its classes are not the student's: {printable(', '.join(split.classes[:4]))}, ... "

@@ -21,8 +21,10 @@ from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import evaluated_part, open_source, parts_of
 from scalekd.data.split import same_classes
+from scalekd.data.targets import are_sets
 from scalekd.data.transforms import Transform, eval_transform
 from scalekd.distill.evaluate import evaluate
+from scalekd.distill.label_sets import class_table, figures_of, scores_of
 from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
@@ -43,6 +45,7 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
         "model": config.student.model,
         "kwargs": run.loaded["student"].kwargs,
         "classes": run.classes if run.has_classifier else [],
+        **({"multi_label": True} if run.multi_label else {}),
         "image_size": list(height_and_width(config.data.image_size)),
         "mean": short_floats(run.distiller.student_mean),
         "std": short_floats(run.distiller.student_std),
@@ -57,8 +60,8 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
 def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, float]]:
     """Writes student.safetensors, its card and optionally student.onnx from a run's `best` or `last` checkpoint.
 
-    Returns the checkpoint's top-1 in % and, for each file, the largest absolute difference of its logits from the
-    student's. Needs neither the run's data nor its teacher. Raises `UserError`.
+    Returns the checkpoint's top-1 in %, or its mAP with sets of labels, and for each file the largest absolute difference of
+    its logits from the student's. Needs neither the run's data nor its teacher. Raises `UserError`.
     """
     reject_links(folder)
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
@@ -72,21 +75,28 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
         )
     state, card = checkpoint.load(state_file), read_card(card_file)
     student = create_student(card, card_file)
+    key = "map" if card.get("multi_label") else "top1"
     try:
-        top1 = float(state["progress"]["history"][-1]["top1"] if which == "last" else state["top1"])
+        figures = state["progress"]["history"][-1] if which == "last" else state
+        made = {name: float(figures[name]) for name in ([key, "threshold"] if key == "map" else [key])}
         student.load_state_dict(state["deployed" if which == "last" else "student"])
         step = int(state["progress"]["step"] if which == "last" else state["step"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{state_file} is not a checkpoint of the student in {card_file}: {first_line(error)}"
         ) from None
-    made = {"top1": top1, "exported": which, "exported_step": step}
-    card = {key: value for key, value in card.items() if key != "sha256"} | made
+    card = {name: value for name, value in card.items() if name != "sha256"} | made
+    card |= {"exported": which, "exported_step": step}
     file = folder / "student.safetensors"
     differences = {file: export_student(student, file, card)}
     if onnx:
         differences[folder / "student.onnx"] = export_onnx(student, folder / "student.onnx", card)
-    return top1, differences
+    return made[key], differences
+
+
+def several_labels(folder: Path) -> bool:
+    """Whether the student of a run's folder was trained on sets of labels. Raises `UserError`."""
+    return bool(read_card(folder / "student.json").get("multi_label"))
 
 
 def opened(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -107,10 +117,11 @@ def validation_transform(card: Mapping[str, Any]) -> Transform:
 
 def evaluate_student(
     path: Path, source_text: str, device_name: str | None, console: Console
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Top-1 and top-5 (%), loss and number of images of an exported student on a data source; and the data described.
 
-    Raises `UserError` if the classes differ, and if the student's outputs are not finite.
+    For a student of sets of labels: `figures_of` at the threshold of its card, and `classes`, the `class_table`. Raises
+    `UserError` if the classes or the kind of labels differ, and if the student's outputs are not finite.
     """
     device = parallel.pick_device(device_name)
     student, card = opened(path, device)
@@ -123,7 +134,11 @@ def evaluate_student(
         raise UserError(
             f"`data`: {source_text} has several splits; name one of them, such as {evaluated_part(source_text)}"
         )
-    source = open_source(source_text, "`data`")
+    source = open_source(source_text, "`data`", card["classes"])
+    if are_sets(source.targets) != bool(card.get("multi_label")):
+        kinds = ("sets of labels", "one class per image")
+        theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
+        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (docs/how-to/labels.md)")
     if not same_classes(card["classes"], source.classes):
         raise UserError(
             f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
@@ -134,13 +149,14 @@ def evaluate_student(
     described = of_source(source, source_text)
     tell_data(console, described)
     with explain_out_of_memory(device, "Try the CPU: set `device` to cpu."):
-        found = evaluate(
-            student,
-            eval_batches(images, min(256, len(images)), workers_for("auto", device), device.type == "cuda"),
-            mean,
-            std,
-            device,
-        )
+        batches = eval_batches(images, min(256, len(images)), workers_for("auto", device), device.type == "cuda")
+        found: dict[str, Any]
+        if card.get("multi_label"):
+            scores = scores_of(student, batches, mean, std, device)
+            figures = figures_of(scores, card.get("threshold"))
+            found = figures | {"classes": class_table(scores, card["classes"], figures["threshold"])}
+        else:
+            found = evaluate(student, batches, mean, std, device)
     if not math.isfinite(found["loss"]):
         raise UserError(
             f"{path}: the student's outputs are not finite, so its accuracy has no meaning. Its run diverged or its file is "

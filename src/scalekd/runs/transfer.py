@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from scalekd.checks.loop_teacher import teacher_checks
 from scalekd.checks.model import licence_check, weights_check
 from scalekd.checks.step import Screen
 from scalekd.common import parallel
@@ -17,15 +18,18 @@ from scalekd.common.provenance import made_by
 from scalekd.common.stop import StopRequest, current
 from scalekd.common.text import counted, say
 from scalekd.data.description import tell_data
+from scalekd.models.licences import explained
+from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.hardware import for_device
 from scalekd.train.run import provenance
 from scalekd.train.trackers import check_trackers
-from scalekd.transfer.config import Detection, Segmentation
+from scalekd.transfer.config import Detection, LoopTeacher, Segmentation
 from scalekd.transfer.detection import run as detect
 from scalekd.transfer.exported_model import export
 from scalekd.transfer.segmentation import run as segment
+from scalekd.transfer.tasks import architecture
 
 
 def build(config: Detection | Segmentation, device: torch.device) -> detect.DetectionRun | segment.SegmentationRun:
@@ -68,14 +72,17 @@ def train(
 
 
 def preflight(run: Any, console: Console) -> None:
-    """Prints the data, and checks the backbone's weights and two training steps. Raises `UserError`."""
+    """Prints the data, and checks the weights of backbone and teacher and two training steps. Raises `UserError`."""
     tell_data(console, run.described)
     if parallel.rank() == 0:
         for line in run.data_summary():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    spec, loaded = run.config.backbone, run.loaded["backbone"]
-    screen = Screen(f"{spec.model}, {run.task.model}", console)
-    screen.show([weights_check(spec, loaded, run.config.seed), *licence_check("backbone", loaded)])
+    config, loaded = run.config, run.loaded["backbone"]
+    taught = f" <- {config.teacher.model}" if config.teacher else ""
+    screen = Screen(f"{config.backbone.model}{taught}, {architecture(config.model_dump())}", console)
+    screen.show([weights_check(config.backbone, loaded, config.seed), *licence_check("backbone", loaded)])
+    if config.teacher:
+        screen.show(teacher_checks(config.teacher, run.loaded["teacher"], run.model.teacher))
     screen.finish(run)
 
 
@@ -87,7 +94,8 @@ def _memory_remedy(config: Any) -> str:
         train.batch_size % (parts * parallel.world()) == 0
     )
     current = f"train.batch_size={train.batch_size} train.accumulate={train.accumulate}"
-    return f"The run uses {current}; try {more}smaller images."
+    teacher = ", or a smaller teacher.image_size" if config.teacher else ""
+    return f"The run uses {current}; try {more}smaller images{teacher}."
 
 
 def _card(run: Any) -> dict[str, Any]:
@@ -104,14 +112,23 @@ def _finish(run: Any, folder: Path, summary: dict[str, Any]) -> None:
 
 def facts(run: Any) -> dict[str, str]:
     """Facts for the report: data, model, backbone, budget, and what made the run."""
-    config, loaded = run.config, run.loaded["backbone"]
+    config, loaded, teacher = run.config, run.loaded["backbone"], run.config.teacher
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
     epochs = counted(run.epochs(run.total_steps), "epoch")
     return {
         "data": run.data_summary()[0],
-        "model": f"{run.task.model} on {config.backbone.model}, {millions:.2f} M parameters",
+        "model": f"{architecture(config.model_dump())} on {config.backbone.model}, {millions:.2f} M parameters",
         "backbone": f"{config.backbone.model}, weights: {loaded.source}",
+        **({"teacher": _teacher_fact(teacher, run.loaded["teacher"])} if teacher else {}),
         "budget": f"{epochs}, {counted(run.total_steps, 'step')}, batch {config.train.batch_size}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, stage decay {config.optim.stage_decay:g}, seed {config.seed}",
         **made_by(provenance(run)),
     }
+
+
+def _teacher_fact(teacher: LoopTeacher, loaded: Loaded) -> str:
+    licence = f", licence {explained(loaded.licence)}" if loaded.licence else ""
+    return (
+        f"{teacher.model}, in training only, weights: {loaded.source}{licence}; projector {teacher.projector}, loss weight "
+        f"{teacher.weight:g}"
+    )

@@ -31,7 +31,7 @@ from .log import RunLog
 from .meter import Meter
 from .next_batches import Agreed, agree, fetch
 from .resume import Progress
-from .run import AUTOCAST, Run
+from .run import AUTOCAST, KEPT, Run
 
 # ---------------------------------------------------------------- one step
 
@@ -149,9 +149,7 @@ def _summary(run: Run, progress: Progress, folder: Path) -> dict[str, Any]:
         "steps": progress.step,
         "bad_images": len(read_list(folder)),
     }
-    if "neighbours" in last:  # the top-1 is of nearest neighbours, not of a classifier
-        summary["neighbours"] = last["neighbours"]
-    return summary
+    return summary | {key: last[key] for key in KEPT if key in last}
 
 
 def looks_at_every_step(run: Run) -> bool:
@@ -264,6 +262,7 @@ def validate(run: Run, progress: Progress, folder: Path, log: RunLog, meter: Met
     # before last.pt: a run that is killed between the two resumes from an earlier step and writes both again
     if improved and parallel.rank() == 0:
         best = {"student": run.deployed.state_dict(), "step": progress.step, first: progress.best}
+        best |= {key: result[key] for key in KEPT if key in result}
         checkpoint.save(folder / "best.pt", best)
 
 

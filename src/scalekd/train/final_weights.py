@@ -9,7 +9,7 @@ from scalekd.common.errors import UserError, first_line
 
 from . import checkpoint
 from .log import read_log
-from .run import Run
+from .run import KEPT, Run
 
 
 def use_exported(run: Run, folder: Path, summary: dict[str, Any]) -> str:
@@ -34,6 +34,7 @@ def use_exported(run: Run, folder: Path, summary: dict[str, Any]) -> str:
         raise UserError(f"{folder / 'best.pt'} does not fit this run: {first_line(error)}") from None
     best = int(state["step"])
     summary |= {f"last_{figure}": summary[figure] for figure in run.figures}
-    summary |= {figure: validations[best][figure] for figure in run.figures if best in validations}
+    theirs = validations.get(best, {})
+    summary |= {key: theirs[key] for key in (*run.figures, *KEPT) if key in theirs}
     summary |= {key: state[key], "exported_step": best, "best_step": best}
     return f"exported: the best weights, after step {best}, {name} {summary[key]:.2f} %; the last have {summary[f'last_{key}']:.2f} %"

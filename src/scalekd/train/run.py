@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from scalekd.common.stopwatch import Stopwatch
 from scalekd.data.samplers import Key, Mix, TrainSampler
 from scalekd.models.weights.trained import Loaded
 
+KEPT = ("neighbours", "threshold")  # values of a validation that its figures depend on
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +48,7 @@ class Run(ABC):
             `still_bad(names)`: the reasons of those of them that still cannot be read.
         model: all parameters that are trained.
         loaded: for each model, which weights were loaded.
-        mix, repeats: as for `TrainSampler`.
+        mix, repeats, weights: as for `TrainSampler`.
         described: the data, as `scalekd.data.description` makes it.
     """
 
@@ -66,6 +67,7 @@ class Run(ABC):
     steps_per_epoch: int
     mix: Mix | None = None
     repeats: int = 1
+    weights: Sequence[float] | None = None
     described: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -159,6 +161,7 @@ class Run(ABC):
             parallel.world(),
             self.repeats,
             self.mix,
+            self.weights,
         )
 
 

@@ -14,25 +14,50 @@ from scalekd.train.optim import create_optimizer
 from scalekd.train.run import check_batch_size
 
 from .decay import layer_groups
+from .teacher import TeacherTerm
+
+PROJECTOR = "projector"  # the name of its parameter group and of its part of a checkpoint
 
 
-def make_optimizer(model: nn.Module, backbone: nn.Module, config: Any) -> Optimizer:
-    """The recipe's optimiser with layer-wise learning rates.
+def make_optimizer(model: nn.Module, backbone: nn.Module, teacher: TeacherTerm | None, config: Any) -> Optimizer:
+    """The recipe's optimiser with layer-wise learning rates, and a rate of its own for the teacher's projector.
 
-    Raises `UserError` if `schedule.warmup_lr` or `schedule.min_lr` is above the rate of the first layer: timm's
-    schedules use one value for all groups, so that layer would learn faster than intended.
+    model: all that is trained, with `backbone` and `teacher` in it.
+    Raises `UserError` if `schedule.warmup_lr` or `schedule.min_lr` is above the lowest rate, mostly that of the first
+    layer: timm's schedules use one value for all groups, so that layer would learn faster than intended.
     """
     optim = config.optim
-    groups = layer_groups(backbone, model.parameters(), optim.lr, optim.weight_decay, optim.stage_decay)
-    lowest, schedule = min(group["lr"] for group in groups), config.schedule
+    projector = dict.fromkeys(teacher.parameters()) if teacher else {}
+    rest = [p for p in model.parameters() if p not in projector]
+    groups = layer_groups(backbone, rest, optim.lr, optim.weight_decay, optim.stage_decay, optim.backbone_scale)
+    if teacher:
+        groups += _projector_groups(list(projector), optim.lr * config.teacher.lr_scale, optim.weight_decay)
+    slowest, schedule = min(groups, key=lambda group: group["lr"]), config.schedule
+    named = {PROJECTOR: PROJECTOR, "rest": "other parts"}
+    lowest, whose = slowest["lr"], named.get(slowest["name"].partition(",")[0], "first layer")
     warms_up = getattr(schedule, "warmup_epochs", 0) or getattr(schedule, "warmup_iterations", 0)
     for name, rate in (("warmup_lr", schedule.warmup_lr if warms_up else 0.0), ("min_lr", schedule.min_lr)):
         if rate > lowest:
             raise UserError(
-                f"schedule.{name} {rate:g} is above the learning rate of the first layer, {lowest:.2g} after "
-                f"optim.stage_decay {optim.stage_decay:g}; set schedule.{name}=0"
+                f"schedule.{name} {rate:g} is above the learning rate of the {whose}, {lowest:.2g} with its factors of "
+                f"optim.lr; set schedule.{name}=0"
             )
     return create_optimizer(optim, groups)
+
+
+def projector_of(teacher: TeacherTerm | None) -> dict[str, nn.Module]:
+    """The projector as an entry of `Run.parts`; {} without a teacher."""
+    return {PROJECTOR: teacher.projector} if teacher else {}
+
+
+def _projector_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups as those of `layer_groups`: biases and norms have no weight decay."""
+    parts = {
+        PROJECTOR: ([p for p in parameters if p.ndim > 1], weight_decay),
+        f"{PROJECTOR}, no decay": ([p for p in parameters if p.ndim <= 1], 0.0),
+    }
+    groups = ((name, *part) for name, part in parts.items() if part[0])
+    return [{"params": some, "lr": lr, "weight_decay": decay, "name": name} for name, some, decay in groups]
 
 
 def steps_per_epoch(images: int, config: Any) -> int:

@@ -16,7 +16,7 @@ from scalekd.models.options import Backbone
 from scalekd.models.weights.folder import is_drop_rate
 from scalekd.train.options import BaseOptim, Schedule, Steps, Train
 
-from .tasks import TASKS
+from .tasks import TASKS, DetectorKind
 
 SHELVES = {name: Shelf(f"transfer/recipes/{name}", f"{task.command} recipes") for name, task in TASKS.items()}
 
@@ -68,14 +68,17 @@ class SegmentationData(Reading):
 
 
 class DetectorOptions(Section):
+    kind: DetectorKind = "mask-rcnn"
+    """`mask-rcnn`: boxes and masks, in two stages. `retinanet`: boxes, in one stage, for ONNX runtimes too (`scalekd detect
+    export`)."""
     anchors: Annotated[tuple[Pixels, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
-    """Side of an anchor in pixels at the strides 4, 8, 16, 32 and 64."""
+    """Side of an anchor in pixels at the strides 4, 8, 16, 32 and 64; of a RetinaNet at 8, 16, 32, 64 and 128."""
     width: Annotated[int, Field(gt=0, le=2**14)] = 256
-    """Channels of the feature pyramid and the mask head; the box head has four times as many."""
+    """Channels of the feature pyramid and of the heads; Mask R-CNN's box head has four times as many."""
     regions: Positive = 512
-    """Regions per image that the box head is trained on in a step."""
+    """Mask R-CNN: regions per image that the box head is trained on in a step."""
     proposals: tuple[Positive, Positive] = (2000, 1000)
-    """Proposals per image that reach the box head, in training and in evaluation."""
+    """Mask R-CNN: proposals per image that reach the box head, in training and in evaluation."""
     freeze_norms: bool = True
     """Batch norms of the backbone keep their statistics; set false for a backbone trained from scratch."""
 
@@ -97,6 +100,8 @@ class TransferOptim(BaseOptim):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     stage_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """With n stages (in a ViT: blocks), stage i counted from the input, from 0, uses lr * stage_decay ** (n - i)."""
+    backbone_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the learning rates of all stages of the backbone; the rest of the model uses lr."""
 
 
 class IterationSchedule(Section):
@@ -109,6 +114,27 @@ class IterationSchedule(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
+Projector = Literal["linear", "mlp", "cap"]
+
+
+class LoopTeacher(Backbone):
+    """A frozen teacher whose last map the backbone's coarsest map learns, through a projector."""
+
+    image_size: ImageSize | None = None
+    """Size in pixels to which each training image is resized for the teacher, such as 224 or [256, 448] for height and
+    width. Default: timm's for that model."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the loss, 1 - cosine."""
+    projector: Projector = "mlp"
+    """From the channels of the backbone's map to the teacher's: one layer, two layers, or ScaleKD's cross attention."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """The projector's learning rate, as a multiple of `optim.lr`."""
+
+    def of_model(self) -> dict[str, Any]:
+        """The keys that describe the model and its weights."""
+        return self.model_dump(include=set(Backbone.model_fields))
+
+
 class TransferRecipe(AnyRecipe):
     """What the recipes of both tasks have in common."""
 
@@ -116,6 +142,8 @@ class TransferRecipe(AnyRecipe):
     """Name of the run; its default folder is runs/NAME."""
     seed: Seed = 0
     backbone: Backbone
+    teacher: LoopTeacher | None = None
+    """A frozen model beside the backbone, in training only. By default there is none."""
     optim: TransferOptim = TransferOptim()
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
 
@@ -153,7 +181,9 @@ class Detection(TransferRecipe):
                 "detector.freeze_norms: a backbone without trained weights has no statistics to keep; set "
                 "detector.freeze_norms=false or backbone.weights"
             )
-        return problems + without_effect(idle_in(schedule))
+        detector, one_stage = self.detector, self.detector.kind != "mask-rcnn"
+        idle = [(one_stage, f"detector.{key}", detector, "detector.kind: mask-rcnn") for key in ("regions", "proposals")]
+        return problems + without_effect([*idle_in(schedule), *idle])
 
 
 class Segmentation(TransferRecipe):
@@ -193,6 +223,8 @@ def _common_problems(config: Any) -> list[str]:
         problems.append(
             "backbone.weights is not set; set it to pretrained, to a file, or to random for an untrained backbone"
         )
+    if config.teacher is not None and config.teacher.weights is None:
+        problems.append("teacher.weights is not set; set it to pretrained or to a file")
     problems += without_effect([(data.on_bad_image == "error", "data.max_bad", data, "data.on_bad_image: skip")])
     return problems
 
@@ -205,15 +237,21 @@ def load(task: str, recipe: str, overrides: Iterable[str] = ()) -> Any:
 
     recipe: the name of a shipped recipe, or a YAML file. overrides: `key=value`.
     An override of `backbone.model` discards the recipe's other keys of `backbone`, except `weights` and dropout rates.
+    One of `teacher.model` discards those that describe another model: `kwargs`, `prefix`, `image_size`, `mean`, `std`.
     Raises `UserError` that lists every problem, each with the nearest valid name.
     """
     values = recipe_values(recipe, shelf=SHELVES[task])
     for text in overrides:
-        before = values.get("backbone")
+        before, teacher = values.get("backbone"), values.get("teacher")
         override(values, text)
         if text.startswith("backbone.model=") and isinstance(before, dict):
             values["backbone"] = _other_model(before)
+        if text.startswith("teacher.model=") and isinstance(teacher, dict):
+            values["teacher"] = {key: teacher[key] for key in TEACHING if key in teacher}
     return validated(SCHEMAS[task], values, recipe)
+
+
+TEACHING = ("model", "weights", "weight", "projector", "lr_scale")  # keys that are kept for another teacher
 
 
 def _other_model(before: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from scalekd.common.errors import UserError
 
 
 def layer_groups(
-    backbone: nn.Module, rest: Iterable[nn.Parameter], lr: float, weight_decay: float, stage_decay: float
+    backbone: nn.Module,
+    rest: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    stage_decay: float,
+    backbone_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser: `params`, `lr`, `weight_decay` and a readable `name`.
 
@@ -28,6 +33,7 @@ def layer_groups(
         backbone: without its classifier, as `Pyramid.backbone`; a classifier would be one layer more.
         rest: parameters that use `lr`. Parameters of the backbone among them are ignored, so all parameters of a
             detector may be passed.
+        backbone_scale: factor of the rates of all layers, but not of the rest.
 
     Frozen parameters are in no group. Raises `UserError` if timm defines no layers for the backbone.
     """
@@ -46,7 +52,7 @@ def layer_groups(
         label = f"layer {layer}" if layer < count else "rest"
         group = {
             "params": [],
-            "lr": lr * stage_decay ** (count - layer),
+            "lr": lr * (backbone_scale * stage_decay ** (count - layer) if layer < count else 1.0),
             "weight_decay": weight_decay if decayed else 0.0,
             "name": label if decayed else f"{label}, no decay",
         }

@@ -44,12 +44,13 @@ def evaluate_detector(
 
     Returns {"task", "weights", "annotations", "images": count, "box" and "mask": {"ap", "ap50", "ap75", "ap_small",
     "ap_medium", "ap_large"}, "per_class": [{"class", "box_ap", "mask_ap", "objects"}], "seconds": {"reading", "model",
-    "encoding", "scores"}}; an AP without objects is None. Prints a summary of the annotations on `console`.
+    "encoding", "scores"}}; an AP without objects is None. A detector without masks has no mask AP. Prints a summary of
+    the annotations on `console`.
     Raises `UserError`, also if the classes are not the detector's.
     """
     need_extra("detection")
     detector, card = load(run, "detection")
-    coco = open_coco(annotations, images, "`annotations`")
+    coco = open_coco(annotations, images, "`annotations`", masks=detector.has_masks)
     _expect_classes(card["classes"], coco.classes, annotations)
     described = describe_coco(coco, str(annotations))
     tell_data(console, described)
@@ -66,7 +67,7 @@ def evaluate_detector(
         "annotations": str(annotations),
         "images": len(coco.pictures),
         KEY: described,
-        **{kind: {key: percent(shares[kind][key]) for key in FIGURES} for kind in ("box", "mask")},
+        **{kind: {key: percent(shares[kind][key]) for key in FIGURES} for kind in shares},
         "per_class": _per_class(coco, shares),
         "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
     }
@@ -112,7 +113,7 @@ def _per_class(coco: Coco, shares: dict[str, dict[str, Any]]) -> list[dict[str, 
     return [
         {
             "class": name,
-            **{f"{kind}_ap": percent(shares[kind]["classes"][name]) for kind in ("box", "mask")},
+            **{f"{kind}_ap": percent(shares[kind]["classes"][name]) for kind in shares},
             "objects": objects[label],
         }
         for label, name in enumerate(coco.classes, 1)
@@ -121,11 +122,13 @@ def _per_class(coco: Coco, shares: dict[str, dict[str, Any]]) -> list[dict[str, 
 
 def detector_table(result: dict[str, Any]) -> str:
     """The result of `evaluate_detector` as two Markdown tables and a line on the time spent."""
+    kinds = [kind for kind in ("box", "mask") if kind in result]
     lines = [f"| % | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 1) + "|"]
-    lines += [f"| {kind} | {' | '.join(_cell(result[kind][key]) for key in FIGURES)} |" for kind in ("box", "mask")]
-    lines += ["", "| class | box AP | mask AP | objects |", "|---|---|---|---|"]
+    lines += [f"| {kind} | {' | '.join(_cell(result[kind][key]) for key in FIGURES)} |" for kind in kinds]
+    head = ["class", *(f"{kind} AP" for kind in kinds), "objects"]
+    lines += ["", table_row(head), "|---" * len(head) + "|"]
     for row in result["per_class"]:
-        lines.append(table_row([row["class"], _cell(row["box_ap"]), _cell(row["mask_ap"]), str(row["objects"])]))
+        lines.append(table_row([row["class"], *(_cell(row[f"{kind}_ap"]) for kind in kinds), str(row["objects"])]))
     parts = ", ".join(f"{part} {spent:.1f}" for part, spent in result["seconds"].items())
     lines += ["", f"{counted(result['images'], 'image')}; seconds: {parts}"]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
 
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.files import is_file, reject_links, replacing, write_text
@@ -25,10 +26,10 @@ from scalekd.common.text import in_shell, printable, shortened
 from scalekd.models.options import Backbone
 from scalekd.models.weights.match import sha256_of
 
-from .detection.model import Detector
+from .detection.model import FINEST, Detector
 from .pyramid import STRIDES, Pyramid
 from .segmentation.model import UPerNet
-from .tasks import TASKS, TaskName, need_extra
+from .tasks import TASKS, DetectorKind, TaskName, need_extra
 
 NOISE = 256  # pixels: largest side of the images used to compare outputs
 
@@ -67,12 +68,13 @@ class Card(BaseModel):
 
 
 class DetectorCard(Card):
+    kind: DetectorKind = "mask-rcnn"
     anchors: Annotated[list[Pixels], Field(min_length=5, max_length=5)]
     """Side of an anchor in pixels at each stride."""
     width: Annotated[int, Field(gt=0, le=2**14)] = 256
     """Channels of the feature pyramid."""
     proposals: Annotated[int, Field(gt=0)] = 1000
-    """Proposals per image that reach the box head."""
+    """Proposals per image that reach the box head of a Mask R-CNN."""
     category_ids: list[int] | None = None
     """Ids of the classes in the training annotations, for predictions in COCO's format; 1, 2, ... by default."""
 
@@ -108,7 +110,7 @@ CARDS: dict[str, type[Card]] = {"detection": DetectorCard, "segmentation": Segme
 def export(model: nn.Module, path: Path, card: dict[str, Any]) -> float:
     """Writes `path` (.safetensors) and the card next to it as JSON, and loads both back.
 
-    model: the deployed part: torchvision's `MaskRCNN` of a `Detector`, or a `UPerNet`. Its training mode is restored.
+    model: the deployed part: torchvision's model in a `Detector`, or a `UPerNet`. Its training mode is restored.
     card: the keys of `DetectorCard` or `SegmenterCard` without sha256.
     Returns the largest absolute difference between the `outputs` of the model and of the loaded files.
     Raises `UserError` if a file cannot be written or the card does not describe the model.
@@ -135,14 +137,16 @@ def _noise(card: dict[str, Any]) -> Tensor:
 def outputs(model: Any, images: Tensor) -> list[Tensor]:
     """Outputs in evaluation mode that are compared between two models. images: (B, C, H, W), normalised.
 
-    For a UPerNet its logits. For a Mask R-CNN the maps of its FPN, the RPN's scores and shifts of every anchor, and
-    classes, boxes and masks of fixed regions. Its final detections are not compared: their number and order depend on
-    rounding.
+    For a UPerNet its logits. For a RetinaNet the scores and shifts of every anchor. For a Mask R-CNN the maps of its FPN,
+    the RPN's scores and shifts of every anchor, and classes, boxes and masks of fixed regions. Final detections are not
+    compared: their number and order depend on rounding.
     """
     with _evaluation_mode(model):
         if isinstance(model, UPerNet):
             return [model(images)]
         maps = model.backbone(images)
+        if isinstance(model, RetinaNet):
+            return list(model.head(list(maps.values())).values())
         scores, shifts = model.rpn.head(list(maps.values()))
         height, width = images.shape[-2:]
         shares = torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 0.5], [0.1, 0.2, 0.3, 0.9], [0.6, 0.6, 0.7, 0.7]])
@@ -237,15 +241,16 @@ def _no_export(path: Path, task: TaskName) -> str:
 def _build(card: dict[str, Any], card_file: Path) -> Any:
     """The model that a card describes, with initial weights. Raises `UserError`."""
     try:
-        pyramid = Pyramid(timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"]))
+        model, size = timm.create_model(card["backbone"], **card["kwargs"]), tuple(card["image_size"])
         if card["task"] == "segmentation":
-            return UPerNet(pyramid, len(card["classes"]), card["width"])
+            return UPerNet(Pyramid(model, size), len(card["classes"]), card["width"])
         described = DetectorCard.model_validate(card)
         return Detector(
-            pyramid,
+            Pyramid(model, size, FINEST[described.kind]),
             len(described.classes),
             tuple(described.mean),
             tuple(described.std),
+            kind=described.kind,
             short=described.short,
             long=described.long,
             anchors=described.anchors,

@@ -49,9 +49,7 @@ def predict_objects(
     images = SourceImages(source, out, console)
     detector, card = load(run, "detection")
     detector.to(device)
-    heads = detector.student.roi_heads
-    # the threshold applies before masks are enlarged to full size, which takes most of the memory
-    heads.score_thresh = max(heads.score_thresh, threshold)
+    detector.leave_out_below(threshold)
     results: list[dict[str, Any]] = []
     rows = []
     for i in _progress(images, console):
@@ -87,6 +85,10 @@ def objects_in(detector: Any, image: Image.Image, channels: int) -> dict[str, Te
 def coco_results(result: Detections, name: str, card: dict[str, Any]) -> list[dict[str, Any]]:
     """Detections in COCO's results format, with the names of file and class added."""
     ids = card.get("category_ids") or range(1, len(card["classes"]) + 1)
+    masks = [
+        {"segmentation": {"size": [int(side) for side in runs["size"]], "counts": _text(runs["counts"])}}
+        for runs in result.masks or []
+    ] or [{} for _ in result.labels]
     return [
         {
             "image_id": result.picture,
@@ -95,9 +97,9 @@ def coco_results(result: Detections, name: str, card: dict[str, Any]) -> list[di
             "category": card["classes"][label - 1],
             "bbox": [round(value, 2) for value in box.tolist()],
             "score": round(float(score), 5),
-            "segmentation": {"size": [int(side) for side in runs["size"]], "counts": _text(runs["counts"])},
         }
-        for label, box, score, runs in zip(result.labels, result.boxes, result.scores, result.masks)
+        | mask
+        for label, box, score, mask in zip(result.labels, result.boxes, result.scores, masks)
     ]
 
 

@@ -48,7 +48,8 @@ def any_size_kwargs(name: str) -> dict[str, Any]:
 
 
 class Pyramid(nn.Module):
-    """x `(B, C, H, W)`, normalised, to four maps `(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`.
+    """x `(B, C, H, W)`, normalised, to four maps `(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`, or to
+    three of them from stride 8 on.
 
     - A model with maps of all four strides (CNN, Swin, ConvNeXt) uses its own, the last of each stride.
     - A model with dilated stages ends at stride 8 or 16 (a CNN with `output_stride`). It uses its own maps as far as
@@ -66,18 +67,19 @@ class Pyramid(nn.Module):
     Args:
         model: a timm model; it is pruned in place and becomes `.backbone`.
         image_size: (height, width) in pixels that it was built for.
+        finest: the stride of the first map, 4 or 8. What only a finer map would need is not built.
 
     Raises:
         UserError: if the model gives no maps.
     """
 
-    def __init__(self, model: nn.Module, image_size: Size):
+    def __init__(self, model: nn.Module, image_size: Size, finest: int = STRIDES[0]):
         super().__init__()
         reductions = _reductions(model)
-        finest = [stride for stride in STRIDES if stride in reductions]
+        found = [stride for stride in STRIDES if stride in reductions]
         # the model's own maps are used if they start at stride 4 and end with its last map
-        own = finest == [*STRIDES[: len(finest)]] and reductions[-1:] == finest[-1:]
-        wanted = finest if own else reductions[-1:]
+        own = found == [*STRIDES[: len(found)]] and reductions[-1:] == found[-1:]
+        wanted = found if own else reductions[-1:]
         self.indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in wanted]
         self.unit = wanted[-1]
         self.canvas: Size | None = None
@@ -97,13 +99,18 @@ class Pyramid(nn.Module):
 
         normed = any(isinstance(module, _BatchNorm) for module in model.modules())
         widths = [shape[1] for shape in shapes]
-        self.norms = nn.ModuleList(nn.Identity() if normed else LayerNorm2d(width) for width in widths)
-        self.simple = None if own else SimplePyramid(widths[0], self.unit)
+        self.strides: list[int] = [stride for stride in STRIDES if stride >= finest]
+        needed = [not own or stride >= finest or stride == self.unit for stride in wanted]  # the last map is pooled
+        self.norms = nn.ModuleList(
+            LayerNorm2d(width) if need and not normed else nn.Identity() for width, need in zip(widths, needed)
+        )
+        self.simple = None if own else SimplePyramid(widths[0], self.unit, self.strides)
         self.pooled = STRIDES[len(wanted) :] if own else ()
         self.channels: list[int] = (
-            widths + [widths[-1]] * len(self.pooled) if self.simple is None else self.simple.channels
+            [*widths, *[widths[-1]] * len(self.pooled)][-len(self.strides) :]
+            if self.simple is None
+            else self.simple.channels
         )
-        self.strides: list[int] = list(STRIDES)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raises `UserError` for an image that is larger than `canvas`."""
@@ -113,6 +120,7 @@ class Pyramid(nn.Module):
         if self.simple is not None:
             maps = self.simple(maps[0])
         maps += [F.max_pool2d(maps[-1], stride // self.unit, ceil_mode=True) for stride in self.pooled]
+        maps = maps[-len(self.strides) :]
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides)]
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -157,19 +165,19 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """One map `(B, D, h, w)` of stride `patch` to four maps of the strides 4, 8, 16, 32 (ViTDet, arXiv:2203.16527).
+    """One map `(B, D, h, w)` of stride `patch` to maps of `strides`, of 4, 8, 16, 32 (ViTDet, arXiv:2203.16527).
 
     Transposed convolutions of stride 2 double the grid and halve the width, with layer norm and GELU between them;
     max pooling halves the grid. If `patch` is not a power of two, the map is first resampled to the nearest one.
     `channels`: D, halved once for each doubling of the grid.
     """
 
-    def __init__(self, width: int, patch: int):
+    def __init__(self, width: int, patch: int, strides: Sequence[int] = STRIDES):
         super().__init__()
         self.patch = patch
         self.stride = _nearest_power_of_two(patch)
-        self.levels = nn.ModuleList(_level(width, self.stride, s) for s in STRIDES)
-        self.channels = [width // max(1, self.stride // s) for s in STRIDES]
+        self.levels = nn.ModuleList(_level(width, self.stride, s) for s in strides)
+        self.channels = [width // max(1, self.stride // s) for s in strides]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if self.stride != self.patch:

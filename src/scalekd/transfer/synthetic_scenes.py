@@ -35,6 +35,7 @@ from scalekd.common.files import cannot_write, make_folder, write_text
 from scalekd.common.seeds import seed_from
 from scalekd.data.sources.open import open_source
 from scalekd.data.sources.source import Source
+from scalekd.data.targets import classes_in
 
 Grey = NDArray[np.float32]  # (H, W), 0 to 255
 Mask = NDArray[np.bool_]  # (H, W)
@@ -144,7 +145,8 @@ def scene(source: Source, options: Options, random: np.random.Generator) -> tupl
             continue
         for item in items:
             item.visible &= ~covered
-        items.append(Item(index, target, covered, int(covered.sum())))
+        (label,) = classes_in(target)
+        items.append(Item(index, label, covered, int(covered.sum())))
         colour = random.uniform(0.4, 1, 3) if options.rgb else np.ones(1)
         picture[covered] = grey[mask][:, None] * colour
     pixels = picture.round().clip(0, 255).astype(np.uint8)

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 from scalekd.common.errors import UserError
 
 TaskName = Literal["detection", "segmentation"]  # also the names of the extras
+DetectorKind = Literal["mask-rcnn", "retinanet"]
+DETECTORS: dict[str, str] = {"mask-rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}  # their names in papers
 
 
 class Task(NamedTuple):
@@ -16,10 +18,9 @@ class Task(NamedTuple):
     """The command as typed."""
     trained: str
     """What a run produces; also the name of its files."""
-    model: str
-    """The architecture, as named in papers."""
     figures: dict[str, str]
-    """Metrics of a validation, in %: key -> readable name. The first one chooses the best checkpoint."""
+    """Metrics of a validation, in %: key -> readable name. The first one chooses the best checkpoint. A detector without
+    masks has no mask AP."""
     package: str
     """A package that the task's extra installs."""
     missing: str
@@ -35,7 +36,6 @@ TASKS = {
     "detection": Task(
         command="scalekd detect",
         trained="detector",
-        model="Mask R-CNN",
         figures={"mask_ap": "mask AP", "box_ap": "box AP"},
         package="faster_coco_eval",
         missing="detection needs faster-coco-eval: pip install 'scalekd[detection]'",
@@ -43,7 +43,6 @@ TASKS = {
     "segmentation": Task(
         command="scalekd segment",
         trained="segmenter",
-        model="UPerNet",
         figures={"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
         package="segmentation_models_pytorch",
         missing="segmentation needs more packages: pip install 'scalekd[segmentation]'",
@@ -56,6 +55,15 @@ def task_of(recipe: Mapping[str, Any]) -> TaskName | None:
     if "backbone" not in recipe:
         return None
     return "detection" if "detector" in recipe else "segmentation"
+
+
+def architecture(recipe: Mapping[str, Any]) -> str:
+    """The model of a recipe for detection or segmentation, as named in papers."""
+    if task_of(recipe) == "segmentation":
+        return "UPerNet"
+    detector = recipe.get("detector")
+    kind = detector.get("kind") if isinstance(detector, dict) else None
+    return DETECTORS.get(str(kind), DETECTORS["mask-rcnn"])  # recipes of older versions do not say it
 
 
 def need_extra(task: str) -> None:

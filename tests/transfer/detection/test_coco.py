@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from coco_files import GOOD, POLYGON, annotation, opened
 from PIL import Image
 
 from scalekd.common.errors import UserError
+from scalekd.transfer.detection.box_checks import CONTRADICTING
 from scalekd.transfer.detection.coco import Coco, open_coco
 from scalekd.transfer.detection.instances import Instance
 from scalekd.transfer.detection.masks import mask_of, mask_tools, rle_counts
@@ -326,3 +328,15 @@ def test_masks_of_polygons_and_runs():
     np.testing.assert_array_equal(mask_of([*POLYGON, [20, 0, 30, 0, 30, 5, 20, 5]], 20, 40), wanted)
     runs = {"size": [2, 3], "counts": [1, 2, 3]}
     np.testing.assert_array_equal(mask_of(runs, 2, 3), [[0, 1, 0], [1, 0, 0]])
+
+
+def test_boxes_are_enough_for_a_detector_without_masks(folder):
+    bare = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in GOOD["annotations"]]
+    wrong = annotation(3, image=3, bbox=(20, 2, 10, 8))  # its mask is elsewhere
+    (folder / "instances.json").write_text(json.dumps(GOOD | {"annotations": [*bare, wrong]}))
+    files = folder / "instances.json", folder / "images", "data.train"
+    coco = open_coco(*files, masks=False)
+    assert [[(x.box, x.mask) for x in p.instances] for p in coco.pictures] == [[((2, 2, 10, 8), None)]] * 2 + [[]]
+    assert coco.problems == {CONTRADICTING: ["annotation 3"]}
+    with pytest.raises(UserError, match="has no usable object"):
+        open_coco(*files)

@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 
 from scalekd.common.errors import UserError
 from scalekd.transfer.decay import layer_groups
-from scalekd.transfer.detection.model import Detector
+from scalekd.transfer.detection.model import FINEST, Detector
 from scalekd.transfer.pyramid import Pyramid, any_size_kwargs
 
 # few boxes, to save time
@@ -20,9 +20,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def detector(name: str, size: int = 64, classes: int = 3, **options) -> Detector:
     torch.manual_seed(0)
     kwargs = {"img_size": size} if name.startswith("mixer") else any_size_kwargs(name)
-    pyramid = Pyramid(timm.create_model(name, **kwargs), (size, size))
+    pyramid = Pyramid(timm.create_model(name, **kwargs), (size, size), FINEST[options.get("kind", "mask-rcnn")])
     model = Detector(pyramid, classes, MEAN, STD, **(SMALL | options))
-    model.student.roi_heads.detections_per_img = 4
+    heads = model.student.roi_heads if model.has_masks else model.student
+    heads.detections_per_img = 4
     return model
 
 
@@ -127,8 +128,10 @@ def test_every_parameter_is_in_one_group_and_what_is_deployed_holds_all():
 
 
 @pytest.mark.slow
-def test_it_learns_where_a_square_is():
-    model = detector("test_resnet", classes=1, anchors=(16, 32, 64, 128, 256), freeze_norms=False, width=64).train()
+@pytest.mark.parametrize(("kind", "lr", "steps"), [("mask-rcnn", 1e-3, 60), ("retinanet", 5e-3, 120)])
+def test_it_learns_where_a_square_is(kind, lr, steps):
+    options = {"anchors": (16, 32, 64, 128, 256), "freeze_norms": False, "width": 64}
+    model = detector("test_resnet", classes=1, kind=kind, **options).train()
     pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
     pixels[:, 10:42, 20:52] = 255
     wanted = {
@@ -136,8 +139,8 @@ def test_it_learns_where_a_square_is():
         "labels": torch.tensor([1]),
         "masks": (pixels[:1] > 0).byte(),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for _ in range(steps):
         optimizer.zero_grad()
         model([pixels], [wanted])["total"].backward()
         optimizer.step()

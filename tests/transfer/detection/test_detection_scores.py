@@ -164,3 +164,18 @@ def test_the_core_imports_without_the_extra():
     }
     assert ("masks.py", "numpy") in at_import  # the search finds what is there
     assert not [file for file, name in at_import if name == "faster_coco_eval"]
+
+
+def test_without_masks_there_is_the_box_ap_alone():
+    """The same boxes as with masks, and objects without an area in the file."""
+    coco = annotated([instance(SMALL, area=0.0), instance(MEDIUM, 2)], [instance(LARGE)])
+    for picture in coco.pictures:
+        for object_ in picture.instances:
+            object_.area = None
+    results = [detected(0, (SMALL, 1, 0.9), (LARGE, 2, 0.8)), detected(1, (LARGE, 1, 0.7))]
+    both = average_precision(coco, results)
+    for picture in coco.pictures:
+        for object_ in picture.instances:
+            object_.mask = None
+    alone = average_precision(coco, [result._replace(masks=None) for result in results])
+    assert alone == {"box": both["box"]} and 0 < both["box"]["ap"] < 1 and both["box"]["ap_small"] == pytest.approx(1)

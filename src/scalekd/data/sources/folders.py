@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-
-from PIL import Image
 
 from scalekd.common.errors import UserError, did_you_mean, nearest
 from scalekd.common.text import printable
-from scalekd.data.images import decode, is_image, read_file
+from scalekd.data.images import is_image
 
-from .content import real, sizes_of, stamps_of
+from .in_files import InFiles
 from .names import (
     HIDDEN,
     LOOPS,
@@ -35,7 +32,7 @@ HINTS = {
 }
 
 
-class Folder:
+class Folder(InFiles):
     """Images in class folders; classes in alphabetical order, images of a class at any depth below its folder."""
 
     def __init__(self, text: str, key: str):
@@ -55,27 +52,6 @@ class Folder:
         reject_empty([name for name, files in zip(self.classes, images) if not files], text, key)
         self.files = [file for files in images for file in files]
         self.targets = [target for target, files in enumerate(images) for _ in files]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return decode(read_file(self.files[i])), self.targets[i]
-
-    def where(self, i: int) -> str:
-        return printable(self.files[i])
-
-    def identity(self, i: int) -> str:
-        return real(self.files[i])
-
-    def sizes(self) -> list[int]:
-        return sizes_of(self.files)
-
-    def content(self, i: int) -> bytes:
-        return read_file(self.files[i])
-
-    def stamps(self) -> Iterator[str]:
-        return stamps_of(self.files)
 
 
 def class_folders(root: Path, left_out: LeftOut | None = None) -> list[str]:

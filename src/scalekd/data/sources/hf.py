@@ -100,8 +100,8 @@ class HuggingFace:
 
 def _lengths_and_paths(column: Any) -> tuple[Any, Any]:
     """The number of bytes in each cell of an Arrow column of images, and its path; None if it has none."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.compute  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.compute
 
     nothing: list[None] = [None] * len(column)
     if not pyarrow.types.is_struct(column.type):

@@ -18,6 +18,7 @@ from scalekd.common.text import printable
 from .names import told
 from .open import evaluated_part, open_unlabelled, parts_of
 from .source import Source
+from .table.text import is_table
 from .unlabelled import Joined, Loose, WithoutLabels
 
 KEY = "`inputs`"
@@ -38,7 +39,7 @@ def open_inputs(inputs: Sequence[str]) -> Source:
 
 
 def _is_image_file(text: str) -> bool:
-    return text.partition(":")[0] not in KINDS and is_file(Path(text).expanduser())
+    return text.partition(":")[0] not in KINDS and not is_table(text) and is_file(Path(text).expanduser())
 
 
 def _files(texts: list[str]) -> Loose:
@@ -51,10 +52,10 @@ def _files(texts: list[str]) -> Loose:
 
 def _open(text: str) -> Source:
     kind = text.partition(":")[0]
-    if kind in ("hf", "torchvision", "fashion-mnist") and len(parts_of(text)) > 1:
+    if (kind in ("hf", "torchvision", "fashion-mnist") or is_table(text)) and len(parts_of(text)) > 1:
         raise UserError(f"{KEY}: {text} has several splits; name one of them, such as {evaluated_part(text)}")
     path = Path(text)
-    if kind not in KINDS and ":" not in text and not path.is_dir():
+    if kind not in KINDS and ":" not in text and not is_table(text) and not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
             f"{KEY}: no image or folder {text}.{printable(nearest(path.name, siblings)) if siblings else ''}"

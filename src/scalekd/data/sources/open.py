@@ -1,4 +1,4 @@
-"""Opens an image source by name: a folder, archive, shards, Hugging Face or torchvision data set, or IDX files.
+"""Opens an image source by name: a folder, archive, shards, table of labels, Hugging Face or torchvision data set, IDX files.
 
 Every source is map-style and is never unpacked: any worker can read any image at any time, so a run resumes exactly
 with all of them. docs/how-to/data.md describes the forms.
@@ -7,7 +7,8 @@ with all of them. docs/how-to/data.md describes the forms.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from scalekd.common.errors import UserError, first_line
@@ -20,26 +21,33 @@ from .idx import Idx, fashion_mnist
 from .names import are_splits, split_of
 from .shards import Shards
 from .source import Source
+from .table.source import Table, files_in, table_parts
+from .table.text import is_table
 from .tars import Tar
 from .torchvision import TorchVision
-from .unlabelled import WithoutLabels, loose_files, loose_members
+from .unlabelled import Loose, WithoutLabels, loose_files, loose_members
 
 # torchvision's data sets with validation images
 WITH_VAL = ("DTD", "FGVCAircraft", "Flowers102", "ImageNet", "PCAM", "RenderedSST2")
 
 
-def open_source(text: str, key: str) -> Source:
+def open_source(text: str, key: str, classes: Sequence[str] | None = None) -> Source:
     """Opens the value of `data.train` or `data.val`. Raises `UserError` that starts with `key`, the recipe key.
+
+    classes: of the training images or of a student. A table of labels then has these classes, and other labels in it are
+    errors; other sources have the classes that they find.
 
     - `/a/folder` or `folder:/a/folder`: one sub-folder of images per class;
     - `tar:/a/photos.tar`: class folders in one archive;
     - `wds:/a/train-{000..012}.tar` or `wds:/a/train-*.tar`: WebDataset shards;
     - `hf:/a/folder`, `hf:/a/folder:train`, `hf:/a/folder:train:image,label`: a Hugging Face data set on disk;
     - `torchvision:CIFAR100:train:/a/folder`: a torchvision data set already on disk, split and root;
+    - `labels.csv`, `labels.tsv`, `labels.parquet`, `coco:labels.json`: a table of paths and labels, with options as in
+      `labels.csv:path=file,label=tags`;
     - `idx:/a/folder/train`: the pair `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]`;
     - `fashion-mnist:train`, `fashion-mnist:test`: the part that ships with scalekd (10,000 + 10,000 images).
     """
-    return _guarded(_open_labelled, text, key)
+    return _guarded(partial(_open_labelled, classes=classes), text, key)
 
 
 def open_unlabelled(text: str, key: str) -> Source:
@@ -63,6 +71,9 @@ def _guarded(opener: Callable[[str, str], Source], text: str, key: str) -> Sourc
 def _open_unlabelled(text: str, key: str) -> Source:
     kind, _, rest = text.partition(":")
     _reject_stream(text, key)
+    if is_table(text):
+        files, names = files_in(text, key)
+        return Loose(files, names)
     if kind in ("tar", "wds"):
         return loose_members(rest, key, shards=kind == "wds")
     if kind in ("fashion-mnist", "idx", "hf", "torchvision"):
@@ -77,9 +88,11 @@ def _reject_stream(text: str, key: str) -> None:
         )
 
 
-def _open_labelled(text: str, key: str) -> Source:
+def _open_labelled(text: str, key: str, classes: Sequence[str] | None = None) -> Source:
     kind, _, rest = text.partition(":")
     _reject_stream(text, key)
+    if is_table(text):
+        return Table(text, key, classes)
     if kind == "fashion-mnist":
         return fashion_mnist(rest, key)
     if kind == "idx":
@@ -119,7 +132,7 @@ def parts_of(text: str) -> dict[str, str]:
     """The sources of the splits `train`, `val` and `test` for a name without a split; empty if it stands for none."""
     try:
         return _parts(text)
-    except (OSError, ValueError, RuntimeError):  # `open_source` raises an error that says why
+    except (OSError, ValueError, RuntimeError, UserError):  # `open_source` raises an error that says why
         return {}
 
 
@@ -127,6 +140,8 @@ def _parts(text: str) -> dict[str, str]:
     kind, _, rest = text.partition(":")
     if not text:
         return {}
+    if is_table(text):
+        return table_parts(text)
     if text == "fashion-mnist":
         return {"train": "fashion-mnist:train", "test": "fashion-mnist:test"}
     if kind == "torchvision":

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from scalekd.data.targets import Target
+
 from .names import LeftOut
 
 
@@ -19,8 +21,8 @@ class Source(Protocol):
         ...
 
     @property
-    def targets(self) -> Sequence[int]:
-        """The class of every image, or `UNLABELLED`."""
+    def targets(self) -> Sequence[Target]:
+        """The class of every image, or `UNLABELLED`; in multi-label data the set of its classes."""
         ...
 
     @property
@@ -29,8 +31,8 @@ class Source(Protocol):
         ...
 
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        """Image i, loaded, mode L or RGB, and its class. Raises `BadImage`."""
+    def __getitem__(self, i: int) -> tuple[Image.Image, Target]:
+        """Image i, loaded, mode L or RGB, and its target. Raises `BadImage`."""
         ...
 
     def where(self, i: int) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from scalekd.common.errors import UserError
 from scalekd.common.text import printable
 from scalekd.data.images import decode
+from scalekd.data.targets import Target
 
 from .content import Place, content_of, real, sizes_of, stamps_of
 from .folders import HINTS, images_below
@@ -30,7 +31,7 @@ class Loose:
     def __init__(self, places: Sequence[str | Place], names: Sequence[str], left_out: LeftOut | None = None):
         self.places, self.names, self.left_out = places, names, left_out or {}
         self.classes: Sequence[str] = ()
-        self.targets = [UNLABELLED] * len(places)
+        self.targets: Sequence[Target] = [UNLABELLED] * len(places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -61,7 +62,7 @@ class WithoutLabels:
     def __init__(self, source: Source):
         self.source, self.left_out = source, source.left_out
         self.classes: Sequence[str] = ()
-        self.targets = [UNLABELLED] * len(source)
+        self.targets: Sequence[Target] = [UNLABELLED] * len(source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,7 +92,7 @@ class Joined:
     def __init__(self, labelled: Source, unlabelled: Source):
         self.labelled, self.unlabelled = labelled, unlabelled
         self.classes = labelled.classes
-        self.targets = [*labelled.targets, *unlabelled.targets]
+        self.targets: Sequence[Target] = [*labelled.targets, *unlabelled.targets]
         self.left_out = merged([labelled.left_out, unlabelled.left_out])
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class Joined:
         """The source of image i, and its index there."""
         return (self.labelled, i) if i < len(self.labelled) else (self.unlabelled, i - len(self.labelled))
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image, Target]:
         source, number = self.part(i)
         return source[number]
 

@@ -27,6 +27,8 @@ class Card(BaseModel):
     std: list[Annotated[float, Field(gt=0)]]
     interpolation: Interpolation
     crop_pct: CropShare
+    multi_label: bool = False  # whether an image may have several classes
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # probability from which on an image has a class
 
     @model_validator(mode="after")
     def _usable(self) -> Card:

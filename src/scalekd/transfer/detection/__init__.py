@@ -1,1 +1,1 @@
-"""Mask R-CNN on COCO annotations."""
+"""Mask R-CNN and RetinaNet on COCO annotations."""

@@ -57,7 +57,9 @@ class Coco:
         return lines
 
 
-def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | None = None) -> Coco:
+def open_coco(
+    annotations: Path, images: Path, key: str, classes: list[str] | None = None, masks: bool = True
+) -> Coco:
     """Reads an instances file and looks for its images in a folder.
 
     Args:
@@ -65,20 +67,21 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
         images: the folder that its file names are relative to.
         key: name of the file's recipe key or parameter, for messages.
         classes: for an evaluation set, those of the training set, which it must have too.
+        masks: whether objects need a mask; if not, a box is enough.
 
     Raises:
         UserError: if the file has another format, an id has two meanings, more than a twentieth of the images are
             missing, no object is left, the classes differ, or the extra is missing.
     """
     mask_tools()  # raises here rather than in a worker process
-    data = _read(annotations, key)
+    data = _read(annotations, key, masks)
     problems: Problems = {}
     categories = _categories(data["categories"], key, problems)
     pictures = _pictures(data["images"], images, key, problems)
     labels = {id: label for label, id in enumerate(categories, 1)}
     present = _with_files(pictures, images, key, problems)
     refuse_fractions(data["annotations"], f"{key}: {annotations}")
-    add_instances(data["annotations"], pictures, labels, problems)
+    add_instances(data["annotations"], pictures, labels, problems, masks)
     refuse_many_contradictions(data["annotations"], len(problems.get(CONTRADICTING, ())), f"{key}: {annotations}")
     coco = Coco(list(categories.values()), list(categories), present, problems)
     if classes is not None and coco.classes != classes:
@@ -97,7 +100,7 @@ def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | No
 # ---------------------------------------------------------------- the file
 
 
-def _read(path: Path, key: str) -> dict[str, Any]:
+def _read(path: Path, key: str, masks: bool) -> dict[str, Any]:
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir() if p.suffix == ".json"] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) if siblings else ""
@@ -118,8 +121,10 @@ def _read(path: Path, key: str) -> dict[str, Any]:
     entries = data["annotations"]
     if entries and not any(isinstance(entry, dict) and "bbox" in entry for entry in entries):
         raise UserError(f"{key}: no annotation in {path} has a bbox. Use instance annotations, not captions.")
-    if entries and not any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries):
-        raise UserError(f"{key}: no annotation in {path} has a segmentation. Mask R-CNN needs masks.")
+    if masks and entries and not any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries):
+        raise UserError(
+            f"{key}: no annotation in {path} has a segmentation. Mask R-CNN needs masks; detector.kind=retinanet does not."
+        )
     return data
 
 

@@ -41,8 +41,8 @@ NARROWEST = 400  # largest ratio of an image's long side to its short side
 class DetectionBatch(NamedTuple):
     images: list[Tensor]  # each (C, H, W) uint8, of its own size
     targets: list[Target]
-    """Training: `boxes` (N, 4) float32, left, top, right, bottom in pixels; `labels` (N,) int64 from 1; `masks`
-    (N, H, W) uint8. Always: `picture`, the index in `Coco.pictures`, and `size` (2,), height and width of the file."""
+    """Training: `boxes` (N, 4) float32, left, top, right, bottom in pixels; `labels` (N,) int64 from 1; and, if the detector
+    has masks, `masks` (N, H, W) uint8. Always: `picture`, the index in `Coco.pictures`, and `size` (2,), height and width of the file."""
     skipped: Sequence[Bad] = ()  # images that could not be read
 
 
@@ -73,10 +73,14 @@ class DetectionImages(Dataset):
 
     An image that cannot be used is returned as a `UserError`. With `bad`, it is skipped and recorded there; in
     training the next image takes its place. A class without a readable image is an error in any case.
+
+    masks: whether targets have them.
     """
 
-    def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None):
-        self.coco, self.scales, self.seed, self.bad = coco, scales, seed, bad
+    def __init__(
+        self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None, masks: bool = True
+    ):
+        self.coco, self.scales, self.seed, self.bad, self.masks = coco, scales, seed, bad, masks
         self.alive: set[int] = set()  # classes with bad images that have a readable one
         self.skippable = False  # whether there is a recipe that can say so, for the message
         self.indices = list(range(len(coco.pictures))) if seed is None else coco.with_objects()
@@ -148,7 +152,7 @@ class DetectionImages(Dataset):
         pixels = TF.pil_to_tensor(of_channels(self.scales.channels, image))
         if self.seed is None:
             return pixels, {}
-        target = _target(picture)
+        target = _target(picture, self.masks)
         pixels, target = self.augment(tv_tensors.Image(pixels), target)
         return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
@@ -171,17 +175,19 @@ def _read(picture: Picture) -> Image.Image:
     return image
 
 
-def _target(picture: Picture) -> Target:
-    """Boxes, labels and masks of the picture's objects, without crowds."""
+def _target(picture: Picture, with_masks: bool) -> Target:
+    """Boxes, labels and, if wanted, masks of the picture's objects, without crowds."""
     height, width = picture.height, picture.width
     objects = [instance for instance in picture.instances if not instance.crowd]
     boxes = torch.tensor([_corners(instance) for instance in objects], dtype=torch.float32).reshape(-1, 4)
-    masks = np.stack([mask_of(instance.mask, height, width) for instance in objects])
-    return {
+    target = {
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
         "labels": torch.tensor([instance.label for instance in objects], dtype=torch.int64),
-        "masks": tv_tensors.Mask(torch.from_numpy(masks)),
     }
+    if with_masks:
+        masks = np.stack([mask_of(instance.mask, height, width) for instance in objects])
+        target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+    return target
 
 
 def _corners(instance: Instance) -> tuple[float, float, float, float]:

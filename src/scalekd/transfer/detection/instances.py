@@ -24,7 +24,7 @@ Problems = dict[str, list[str]]  # kind of problem: where it occurs
 class Instance:
     label: int  # index in `Coco.classes` plus 1
     box: tuple[float, float, float, float]  # x, y, width, height in pixels, within the image
-    mask: Any  # as in the file, checked: a list of polygons, or RLE
+    mask: Any  # as in the file, checked: a list of polygons, or RLE; None if masks are not needed and there is none
     crowd: bool
     area: float | None  # in pixels, as in the file; None if missing there
 
@@ -44,9 +44,10 @@ def note(problems: Problems, kind: str, where: object) -> None:
 
 
 def add_instances(
-    entries: list[Any], pictures: dict[Hashable, Picture], labels: dict[int, int], problems: Problems
+    entries: list[Any], pictures: dict[Hashable, Picture], labels: dict[int, int], problems: Problems, masks: bool
 ) -> None:
-    """Adds the usable entries to the pictures, and the others to `problems`. labels: by category id."""
+    """Adds the usable entries to the pictures, and the others to `problems`. labels: by category id. masks: whether an
+    object needs one."""
     by_id: dict[Any, Any] = {}
     for entry in entries:
         if not isinstance(entry, dict):
@@ -70,7 +71,7 @@ def add_instances(
             continue
         if not picture.height:
             continue  # the picture is skipped and noted
-        instance = _instance(entry, picture, label, where, problems)
+        instance = _instance(entry, picture, label, where, problems, masks)
         if instance is not None:
             picture.instances.append(instance)
 
@@ -90,7 +91,9 @@ def _is_repeated(entry: dict[str, Any], by_id: dict[Any, Any], where: str, probl
     return False
 
 
-def _instance(entry: dict[str, Any], picture: Picture, label: int, where: str, problems: Problems) -> Instance | None:
+def _instance(
+    entry: dict[str, Any], picture: Picture, label: int, where: str, problems: Problems, masks: bool
+) -> Instance | None:
     crowd = entry.get("iscrowd", 0)
     if crowd not in (0, 1):
         note(problems, "annotations whose iscrowd is neither 0 nor 1, skipped", where)
@@ -105,11 +108,11 @@ def _instance(entry: dict[str, Any], picture: Picture, label: int, where: str, p
     if clipped is None:
         return None
     mask, problem = _usable_mask(entry.get("segmentation"), picture)
-    if problem:
+    if problem and masks:
         note(problems, problem, where)
-    if mask is None:
+    if mask is None and masks:
         return None
-    if contradicts(clipped, mask, picture.height, picture.width):
+    if mask is not None and contradicts(clipped, mask, picture.height, picture.width):
         note(problems, CONTRADICTING, where)
         return None
     area: Any = entry.get("area")

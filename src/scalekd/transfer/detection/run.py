@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.seeds import seed_everything
+from scalekd.common.stopwatch import Stopwatch
 from scalekd.data.batches import bad_images
 from scalekd.data.description import classes_of, part
 from scalekd.data.samplers import Key, TrainSampler
@@ -21,22 +22,22 @@ from scalekd.train.hardware import for_device
 from scalekd.train.optim import make_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
+from scalekd.transfer.build import input_statistics, make_optimizer, projector_of, steps_per_epoch
 from scalekd.transfer.config import Detection
 from scalekd.transfer.overlap import refuse_shared
 from scalekd.transfer.pyramid import Pyramid, Size
 from scalekd.transfer.tasks import TASKS
+from scalekd.transfer.teacher import build_teacher
 
 from .coco import Coco, open_coco
 from .data import DetectionBatch, DetectionImages, Scales, batches_of, collate, eval_batches
-from .model import Detector
+from .model import FINEST, Detector
 from .scores import average_precision, detections, merged, percent
 
 
 @dataclass(kw_only=True)
 class DetectionRun(Run):
     task = TASKS["detection"]
-    figures = task.figures
     batch = DetectionBatch
     config: Detection
     train_images: DetectionImages
@@ -45,8 +46,20 @@ class DetectionRun(Run):
     image_size: Size  # (height, width) that the backbone was built for
 
     @property
+    def figures(self) -> dict[str, str]:
+        return {key: name for key, name in self.task.figures.items() if self.model.has_masks or key != "mask_ap"}
+
+    @property
     def student(self) -> nn.Module:
         return self.model.student
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"student": self.model.student} | projector_of(self.model.teacher)
+
+    @property
+    def teacher_clock(self) -> Stopwatch | None:
+        return self.model.teacher.clock if self.model.teacher else None
 
     @property
     def eval_batch_size(self) -> int:
@@ -71,7 +84,8 @@ class DetectionRun(Run):
 
     @torch.inference_mode()
     def validate(self, batches: Iterable[DetectionBatch]) -> dict[str, Any]:
-        """AP in % (`box_ap`, `box_ap50`, ..., `mask_ap`, ...), `images`, and `classes` with the mask AP of each class."""
+        """AP in % (`box_ap`, `box_ap50`, ..., and `mask_ap`, ... of a Mask R-CNN), `images`, and `classes` with the mask AP
+        of each class, or its box AP without masks."""
         detector = self.deployed.eval()
         results = []
         for batch in batches:
@@ -88,7 +102,8 @@ class DetectionRun(Run):
             for key, share in shares.items()
             if key != "classes"
         }
-        classes = {name: percent(share) for name, share in scores["mask"]["classes"].items()}
+        by_class = scores["mask" if self.model.has_masks else "box"]["classes"]
+        classes = {name: percent(share) for name, share in by_class.items()}
         return figures | {"images": len(results), "classes": classes}
 
     def card(self) -> dict[str, Any]:
@@ -97,6 +112,7 @@ class DetectionRun(Run):
         limit = self.model.limit
         return {
             "task": "detection",
+            "kind": self.config.detector.kind,
             "backbone": self.config.backbone.model,
             "kwargs": self.loaded["backbone"].kwargs,
             "image_size": list(self.image_size),
@@ -127,12 +143,13 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
     config = for_device(config, device)
     seed_everything(config.seed, "models")
     data = config.data
-    coco = open_coco(Path(data.annotations), Path(data.images), "data.annotations")
-    val = open_coco(Path(data.val_annotations), Path(data.val_images), "data.val_annotations", coco.classes)
+    kind, masks = config.detector.kind, config.detector.kind == "mask-rcnn"
+    coco = open_coco(Path(data.annotations), Path(data.images), "data.annotations", masks=masks)
+    val = open_coco(Path(data.val_annotations), Path(data.val_images), "data.val_annotations", coco.classes, masks)
     notes = _expect_disjoint(coco, val)
     backbone, loaded, size, (mean, std) = build_backbone(config.backbone, data.channels)
     model = Detector(
-        Pyramid(backbone, size),
+        Pyramid(backbone, size, FINEST[kind]),
         len(coco.classes),
         mean,
         std,
@@ -140,14 +157,16 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
         long=data.long,
         **config.detector.model_dump(),
     )
+    # last, so that the other initial weights are those of a run without a teacher
+    model.teacher, teacher = build_teacher(config.teacher, data.channels, model.student.backbone.pyramid)
     prepared(model, config, device)
     scales = Scales(data.scales, data.long, data.flip, data.channels).limited(model.limit)
     count = len(coco.with_objects())
-    train_images = DetectionImages(coco, scales, config.seed, bad_images("train", data, count))
+    train_images = DetectionImages(coco, scales, config.seed, bad_images("train", data, count), masks)
     val_images = DetectionImages(val, scales, None, bad_images("val", data, len(val.pictures)))
     train_images.skippable = val_images.skippable = True
     steps = steps_per_epoch(len(train_images), config)
-    optimizer = make_optimizer(model, model.backbone, config)
+    optimizer = make_optimizer(model, model.backbone, model.teacher, config)
     return DetectionRun(
         config=config,
         device=device,
@@ -156,7 +175,7 @@ def build(config: Detection, device: torch.device) -> DetectionRun:
         val_images=val_images,
         model=model,
         image_size=size,
-        loaded={"backbone": loaded},
+        loaded={"backbone": loaded} | teacher,
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer, steps),
         steps_per_epoch=steps,

@@ -32,17 +32,19 @@ class Detections(NamedTuple):
     boxes: NDArray[np.float64]  # (N, 4): left, top, width, height, as in COCO
     labels: NDArray[np.int64]  # (N,), from 1
     scores: NDArray[np.float64]  # (N,)
-    masks: list[dict[str, Any]]  # COCO's compressed RLE
+    masks: list[dict[str, Any]] | None  # COCO's compressed RLE; None of a detector without masks
 
 
 def detections(prediction: dict[str, Tensor], picture: int) -> Detections:
     """Converts a prediction of `Detector.forward` for one image. Mask pixels are those with probability >= 0.5."""
     boxes = prediction["boxes"].detach().cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    labels, scores = prediction["labels"].cpu().numpy(), prediction["scores"].detach().cpu().double().numpy()
+    if "masks" not in prediction:
+        return Detections(picture, boxes.numpy(), labels, scores, None)
     # transposed on the device, mostly a GPU, because runs go down the columns
     masks = (prediction["masks"].detach()[:, 0] >= 0.5).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     runs = mask_tools().encode(masks.transpose(2, 1, 0)) if len(masks) else []
-    labels, scores = prediction["labels"].cpu().numpy(), prediction["scores"].detach().cpu().double().numpy()
     return Detections(picture, boxes.numpy(), labels, scores, runs)
 
 
@@ -53,7 +55,7 @@ def merged(results: Sequence[Detections]) -> list[Detections]:
 
 
 def average_precision(coco: Coco, results: Sequence[Detections]) -> dict[str, dict[str, Any]]:
-    """COCO's average precision: `{"box": ..., "mask": ...}`.
+    """COCO's average precision: `{"box": ..., "mask": ...}`, without `mask` if the results have none.
 
     Each has `ap` (mean over IoU 0.5 to 0.95), `ap50`, `ap75`, `ap_small` (below 32x32 pixels), `ap_medium`, `ap_large`
     (above 96x96), and `classes` with the `ap` of each class. Values are in [0, 1], or None without objects. At most 100
@@ -63,9 +65,10 @@ def average_precision(coco: Coco, results: Sequence[Detections]) -> dict[str, di
     """
     evaluator, dataset = _tools()
     read = {result.picture for result in results}
+    kinds = {"box": "bbox"} if any(result.masks is None for result in results) else {"box": "bbox", "mask": "segm"}
     return {
         kind: _scores(coco, evaluator, dataset(_truth(coco, read)), _entries(results, kind), iou_type)
-        for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
+        for kind, iou_type in kinds.items()
     }
 
 
@@ -104,12 +107,16 @@ def _truth(coco: Coco, pictures: Collection[int]) -> dict[str, Any]:
 
 
 def _fill_areas(annotations: list[dict[str, Any]], coco: Coco) -> None:
-    """Sets the area of the mask where the file has none; the classes small, medium and large depend on it."""
+    """Sets the area of the mask, or else of the box, where the file has none; the classes small, medium and large depend
+    on it."""
     rle = mask_tools()
     for entry in annotations:
         if entry["area"] is None:
             picture = coco.pictures[entry["image_id"]]
             runs = entry["segmentation"]
+            if runs is None:
+                entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+                continue
             if isinstance(runs, list):
                 runs = rle.merge(rle.frPyObjects(runs, picture.height, picture.width))
             elif isinstance(runs["counts"], list):
@@ -119,12 +126,16 @@ def _fill_areas(annotations: list[dict[str, Any]], coco: Coco) -> None:
 
 def _entries(results: Sequence[Detections], kind: str) -> list[dict[str, Any]]:
     """COCO's results format; mask entries have no box, so that an object's size is that of its mask."""
-    return [
-        {"image_id": result.picture, "category_id": int(label), "score": float(score)}
-        | ({"bbox": box.tolist()} if kind == "box" else {"segmentation": mask})
-        for result in results
-        for label, score, box, mask in zip(result.labels, result.scores, result.boxes, result.masks)
-    ]
+    entries = []
+    for result in results:
+        shapes = [{"bbox": box.tolist()} for box in result.boxes]
+        if kind == "mask":
+            shapes = [{"segmentation": mask} for mask in result.masks or []]
+        entries += [
+            {"image_id": result.picture, "category_id": int(label), "score": float(score)} | shape
+            for label, score, shape in zip(result.labels, result.scores, shapes)
+        ]
+    return entries
 
 
 def _scores(coco: Coco, evaluator: Any, truth: Any, entries: list[dict[str, Any]], iou_type: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from scalekd.common.errors import UserError
 from scalekd.models.inputs import Statistics, default_statistics, per_channel, scaled
 from scalekd.transfer.pyramid import Pyramid
 from scalekd.transfer.tasks import TASKS
+from scalekd.transfer.teacher import TeacherTerm
 
 from .pairs import IGNORED
 
@@ -78,6 +79,7 @@ class Segmenter(nn.Module):
             self.register_buffer(f"student_{name}", per_channel(values), persistent=False)
         pyramid = Pyramid(model, image_size)
         self.student = UPerNet(pyramid, classes, channels)
+        self.teacher: TeacherTerm | None = None
         self.level = list(pyramid.strides).index(AUXILIARY_STRIDE)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(pyramid.channels[self.level], AUXILIARY_CHANNELS, 3, padding=1, bias=False),
@@ -88,10 +90,11 @@ class Segmenter(nn.Module):
         )
 
     def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """{"ce": ..., "auxiliary": ..., "total": ...}: mean cross-entropy over the pixels that are not ignored.
+        """{"ce": ..., "auxiliary": ..., "total": ...}: mean cross-entropy over the pixels that are not ignored; with a
+        teacher also "teacher".
 
         images: (B, C, H, W), uint8, or float in [0, 1]. masks: (B, H, W) classes; 255 is ignored.
-        A batch with only ignored pixels has losses of 0. Raises `UserError` for one image per process in training.
+        A batch with only ignored pixels has a cross-entropy of 0. Raises `UserError` for one image per process in training.
         """
         if self.training and len(images) == 1 and not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
             raise UserError(
@@ -105,8 +108,21 @@ class Segmenter(nn.Module):
             "ce": _cross_entropy(self.student.from_maps(maps, size), masks),
             "auxiliary": AUXILIARY_WEIGHT * _cross_entropy(_enlarged(self.auxiliary(maps[self.level]), size), masks),
         }
+        if self.teacher is not None:
+            losses["teacher"] = self.teacher(self._unpadded(pixels, masks), maps[-1])
         losses["total"] = torch.stack(list(losses.values())).sum()
         return losses
+
+    def _unpadded(self, pixels: Tensor, masks: Tensor) -> list[Tensor]:
+        """Each image without the rows at the bottom and the columns on the right that only fill up a crop: they have the
+        mean as colour, to the nearest of 256 values, and no class. Waits for the device."""
+        content = (masks != IGNORED) | ((pixels - self.student_mean).abs() > 0.51 / 255).any(dim=1)  # (B, H, W)
+        sizes = []
+        for side in (2, 1):
+            filled = content.any(dim=side)  # (B, H), then (B, W)
+            places = torch.arange(1, filled.shape[1] + 1, device=filled.device)
+            sizes.append((filled * places).amax(dim=1).clamp(min=1).tolist())
+        return [image[:, :height, :width] for image, height, width in zip(pixels, *sizes)]
 
 
 def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
+from scalekd.common.stopwatch import Stopwatch
 from scalekd.common.text import counted
 from scalekd.data.batches import Batch, bad_images
 from scalekd.data.description import FIRST, part
@@ -23,11 +24,12 @@ from scalekd.train.hardware import for_device
 from scalekd.train.optim import make_iteration_schedule
 from scalekd.train.run import Run, prepared, scaler_and_average
 from scalekd.transfer.backbone import build_backbone
-from scalekd.transfer.build import input_statistics, make_optimizer, steps_per_epoch
+from scalekd.transfer.build import input_statistics, make_optimizer, projector_of, steps_per_epoch
 from scalekd.transfer.config import Segmentation
 from scalekd.transfer.overlap import refuse_shared
 from scalekd.transfer.pyramid import Size
 from scalekd.transfer.tasks import TASKS
+from scalekd.transfer.teacher import build_teacher
 
 from .data import Crops, SegmentationImages, batches_of, collate, eval_batches
 from .model import Segmenter
@@ -52,7 +54,11 @@ class SegmentationRun(Run):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        return {"student": self.model.student, "auxiliary": self.model.auxiliary}
+        return {"student": self.model.student, "auxiliary": self.model.auxiliary} | projector_of(self.model.teacher)
+
+    @property
+    def teacher_clock(self) -> Stopwatch | None:
+        return self.model.teacher.clock if self.model.teacher else None
 
     @property
     def total_steps(self) -> int:
@@ -130,12 +136,14 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
     backbone, loaded, size, stats = build_backbone(config.backbone, data.channels)
     model = Segmenter(backbone, size, len(train_pairs.classes), config.segmenter.width, stats)
     _expect_fit(model.student.pyramid.canvas, crop, config)
+    # last, so that the other initial weights are those of a run without a teacher
+    model.teacher, teacher = build_teacher(config.teacher, data.channels, model.student.pyramid)
     prepared(model, config, device)
     crops = Crops(crop, data.scale, flip=data.flip, photometric=data.photometric, channels=data.channels, fill=stats[0])
     train_images = SegmentationImages(train_pairs, crops, config.seed, bad_images("train", data, len(train_pairs)))
     val_images = SegmentationImages(val_pairs, crops, None, bad_images("val", data, len(val_pairs)))
     train_images.skippable = val_images.skippable = True
-    optimizer = make_optimizer(model, model.student.pyramid.backbone, config)
+    optimizer = make_optimizer(model, model.student.pyramid.backbone, model.teacher, config)
     return SegmentationRun(
         config=config,
         device=device,
@@ -144,7 +152,7 @@ def build(config: Segmentation, device: torch.device) -> SegmentationRun:
         val_images=val_images,
         model=model,
         image_size=size,
-        loaded={"backbone": loaded},
+        loaded={"backbone": loaded} | teacher,
         optimizer=optimizer,
         schedule=make_iteration_schedule(config.schedule, config.train.iterations, optimizer),
         steps_per_epoch=steps_per_epoch(len(train_images), config),

@@ -1,0 +1,1 @@
+"""Tables of paths and labels: CSV, Parquet and COCO-style JSON files."""
