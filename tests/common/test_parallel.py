@@ -60,7 +60,8 @@ def recipe(tiny_recipe: dict[str, Any], image_folder: Path) -> dict[str, Any]:
 def test_two_processes_give_the_run_of_one(plain_recipe, tmp_path):
     """Without batch norm, and with accumulation: the same global batches, so the same losses, balance and weights."""
     losses = {name: options | {"weight": 0.1} for name, options in PLAIN_LOSSES.items() if options}
-    recipe = changed(plain_recipe, losses={"ce": {}, "kd": {}} | losses, train={"accumulate": 2}, balance={"every": 2})
+    losses = dict(sorted({"ce": {}, "kd": {}, "fm": {}, **losses}.items()))  # in the order of the YAML file
+    recipe = changed(plain_recipe, losses=losses, train={"accumulate": 2}, balance={"every": 2})
     two, one = with_two(recipe, tmp_path), tmp_path / "one"
     execute(check_config(recipe, "test"), one, torch.device("cpu"), Console(quiet=True), check=False)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())

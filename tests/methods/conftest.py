@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalekd.models.stages import Features, Shapes
 
 CLASSES = 5
-POOLED = 10  # channels of what the teacher's classifier is given: not those of its final map
+POOLED = 20  # channels of what the teacher's classifier is given: not those of its final map
 
 
 class Tail(nn.Module):

@@ -16,6 +16,7 @@ import yaml
 from scalekd.methods.names import METHODS
 from scalekd.models.stages import Features, Shapes
 from scalekd.models.tails import TEACHER_TAILS
+from scalekd.models.transformers_vision import TransformersVision
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -193,7 +194,7 @@ def test_the_teachers_that_can_be_resumed_are_those_of_the_table():
     rows = re.findall(
         r"^\| (\w+) \| (`\w+`(?:, `\w+`)*) \|$", (DOCS / "reference" / "methods.md").read_text(), re.MULTILINE
     )
-    assert sorted(name for name, _ in rows) == sorted(c.__name__ for c in TEACHER_TAILS)
+    assert sorted(name for name, _ in rows) == sorted(c.__name__ for c in TEACHER_TAILS if c is not TransformersVision)
     for name, models in rows:
         for model in re.findall(r"\w+", models):
             # on torch's meta device a RegNet cannot be built with torch 2.8

@@ -180,7 +180,7 @@ def test_folders_that_hold_no_model(tmp_path, run_folder, hf_folder):
     change(hf_folder, "config.json", architecture="tset_vit")
     assert "timm has no model `tset_vit`. Did you mean `test_vit`" in refused(hf_folder)
     change(hf_folder, "config.json", architecture=None, model_type="vit")
-    assert "is in the format of transformers, not of timm: it has no `architecture`" in refused(hf_folder)
+    assert "has no preprocessor_config.json with image_mean" in refused(hf_folder)
     for text in (
         "",
         "[1]",

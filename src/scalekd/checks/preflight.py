@@ -31,6 +31,10 @@ def preflight(run: DistillationRun, console: Console) -> None:
         for taught in run.taught_by:
             screen.doing(f"{taught.label}: a sample of the validation images")
             screen.show(teacher_accuracy(run, taught))
+    if not screen.failed and (steps := run.steps_to_measure):
+        images = steps * run.config.train.batch_size
+        screen.doing(f"the statistics of the teachers' features on the first {images} images")
+        run.prepare()
     if run.config.train.compile and not screen.failed:
         screen.doing("compiling the first step, which takes a minute or more")
     screen.finish(run)

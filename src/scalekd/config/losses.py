@@ -102,6 +102,13 @@ def reads_logits(loss: str) -> bool:
     return getattr(method, "needs_logits", not getattr(method, "needs_maps", True))
 
 
+def reads_pooled(loss: str) -> bool:
+    """Whether a method, given by name, uses the input of the student's classifier."""
+    from scalekd.methods.names import METHODS
+
+    return getattr(METHODS[loss], "needs_pooled", False)
+
+
 def label_problems(losses: Mapping[str, Mapping[str, Any]], several: bool) -> list[str]:
     """One line for each loss that does not suit the labels.
 

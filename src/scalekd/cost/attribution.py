@@ -75,9 +75,7 @@ def charge_step(distiller: Distiller, pixels: Tensor, targets: Tensor, ledger: L
             ledger.on("teacher")
             teacher = distiller.teacher_features(pixels)
             ledger.on("student")
-            inputs = resized(pixels, distiller.image_size, distiller.student)
-            inputs = (inputs - distiller.student_mean) / distiller.student_std
-            student = distiller.student_view(inputs, maps=distiller.needs_maps)
+            student = distiller.student_features(resized(pixels, distiller.image_size, distiller.student))
             cuts: list[tuple[Tensor, Tensor]] = []  # (tensor of the student's graph, leaf that a method reads)
             losses: list[tuple[str, Tensor, list[Crossing]]] = []
             for name, method in distiller.methods.items():
@@ -113,6 +111,7 @@ def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
         maps=tuple(map(leaf, features.maps)),
         final=leaf(features.final),
         prefix=tuple(map(leaf, features.prefix)),
+        pooled=leaf(features.pooled),
         distilled=leaf(features.distilled),
     )
 

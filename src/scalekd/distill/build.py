@@ -16,7 +16,7 @@ from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
 from scalekd.common.text import printable
 from scalekd.config.fields import Balance as BalanceOptions
-from scalekd.config.losses import label_problems, reads_logits
+from scalekd.config.losses import label_problems, reads_logits, reads_pooled
 from scalekd.config.recipe import Config
 from scalekd.data.batches import (
     training_images,
@@ -58,7 +58,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     student, student_loaded = build_model(
         config.student, channels=data.channels, image_size=size, classes=head, where="student"
     )
-    if not head:
+    if not head and not any(map(reads_pooled, config.losses)):
         _check_backbone(student, config.student.model)
     student_stats = statistics(student, config.student, data.channels, "student")
     teachers = _build_teachers(config, split.classes)
@@ -195,8 +195,9 @@ def _check_backbone(student: nn.Module, name: str) -> None:
     if hidden != features:
         raise UserError(
             f"student.model: no loss uses the student's logits, so the layer between {name}'s last map and its classifier "
-            f"({features} to {hidden} channels) would stay untrained. Add a loss on logits, such as kd with a teacher that "
-            "has a classifier for your classes, or choose a student without such a layer, such as a ResNet"
+            f"({features} to {hidden} channels) would stay untrained. Add fm, which trains it, or a loss on logits, such as "
+            "kd with a teacher that has a classifier for your classes, or choose a student without such a layer, such as a "
+            "ResNet"
         )
 
 
@@ -259,7 +260,7 @@ def _check_batch(config: Config, images: int, mix: Mix | None, processes: int) -
 
 
 def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]], teacher: bool = True) -> Distiller:
-    """The recipe's distiller with initial values instead of trained weights, to count and time its step.
+    """The recipe's distiller with initial values instead of trained weights, to count and time its step. It measures nothing.
 
     Args:
         classes: number of classes of the data.
@@ -298,6 +299,7 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
         teacher_cuts=spec.cuts,
     )
     reshape_step(distiller, config)
+    distiller.skip_measuring()
     return distiller
 
 

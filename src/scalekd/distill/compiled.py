@@ -17,7 +17,7 @@ def compile_step(distiller: Distiller, images: int, cuda_graphs: bool = False, *
     """Makes `distiller` compile its step for batches of `images` images, at the first of them.
 
     A batch of another size, because bad images were skipped, is not compiled; its values are the same up to rounding.
-    Neither is a teacher whose classifier a method calls (srrl). Random numbers are the same as without compiling.
+    Neither is a teacher whose classifier or its input a method reads (srrl, fm). Random numbers are the same as without compiling.
 
     cuda_graphs: record the kernels as CUDA graphs (`train.cuda_graphs`). options: arguments of torch.compile.
     """
@@ -26,7 +26,7 @@ def compile_step(distiller: Distiller, images: int, cuda_graphs: bool = False, *
     teachers = {
         name: torch.compile(teacher.see, dynamic=False, **options)
         for name, teacher in distiller.teachers.items()
-        if not teacher.needs_classifier
+        if not (teacher.needs_classifier or teacher.needs_pooled)
     }
     terms = torch.compile(distiller.terms, dynamic=False, **options)
     distiller.compiled = Compiled(images, terms, teachers, cuda_graphs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,10 +12,11 @@ from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.methods.names import METHODS
 from scalekd.models.inputs import Statistics, default_statistics, expect_unit_range, per_channel, resized, scaled
-from scalekd.models.stages import Features, Shapes, StageView
+from scalekd.models.stages import Features, StageView
 from scalekd.models.two_heads import train_apart
 
 from .balance import Gradients
+from .several_teachers import left_out, mean_logits, shapes_together
 from .streams import Beside
 from .teacher import Teacher
 
@@ -107,10 +108,12 @@ class Distiller(nn.Module):
             self.teachers[name] = Teacher(view, size, per_channel(stats[0]), per_channel(stats[1]))
         self.weights: dict[str, float] = {}
         self.reads: dict[str, tuple[str, ...]] = {}  # names of the teachers that each method uses
+        self.dropping: dict[tuple[str, ...], float] = {}  # methods of one loss: probability of leaving out a teacher
         self.methods = nn.ModuleDict()
         for name, options in losses.items():
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
+        self.needs_pooled = any(getattr(m, "needs_pooled", False) for m in self.methods.values())
         train_apart(student, any(getattr(m, "needs_two_heads", False) for m in self.methods.values()))
         self.teacher_clock = Stopwatch()
         self.pixels_checked = False
@@ -137,6 +140,10 @@ class Distiller(nn.Module):
         for key, teachers in uses.items():
             self.weights[key], self.reads[key] = weight / len(uses), teachers
             self.methods[key] = self._build(key, method, options)
+        if drop := getattr(self.methods[key], "teacher_drop", 0.0):
+            if len(uses) < 2:
+                raise UserError(f"losses.{name}.teacher_drop: needs several teachers and the loss uses one; remove it")
+            self.dropping[tuple(uses)] = drop
 
     def _chosen(self, name: str, method: Callable[..., nn.Module], chosen: Sequence[str] | None) -> tuple[str, ...]:
         """The names of the teachers that a method uses."""
@@ -156,12 +163,13 @@ class Distiller(nn.Module):
                 if view.refusal:
                     raise UserError(f"losses.{key}: {view.refusal}")
         try:
-            shapes = _shapes_together([teacher.view.shapes for teacher in teachers])
+            shapes = shapes_together([teacher.view.shapes for teacher in teachers])
             built = method(self.student_view.shapes, shapes, **options)
         except (ValueError, TypeError) as error:
             raise UserError(f"losses.{key}: {error}") from None
         for teacher in teachers:
             teacher.needs_maps |= getattr(built, "needs_maps", True)
+            teacher.needs_pooled |= getattr(built, "needs_pooled", False)
             teacher.needs_classifier |= getattr(built, "needs_classifier", False)
         return built
 
@@ -203,11 +211,15 @@ class Distiller(nn.Module):
                 by_teacher = self._all_features(pixels, compiled.teachers if compiled else None)
         else:
             by_teacher = dict.fromkeys(self.teachers, teacher)
+        if self.images_to_measure:
+            self.beside.join(by_teacher)
+            self._observe(by_teacher)
+            self._freeze()
         pixels = resized(pixels, self.image_size, self.student)
         if compiled:
             self.beside.join(by_teacher)
             return compiled.terms(pixels, targets, by_teacher)
-        student = self.see(pixels)
+        student = self.student_features(pixels)
         self.beside.join(by_teacher)
         return self.compare(student, targets, by_teacher)
 
@@ -216,27 +228,74 @@ class Distiller(nn.Module):
 
         pixels: `(B, C, H, W)` in [0, 1] of the student's input size.
         """
-        return self.compare(self.see(pixels), targets, by_teacher)
-
-    def see(self, pixels: Tensor) -> Features:
-        """The student's features for pixels as for `terms`."""
-        student = self.student_view((pixels - self.student_mean) / self.student_std, maps=self.needs_maps)
-        if not self.student_view.shapes.classes:
-            student.logits = student.logits[:, :0]  # without a classifier timm returns pooled features
-        return student
+        return self.compare(self.student_features(pixels), targets, by_teacher)
 
     def compare(self, student: Features, targets: Tensor, by_teacher: dict[str, Features]) -> dict[str, Tensor]:
         """The loss terms of the features of all models."""
         labelled = len(targets)
-        losses: dict[str, Tensor] = {}
+        found: dict[str, Mapping[str, Tensor]] = {}
         for key, method in self.methods.items():
-            inputs = student, _mean_logits([by_teacher[name] for name in self.reads[key]])
+            inputs = student, mean_logits([by_teacher[name] for name in self.reads[key]])
             if labelled < len(student.logits) and getattr(method, "needs_targets", False):
                 inputs = student.first(labelled), inputs[1] and inputs[1].first(labelled)
-            for term, value in method(*inputs, targets).items():
+            found[key] = method(*inputs, targets)
+        for keys, probability in self.dropping.items():
+            found |= left_out({key: found[key] for key in keys}, probability)
+        losses: dict[str, Tensor] = {}
+        for key, terms in found.items():
+            for term, value in terms.items():
                 losses[key if term == key.partition("@")[0] else f"{key}.{term}"] = self.weights[key] * value
         losses["total"] = torch.stack(list(losses.values())).sum()
         return losses
+
+    def student_features(self, pixels: Tensor) -> Features:
+        """The student's features that the methods need, for pixels `(B, C, H, W)` in [0, 1] of its input size."""
+        normalised = (pixels - self.student_mean) / self.student_std
+        features = self.student_view(normalised, maps=self.needs_maps, classifier=self.needs_pooled)
+        if not self.student_view.shapes.classes:
+            features.logits = features.logits[:, :0]  # without a classifier timm returns pooled features
+        return features
+
+    @property
+    def images_to_measure(self) -> int:
+        """Number of images on which the methods want to measure their teachers before the first step; 0 once they have."""
+        return max((getattr(method, "images_to_measure", 0) for method in self.methods.values()), default=0)
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Measures the teachers' features for methods that standardise them (`fm`). Does nothing if they were measured.
+
+        Without this call, the first batch of `forward` is measured. In several processes, call it in all of them, each
+        with its own images.
+
+        batches: images `(B, C, H, W)`, uint8 or float in [0, 1]; together about `images_to_measure`. Raises `UserError` if there
+        are none.
+        """
+        if not self.images_to_measure:
+            return
+        for teacher in self.teachers.values():
+            teacher.stay_in_eval()
+        images = None
+        for images in batches:
+            self._observe(self._all_features(scaled(images) if images.dtype == torch.uint8 else images))
+        if images is None:
+            raise UserError("`batches` has no images to measure the teachers' features on")
+        self._freeze()
+
+    def skip_measuring(self) -> None:
+        """Leaves the features as they are, to count or time steps."""
+        for name in self._to_measure():
+            self.methods[name].images_to_measure = 0  # type: ignore[assignment]
+
+    def _to_measure(self) -> list[str]:
+        return [name for name, method in self.methods.items() if getattr(method, "images_to_measure", 0)]
+
+    def _observe(self, by_teacher: Mapping[str, Features]) -> None:
+        for name in self._to_measure():
+            self.methods[name].observe(by_teacher[self.reads[name][0]])  # type: ignore[operator]
+
+    def _freeze(self) -> None:
+        for name in self._to_measure():
+            self.methods[name].freeze()  # type: ignore[operator]
 
     def teacher_features(self, pixels: Tensor) -> Features | None:
         """The single teacher's features that the methods need, for pixels `(B, C, H, W)` in [0, 1]; None without one.
@@ -307,33 +366,6 @@ class Distiller(nn.Module):
                 teacher.view.model.to(held)
             teacher.mean, teacher.std = fn(teacher.mean), fn(teacher.std)
         return self
-
-
-def _shapes_together(shapes: Sequence[Shapes]) -> Shapes | None:
-    """The shapes of a method's teacher. For several teachers: those of the mean of their logits."""
-    if len(shapes) < 2:
-        return shapes[0] if shapes else None
-    if len({teacher.classes for teacher in shapes}) > 1:
-        classes = ", ".join(f"{teacher.model} {teacher.classes}" for teacher in shapes)
-        raise ValueError(
-            f"the mean of several teachers' logits needs equal numbers of classes, and they have {classes}. "
-            "Choose teachers with `teachers: [...]`"
-        )
-    return Shapes(
-        model=" + ".join(teacher.model for teacher in shapes),
-        maps=(),
-        final=None,
-        classes=shapes[0].classes,
-        can_resume=False,
-        pooled=0,
-    )
-
-
-def _mean_logits(features: Sequence[Features]) -> Features | None:
-    """The features of one teacher, or the mean of the logits of several."""
-    if len(features) < 2:
-        return features[0] if features else None
-    return Features(logits=torch.stack([each.logits.float() for each in features]).mean(dim=0))
 
 
 def _value_for(values: T | Mapping[str, T | None] | None, name: str) -> T | None:

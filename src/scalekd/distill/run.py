@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import contextlib
+import math
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from scalekd.common import parallel
+from scalekd.common.seeds import seed_everything
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.config.losses import reads_logits, reads_teacher
 from scalekd.config.recipe import Config
@@ -28,7 +31,8 @@ from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import scaled
 from scalekd.models.options import Model
 from scalekd.models.weights.trained import Loaded
-from scalekd.train.run import Run
+from scalekd.train.hardware import workers_of
+from scalekd.train.run import AUTOCAST, Run
 
 from .balance import backbone_parameters
 from .distiller import Distiller
@@ -112,6 +116,28 @@ class DistillationRun(Run):
     def has_classifier(self) -> bool:
         """Whether the student has a classifier. It has none if no loss uses its logits."""
         return self.distiller.student_view.shapes.classes > 0
+
+    @property
+    def steps_to_measure(self) -> int:
+        """Steps of images on which `prepare` measures the teachers; 0 if nothing is to be measured."""
+        return min(self.total_steps, math.ceil(self.model.images_to_measure / self.config.train.batch_size))
+
+    def prepare(self) -> None:
+        """Measures the teachers for methods that standardise their features, on the first images of the run as it sees them."""
+        if not (steps := self.steps_to_measure):
+            return
+        train, rank, world = self.config.train, parallel.rank(), parallel.world()
+
+        def pixels(batches: Iterable[Batch]) -> Iterator[Tensor]:
+            for micro, batch in enumerate(batches):
+                step, part = divmod(micro, train.accumulate)
+                seed_everything(self.config.seed, step, part * world + rank)  # Mixup draws from it
+                yield self.inputs(batch)[0]
+
+        sampler = self.train_sampler(steps=steps)
+        with contextlib.closing(self.train_batches(sampler, workers_of(self.config))) as batches:
+            with torch.autocast(self.device.type, AUTOCAST[train.precision], enabled=train.precision != "float32"):
+                self.model.measure(pixels(batches))
 
     def losses(self, model: nn.Module, batch: Batch, micro: int) -> dict[str, Tensor]:
         images, targets = self.inputs(batch)

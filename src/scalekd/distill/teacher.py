@@ -23,6 +23,7 @@ class Teacher:
     mean: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
     std: Tensor  # (1, C, 1, 1) for pixels in [0, 1]
     needs_maps: bool = False
+    needs_pooled: bool = False
     needs_classifier: bool = False
 
     def __call__(self, pixels: Tensor, see: Callable[[Tensor], Features] | None = None) -> Features:
@@ -44,4 +45,5 @@ class Teacher:
 
     def see(self, pixels: Tensor) -> Features:
         """The features, without `resume`, for pixels `(B, C, H, W)` in [0, 1] of the teacher's input size."""
-        return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=self.needs_classifier)
+        classifier = self.needs_classifier or self.needs_pooled
+        return self.view((pixels - self.mean) / self.std, maps=self.needs_maps, classifier=classifier)

@@ -69,6 +69,7 @@ class TeacherOutputs:
         if teacher is not None and not teacher.view.refusal:
             for method in (METHODS[loss] for loss in losses if reads_teacher(loss)):
                 teacher.needs_maps |= getattr(method, "needs_maps", True)
+                teacher.needs_pooled |= getattr(method, "needs_pooled", False)
                 teacher.needs_classifier |= getattr(method, "needs_classifier", False)
         self.kept: list[Kept] | None = None
         self.computed = self.read = 0

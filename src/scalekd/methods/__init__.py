@@ -38,6 +38,14 @@ Class attributes, with the value that a method has if it does not set them:
 - `needs_classifier = False`: set it to True to get the input of the teacher's classifier, `teacher.pooled`, and the
   classifier, `teacher.classify`. At construction, `teacher.pooled` is the number of its channels, or 0 if the teacher's
   logits are not the output of one classifier.
+- `needs_pooled = False`: set it to True to get the classifier's input of both models, as `student.pooled` and
+  `teacher.pooled`; None for a model whose logits are not the output of one classifier. `pooled` of their shapes is the
+  number of its channels, or 0.
+- `images_to_measure = 0`: set it to a number of images if the method measures its teacher before the first step. It then
+  has `observe(teacher: Features)`, called for each batch, and `freeze()`, called once, which sets it to 0. `Standardise`
+  in `standardise.py` is an example. The state that results belongs in buffers.
+- `teacher_drop = 0.0`: set it to a probability to leave out teachers at random if there are several (UNIC,
+  arXiv:2408.05088). The terms then have one value per image, `(B,)`.
 - `needs_targets = False`: set it to True if the method uses `targets`. If a batch also has images without labels, the
   method then gets only the labelled ones.
 - `needs_logits = False`: set it to True if the method uses the student's logits in addition to maps. If no loss uses

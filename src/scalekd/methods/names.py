@@ -15,6 +15,7 @@ from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
 from .fd import FD
+from .fm import FM
 from .logits import KD, Asymmetric, BinaryCrossEntropy, CrossEntropy
 from .mgd import MGD
 from .mse import MSE
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "wkd_l": WKDL,
     "deit": DeiT,
     "fd": FD,
+    "fm": FM,
     "cap": cap,
     "dfm": dfm,
     "tpp": tpp,

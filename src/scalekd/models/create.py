@@ -14,7 +14,7 @@ from torch import nn
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import in_shell
 
-from . import mixer, wide_last  # noqa: F401 - register models with timm
+from . import mixer, transformers_vision, wide_last  # noqa: F401 - register models with timm
 from .licences import UNKNOWN, licence_of
 from .options import Model
 from .weights.folder import beside
@@ -202,14 +202,17 @@ def create(
             return call(kwargs)
     except TypeError as error:
         raise UserError(f"{where}.kwargs: {name} does not accept them: {error}") from None
+    except ImportError as error:  # of transformers
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:  # timm raises anything on wrong arguments
         if pretrained and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
                 f"{where}: cannot load the pre-trained weights of {name}: {first_line(error)}\n"
                 f"Without network access, set {where}.weights=/path/to/model.safetensors"
             ) from None
+        shown = {key: value for key, value in kwargs.items() if key != "config"}  # that of transformers is long
         raise UserError(
-            f"{where}: timm cannot create {name} with {kwargs} at {image_size[0]}x{image_size[1]} pixels: {first_line(error)}"
+            f"{where}: timm cannot create {name} with {shown} at {image_size[0]}x{image_size[1]} pixels: {first_line(error)}"
         ) from None
 
 

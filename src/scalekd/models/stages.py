@@ -12,7 +12,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from timm.layers import LayerNorm2d, LayerNorm2dFp32, PatchDropout, PatchDropout
 from torch import Tensor, nn
 
 from .inputs import input_channels
-from .tails import TEACHER_TAILS, to_map
+from .own_stages import OwnStages, checked
+from .tails import TEACHER_TAILS
+from .token_maps import to_map
 from .two_heads import has_two_heads, predictions
 
 MapShape = tuple[int, int, int]  # channels, height, width
@@ -54,7 +56,8 @@ class Features:
     `(n*B, D_k, H_k, W_k)` for an integer n, to its final map `(n*B, D, H, W)`, or with `end=False` to the output of
     stage 4, before the final norm. Gradients flow to `map`. It uses the teacher's own prefix tokens of that stage,
     repeated n times."""
-    pooled: Tensor | None = None  # (B, P), the classifier's input; only for teachers of methods that need it
+    pooled: Tensor | None = None
+    """(B, P), the classifier's input: the class token or what the model pools. Only for methods that need it."""
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
     distilled: Tensor | None = None
@@ -75,7 +78,7 @@ class Features:
 
 
 class StageView:
-    """Calls a timm model and returns its `Features`. Does not change the model.
+    """Calls a timm model, or a module with `OwnStages`, and returns its `Features`. Does not change the model.
 
     `view(images)` is the model's own forward pass, in its current mode: drop path, dropout and batch norm act, and
     gradients flow, as in `model(images)`.
@@ -109,14 +112,19 @@ class StageView:
         self.run: Callable[..., Any] = _as_it_is  # runs a part of the model on tensors
         self.indices: tuple[int, ...] = ()  # the four features taken, in timm's numbering
         self._gives_prefix = _gives_prefix(model)
+        self._one_classifier: bool | None = None  # known after the first pass with `classifier`
+        self._own = isinstance(model, OwnStages)
         reason = obstacle(model)
-        if reason is None:
+        if self._own:
+            if cuts is not None:
+                raise ValueError(f"cuts={list(cuts)}: {name} has stages of its own. Remove cuts.")
+        elif reason is None:
             self.indices, reason = _choose(model, name, cuts)
         elif cuts is not None:
             raise ValueError(f"cuts={list(cuts)}: {name} cannot be cut: {reason}.")
 
         size = (1, input_channels(model), *image_size)
-        calls: list[Callable[..., Any]] = [lambda twin, images: predictions(twin(images))[0]]
+        calls: list[Callable[..., Any]] = [lambda twin, images: self._logits(twin, images).logits]
         if reason is None:
             calls.append(lambda twin, images: self._tap(twin, images, classifier=True))
         logits, *taps = _try_on_copy(model, size, calls)
@@ -138,7 +146,7 @@ class StageView:
             maps=tuple(tuple(m.shape[1:]) for m in features.maps) if features else (),
             final=tuple(features.final.shape[1:]) if features else None,
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
-            can_resume=features is not None and type(model) in TEACHER_TAILS,
+            can_resume=features is not None and (type(model) in TEACHER_TAILS or hasattr(model, "resume_stage")),
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
             two_heads=has_two_heads(model),
         )
@@ -162,12 +170,12 @@ class StageView:
                 f"Methods that need one (tpp) work with: {known}."
             )
         if not maps and not resumable:
-            return self.run(lambda x: _predicted(self.model(x)), images)
+            return self.run(lambda x: self._logits(self.model, x), images)
         if self.refusal:
             raise ValueError(self.refusal)
         features: Features = self.run(lambda x: self._tap(self.model, x, classifier), images)
         if features.classify is not None:
-            features.classify = self.classifier()
+            features.classify = partial(self.run, features.classify)
         return self.resumable(features) if resumable else features
 
     def resumable(self, features: Features) -> Features:
@@ -183,28 +191,43 @@ class StageView:
         """The model's classifier, for `Features.classify`."""
         return partial(self.run, self.model.get_classifier())  # type: ignore[operator]
 
+    def _logits(self, model: Any, images: Tensor) -> Features:
+        """The logits, and those of a second head (`predictions`)."""
+        if self._own:
+            return Features(logits=model.stage_features(images).logits)
+        logits, distilled = predictions(model(images))
+        return Features(logits=logits, distilled=distilled)
+
     def _tap(self, model: Any, images: Tensor, classifier: bool = False) -> Features:
+        if self._own:
+            features = checked(model.stage_features(images))
+            features.prefix = features.prefix or (None,) * 4
+            return features if classifier else replace(features, pooled=None, classify=None)
         options = {"return_prefix_tokens": True} if self._gives_prefix else {}
         x, outputs = model.forward_intermediates(
             images, indices=list(self.indices), norm=False, output_fmt="NCHW", **options
         )
         maps, prefix = zip(*outputs) if self._gives_prefix else (outputs, [None] * len(outputs))
         _expect(len(maps) == 4 and all(m.ndim == 4 for m in maps), "it does not return four maps")
-        head = _head(model, x) if classifier else (*predictions(model.forward_head(x)), None, None)
+        if classifier and self._one_classifier is None:
+            self._one_classifier = _has_one_classifier(model, x)
+        logits, distilled, pooled, classify = _head(model, x, classifier and bool(self._one_classifier))
         return Features(
-            logits=head[0],
-            distilled=head[1],
+            logits=logits,
+            distilled=distilled,
             maps=tuple(maps),
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
-            pooled=head[2],
-            classify=head[3],
+            pooled=pooled,
+            classify=classify,
         )
 
     def _resume_from(self, prefix: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-        tail = TEACHER_TAILS[type(self.model)]
+        tail = TEACHER_TAILS.get(type(self.model))
 
         def run_on(x: Tensor, tokens: Tensor | None, k: int, end: bool) -> Tensor:
+            if tail is None:
+                return self.model.resume_stage(k, x, tokens, end)  # type: ignore[operator]
             x = tail(self.model, self.indices[k - 1], x, tokens, end)
             return _normed(self.model, x) if end else x
 
@@ -217,11 +240,6 @@ class StageView:
         return resume
 
 
-def _predicted(output: Any) -> Features:
-    logits, distilled = predictions(output)
-    return Features(logits=logits, distilled=distilled)
-
-
 def _as_it_is(part: Callable[..., Any], *inputs: Tensor | None) -> Any:
     return part(*inputs)
 
@@ -231,6 +249,8 @@ def _as_it_is(part: Callable[..., Any], *inputs: Tensor | None) -> Any:
 
 def obstacle(model: Any) -> str | None:
     """Why the model cannot give maps, or None."""
+    if isinstance(model, OwnStages):
+        return None
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         return "this class has no forward_intermediates in timm"
     if len(getattr(model, "feature_info", ())) == 0:
@@ -299,24 +319,38 @@ def _final_map(model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def _head(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """The logits, those of a second head (`predictions`), the classifier's input, and the classifier.
+def _head(
+    model: Any, x: Tensor, split: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """The logits, those of a second head (`predictions`), and with `split` the classifier's input and the classifier."""
+    if not split:
+        return *predictions(model.forward_head(x)), None, None
+    pooled, classify = model.forward_head(x, pre_logits=True), model.get_classifier()
+    return classify(pooled), None, pooled, classify
 
-    The latter two are None if the logits are not the output of one module, as in models with two heads or with a head on
-    every token.
+
+def _has_one_classifier(model: Any, x: Tensor) -> bool:
+    """Whether the logits are the output of one module on pooled features `(B, P)`.
+
+    They are not in models with two heads or with a head on every token. x: the head's input.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Module):
-        return *predictions(model.forward_head(x)), None, None
+        return False
     calls: list[tuple[Any, Any]] = []
     hook = classifier.register_forward_hook(lambda _, given, result: calls.append((given[0], result)))
     try:
-        logits, distilled = predictions(model.forward_head(x))
+        logits, _ = predictions(model.forward_head(x))
     finally:
         hook.remove()
     if len(calls) != 1 or calls[0][1] is not logits or calls[0][0].ndim != 2:
-        return logits, distilled, None, None
-    return logits, distilled, calls[0][0], classifier
+        return False
+    try:
+        pooled = model.forward_head(x, pre_logits=True)
+    except TypeError:  # a model without this argument
+        return False
+    same = isinstance(pooled, Tensor) and pooled.shape == calls[0][0].shape
+    return same and (pooled.is_meta or torch.equal(pooled, calls[0][0]))
 
 
 def _normed(model: Any, x: Tensor) -> Tensor:

@@ -12,25 +12,15 @@ needs its own line, because it may run its blocks differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm import models
 from torch import Tensor, nn
 
+from .token_maps import to_map, to_tokens
+from .transformers_vision import TransformersVision, transformers_tail
 from .wide_last import Lift, WideLast
-
-
-def to_tokens(x: Tensor, prefix: Tensor | None) -> Tensor:
-    """(B, D, H, W), (B, P, D) -> (B, P + H*W, D)"""
-    tokens = x.flatten(2).transpose(1, 2)
-    return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
-
-
-def to_map(tokens: Tensor, prefix_tokens: int, grid: Sequence[int]) -> Tensor:
-    """(B, P + H*W, D) -> (B, D, H, W)"""
-    return tokens[:, prefix_tokens:].transpose(1, 2).unflatten(2, tuple(grid))
 
 
 def _vit_tail(model: Any, index: int, x: Tensor, prefix: Tensor | None, end: bool) -> Tensor:
@@ -124,4 +114,5 @@ TEACHER_TAILS: dict[type[nn.Module], Callable[[nn.Module, int, Tensor, Tensor | 
     models.EfficientNet: _efficientnet_tail,
     models.MobileNetV3: _mobilenetv3_tail,
     models.ByobNet: _byobnet_tail,
+    TransformersVision: transformers_tail,
 }

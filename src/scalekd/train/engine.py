@@ -119,6 +119,8 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
             images.bad.keep_in(folder, images.still_bad)
     while True:
         progress = resume.restore(run, folder, log)
+        if not progress.step:
+            run.prepare()
         stop.saved, stop.wait_for_step = progress.step, True
         try:
             _train_from(run, progress, folder, log, stop, checked)

@@ -85,6 +85,9 @@ class Run(ABC):
         """The parts of `model` that a checkpoint stores, by name."""
         return {"student": self.student}
 
+    def prepare(self) -> None:  # noqa: B027 - most tasks have nothing to do
+        """What is done once, before the first step of a new run. A second call does nothing."""
+
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any, micro: int) -> dict[str, Tensor]:
         """Loss term -> scalar, including `total`, which is minimised.

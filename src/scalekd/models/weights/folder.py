@@ -16,7 +16,9 @@ from scalekd.common.text import in_shell, printable, shortened
 
 from ..licences import UNKNOWN, derived, licence_of, licences_in
 from ..names import models_like
+from ..transformers_families import NAME as OF_TRANSFORMERS
 from .file import ENDINGS, as_overrides, as_text, train_arguments, weights_in
+from .transformers_folder import is_transformers, read_transformers
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 SET_BY_RUN = ("img_size", "num_classes", "in_chans")  # keyword arguments that follow from the data or the weights
@@ -65,6 +67,8 @@ def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, 
     if is_file(folder):
         raise UserError(f"{role}.model: {_about_file(folder, role)}")
     described = read_folder(folder, role)
+    if described.model == OF_TRANSFORMERS and role != "teacher" and not role.startswith("teachers."):
+        raise UserError(f"{role}.model: {folder} is a model of transformers, which can only be a teacher; use a timm model")
     if channels != described.channels:
         raise UserError(
             f"{role}.model: {folder} needs images with {described.channels} channel{'s' * (described.channels > 1)}, but "
@@ -187,14 +191,12 @@ def _from_config(file: Path) -> Described:
 
     try:
         config = json.loads(file.read_text())
+        if is_transformers(config):
+            return Described(**read_transformers(file.parent, config))
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-            kind = (
-                "in the format of transformers, not of timm"
-                if isinstance(config, dict) and "model_type" in config
-                else "not in the format of timm"
-            )
             raise UserError(
-                f"{file} is {kind}: it has no `architecture`. Set `model` to the timm name and `weights` to the weights file"
+                f"{file} is not in the format of timm or transformers: it has neither `architecture` nor `model_type`. Set "
+                "`model` to the timm name and `weights` to the weights file"
             )
         model = config["architecture"]
         if not timm.is_model(model):
