@@ -130,7 +130,7 @@ def test_train_evaluate_export(cli, recipe_file, image_folder, tmp_path):
     assert result.out.splitlines()[-1].startswith(f"top-1 {summary['top1']:.2f} %")
     assert summary["epochs"] == 2 and summary["steps"] == 6 and summary["reload_difference"] < 1e-5
 
-    assert load_recipe(str(folder / "recipe.yaml")).losses["kd"] == {"temperature": 2.0}
+    assert load_recipe(str(folder / "recipe.yaml")).losses["kd"]["temperature"] == 2.0
     events = read_log(folder)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert [e["epoch"] for e in events if e["event"] == "validation"] == [1, 2]

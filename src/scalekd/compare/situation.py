@@ -11,6 +11,7 @@ from torch import nn
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import Config
 from scalekd.data.split import Split, open_split
+from scalekd.data.targets import one_each
 from scalekd.distill.build import steps_of_an_epoch, untrained
 from scalekd.models.options import Model
 from scalekd.models.unfilled import unfilled
@@ -42,6 +43,7 @@ class Situation:
 def situation(config: Config) -> Situation:
     """The situation of a run. Opens its data and builds its student without weights. Raises `UserError`."""
     split = open_split(config.data)
+    one_each(split.val.targets, "`scalekd advise`")
     images = len(split.train_indices)
     steps, _ = steps_of_an_epoch(config, images, split.labelled)
     if not steps:

@@ -127,7 +127,7 @@ def label_problems(losses: Mapping[str, Mapping[str, Any]], several: bool) -> li
         if not several and getattr(METHODS[name], "several_labels", False):
             problems.append(
                 f"losses.{name}: it is for sets of labels, and the images have one class each; use ce or bce, or name a "
-                "`separator` if the table has several labels in a cell (docs/how-to/labels.md)"
+                "`separator` if the table has several labels in a cell (`scalekd docs labels`)"
             )
     return problems
 

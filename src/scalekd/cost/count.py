@@ -88,7 +88,7 @@ def plain_distillation(config: Config, classes: int) -> tuple[Distiller | None, 
     """FD of the ScaleKD paper: the recipe's task loss, and stage 4 through a linear layer. Or None and the reason."""
     if config.teacher is None:
         return None, "the recipe has no teacher"
-    task = {name: options for name, options in config.losses.items() if name in ("ce", "bce")} or {"ce": {}}
+    task = {name: options for name, options in config.losses.items() if name in ("ce", "bce", "asl")} or {"ce": {}}
     try:
         return untrained(config, classes, task | {"fd": {}}), None
     except UserError as error:

@@ -115,7 +115,7 @@ def _refuse_other_kind(train: Source, val: Source) -> None:
         several, one = ("data.train", "data.val") if are_sets(train.targets) else ("data.val", "data.train")
         raise UserError(
             f"{several} has several labels per image and {one} one label per image. Give both the same kind of labels: "
-            "`labels=several` (or `separator`) makes the labels of a table sets (docs/how-to/labels.md)"
+            "`labels=several` (or `separator`) makes the labels of a table sets (`scalekd docs labels`)"
         )
 
 

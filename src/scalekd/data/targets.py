@@ -65,6 +65,6 @@ def one_each(targets: Sequence[Target], what: str) -> list[int]:
     if are_sets(targets):
         raise UserError(
             f"{what} needs one class per image, and these images have sets of labels. For multi-label data there are "
-            "`scalekd train`, `evaluate`, `predict` and `export` (docs/how-to/labels.md)"
+            "`scalekd train`, `evaluate`, `predict` and `export` (`scalekd docs labels`)"
         )
     return [target for target in targets if isinstance(target, int)]

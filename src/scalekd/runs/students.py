@@ -138,7 +138,7 @@ def evaluate_student(
     if are_sets(source.targets) != bool(card.get("multi_label")):
         kinds = ("sets of labels", "one class per image")
         theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
-        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (docs/how-to/labels.md)")
+        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
     if not same_classes(card["classes"], source.classes):
         raise UserError(
             f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
