@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Idle = tuple[bool, str, "Section", str]
 
 # fields of a model that a student may not set, and what to use instead
-TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": "", "precision": "; set train.precision"}
+TEACHERS_ONLY = {
+    "image_size": "; set data.image_size", "top1": "", "head": "", "classes": "", "precision": "; set train.precision",
+    "top_k": "",
+}  # fmt: skip
 
 
 def cross_checks(config: Recipe) -> list[str]:

@@ -38,6 +38,8 @@ Class attributes, with the value that a method has if it does not set them:
 - `needs_classifier = False`: set it to True to get the input of the teacher's classifier, `teacher.pooled`, and the
   classifier, `teacher.classify`. At construction, `teacher.pooled` is the number of its channels, or 0 if the teacher's
   logits are not the output of one classifier.
+- `takes_top_k = False`: set it to True if the method compares probabilities at `self.temperature` (1 if it has none), so
+  that it is nearly right if the teacher's small logits are replaced by equal ones (`teacher.top_k`).
 - `needs_targets = False`: set it to True if the method uses `targets`. If a batch also has images without labels, the
   method then gets only the labelled ones.
 - `needs_logits = False`: set it to True if the method uses the student's logits in addition to maps. If no loss uses
