@@ -169,6 +169,7 @@ def _ignored(config: Recipe) -> list[str]:
     ignored = without_effect(
         [
             (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
+            (augment.crop != "random_resized", "data.decoder", data, "augment.crop: random_resized"),
             (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
             (not config.train.compile, "train.cuda_graphs", config.train, "train.compile: true"),
             (not config.all_teachers, "train.streams", config.train, "a teacher"),
