@@ -136,6 +136,11 @@ def test_two_processes_write_one_file(run_of_top, tmp_path):
     assert [(of.computed, of.read) for of in both] == [(2, 2), (2, 2)]
 
 
+def test_runs_on_maps_do_not_enlarge_the_file_of_the_largest_logits(run_of_top, tmp_path):
+    outputs = TeacherOutputs(tmp_path, "name", run_of_top.distiller, 4, losses=["kd", "scalekd"])
+    assert not outputs.features(0, PIXELS).maps
+
+
 def test_a_batch_of_another_size_is_computed(run, tmp_path):
     outputs = views(run, tmp_path)
     outputs.features(0, PIXELS)
