@@ -1,4 +1,4 @@
-"""Draws the figures of docs/explanation/performance.md from the JSON files of docs/results/performance, for tables.py."""
+"""Draws the figures of docs/explanation/performance-tables.md from the JSON files of docs/results/performance, for tables.py."""
 
 from __future__ import annotations
 

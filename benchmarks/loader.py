@@ -3,9 +3,9 @@
     python benchmarks/loader.py --out docs/results/performance
     python benchmarks/loader.py --workers 16 --images 4096 --out docs/results/performance     # in wall-clock time
 
-Both read the same files, take a random crop of each, flip it, and apply RandAugment where named. timm's loader is
+All read the same files, take a random crop of each, flip it, and apply RandAugment where named. timm's loader is
 `create_loader` with its prefetcher, up to the batch that the prefetcher would normalise, as scalekd too normalises for
-each model on its device. The files are scenes of Fashion-MNIST items, saved as JPEG of about the size of a photo.
+each model on its device. scalekd runs with both values of `data.decoder`. The files are drawn (photos.py).
 """
 
 from __future__ import annotations
@@ -18,38 +18,36 @@ from typing import Any
 import timm
 import torch
 from harness import about, in_turns, median_text, parser, prepare, quartiles, ratio, table, write
-from PIL import Image
+from photos import KINDS, photo
 from timm.data import create_dataset, create_loader
 
 from scalekd.data.batches import train_batches, training_images
 from scalekd.data.options import Augment, Data
 from scalekd.data.samplers import TrainSampler
 from scalekd.data.split import open_split
-from scalekd.transfer.synthetic_scenes import main as make_scenes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIXELS, SIZE = 400, 224
+SIZE = 224
+DRAWN = 64  # different photos; more files repeat them
 RECIPES: dict[str, dict[str, Any]] = {
     "crop, flip": {},
     "crop, flip, RandAugment": {"auto_augment": "rand-m7-mstd0.5"},
 }
+CASES = [("crop, flip", kind) for kind in KINDS] + [("crop, flip, RandAugment", "500x375")]
 
 
-def photos(folder: Path, count: int) -> None:
-    """Two classes of JPEG files: a few hundred scenes, repeated as often as needed."""
-    scenes = folder.parent / "scenes"
-    drawn = min(count, 256)
-    options = ["--train", str(drawn), "--val", "1", "--size", str(PIXELS), "--background", "textured", "--rgb"]
-    make_scenes([str(scenes), *options])
-    pictures = [Image.open(path).convert("RGB") for path in sorted((scenes / "images/training").iterdir())]
+def photos(folder: Path, kind: str, count: int) -> float:
+    """Writes two classes of JPEG files. Returns their mean size in kB."""
+    drawn = [photo(kind, i) for i in range(min(count, DRAWN))]
     for i in range(count):
         path = folder / f"class-{i % 2}" / f"{i:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures[i % drawn].save(path, quality=90)
+        path.write_bytes(drawn[i % len(drawn)])
+    return sum(map(len, drawn)) / len(drawn) / 1000
 
 
-def of_scalekd(folder: Path, augment: Augment, batch: int, workers: int) -> Callable[[], int]:
-    data = Data(train=str(folder), image_size=SIZE, val_fraction=1e-3)
+def of_scalekd(folder: Path, augment: Augment, batch: int, workers: int, decoder: str) -> Callable[[], int]:
+    data = Data.model_validate({"train": str(folder), "image_size": SIZE, "val_fraction": 1e-3, "decoder": decoder})
     split = open_split(data)
     split = split._replace(train_indices=range(len(split.train)), labelled=len(split.train))
     images = training_images(split, data, augment, MEAN, STD, seed=0)
@@ -85,26 +83,27 @@ def of_timm(folder: Path, augment: Augment, batch: int, workers: int) -> Callabl
     return epoch
 
 
-def measure(count: int, batch: int, workers: int, rounds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "photos"
-        photos(folder, count)
-        for recipe, options in RECIPES.items():
-            augment = Augment(**options)
+def measure(count: int, batch: int, workers: int, rounds: int) -> list[dict[str, Any]]:
+    found = []
+    for recipe, kind in CASES:
+        augment = Augment(**RECIPES[recipe])
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work) / "photos"
+            size = photos(folder, kind, count)
             epochs = {
-                "scalekd": of_scalekd(folder, augment, batch, workers),
                 "timm": of_timm(folder, augment, batch, workers),
+                "pillow": of_scalekd(folder, augment, batch, workers, "pillow"),
+                "simplejpeg": of_scalekd(folder, augment, batch, workers, "simplejpeg"),
             }
-            loaded = {name: epoch() for name, epoch in epochs.items()}
-            assert set(loaded.values()) == {count // batch * batch}, loaded
+            assert {epoch() for epoch in epochs.values()} == {count // batch * batch}
             seconds = in_turns(epochs, torch.device("cpu"), rounds)
-            found[recipe] = {
-                "images a second": {
-                    name: quartiles([loaded[name] / s for s in values]) for name, values in seconds.items()
-                },
-                "scalekd / timm": ratio(seconds["timm"], seconds["scalekd"]),
-            }
+        a_second = {
+            name: quartiles([count // batch * batch / s for s in values]) for name, values in seconds.items()
+        }
+        ratios = {name: ratio(seconds["timm"], seconds[name]) for name in ("pillow", "simplejpeg")}
+        found.append(
+            {"recipe": recipe, "photos": kind, "kB": size, "images a second": a_second, "of timm's": ratios}
+        )
     return found
 
 
@@ -120,20 +119,21 @@ def main() -> None:
         args.threads = max(args.threads, 2)  # makes the harness use wall-clock time
     device = prepare(args)
     found = about(device) | {"images": args.images, "batch": args.batch, "workers": args.workers}
-    found |= {"rounds": args.rounds, "recipes": measure(args.images, args.batch, args.workers, args.rounds)}
+    found |= {"rounds": args.rounds, "cases": measure(args.images, args.batch, args.workers, args.rounds)}
     rows = [
         [
-            recipe,
-            *(median_text(v["images a second"][loader], 0) for loader in ("scalekd", "timm")),
-            median_text(v["scalekd / timm"]),
+            f"{case['photos']}, {case['kB']:.0f} kB; {case['recipe']}",
+            *(median_text(case["images a second"][name], 0) for name in ("timm", "pillow", "simplejpeg")),
+            *(median_text(case["of timm's"][name]) for name in ("pillow", "simplejpeg")),
         ]
-        for recipe, v in found["recipes"].items()
+        for case in found["cases"]
     ]
     clock = "of the clock" if args.workers else "of the processor"
+    columns = ["files; augmentation", "timm images/s", "pillow images/s", "simplejpeg images/s", "pillow / timm"]
     lines = [
-        f"JPEG files of {PIXELS}x{PIXELS} pixels to uint8 batches of {args.batch} at {SIZE}, {args.workers} workers",
+        f"JPEG files to uint8 batches of {args.batch} at {SIZE} pixels, {args.workers} workers; by `data.decoder`",
         "",
-        *table(["augmentation", "scalekd images/s", "timm images/s", "scalekd / timm"], rows),
+        *table([*columns, "simplejpeg / timm"], rows),
         "",
         f"{found['machine']}; timm {timm.__version__}; {args.rounds} rounds of {args.images} images; seconds {clock}; "
         "medians (quartiles).",

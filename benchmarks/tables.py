@@ -1,4 +1,4 @@
-"""Copies the tables of docs/results into docs/explanation/performance.md and laboratory.md, and redraws the figures.
+"""Copies the tables of docs/results into docs/explanation/performance-tables.md and laboratory.md, and redraws the figures.
 
     python benchmarks/tables.py
 
@@ -16,7 +16,7 @@ import drawing
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
-    DOCS / "explanation" / "performance.md": DOCS / "results" / "performance",
+    DOCS / "explanation" / "performance-tables.md": DOCS / "results" / "performance",
     DOCS / "explanation" / "laboratory.md": DOCS / "results" / "lab",
 }
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

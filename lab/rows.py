@@ -50,7 +50,7 @@ OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
 EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # those of Table 7 and the best known
 VARIANTS = ("KD", "DKD", "DIST")  # the methods that vanillaKD compares over the amount of data
 
-FORMS: dict[str, Losses] = {  # cheaper projectors: docs/explanation/performance.md
+FORMS: dict[str, Losses] = {  # cheaper projectors: docs/explanation/performance-tables.md
     "shared": {"shared": True},
     "shared, narrow": {"shared": True, "expansion": 1},
     "separable, shared": {"tokens": "separable", "shared": True},

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from whole_runs import CPU, assert_same, changed
+from whole_runs import CPU, Interrupted, assert_same, changed, final_state, start
 
 from scalekd.cli.app import main
 from scalekd.common.errors import UserError
@@ -53,6 +53,34 @@ def test_read_equals_computed_to_the_last_bit(recipe, tmp_path, teacher):
         assert_same(second[part], alone[part])
 
 
+TOP = {"model": "test_vit", "kwargs": {"depth": 4}, "weights": "random", "top_k": 2}  # of three classes
+LOGITS = {"ce": {}, "kd": {"temperature": 2.0}, "dkd": {"temperature": 2.0}}
+
+
+def test_a_run_on_the_largest_logits_is_the_same_without_and_with_a_file(recipe, tmp_path):
+    text = recipe(losses=LOGITS, teacher=TOP, train={"epochs": 1})
+    alone, _ = run_with(text, tmp_path / "alone")
+    first, _ = run_with(text, tmp_path / "first", tmp_path / "outputs")
+    second, counts = run_with(text, tmp_path / "second", tmp_path / "outputs")
+    assert counts["computed"] == 1 and counts["read"] == 2
+    (file,) = (tmp_path / "outputs").glob("*.outputs")
+    assert file.stat().st_size == 3 * (8 + 8 * (1 + 2 * 2 + 4 + 4))  # 3 records of checksums and 8 images
+    whole, _ = run_with(recipe(losses=LOGITS, teacher=TOP | {"top_k": None}, train={"epochs": 1}), tmp_path / "whole")
+    for part in ("student", "optimizer"):
+        assert_same(first[part], alone[part])
+        assert_same(second[part], alone[part])
+    assert any(not torch.equal(a, b) for a, b in zip(whole["student"].values(), alone["student"].values()))
+
+
+def test_a_run_on_the_largest_logits_resumes_exactly(recipe, tmp_path):
+    text = recipe(losses=LOGITS, teacher=TOP, train={"save_minutes": 0})
+    with pytest.raises(Interrupted):
+        start(text, tmp_path / "parts", 4)
+    start(text, tmp_path / "parts")
+    start(text, tmp_path / "whole")
+    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
 def views(run, tmp_path, records=4):
     return TeacherOutputs(tmp_path, "name", run.distiller, records)
 
@@ -60,6 +88,11 @@ def views(run, tmp_path, records=4):
 @pytest.fixture
 def run(recipe):
     return build(check_config(recipe(losses=ALL), "test"), CPU)
+
+
+@pytest.fixture
+def run_of_top(recipe):
+    return build(check_config(recipe(losses=LOGITS, teacher=TOP), "test"), CPU)
 
 
 PIXELS = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
@@ -76,12 +109,14 @@ def test_other_pixels_are_computed_and_do_not_change_the_record(run, tmp_path):
     assert_same(same.maps, run.distiller.teacher_features(PIXELS).maps)
 
 
-def test_a_damaged_record_is_computed_again(run, tmp_path):
+@pytest.mark.parametrize("kind", ["run", "run_of_top"])
+def test_a_damaged_record_is_computed_again(kind, request, tmp_path):
+    run = request.getfixturevalue(kind)
     first = views(run, tmp_path)
     first.features(0, PIXELS)
     first.features(1, PIXELS)
     content = bytearray(first.path.read_bytes())
-    content[first.size + 200] ^= 1  # in record 1
+    content[first.size + 20] ^= 1  # in record 1
     first.path.write_bytes(content)
     again = views(run, tmp_path)
     again.features(3, PIXELS)
@@ -89,6 +124,21 @@ def test_a_damaged_record_is_computed_again(run, tmp_path):
     assert (again.computed, again.read) == (2, 0)
     again.features(0, PIXELS)
     assert again.read == 1
+
+
+def test_two_processes_write_one_file(run_of_top, tmp_path):
+    """Here two objects with one file each, which write in turns and read what the other one wrote."""
+    both = [views(run_of_top, tmp_path), views(run_of_top, tmp_path)]
+    pixels = [PIXELS.roll(i, -1) for i in range(4)]
+    written = [both[i % 2].features(i, pixels[i]).logits for i in range(4)]
+    for i in range(4):
+        assert_same(both[(i + 1) % 2].features(i, pixels[i]).logits, written[i])
+    assert [(of.computed, of.read) for of in both] == [(2, 2), (2, 2)]
+
+
+def test_runs_on_maps_do_not_enlarge_the_file_of_the_largest_logits(run_of_top, tmp_path):
+    outputs = TeacherOutputs(tmp_path, "name", run_of_top.distiller, 4, losses=["kd", "scalekd"])
+    assert not outputs.features(0, PIXELS).maps
 
 
 def test_a_batch_of_another_size_is_computed(run, tmp_path):
@@ -114,8 +164,9 @@ def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
         name(train={"batch_size": 4}),
         name(data={"image_size": 64}),
         name(teacher={"model": "test_vit2", "kwargs": {}, "weights": "random"}),
+        *(name(teacher={"top_k": 2}, losses={"kd": {"temperature": t}}) for t in (1.0, 2.0)),
     ]
-    assert len({first, *others}) == 8
+    assert len({first, *others}) == 10
 
 
 def test_a_full_disk_is_an_error_before_the_run(run, tmp_path, monkeypatch):

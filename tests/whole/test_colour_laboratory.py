@@ -37,7 +37,8 @@ def loaded(name: str) -> ModuleType:
 sys.path.append(str(LAB))
 import icons  # noqa: E402
 
-budgets, data, shares, student = loaded("budgets"), loaded("data"), loaded("shares"), loaded("student")
+budgets, data, jpegs = loaded("budgets"), loaded("data"), loaded("jpegs")
+shares, student = loaded("shares"), loaded("student")
 
 
 @pytest.fixture
@@ -117,6 +118,26 @@ def test_the_ladders_follow_from_the_script(name):
     for job in planned:
         assert job.config.train.epochs * budgets.STEPS_PER_EPOCH == budget.steps
         assert job.config.train.batch_size == 32
+
+
+def test_the_ladder_of_decoders_differs_by_the_decoder_alone():
+    planned = jobs(load_ladder(str(LAB / "decoders.yaml")))
+    assert len(planned) == 2 * 2 * 5
+    for a in planned:
+        (b,) = (other for other in planned if (other.student, other.seed) == (a.student, a.seed) and other is not a)
+        assert {a.config.data.decoder, b.config.data.decoder} == {"pillow", "simplejpeg"}
+        assert a.config.model_copy(update={"data": b.config.data, "name": b.config.name}) == b.config
+        assert a.config.data.model_copy(update={"decoder": b.config.data.decoder}) == b.config.data
+
+
+def test_jpeg_copies_hold_the_same_images(few, tmp_path):
+    data.write(tmp_path / "images.tar", data.images("train", few))
+    jpegs.main(str(tmp_path / "images.tar"), str(tmp_path / "jpegs.tar"))
+    png, jpeg = (open_source(f"tar:{tmp_path / name}", "data.train") for name in ("images.tar", "jpegs.tar"))
+    assert jpeg.classes == png.classes and list(jpeg.targets) == list(png.targets)
+    for i in range(len(png)):
+        assert jpeg[i][0].size == (256, 256)
+        assert np.abs(np.asarray(jpeg[i][0].resize((64, 64)), float) - np.asarray(png[i][0])).mean() < 12
 
 
 def test_every_student_is_trained_without_a_teacher_and_with_the_default():

@@ -16,7 +16,7 @@ from scalekd.common.processor import bf16_instructions
 
 PACKAGES = ["torch", "torchvision", "timm", "numpy", "pydantic", "safetensors", "tensorboard"]
 OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # package -> extra
-OPTIONAL |= {name: name for name in ("wandb", "mlflow", "trackio")}
+OPTIONAL |= {name: name for name in ("wandb", "mlflow", "trackio", "simplejpeg")}
 OPTIONAL |= {"matplotlib": "figures", "faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
 
 

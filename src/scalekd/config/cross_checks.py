@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Idle = tuple[bool, str, "Section", str]
 
 # fields of a model that a student may not set, and what to use instead
-TEACHERS_ONLY = {"image_size": "; set data.image_size", "top1": "", "head": "", "classes": "", "precision": "; set train.precision"}
+TEACHERS_ONLY = {
+    "image_size": "; set data.image_size", "top1": "", "head": "", "classes": "", "precision": "; set train.precision",
+    "top_k": "",
+}  # fmt: skip
 
 
 def cross_checks(config: Recipe) -> list[str]:
@@ -166,6 +169,7 @@ def _ignored(config: Recipe) -> list[str]:
     ignored = without_effect(
         [
             (augment.crop != "random_resized", "augment.scale", augment, "augment.crop: random_resized"),
+            (augment.crop != "random_resized", "data.decoder", data, "augment.crop: random_resized"),
             (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
             (not config.train.compile, "train.cuda_graphs", config.train, "train.compile: true"),
             (not config.all_teachers, "train.streams", config.train, "a teacher"),

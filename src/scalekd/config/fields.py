@@ -22,7 +22,7 @@ from .losses import method_problems, typed_options, written_out
 class DistillationTrain(Train):
     compile: bool = False
     """Compile the teacher, the student and the methods with torch.compile. The first step after each start takes a minute
-    or more longer. Losses and gradients are the same up to rounding (docs/explanation/performance.md)."""
+    or more longer. Losses and gradients are the same up to rounding (docs/explanation/performance-tables.md)."""
     cuda_graphs: bool = False
     """With `compile`: record the kernels of a step as CUDA graphs, which start with one call of the host. For small
     models and batches, whose kernels are short. CUDA only, without `accumulate`; not with `streams`."""

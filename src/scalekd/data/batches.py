@@ -6,6 +6,7 @@ stop and resume at any step and see the same pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,15 +21,18 @@ from scalekd.common.text import printable
 
 from .fingerprint import Listing
 from .images import Bad, BadImage, BadImages
+from .jpeg import JpegCrop
 from .options import Augment, Data
 from .reading import Outage
 from .samplers import EvalSampler, Key, TrainSampler
 from .sources.source import Source
 from .sources.unlabelled import UNLABELLED, stored
 from .split import Split
-from .targets import classes_in, multi_hot
+from .targets import Target, classes_in, multi_hot
 from .transforms import Statistic, Transform, eval_transform, train_transform
 from .workers import loaded
+
+LOOKED_AT = 16  # images, to see whether they are files for the decoder
 
 
 class Batch(NamedTuple):
@@ -76,6 +80,7 @@ class Images(Dataset):
         self.labelled = len(indices) if labelled is None else labelled
         self.alive: set[int] = set()  # classes with bad images that have a readable one
         self.skippable = False  # whether there is a recipe that can say so, for the message
+        self.of_file: Callable[[bytes], Tensor | None] | None = None  # instead of `transform`, where it takes the file
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -95,7 +100,7 @@ class Images(Dataset):
         for i in range(index, index + spare + 1):  # labelled images are replaced by labelled ones only
             number = self.indices[first + (i - first) % size]
             try:
-                image, target = self.source[number]
+                pixels, target = self._read(number)
             except BadImage as error:
                 if self.bad is None:
                     return UserError(
@@ -109,8 +114,17 @@ class Images(Dataset):
                 return error
             else:
                 known = multi_hot(target, len(self.source.classes)) if isinstance(target, tuple) else target
-                return Sample(self.transform(image), known, skipped)
+                return Sample(pixels, known, skipped)
         return Sample(None, -1, skipped)
+
+    def _read(self, number: int) -> tuple[Tensor, Target]:
+        """Image `number` of the source, transformed, and its target. Raises `BadImage` and `Outage`."""
+        if self.of_file is not None:
+            with contextlib.suppress(BadImage):  # raised again below
+                if (pixels := self.of_file(self.source.content(number))) is not None:
+                    return pixels, self.source.targets[number]
+        image, target = self.source[number]
+        return self.transform(image), target
 
     def _dead_class(self, number: int) -> UserError | None:
         """The error if no image of the class of this bad image can be read."""
@@ -222,7 +236,23 @@ def training_images(split: Split, data: Data, augment: Augment, mean: Statistic,
     transform = train_transform(data, augment, mean, std)
     images = Images(split.train, split.train_indices, transform, seed, bad, split.labelled)
     images.skippable = True
+    if transform.jpeg is not None:
+        _expect_files(images, transform.jpeg)
+        images.of_file = transform.of_file
     return images
+
+
+def _expect_files(images: Images, jpeg: JpegCrop) -> None:
+    """Raises `UserError` if none of a few images is one that `data.decoder` can decode."""
+    looked_at = images.indices[:: max(1, len(images) // LOOKED_AT)][:LOOKED_AT]
+    for number in looked_at:
+        with contextlib.suppress(BadImage):
+            if jpeg.takes(images.source.content(number)):
+                return
+    raise UserError(
+        f"data.decoder: simplejpeg decodes JPEG files, and none of {len(looked_at)} training images is one that it can "
+        f"decode, such as {images.source.where(looked_at[0])}; use pillow"
+    )
 
 
 def validation_images(split: Split, data: Data, augment: Augment) -> Images:

@@ -130,6 +130,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def is_upright(image: Image.Image) -> bool:
+    """Whether the image is stored as it should be seen. Reads no pixels."""
+    return _turn(image) is None
+
+
 def _upright(image: Image.Image) -> Image.Image:
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)

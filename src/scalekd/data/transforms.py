@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,10 +13,12 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms as T
+from torchvision.transforms.functional import to_pil_image
 
 from scalekd.common.sections import height_and_width
 
 from .images import of_channels
+from .jpeg import JpegCrop
 from .options import Augment, Data
 
 THINNEST = 32  # ratio of the sides from which on validation crops before it resizes
@@ -28,10 +31,29 @@ class Transform(Protocol):
     def __call__(self, image: Image.Image) -> Any: ...
 
 
-def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statistic) -> Transform:
-    """The augmentation of training images: PIL image -> uint8 (C, H, W).
+class TrainTransform:
+    """The augmentation of training images: PIL image -> uint8 (C, H, W)."""
 
-    `mean` and `std` are the student's, per channel; erasing and geometric augmentations fill with them.
+    def __init__(self, crop: Transform, after: Callable[[Any], Tensor], jpeg: JpegCrop | None, pictures: bool):
+        self.crop, self.after, self.jpeg = crop, after, jpeg
+        self.pictures = pictures  # whether `after` needs PIL images
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.after(self.crop(image))
+
+    def of_file(self, data: bytes) -> Tensor | None:
+        """The same of an encoded image, by `data.decoder`; None if it is an image for Pillow."""
+        pixels = self.jpeg(data) if self.jpeg else None
+        if pixels is None:
+            return None
+        return self.after(to_pil_image(pixels) if self.pictures else pixels)
+
+
+def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statistic) -> TrainTransform:
+    """The augmentation of a recipe.
+
+    `mean` and `std` are the student's, per channel; erasing and geometric augmentations fill with them. Raises
+    `UserError` if a package is missing.
     """
     size = height_and_width(data.image_size)
     first, middle, last = create_transform(
@@ -47,12 +69,15 @@ def train_transform(data: Data, augment: Augment, mean: Statistic, std: Statisti
         mean=mean,
         std=std,
     )
+    crop, *flip = first.transforms
+    jpeg = JpegCrop(crop, data.channels) if data.decoder == "simplejpeg" else None
     if augment.crop != "random_resized":
         steps: list[Any] = [T.Resize(size, T.InterpolationMode(augment.interpolation))]
         steps += [T.RandomCrop(size, padding=augment.pad)] if augment.crop == "pad" else []
-        first = T.Compose([*steps, T.RandomHorizontalFlip(augment.flip)])
+        crop, flip = T.Compose(steps), [T.RandomHorizontalFlip(augment.flip)]
     erase = [_Erase(augment.erase, mean, std)] if augment.erase else []
-    return T.Compose([_convert(data.channels), first, middle, last, *erase])
+    after = T.Compose([*flip, middle, last, *erase])
+    return TrainTransform(T.Compose([_convert(data.channels), crop]), after, jpeg, bool(middle.transforms))
 
 
 def eval_transform(data: Data, augment: Augment) -> Transform:

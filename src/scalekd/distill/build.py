@@ -153,6 +153,7 @@ def _build_distiller(
         teacher_stats=teachers.stats,
         student_cuts=config.student.cuts,
         teacher_cuts={name: spec.cuts for name, spec in config.all_teachers.items()},
+        teacher_top_k={name: spec.top_k for name, spec in config.all_teachers.items()},
     )
     if train.sync_batchnorm:
         distiller.methods = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.methods)

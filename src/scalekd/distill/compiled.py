@@ -1,4 +1,4 @@
-"""`train.compile`: runs the distillation step through torch.compile (timings in docs/explanation/performance.md).
+"""`train.compile`: runs the distillation step through torch.compile (timings in docs/explanation/performance-tables.md).
 
 It compiles functions, not modules. Parameters, `state_dict` keys and hooks stay as they are, and evaluation and export
 call the student uncompiled.

@@ -19,6 +19,7 @@ from .balance import Gradients
 from .several_teachers import left_out, mean_logits, shapes_together
 from .streams import Beside
 from .teacher import Teacher
+from .top_logits import TopK
 
 
 class Compiled(NamedTuple):
@@ -58,6 +59,7 @@ class Distiller(nn.Module):
         teacher_stats: the same of the teacher; by name for several, as `teacher_size` and `teacher_cuts`.
         student_cuts: the blocks after which stages end, see `StageView`.
         teacher_cuts: the same of the teacher.
+        teacher_top_k: how many of a teacher's largest logits the methods see, as `teacher.top_k` in a recipe; all by default.
 
     Raises:
         UserError: an unknown method, option or teacher, or models that a method does not support.
@@ -92,6 +94,7 @@ class Distiller(nn.Module):
         teacher_stats: Statistics | Mapping[str, Statistics | None] | None = None,
         student_cuts: Sequence[int] | None = None,
         teacher_cuts: Sequence[int] | Mapping[str, Sequence[int] | None] | None = None,
+        teacher_top_k: int | Mapping[str, int | None] | None = None,
     ):
         super().__init__()
         self.student = student
@@ -106,6 +109,9 @@ class Distiller(nn.Module):
             stats = _value_for(teacher_stats, name) or default_statistics(model)
             view = _view(name, model, size, _value_for(teacher_cuts, name))
             self.teachers[name] = Teacher(view, size, per_channel(stats[0]), per_channel(stats[1]))
+            if k := _value_for(teacher_top_k, name):
+                where = f"{'' if name == ONE else 'teachers.'}{name}.top_k"
+                self.teachers[name].top_k = TopK(where, k, view.shapes.classes)
         self.weights: dict[str, float] = {}
         self.reads: dict[str, tuple[str, ...]] = {}  # names of the teachers that each method uses
         self.dropping: dict[tuple[str, ...], float] = {}  # methods of one loss: probability of leaving out a teacher
@@ -168,6 +174,8 @@ class Distiller(nn.Module):
         except (ValueError, TypeError) as error:
             raise UserError(f"losses.{key}: {error}") from None
         for teacher in teachers:
+            if teacher.top_k is not None:
+                teacher.top_k.serve(key, built)
             teacher.needs_maps |= getattr(built, "needs_maps", True)
             teacher.needs_pooled |= getattr(built, "needs_pooled", False)
             teacher.needs_classifier |= getattr(built, "needs_classifier", False)

@@ -36,7 +36,8 @@ def rebuild(config: Config, device: torch.device) -> DistillationRun:
     """
     student = config.student.model_copy(update={"weights": None, "prefix": None})
     train = config.train.model_copy(update={"sync_batchnorm": False, "ema": None})
-    return build(config.model_copy(update={"student": student, "train": train}), device, strict=False)
+    data = config.data.model_copy(update={"decoder": "pillow"})  # evaluation needs no package for training images
+    return build(config.model_copy(update={"student": student, "train": train, "data": data}), device, strict=False)
 
 
 def load_trained(run: DistillationRun, state: dict[str, Any], path: Path) -> int:

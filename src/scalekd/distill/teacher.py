@@ -10,6 +10,8 @@ from torch import Tensor
 from scalekd.models.inputs import resized
 from scalekd.models.stages import Features, StageView
 
+from .top_logits import TopK
+
 
 @dataclass
 class Teacher:
@@ -25,6 +27,7 @@ class Teacher:
     needs_maps: bool = False
     needs_pooled: bool = False
     needs_classifier: bool = False
+    top_k: TopK | None = None  # the methods see the largest logits only
 
     def __call__(self, pixels: Tensor, see: Callable[[Tensor], Features] | None = None) -> Features:
         """The features that the methods need, for pixels `(B, C, H, W)` in [0, 1] of any size.
@@ -32,6 +35,9 @@ class Teacher:
         see: a compiled version of `self.see`.
         """
         features = (see or self.see)(resized(pixels, self.size, self.view.model))
+        if self.top_k is not None:
+            features.top = self.top_k(features.logits)
+            features.logits = self.top_k.rebuilt(features.top)
         return self.view.resumable(features) if self.needs_maps and self.view.shapes.can_resume else features
 
     def stay_in_eval(self) -> None:

@@ -2,6 +2,7 @@
 
 Runs with the same seed, data set and augmentation give the teacher the same micro-batches, for any student and method,
 because every random choice follows from (seed, epoch, index). The stored outputs are bit for bit the computed ones.
+With `teacher.top_k` the file has the largest logits only, and computed outputs are reduced to these too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TeacherOutputs:
     def __init__(self, folder: Path, name: str, distiller: Distiller, records: int, losses: Iterable[str] = ()):
         self.path, self.distiller, self.records = folder / f"{name}{SUFFIX}", distiller, records
         teacher = distiller.only_teacher()
-        if teacher is not None and not teacher.view.refusal:
+        if teacher is not None and not teacher.view.refusal and teacher.top_k is None:  # with it, others have other files
             for method in (METHODS[loss] for loss in losses if reads_teacher(loss)):
                 teacher.needs_maps |= getattr(method, "needs_maps", True)
                 teacher.needs_pooled |= getattr(method, "needs_pooled", False)
@@ -134,21 +135,24 @@ class TeacherOutputs:
         self.file[start : start + SUMS] = _sums(pixels_sum, record)  # last: these make the record valid
 
     def _features(self, record: bytearray, device: torch.device) -> Features:
-        view = self.distiller.teacher_view
-        assert view is not None and self.kept is not None
-        values: dict[str, Any] = {"maps": [], "prefix": []}
+        teacher = self.distiller.only_teacher()
+        assert teacher is not None and self.kept is not None
+        view = teacher.view
+        values: dict[str, Any] = {"maps": [], "prefix": [], "top": []}
         start = 0
         for kept in self.kept:
             flat = torch.frombuffer(record, dtype=kept.dtype, count=torch.Size(kept.shape).numel(), offset=start)
             start += kept.bytes
             tensor = torch.empty_strided(kept.shape, kept.strides, dtype=kept.dtype, device=device)
             tensor.copy_(flat.view(kept.shape))
-            if kept.name in ("maps", "prefix"):
+            if kept.name in ("maps", "prefix", "top"):
                 tensors = values[kept.name]
                 tensors += [None] * (kept.place - len(tensors)) + [tensor]
             else:
                 values[kept.name] = tensor
-        maps, prefix = values.pop("maps"), values.pop("prefix")
+        maps, prefix, top = values.pop("maps"), values.pop("prefix"), tuple(values.pop("top"))
+        if teacher.top_k is not None:
+            values |= {"top": top, "logits": teacher.top_k.rebuilt(top)}
         features = Features(maps=tuple(maps), prefix=tuple(prefix + [None] * (len(maps) - len(prefix))), **values)
         if features.pooled is not None:
             features.classify = view.classifier()
@@ -158,6 +162,7 @@ class TeacherOutputs:
 def outputs_name(config: Config, distiller: Distiller, teacher: Loaded) -> str:
     """A file name that depends on everything that changes the teacher's outputs: weights, images, precision, torch."""
     assert config.teacher is not None
+    only = distiller.only_teacher()
     depends_on = {
         "teacher": config.teacher.model_dump(mode="json"),
         "weights": [teacher.source, teacher.sha256, teacher.head],
@@ -170,14 +175,17 @@ def outputs_name(config: Config, distiller: Distiller, teacher: Loaded) -> str:
         "seed": config.seed,
         "batch": [config.train.batch_size, config.train.accumulate, config.train.precision, config.train.channels_last],
         "torch": torch.__version__,
+        "temperature": only.top_k.temperature if only and only.top_k else None,
     }
     return f"seed-{config.seed}-{seed_from(json.dumps(depends_on, sort_keys=True)):016x}"
 
 
 def _tensors(features: Features) -> list[tuple[Kept, Tensor]]:
-    """The tensors of `features`, each with its description."""
+    """The tensors of `features`, each with its description. Logits that can be rebuilt are not among them."""
     tensors = []
     for field in fields(features):
+        if field.name == "logits" and features.top:
+            continue
         value = getattr(features, field.name)
         for place, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
             if isinstance(tensor, Tensor):

@@ -46,6 +46,8 @@ Class attributes, with the value that a method has if it does not set them:
   in `standardise.py` is an example. The state that results belongs in buffers.
 - `teacher_drop = 0.0`: set it to a probability to leave out teachers at random if there are several (UNIC,
   arXiv:2408.05088). The terms then have one value per image, `(B,)`.
+- `takes_top_k = False`: set it to True if the method compares probabilities at `self.temperature` (1 if it has none), so
+  that it is nearly right if the teacher's small logits are replaced by equal ones (`teacher.top_k`).
 - `needs_targets = False`: set it to True if the method uses `targets`. If a batch also has images without labels, the
   method then gets only the labelled ones.
 - `needs_logits = False`: set it to True if the method uses the student's logits in addition to maps. If no loss uses

@@ -47,6 +47,7 @@ class BKD(nn.Module):
         check_logits("bkd", student, teacher)
         check_choice("bkd", "probabilities", probabilities, ("softmax", "sigmoid"))
         self.probabilities = probabilities
+        self.takes_top_k = probabilities == "softmax"  # a sigmoid tells more than the sum of the other classes
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`bkd`. The targets are not used."""

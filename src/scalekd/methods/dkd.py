@@ -36,6 +36,7 @@ class DKD(nn.Module):
     """
 
     needs_maps = False
+    takes_top_k = True
     needs_targets = True
     one_label = "it splits the softmax into the one class of an image and the others; use kd with probabilities=sigmoid"
 

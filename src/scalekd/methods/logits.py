@@ -214,6 +214,7 @@ class KD(nn.Module):
             )
         self.temperature, self.probabilities = temperature, probabilities
         self.standardize, self.variant = standardize, variant
+        self.takes_top_k = probabilities == "softmax" and not standardize and variant == "kd"
 
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`kd`. The targets are not used."""

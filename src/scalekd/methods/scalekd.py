@@ -77,7 +77,7 @@ class ScaleKD(nn.Module):
             last stage are computed again in the backward pass, view by view. The values are the same. Default False.
 
     `tokens`, `expansion` and `shared` can make the method cheaper than published (costs in
-    docs/explanation/performance.md). The published form is the default of this class, but not of `scalekd`.
+    docs/explanation/performance-tables.md). The published form is the default of this class, but not of `scalekd`.
 
     Raises:
         ValueError: no teacher; a model without maps; `tpp` with a teacher whose last stage cannot be run alone; a

@@ -170,7 +170,7 @@ def scalekd(
 
     By default `expansion` is 1, and `shared` is True if there are two different views. This teaches as well as the
     published form (docs/explanation/laboratory.md) at less than half of its added cost
-    (docs/explanation/performance.md). The published form is `shared=False, expansion=4`, as in the recipes for the
+    (docs/explanation/performance-tables.md). The published form is `shared=False, expansion=4`, as in the recipes for the
     paper's rows. For the options see `ScaleKD`.
     """
     _check_two_views("scalekd", views)

@@ -85,6 +85,10 @@ class Model(Backbone):
     classes: ClassOrder | None = None
     """Teachers: the order of the teacher's classes, if it differs from the data's: `natural` for the order that timm's
     train.py uses, or the names of all classes."""
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    """Teachers: use only this many of the largest logits of an image, in half precision, and the probability of all
+    other classes together, so that stored outputs are small (docs/how-to/compare.md). For `kd`, `dkd` and `bkd`; with the
+    number of all classes for every loss on logits."""
 
     precision: HalfPrecision | None = None
     """Teachers: hold the weights in `bf16` or `fp16` and compute the teacher in it, its last stage under a method too.

@@ -63,9 +63,11 @@ class Features:
     distilled: Tensor | None = None
     """Students with two heads, in train mode, for methods that need it: the logits `(B, classes)` of the second head.
     `logits` are then those of the first; without it they are the mean of both."""
+    top: tuple[Tensor, ...] = ()
+    """Teachers with `top_k` only: what is kept of the logits (`distill/top_logits.py`), from which `logits` were rebuilt."""
 
     def first(self, count: int) -> Features:
-        """The features of the first `count` images, without `resume`."""
+        """The features of the first `count` images, without `resume` and `top`."""
         return Features(
             logits=self.logits[:count],
             maps=tuple(m[:count] for m in self.maps),

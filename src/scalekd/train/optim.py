@@ -44,7 +44,7 @@ def can_be_fused(name: str, groups: Iterable[dict[str, Any]]) -> bool:
     """Whether PyTorch has a fused kernel for this update: SGD, Adam and AdamW on CPUs and GPUs.
 
     It gives the same values up to rounding, and needs no temporary copies of the parameters
-    (docs/explanation/performance.md).
+    (docs/explanation/performance-tables.md).
     """
     devices = {p.device.type for group in groups for p in group["params"]}
     one_kernel = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)

@@ -100,6 +100,8 @@ class TorchVision:
         return [np.asarray(self.images.data[0]).nbytes] * len(self)
 
     def content(self, i: int) -> bytes:
+        if not hasattr(self.images, "data"):
+            raise BadImage("torchvision does not give the bytes of its files")
         return np.asarray(self.images.data[i]).tobytes()
 
     def stamps(self) -> list[str]:
