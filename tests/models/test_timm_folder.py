@@ -95,6 +95,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_student_trained_with_channels_last_gets_its_config(tmp_path, monkeypatch, capsys):
+    """Its kernels may round otherwise than those of the file, which timm and scalekd load alike."""
+    student = timm.create_model("test_resnet", num_classes=3).eval()
+    monkeypatch.setattr(student, "forward", lambda x: type(student).forward(student, x) * (1 + 1e-6))
+    card = {"model": "test_resnet", "kwargs": {"num_classes": 3}, "classes": ["a", "b", "c"], "image_size": [64, 64]}
+    card |= {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    difference = export_student(student, tmp_path / "student.safetensors", card)
+    assert 0 < difference < 1e-4
+    assert (tmp_path / "config.json").is_file() and capsys.readouterr().err == ""
+
+
 def test_the_second_name_takes_no_space(folder, monkeypatch):
     names = [folder / "student.safetensors", folder / "model.safetensors"]
     assert names[0].samefile(names[1]) and os.stat(names[0]).st_nlink == 2

@@ -42,9 +42,10 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
         file.write(as_safetensors(student, card))
     write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     images = example_images(card)
-    logits = _logits(student, images)
+    # from the file, because a student that was trained with `channels_last` may round otherwise
+    logits = _logits(load_student(path)[0], images)
     _write_timm_folder(student, path, card, images, logits)
-    return _difference(logits, _logits(load_student(path)[0], images))
+    return _difference(_logits(student, images), logits)
 
 
 def _write_timm_folder(student: nn.Module, path: Path, card: dict[str, Any], images: Tensor, logits: Tensor) -> None:
@@ -55,7 +56,7 @@ def _write_timm_folder(student: nn.Module, path: Path, card: dict[str, Any], ima
     try:
         write_timm_folder(student, path, card)
         if not same_logits(load_timm_folder(path.parent), images, logits):
-            raise ValueError("its logits are others than the student's")
+            raise ValueError("its logits are others than those of the exported student")
     except UserError:
         raise
     except Exception as error:  # timm raises anything
