@@ -184,7 +184,7 @@ def test_averaged_weights_in_halves_and_parts(task, scenes, tmp_path):
     """What a run on GPUs would use, in one process on the CPU."""
     train = {"ema": 0.5, "precision": "bf16", "accumulate": 2, "batch_size": 4, "channels_last": True}
     train |= {"epochs": 3} if task == "detection" else {"iterations": 3}
-    config = config_of(task, tmp_path, recipe(task, scenes, train=train))
+    config = config_of(task, tmp_path, recipe(task, scenes, train=train, teacher=TEACHER))
     summary = trained(config, tmp_path / "run")
     assert summary["steps"] == 3 and summary["reload_difference"] < 1e-4
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)

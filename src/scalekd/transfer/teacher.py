@@ -139,7 +139,8 @@ def build_teacher(
     try:
         view = StageView(model, name=spec.model, image_size=size)
     except ValueError as error:
-        raise UserError(f"teacher.model: {first_line(error)} Set teacher.image_size to a size that it accepts.") from None
+        reason = first_line(error).replace(" Use a larger data.image_size.", "")
+        raise UserError(f"teacher.model: {reason} Set teacher.image_size to a size that it accepts.") from None
     if view.shapes.final is None:
         raise UserError(f"teacher.model: {str(view.refusal).splitlines()[0]} Use a ViT, such as DINOv2 or DINOv3.")
     if spec.projector == "cap" and view.shapes.final[1] * view.shapes.final[2] == 1:
