@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_models import FORMS, ORDER
-from rows import Worker
+from row_worker import Worker
 
 PARTS = ("checks", "speed", "input", "timm")
 COMPILED = 150.0  # seconds at most for a row that compiles; a compiler may take minutes for a large teacher

@@ -4,7 +4,7 @@ python benchmarks/quantize.py --seeds 5 --out docs/results/quantize --runs runs/
 
 Students: `demo`, the demo's CNN with its recipe; `mobilenetv3` and `vit`, a MobileNetV3 and a ViT-tiny with CE and KD.
 Each is trained, calibrated, and trained in int8 with labels only and with the teacher. The same command continues where
-it was stopped, and writes the table after every run.
+it was stopped, and writes the table after every run. `--finished` trains nothing and writes the table of what is there.
 """
 
 from __future__ import annotations
@@ -123,10 +123,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of each training in int8")
     parser.add_argument("--runs", type=Path, default=Path("runs/quantize"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/quantize"))
+    parser.add_argument("--finished", action="store_true", help="only write the table of the finished runs")
     args = parser.parse_args()
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in range(args.seeds):
         for student in args.students.split(","):
+            if args.finished and not (args.runs / f"{student}-seed{seed}" / "benchmark.json").is_file():
+                continue
             results.setdefault(student, {})[seed] = result_of(student, seed, args.runs, args.epochs)
             found = summary(results, args.epochs)
             args.out.mkdir(parents=True, exist_ok=True)

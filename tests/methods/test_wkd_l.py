@@ -88,7 +88,7 @@ def test_target_term_on_paper(pair):
     student, teacher, _ = pair.features(batch=1)
     student.logits = torch.tensor([[log(1), log(2), log(5)]])
     teacher.logits = torch.tensor([[log(2), log(1), log(1)]])
-    teacher.classify = torch.nn.Linear(10, 3).double()
+    teacher.classify = torch.nn.Linear(teacher.pooled.shape[1], 3).double()
     losses = WKDL(*shapes)(student, teacher, torch.tensor([1]))
     assert losses["target"].item() == pytest.approx(-0.25 * log(2 / 8), rel=1e-6)
 

@@ -17,7 +17,7 @@ import gpu  # noqa: E402
 import gpu_table  # noqa: E402
 from gpu_models import LEVERS, recipe  # noqa: E402
 from gpu_speed import covered  # noqa: E402
-from rows import Worker  # noqa: E402
+from row_worker import Worker  # noqa: E402
 
 NEEDS_A_GPU = {"tiny default 8 tf32", "tiny kd 8 graphs"}
 SHOWN = NEEDS_A_GPU | {

@@ -10,6 +10,7 @@ ADDED = {  # the names that scalekd adds to timm, by the module that does it
     "mlp_mixer": "scalekd.models.mixer",
     "vit_wide_last": "scalekd.models.wide_last",
     "vit_lift": "scalekd.models.wide_last",
+    "transformers_vision": "scalekd.models.transformers_vision",
 }
 
 

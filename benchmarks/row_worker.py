@@ -3,7 +3,7 @@
 The process is used for one call after another, because importing PyTorch and starting CUDA take seconds. After a time
 limit or a crash the next call gets a new one.
 
-    python benchmarks/rows.py        # the process: reads calls as lines of JSON, answers with lines of JSON
+    python benchmarks/row_worker.py  # the process: reads calls as lines of JSON, answers with lines of JSON
 """
 
 from __future__ import annotations
