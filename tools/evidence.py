@@ -12,10 +12,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from scalekd.config.losses import written_out
+
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "src/scalekd/compare/evidence.json"
 PAIRS = {"teacher": "own classes", "start": "from scratch", "labels": 2000, "classes": 100}  # the first laboratory
 COLOUR = {"teacher": "fitted classifier", "start": "from scratch", "labels": 9600, "classes": 120}
+OF_A_SIZE = ("heads", "width")  # options that fit the laboratory's models only
 STUDENTS = {"CNN": "CNN", "MLP": "Mixer", "ViT": "ViT"}
 FEW = {"teacher": "fitted classifier", "start": "from scratch", "classes": 10}
 
@@ -57,12 +60,19 @@ def evidence() -> dict[str, Any]:
 
 def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     summary = json.loads(file.read_text())
+    records = [json.loads(line) for line in file.with_name("results.jsonl").read_text().splitlines()]
+    losses = {(r["student"], r["method"]): short(r["recipe"]["losses"]) for r in records}
     found = []
     for label, student in about["students"].items():
         rows = summary["students"].get(label, {})
         baseline = rows.get(summary["baseline"])
         gains = {
-            name: {"gain": round(row["gain"], 2), "ci95": round(row["gain_ci95"], 2), "seeds": row["pairs"]}
+            name: {
+                "gain": round(row["gain"], 2),
+                "ci95": round(row["gain_ci95"], 2),
+                "seeds": row["pairs"],
+                "losses": losses[label, name],
+            }
             for name, row in rows.items()
             if row.get("pairs", 0) > 1
         }
@@ -79,6 +89,15 @@ def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def short(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The losses of a recipe without default values, and without options that fit only models of some size."""
+    defaults = {name: options | {"weight": 1.0} for name, options in written_out({name: {} for name in losses}).items()}
+    return {
+        name: {k: v for k, v in options.items() if k not in OF_A_SIZE and v != defaults[name].get(k)}
+        for name, options in losses.items()
+    }
 
 
 def _label_free() -> dict[str, Any]:

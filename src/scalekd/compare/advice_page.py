@@ -80,11 +80,12 @@ def _cost(advice: dict[str, Any]) -> list[str]:
             f"{cost['times']:.1f} times the arithmetic of training without a teacher: {gmacs['teacher']:.2g} GMACs an image "
             f"for the teacher and {gmacs['student']:.2g} for the student, counted for your models"
         )
-    low, high = cost["losses"]["over_floor"]
-    lines.append(
-        f"the losses: {low:.2f} to {high:.2f} times the time of such a step ({cost['losses']['method']} in "
-        f"{cost['losses']['files']} files steps-*.json of docs/results/performance)"
-    )
+    if "losses" in cost:
+        low, high = cost["losses"]["over_floor"]
+        lines.append(
+            f"the losses: {low:.2f} to {high:.2f} times the time of such a step ({cost['losses']['method']} in "
+            f"{cost['losses']['files']} files steps-*.json of docs/results/performance)"
+        )
     return [*lines, f"hours: {advice['plan']}"]
 
 

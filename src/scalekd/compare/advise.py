@@ -12,37 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+import yaml
+
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.cost.count import count_step
 from scalekd.distill.build import untrained
-from scalekd.methods.names import METHODS
 from scalekd.models.unfilled import unfilled
 
 from .situation import FEATURES, FITTED, OWN, SCRATCH, Situation, situation
 
 DEFAULT = "own-data"  # the row of a comparison that has the losses of the recipe own-data
 NONE = "no teacher"
-SMOOTHED = "ce: {smoothing: 0.1}"
-HALF = "ce: {smoothing: 0.1, weight: 0.5}, kd: {weight: 0.5}"
-# A row of a comparison -> the overrides that give a run of own-data its losses; rows that are missing are not chosen
-LOSSES: dict[str, list[str]] = {
-    DEFAULT: [],
-    "KD": [f"losses={{{HALF}}}", "balance=null"],
-    "DIST": [f"losses={{{SMOOTHED}, dist: {{weight: 2}}}}", "balance=null"],
-    "FD": [f"losses={{{SMOOTHED}, fd: {{}}}}", "balance=null"],
-    "FD (s4)": [f"losses={{{SMOOTHED}, fd: {{}}}}", "balance=null"],
-    "CAP": [f"losses={{{SMOOTHED}, cap: {{}}}}", "balance=null"],
-    "ScaleKD": [f"losses={{{SMOOTHED}, scalekd: {{}}}}", "balance=null"],
-    "ScaleKD with KD": [f"losses={{{HALF}, scalekd: {{}}}}", "balance=null"],
-}
-# The same for rows that train on few labels, with the weights of lab/labels.yaml
-FEW = "ce: {weight: 0.1}, kd: {weight: 0.9, temperature: 2}"
-LOSSES_FEW = {
-    DEFAULT: [],
-    "KD": [f"losses={{{FEW}}}", "balance=null"],
-    "ScaleKD": [f"losses={{{FEW}, scalekd: {{}}}}", "balance=null"],
-}
 ALL_IMAGES, LABELS_ONLY = ", all images", ", labels only"  # ends of a row's name: what it trained on
 # How much less a measurement says if it differs in this; steps and labels count the logarithm of their ratio to base 4
 KIND, START, TEACHER = 3.0, 3.0, 1.0
@@ -106,11 +87,11 @@ def _length(config: Config, found: Situation, steps: int) -> list[str]:
 def _labelled(found: Situation) -> dict[str, Any]:
     cell = nearest(found)
     rows = rows_for(cell, found)
-    losses = LOSSES_FEW if any(name.endswith(LABELS_ONLY) for name in cell["rows"]) else LOSSES
-    chosen, reasons = choose(rows, losses)
+    chosen, reasons = choose(rows)
+    losses = rows[chosen]["losses"]
     return {
-        "losses": chosen,
-        "overrides": losses[chosen],
+        "losses": list(losses),
+        "overrides": [] if chosen == DEFAULT else [f"losses={in_yaml(losses)}", "balance=null"],
         "expected": rows.get(chosen),
         "rows": rows,
         "measured": {key: value for key, value in cell.items() if key != "rows"},
@@ -144,26 +125,28 @@ def rows_for(cell: Mapping[str, Any], found: Situation) -> dict[str, dict[str, A
     return {name.removesuffix(ours): row for name, row in cell["rows"].items() if name.endswith(ours)}
 
 
-def choose(rows: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Any]) -> tuple[str, list[str]]:
+def choose(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
     """The row to use, and why: the default if it is within the interval of the best one, else the best one."""
-    usable = {name: row for name, row in rows.items() if name in losses}
-    if not usable:
-        return DEFAULT, ["no comparison in this situation has losses that a recipe offers by name"]
-    best = max(usable, key=lambda name: usable[name]["gain"])
-    default = usable.get(DEFAULT)
-    shown = f"{best} has the largest gain there, {gain_text(usable[best])}"
+    best = max(rows, key=lambda name: rows[name]["gain"])
+    default = rows.get(DEFAULT)
+    shown = f"{best} has the largest gain there, {gain_text(rows[best])}"
     if default is None:
         reasons = [shown, "the losses of own-data were not measured there"]
     elif best == DEFAULT:
         reasons = [f"the losses of own-data have the largest gain there, {gain_text(default)}"]
-    elif default["gain"] >= usable[best]["gain"] - usable[best]["ci95"]:
+    elif default["gain"] >= rows[best]["gain"] - rows[best]["ci95"]:
         reasons = [shown, f"the losses of own-data are within its interval: {gain_text(default)}"]
         best = DEFAULT
     else:
         reasons = [shown, f"the losses of own-data are below its interval: {gain_text(default)}"]
-    if usable[best]["gain"] - usable[best]["ci95"] <= 0:
+    if rows[best]["gain"] - rows[best]["ci95"] <= 0:
         reasons.append("the interval includes 0: it is not shown that a teacher helps; compare with no teacher")
     return best, reasons
+
+
+def in_yaml(losses: Mapping[str, Any]) -> str:
+    """Losses as the value of an override, on one line."""
+    return yaml.safe_dump(losses, default_flow_style=True, sort_keys=False, width=1000).strip()
 
 
 def gain_text(row: Mapping[str, Any]) -> str:
@@ -207,7 +190,7 @@ def _label_free() -> dict[str, Any]:
         if shots in supervised
     )
     return {
-        "losses": "ScaleKD",
+        "losses": ["scalekd"],
         "overrides": [],
         "expected": None,
         "rows": {},
@@ -225,8 +208,8 @@ def _label_free() -> dict[str, Any]:
 # ---------------------------------------------------------------- what it costs
 
 
-def _cost(config: Config, found: Situation, losses: str) -> dict[str, Any]:
-    """The arithmetic that the teacher adds, counted for this pair, and the measured time of the losses."""
+def _cost(config: Config, found: Situation, losses: Sequence[str]) -> dict[str, Any]:
+    """The arithmetic that the teacher adds, counted for this pair, and the measured time of the dearest of the losses."""
     result: dict[str, Any] = {}
     if config.teacher is not None:
         with unfilled():
@@ -235,8 +218,13 @@ def _cost(config: Config, found: Situation, losses: str) -> dict[str, Any]:
         student = parts["student"]["forward"] + parts["student"]["backward"]
         result["gmacs"] = {"teacher": parts["teacher"]["forward"], "student": student}
         result["times"] = 1 + parts["teacher"]["forward"] / student
-    method = {DEFAULT: "fd", "DIST": "kd"}.get(losses, losses.split()[0].lower())
-    assert method in METHODS
-    times = {c["file"]: c["over_floor"][method] for c in evidence()["costs"] if method in c["over_floor"]}
-    result["losses"] = {"method": method, "over_floor": [min(times.values()), max(times.values())], "files": len(times)}
+    times = {
+        name: [cost["over_floor"][name] for cost in evidence()["costs"] if name in cost["over_floor"]]
+        for name in losses
+    }
+    measured = {name: values for name, values in times.items() if values}
+    if measured:
+        name = max(measured, key=lambda name: max(measured[name]))
+        values = measured[name]
+        result["losses"] = {"method": name, "over_floor": [min(values), max(values)], "files": len(values)}
     return result
