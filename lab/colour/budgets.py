@@ -3,7 +3,7 @@
     python lab/colour/budgets.py
 
 writes a file for each entry of LADDERS. To compare another method, add it to METHODS and to ALL. The longer ladders have
-fewer methods: all of them together take about seven hours of two cores.
+fewer methods: all of them together take about four hours of two idle cores (an estimate).
 """
 
 from __future__ import annotations
