@@ -143,7 +143,11 @@ def main() -> None:
         "",
         *table(
             ["operation", "timm, Pillow", "torchvision, tensors"],
-            [[n, *(median_text(ops[f"{n}: {by}"]) for by in ("timm, Pillow", "tensors"))] for n in OF_TENSORS if f"{n}: tensors" in ops],
+            [
+                [n, *(median_text(ops[f"{n}: {by}"]) for by in ("timm, Pillow", "tensors"))]
+                for n in OF_TENSORS
+                if f"{n}: tensors" in ops
+            ],
         ),
         "",
         f"{found['machine']}; {args.rounds} rounds of {args.images} images; seconds of the processor; medians (quartiles).",

@@ -66,7 +66,9 @@ def rows(tiny: bool) -> Iterator[Row]:
     for pair in ORDER[2:]:
         yield from _speed(pair, 128, FORMS, "plain")
         yield from (_step(pair, "default", 128, levers) for levers in ("teacher", "streams"))
-    yield Row("timm", "swin-s-resnet50 64", "gpu_speed.timm_speed", {"pair": "swin-s-resnet50", "batch": 64, "rounds": 5}, 60)
+    yield Row(
+        "timm", "swin-s-resnet50 64", "gpu_speed.timm_speed", {"pair": "swin-s-resnet50", "batch": 64, "rounds": 5}, 60
+    )
     for pair in ORDER:
         yield from _speed(pair, 64, FORMS, "plain")
     yield from (_step("swin-s-resnet50", "kd", 64, levers) for levers in ("compile", "graphs", "teacher+graphs"))
@@ -117,7 +119,9 @@ def _loading(recipe: str, workers: int, **more: Any) -> Row:
 def _waiting(form: str, pair: str = "swin-s-resnet50", batch: int = 128, **more: Any) -> Row:
     options = {"pair": pair, "form": form, "batch": batch, "levers": "plain", "recipe": "crop, flip"}
     options |= {"workers": 16, "count": 4096, "seconds": 8.0} | more
-    return Row("input", f"training: {pair} {form} {batch}, {options['workers']} workers", "gpu_input.waiting", options, 60)
+    return Row(
+        "input", f"training: {pair} {form} {batch}, {options['workers']} workers", "gpu_input.waiting", options, 60
+    )
 
 
 def _tiny() -> Iterator[Row]:
@@ -214,7 +218,9 @@ def main() -> None:
     chosen = [r for r in rows(args.tiny) if r.part in (args.only or PARTS) and (r.part, r.name) not in have]
     done = run(chosen, args.device, deadline, args.out)
     failed = [entry["name"] for entry in done if "error" in entry or entry["result"].get("passed") is False]
-    print(f"{len(done) - len(failed)} of {len(chosen)} rows have a result in {args.out}; failed: {', '.join(failed) or 'none'}")
+    print(
+        f"{len(done) - len(failed)} of {len(chosen)} rows have a result in {args.out}; failed: {', '.join(failed) or 'none'}"
+    )
 
 
 if __name__ == "__main__":

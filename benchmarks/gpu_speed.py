@@ -78,7 +78,9 @@ def step_speed(
     }
 
 
-def _ours(chosen: torch.device, pair: str, form: str, batch: int, levers: str, how: dict[str, Any]) -> Callable[[], Any]:
+def _ours(
+    chosen: torch.device, pair: str, form: str, batch: int, levers: str, how: dict[str, Any]
+) -> Callable[[], Any]:
     """The engine's step on a batch in pinned memory, as a data worker leaves it."""
     run = run_of(pair, form, batch, LEVERS[levers], chosen)
     if run.config.train.compile:
@@ -87,7 +89,9 @@ def _ours(chosen: torch.device, pair: str, form: str, batch: int, levers: str, h
     return lambda: train_step(run.distiller, [made], run, 0, checked)
 
 
-def _floor(chosen: torch.device, pair: str, form: str, batch: int, levers: str, how: dict[str, Any]) -> Callable[[], Any]:
+def _floor(
+    chosen: torch.device, pair: str, form: str, batch: int, levers: str, how: dict[str, Any]
+) -> Callable[[], Any]:
     """The least that distillation costs: the teacher's forward pass, the student's step, on plain timm models."""
     models, train = pair_of(pair), recipe(pair, form, batch, LEVERS[levers]).train
     layout = torch.channels_last if train.channels_last else torch.contiguous_format
@@ -142,7 +146,9 @@ def _busy(step: Callable[[], Any], chosen: torch.device) -> float | None:
         for _ in range(PROFILED):
             step()
         _wait(chosen)
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() or () if "cuda" in str(e.device_type).lower())
+    spans = sorted(
+        (e.time_range.start, e.time_range.end) for e in profile.events() or () if "cuda" in str(e.device_type).lower()
+    )
     return covered(spans)
 
 

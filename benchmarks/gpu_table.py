@@ -46,7 +46,9 @@ def lines_of(rows: Rows) -> list[str]:
     """The page."""
     about = next((row["result"] for row in results(rows, "checks") if row["name"] == "environment"), {})
     device = about.get("machine", "an unknown device")
-    used = ", ".join(f"{key} {about[key]}" for key in ("scalekd", "git", "torch", "cuda", "timm", "python") if about.get(key))
+    used = ", ".join(
+        f"{key} {about[key]}" for key in ("scalekd", "git", "torch", "cuda", "timm", "python") if about.get(key)
+    )
     lines = [f"# {device}", "", f"Made by `{rows[0]['command']}` on {rows[0]['when'][:10]}. {used}.", ""]
     lines += ["## Correctness", "", *_checks(rows), ""]
     groups = list(dict.fromkeys((row["options"]["pair"], row["options"]["batch"]) for row in results(rows, "speed")))
@@ -113,7 +115,9 @@ def _input(rows: Rows) -> list[str]:
     made = []
     for row in results(rows, "input"):
         waits = row["result"].get("waits")
-        made.append([row["name"], f"{row['result']['images_per_s']:,.0f}", "" if waits is None else f"{100 * waits:.1f}"])
+        made.append(
+            [row["name"], f"{row['result']['images_per_s']:,.0f}", "" if waits is None else f"{100 * waits:.1f}"]
+        )
     return table(["what", "images/s", "% of the time waiting for images"], made)
 
 
@@ -173,7 +177,9 @@ def main() -> None:
     rows = read(args.rows)
     about = next((row["result"] for row in results(rows, "checks") if row["name"] == "environment"), None)
     if about is None:
-        parser.error(f"{args.rows} has no row `environment`, so the device is unknown; run gpu.py with --only checks too")
+        parser.error(
+            f"{args.rows} has no row `environment`, so the device is unknown; run gpu.py with --only checks too"
+        )
     name = re.sub(r"[^a-z0-9]+", "-", about["machine"].lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text("\n".join(lines_of(rows)) + "\n")

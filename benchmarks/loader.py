@@ -97,13 +97,9 @@ def measure(count: int, batch: int, workers: int, rounds: int) -> list[dict[str,
             }
             assert {epoch() for epoch in epochs.values()} == {count // batch * batch}
             seconds = in_turns(epochs, torch.device("cpu"), rounds)
-        a_second = {
-            name: quartiles([count // batch * batch / s for s in values]) for name, values in seconds.items()
-        }
+        a_second = {name: quartiles([count // batch * batch / s for s in values]) for name, values in seconds.items()}
         ratios = {name: ratio(seconds["timm"], seconds[name]) for name in ("pillow", "simplejpeg")}
-        found.append(
-            {"recipe": recipe, "photos": kind, "kB": size, "images a second": a_second, "of timm's": ratios}
-        )
+        found.append({"recipe": recipe, "photos": kind, "kB": size, "images a second": a_second, "of timm's": ratios})
     return found
 
 

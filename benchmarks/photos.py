@@ -24,7 +24,9 @@ def photo(kind: str, number: int) -> bytes:
     pixels: NDArray[np.float64] = np.zeros((height, width, 3))
     for size in (1, 2, 4, 8, 16, 64, 128, 250):
         noise = random.integers(0, 255, (height // size + 2, width // size + 2, 3), dtype=np.uint8)
-        pixels += size**smoothness * np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+        pixels += size**smoothness * np.asarray(
+            Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        )
     pixels -= pixels.min()
     file = io.BytesIO()
     Image.fromarray((pixels * (255 / pixels.max())).astype(np.uint8)).save(file, "JPEG", quality=90)

@@ -35,7 +35,11 @@ class Worker:
         if self.process is None:
             command = [sys.executable, str(Path(__file__).resolve())]
             self.process = subprocess.Popen(
-                command, env=os.environ | self.extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                command,
+                env=os.environ | self.extra,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
             )
         process = self.process
         assert process.stdin is not None and process.stdout is not None

@@ -62,12 +62,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write(root, args.rows)
-        texts = {name: f"{root / name}{':separator=pipe' * ('sets' in name)}" for name in ("one.csv", "sets.csv", "sets.parquet")}
+        texts = {
+            name: f"{root / name}{':separator=pipe' * ('sets' in name)}"
+            for name in ("one.csv", "sets.csv", "sets.parquet")
+        }
         result = {
             "command": f"python benchmarks/table_index.py --rows {args.rows}",
             "machine": machine(torch.device("cpu")),
             "rows": args.rows,
-            "open_seconds": {name: seconds(lambda text=text: open_source(text, "--data")) for name, text in texts.items()},
+            "open_seconds": {
+                name: seconds(lambda text=text: open_source(text, "--data")) for name, text in texts.items()
+            },
             "open_and_split_seconds": seconds(lambda: open_split(Data(train=texts["sets.csv"]))),
             "note": "empty files in 100 folders of a local disk; the split also takes their sizes, to find copies",
         }

@@ -52,11 +52,17 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Two classes of six JPEG files of 120x90 pixels."""
-    files = {f"{name}/{i}.jpg": encoded(picture(120, 90, i + 9 * len(name))) for name in ("ant", "bumblebee") for i in range(6)}
+    files = {
+        f"{name}/{i}.jpg": encoded(picture(120, 90, i + 9 * len(name)))
+        for name in ("ant", "bumblebee")
+        for i in range(6)
+    }
     return write(tmp_path / "photos", files)
 
 
-def images(source: Path | str, decoder: str, size: int = 64, data: dict[str, Any] | None = None, **augment: Any) -> Images:
+def images(
+    source: Path | str, decoder: str, size: int = 64, data: dict[str, Any] | None = None, **augment: Any
+) -> Images:
     made = Data.model_validate({"train": str(source), "image_size": size, "decoder": decoder} | (data or {}))
     opened = open_source(str(source), "data.train")
     everything = range(len(opened))
@@ -99,7 +105,8 @@ def test_the_boxes_are_equal(photos, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "augment", [{"auto_augment": "rand-m7-n2-mstd0.5"}, {"color_jitter": 0.4}, {"erase": 1.0}, {"interpolation": "bilinear"}]
+    "augment",
+    [{"auto_augment": "rand-m7-n2-mstd0.5"}, {"color_jitter": 0.4}, {"erase": 1.0}, {"interpolation": "bilinear"}],
 )
 def test_later_augmentations_draw_the_same_random_numbers(photos, augment):
     plain, fast = both(photos, **augment)
@@ -112,7 +119,9 @@ def test_later_augmentations_draw_the_same_random_numbers(photos, augment):
 
 
 def test_a_large_photo_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
-    folder = write(tmp_path / "large", {f"{c}/0.jpg": encoded(picture(1201, 803, i, blob=100)) for i, c in enumerate("ab")})
+    folder = write(
+        tmp_path / "large", {f"{c}/0.jpg": encoded(picture(1201, 803, i, blob=100)) for i, c in enumerate("ab")}
+    )
     shapes = []
     decode = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **o: shapes.append((got := decode(*a, **o)).shape) or got)
@@ -123,7 +132,9 @@ def test_a_large_photo_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
     assert {shape[1] for shape in shapes} == {601, 301} and len(shapes) == 12
 
 
-@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 4}])
+@pytest.mark.parametrize(
+    "options", [{"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 4}]
+)
 def test_kinds_of_jpeg(tmp_path, options):
     folder = write(tmp_path / "kinds", {f"{c}/0.jpg": encoded(picture(121, 83, 1), **options) for c in "ab"})
     plain, fast = both(folder)

@@ -59,7 +59,10 @@ def test_every_form_of_a_table_gives_the_same(folder, kind):
         text = coco(folder, [[i // 4] for i in range(12)])
     else:
         char = "\t" if kind == "tsv" else ";"
-        lines = (f"\ufeff{char.join(line)}" if not i else char.join(line) for i, line in enumerate([("path", "label"), *zip(PATHS, NAMES)]))
+        lines = (
+            f"\ufeff{char.join(line)}" if not i else char.join(line)
+            for i, line in enumerate([("path", "label"), *zip(PATHS, NAMES)])
+        )
         text = table(folder, *lines, name="labels.tsv" if kind == "tsv" else "other.csv")
     source = open_source(text, "data.train")
     assert list(source.classes) == list(plain.classes) and list(source.targets) == list(plain.targets)
@@ -102,7 +105,9 @@ def test_sets_of_labels_in_every_form(folder, kind):
 
 
 def test_a_batch_of_sets_is_multi_hot(folder):
-    source = open_source(table(folder, "path,label", *(f"{p},{'|'.join(t)}" for p, t in zip(PATHS, TEXTS))) + ":separator=pipe", "d")
+    source = open_source(
+        table(folder, "path,label", *(f"{p},{'|'.join(t)}" for p, t in zip(PATHS, TEXTS))) + ":separator=pipe", "d"
+    )
     from torchvision.transforms.functional import pil_to_tensor
 
     batch = load_batch(Images(source, range(12), pil_to_tensor, None), [(0, 1), (0, 2)])
@@ -152,7 +157,9 @@ def test_validation_has_the_classes_of_training(folder):
     val = table(folder, "path,label", "cat/1.png,cat", "cat/2.png,bee", name="val.csv")
     assert open_split(Data(train=train, val=val)).val.targets == [2, 1]
     table(folder, "path,label", "cat/1.png,cat", "cat/2.png,wasp", "cat/3.png,dog", name="val.csv")
-    with pytest.raises(UserError, match=r"data.val: .*\n  labels that are none of the 3 classes \(2\): row 3 .*, row 4"):
+    with pytest.raises(
+        UserError, match=r"data.val: .*\n  labels that are none of the 3 classes \(2\): row 3 .*, row 4"
+    ):
         open_split(Data(train=train, val=val))
     table(folder, "path,label", "ant/1.png,ant", "bee/2.png,bee", name="val.csv")
     with pytest.raises(UserError, match=r"2 of the validation .* ant/1.png \(row 3 of .*bee/2.png \(row 8 of"):
@@ -170,7 +177,10 @@ def test_all_problems_are_told_together_with_their_rows(folder):
     problem = problem_of(text)
     assert "rows with another number of columns than the header's 2 (1): row 7 (3)" in problem
     assert "rows without a path (1): row 3" in problem
-    assert "labels=several joins the rows of an image (2)" in problem and "row 4 (ant/0.png, first in row 2), row 8 (./ant/0.png" in problem
+    assert (
+        "labels=several joins the rows of an image (2)" in problem
+        and "row 4 (ant/0.png, first in row 2), row 8 (./ant/0.png" in problem
+    )
     assert "another folder (21): row 5 (ant/9.png), row 9 (no/0.png)" in problem
     assert problem.count("no/") == 9 and "and 11 others" in problem
     assert "images without a label (1): row 6 (ant/1.png)" in problem
@@ -233,7 +243,10 @@ def test_coco_entries_that_do_not_fit(folder):
 def test_a_table_without_its_labels(folder):
     text = table(folder, "path,label", "ant/0.png,ant", "ant/0.png,bee", "ant/1.png,bee")
     for source in (open_unlabelled(text, "data.unlabelled"), open_inputs([text])):
-        assert [source.where(i) for i in range(len(source))] == ["ant/0.png", "ant/1.png"] and source.targets == [-1, -1]
+        assert [source.where(i) for i in range(len(source))] == ["ant/0.png", "ant/1.png"] and source.targets == [
+            -1,
+            -1,
+        ]
 
 
 def test_the_held_out_images_have_all_classes_however_rare(folder):

@@ -81,7 +81,9 @@ def test_f1_is_that_of_another_implementation_at_every_threshold(seed):
     chosen = best_threshold(scores)
     assert slow_f1(probabilities, truth, chosen)[0] == pytest.approx(max(m for m, _ in expected))
     found = figures_of(scores)
-    assert (found["f1_macro"], found["f1_micro"]) == pytest.approx([100 * f for f in slow_f1(probabilities, truth, chosen)])
+    assert (found["f1_macro"], found["f1_micro"]) == pytest.approx(
+        [100 * f for f in slow_f1(probabilities, truth, chosen)]
+    )
 
 
 def test_a_probability_at_the_threshold_counts_and_of_equal_thresholds_the_middle_is_chosen():
@@ -95,5 +97,16 @@ def test_the_table_by_class():
     logits = torch.tensor([[3.0, -9, -9], [2, -9, -2], [1, -9, -3], [-4, -9, -1]])
     rows = class_table(Scores(logits, truth), ["ant", "bee", "cat"], 0.5)
     assert [row["class"] for row in rows] == ["cat", "ant"]  # no image has bee; the worst first
-    assert rows[1] == {"class": "ant", "images": 2, "ap": 100.0, "precision": pytest.approx(200 / 3), "recall": 100.0, "f1": pytest.approx(80)}
-    assert rows[0]["ap"] == pytest.approx(100 * (1 / 3 + 2 / 4) / 2) and rows[0]["precision"] is None and rows[0]["f1"] == 0
+    assert rows[1] == {
+        "class": "ant",
+        "images": 2,
+        "ap": 100.0,
+        "precision": pytest.approx(200 / 3),
+        "recall": 100.0,
+        "f1": pytest.approx(80),
+    }
+    assert (
+        rows[0]["ap"] == pytest.approx(100 * (1 / 3 + 2 / 4) / 2)
+        and rows[0]["precision"] is None
+        and rows[0]["f1"] == 0
+    )

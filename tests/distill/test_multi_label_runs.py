@@ -76,7 +76,9 @@ def test_from_training_to_predictions(recipe, sets, tmp_path, cli):
     assert f"mAP {best['map']:.2f} %" in trained.out
 
     measured = json.loads(cli("evaluate", run, "--data", sets / "val" / TABLE, "--json").out)
-    assert {k: measured[k] for k in ("map", "f1_macro", "f1_micro", "loss")} == pytest.approx({k: best[k] for k in ("map", "f1_macro", "f1_micro", "loss")}, abs=1e-4)
+    assert {k: measured[k] for k in ("map", "f1_macro", "f1_micro", "loss")} == pytest.approx(
+        {k: best[k] for k in ("map", "f1_macro", "f1_micro", "loss")}, abs=1e-4
+    )
     assert measured["top1"] is None and len(measured["classes"]) == 3
     assert "precision %" in cli("evaluate", run, "--data", sets / "val" / TABLE).out
     refused = cli("evaluate", run, "--data", sets / "val" / "labels.csv")
@@ -86,7 +88,9 @@ def test_from_training_to_predictions(recipe, sets, tmp_path, cli):
     report, readme = (run / "report.html").read_text(), (run / "README.md").read_text()
     assert "Sets of labels" in report and "teacher&#x27;s AP" in report and f"at least {card['threshold']:g}" in report
     assert "may predict no class or several" in readme and f"p >= {card['threshold']}" in readme and "| cat |" in readme
-    assert cli("export", run, "--checkpoint", "last").out.startswith(f"exported: the last weights, mAP {history[-1]['map']:.2f}")
+    assert cli("export", run, "--checkpoint", "last").out.startswith(
+        f"exported: the last weights, mAP {history[-1]['map']:.2f}"
+    )
 
 
 def _predictions_are_those_above_the_threshold(run, sets, card, cli, tmp_path):

@@ -57,7 +57,14 @@ def test_methods_since_scalekd_work_with_several_teachers() -> None:
     student = model("deit_tiny_distilled_patch16_224", 0, img_size=64, depth=4, embed_dim=24, num_heads=2)
     both = Distiller(student, teachers(), losses, image_size=SIZE).train()
     found = both(IMAGES, TARGETS)
-    each = ("wkd_l@{}.target", "wkd_l@{}.transport", "wkd_f@{}.s4", "vkd@{}", "rsd@{}.invariance", "rsd@{}.decorrelation")
+    each = (
+        "wkd_l@{}.target",
+        "wkd_l@{}.transport",
+        "wkd_f@{}.s4",
+        "vkd@{}",
+        "rsd@{}.invariance",
+        "rsd@{}.decorrelation",
+    )
     assert set(found) == {"deit", "kd", "total", *(name.format(t) for name in each for t in ("vit", "cnn"))}
     found["total"].backward()
     assert all(p.grad is not None for name, p in both.named_parameters() if name != "student.head.bias")

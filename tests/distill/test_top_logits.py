@@ -121,9 +121,17 @@ def test_methods_see_the_rebuilt_logits():
 @pytest.mark.parametrize(
     ("losses", "k", "message"),
     [
-        ({"kd": {}, "fd": {}}, 3, "teacher.top_k: losses.fd reads feature maps, not only logits; remove one of the two"),
+        (
+            {"kd": {}, "fd": {}},
+            3,
+            "teacher.top_k: losses.fd reads feature maps, not only logits; remove one of the two",
+        ),
         ({"kd": {}}, 13, "teacher.top_k: 13 is more than the teacher's 12 classes; use 12 or fewer"),
-        ({"dist": {}}, 3, "losses.dist needs the logits of all classes; set teacher.top_k=12, which keeps .*, or use plain kd"),
+        (
+            {"dist": {}},
+            3,
+            "losses.dist needs the logits of all classes; set teacher.top_k=12, which keeps .*, or use plain kd",
+        ),
         ({"kd": {"standardize": True}}, 3, "losses.kd needs the logits of all classes"),
         ({"bkd": {"probabilities": "sigmoid"}}, 3, "losses.bkd needs the logits of all classes"),
         (

@@ -80,7 +80,9 @@ def test_on_paper():
     x, t = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
     assert distance(x, t, "cosine_l1").item() == pytest.approx((1 / 25 + 1 / 2) / 2)
     assert distance(x, t, "mse").item() == pytest.approx(1.0)
-    assert distance(torch.stack([x, t], 1), torch.stack([t, t], 1), "mse").tolist() == [0.5]  # the mean of the positions
+    assert distance(torch.stack([x, t], 1), torch.stack([t, t], 1), "mse").tolist() == [
+        0.5
+    ]  # the mean of the positions
 
 
 def test_class_tokens_of_other_images_have_a_larger_loss(both):

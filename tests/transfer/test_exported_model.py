@@ -148,7 +148,12 @@ def test_a_card_that_does_not_fit(exported, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"anchors": [32, 64]}, "anchors: "), ({"kind": "yolo"}, "kind: "), ({"category_ids": [3]}, "1 category ids for 2")]
+    ("changes", "message"),
+    [
+        ({"anchors": [32, 64]}, "anchors: "),
+        ({"kind": "yolo"}, "kind: "),
+        ({"category_ids": [3]}, "1 category ids for 2"),
+    ],
 )
 def test_a_detector_needs_an_anchor_per_stride_and_an_id_per_class(tmp_path, changes, message):
     (tmp_path / "detector.json").write_text(json.dumps(DETECTOR | {"sha256": ""} | changes))

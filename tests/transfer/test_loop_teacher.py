@@ -218,7 +218,10 @@ def test_each_part_has_its_learning_rate():
     [
         ({"model": "shvit_s1"}, r"teacher.model: shvit_s1 .*no stage maps.* Use a ViT"),
         ({"kwargs": {"no_such": 1}}, "teacher.*no_such"),
-        ({"image_size": 40, "kwargs": {"dynamic_img_size": True}}, r"at 40x40: .*Set teacher.image_size to a size that"),
+        (
+            {"image_size": 40, "kwargs": {"dynamic_img_size": True}},
+            r"at 40x40: .*Set teacher.image_size to a size that",
+        ),
         ({"image_size": 16, "projector": "cap"}, "cap needs several positions; raise teacher.image_size"),
         ({"mean": (0.5,)}, r"teacher.mean has 1 values, but data.channels is 3"),
     ],

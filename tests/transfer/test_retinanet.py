@@ -84,7 +84,9 @@ def test_only_a_rival_with_an_equal_score_explains_a_missing_object():
     lowest = boxes[2:], torch.tensor([0.1]), torch.tensor([2])
 
     def found(box: list[float], score: float, label: int) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(p) for p in zip((torch.tensor([box]), torch.tensor([score]), torch.tensor([label])), lowest))
+        return tuple(
+            torch.cat(p) for p in zip((torch.tensor([box]), torch.tensor([score]), torch.tensor([label])), lowest)
+        )
 
     rival = [0.0, 0, 10, 6]  # overlaps the first by 0.6
     assert explained(wanted, found(rival, 0.9, 1), 0.49).tolist() == [True, False, False]
@@ -127,7 +129,9 @@ def test_a_file_that_finds_other_objects_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "onnx_runtime", lambda exporting: type("Runtime", (), {"InferenceSession": Session}))
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: object())
     monkeypatch.setattr(onnx_file, "save_onnx", lambda program, path, card: None)
-    with pytest.raises(UserError, match=r"\d+ of 200 objects of the detector are not found under onnxruntime; the file was removed"):
+    with pytest.raises(
+        UserError, match=r"\d+ of 200 objects of the detector are not found under onnxruntime; the file was removed"
+    ):
         write_onnx(detector, RETINANET, (50, 70), path)
     assert not path.exists()
 

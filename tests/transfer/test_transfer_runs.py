@@ -144,7 +144,9 @@ def test_a_run_with_a_teacher_goes_on_where_it_stopped(task, projector, scenes, 
     values = recipe(task, scenes, teacher=TEACHER | {"projector": projector}, **changes)
     if task == "detection":
         del values["detector"]["regions"], values["detector"]["proposals"]
-        values["data"] |= {key: without_masks(values["data"][key], tmp_path) for key in ("annotations", "val_annotations")}
+        values["data"] |= {
+            key: without_masks(values["data"][key], tmp_path) for key in ("annotations", "val_annotations")
+        }
     config = config_of(task, tmp_path, values)
     whole = trained(config, tmp_path / "whole")
     real, taken = engine.train_step, []
@@ -239,7 +241,9 @@ def test_another_teacher_keeps_how_it_teaches(scenes, tmp_path):
     found = load("segmentation", str(file), ["teacher.model=test_vit2", "teacher.weights=w.pt"]).teacher
     assert found == LoopTeacher(model="test_vit2", weights="w.pt", weight=2.0, projector="linear", lr_scale=3.0)
     assert load("segmentation", str(file), ["teacher=null"]).teacher is None
-    assert load("detection", "own-objects", ["teacher.model=test_vit", "teacher.weights=pretrained"]).teacher.weight == 1.0
+    assert (
+        load("detection", "own-objects", ["teacher.model=test_vit", "teacher.weights=pretrained"]).teacher.weight == 1.0
+    )
 
 
 def test_a_warm_up_above_the_first_layer_s_rate_is_rejected(scenes, tmp_path):

@@ -71,7 +71,12 @@ def test_its_page(entries, tmp_path, monkeypatch, capsys):
     known = json.loads(figures.read_text())
     assert known.keys() == {"a100", "h200"} and known["h200"]["device"] == "NVIDIA H200"
     steps = {step["step"]: step for step in known["h200"]["steps"]}
-    assert set(steps) == {"tiny fd 8 plain", "tiny default 8 plain", "tiny default 8 float32", "tiny kd 8 teacher+compile"}
+    assert set(steps) == {
+        "tiny fd 8 plain",
+        "tiny default 8 plain",
+        "tiny default 8 float32",
+        "tiny kd 8 teacher+compile",
+    }
     assert steps["tiny default 8 float32"]["half"] is False and steps["tiny kd 8 teacher+compile"]["compiled"] is True
     assert steps["tiny default 8 plain"]["flops_per_image"] > steps["tiny fd 8 plain"]["flops_per_image"]
 

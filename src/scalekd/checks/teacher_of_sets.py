@@ -30,11 +30,15 @@ def accuracy_on_sets(name: str, logits: torch.Tensor, sample: Sample, reads_logi
     chance = [mean_average_precision(Scores(logits, truth[order])) for order in orders]
     text = f"mAP {found:.1f} % on {len(truth)} validation images ({sum(chance) / SHUFFLES:.1f} % by chance)"
     if found <= max(chance):
-        return Check(name, "warn", text, "It is not better than with shuffled labels: check its weights and class order")
+        return Check(
+            name, "warn", text, "It is not better than with shuffled labels: check its weights and class order"
+        )
     share = truth.double().mean(0).clamp(1e-6, 1 - 1e-6).logit().expand(truth.shape)
     own, constant = (F.binary_cross_entropy_with_logits(x.double(), truth.double()).item() for x in (logits, share))
     if own > constant and reads_logits:
-        text += f"; the binary cross entropy of its sigmoids is {own:.3f}, that of the classes' frequencies {constant:.3f}"
+        text += (
+            f"; the binary cross entropy of its sigmoids is {own:.3f}, that of the classes' frequencies {constant:.3f}"
+        )
         fix = (
             f"{', '.join(reads_logits)} would teach these probabilities. A teacher trained with a softmax ranks images well, but "
             "its sigmoids say nothing: use feature methods, or train it with bce or asl first"

@@ -58,7 +58,10 @@ def add_commands(commands: Any) -> None:
     _add_inputs(sub)
     sub.add_argument("--top", type=int, metavar="K", help="most classes per image (default: 5; all labels of a set)")
     sub.add_argument(
-        "--threshold", type=float, metavar="P", help="for sets of labels: least probability (default: that of the student)"
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="for sets of labels: least probability (default: that of the student)",
     )
     sub.add_argument("--csv", metavar="FILE", help="write a table to this file; - for standard output")
     sub.add_argument("--jsonl", metavar="FILE", help="write a JSON object per image; - for standard output")

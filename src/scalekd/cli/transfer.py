@@ -38,7 +38,8 @@ def add_commands(commands: Any) -> None:
 
 def _add_detect(commands: Any) -> None:
     parser = commands.add_parser(
-        "detect", help="Mask R-CNN or RetinaNet on a backbone: train, evaluate, predict, export (`scalekd docs transfer`)"
+        "detect",
+        help="Mask R-CNN or RetinaNet on a backbone: train, evaluate, predict, export (`scalekd docs transfer`)",
     )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = _train_command(group, "detection", "Train a detector. The same command resumes a stopped run.")
@@ -53,7 +54,9 @@ def _add_detect(commands: Any) -> None:
     sub.add_argument(
         "--threshold", type=float, default=0.5, metavar="X", help="omit objects that score below (default: 0.5)"
     )
-    sub = _command(group, "export", _export, "detection", "Write a trained RetinaNet as an ONNX file that returns boxes.")
+    sub = _command(
+        group, "export", _export, "detection", "Write a trained RetinaNet as an ONNX file that returns boxes."
+    )
     sub.add_argument("trained", type=Path, metavar="RUN", help="a run's folder, or its .safetensors file")
     sub.add_argument(
         "--image-size",
@@ -99,7 +102,9 @@ def _train_command(group: Any, task: str, text: str) -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 train.batch_size=8")
     sub.add_argument("--backbone", metavar="MODEL", help="a timm name, or the folder of a distilled student")
     sub.add_argument("--weights", metavar="FILE", help="weights of the backbone: a file, `pretrained` or `random`")
-    sub.add_argument("--teacher", metavar="MODEL", help="a frozen ViT beside the backbone: a timm name, or a run's folder")
+    sub.add_argument(
+        "--teacher", metavar="MODEL", help="a frozen ViT beside the backbone: a timm name, or a run's folder"
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument("--dry-run", action="store_true", help="stop after the pre-flight and write nothing")

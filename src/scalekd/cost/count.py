@@ -162,9 +162,7 @@ def stand_ins(distiller: Distiller, config: Config, classes: int, batch: int) ->
     return pixels, torch.empty(batch, classes) if mixed else torch.empty(batch, dtype=torch.int64)
 
 
-def _held_again(
-    distiller: Distiller, config: Config, pixels: Tensor, targets: Tensor, half: bool
-) -> int | None:
+def _held_again(distiller: Distiller, config: Config, pixels: Tensor, targets: Tensor, half: bool) -> int | None:
     """Bytes that the backward pass holds in addition to the saved ones; None if nothing has grad_checkpointing."""
     of_methods = any(getattr(method, "grad_checkpointing", False) for method in distiller.methods.values())
     if not of_methods and not config.train.grad_checkpointing:

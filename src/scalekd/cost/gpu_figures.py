@@ -40,9 +40,7 @@ def figures(gpu: str, half: bool, compiled: bool, peak: float, file: Path | None
         return None
     shares = [step["images_per_s"] * step["flops_per_image"] / peak for step in steps]
     memory = [step["peak_mb"] / step["counted_mb"] for step in steps]
-    return Figures(
-        card["device"], card["table"], len(steps), [min(shares), max(shares)], [min(memory), max(memory)]
-    )
+    return Figures(card["device"], card["table"], len(steps), [min(shares), max(shares)], [min(memory), max(memory)])
 
 
 def card_of(device: str, memory_gb: float, cards: dict[str, float]) -> str | None:

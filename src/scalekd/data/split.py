@@ -222,7 +222,9 @@ def drawing_weights(split: Split, data: Data) -> list[float] | None:
     """How often to draw each labelled training image, relative to the others; None if all equally often."""
     if not data.class_balance or not split.labelled:
         return None
-    return balancing_weights([split.train.targets[i] for i in split.train_indices[: split.labelled]], data.class_balance)
+    return balancing_weights(
+        [split.train.targets[i] for i in split.train_indices[: split.labelled]], data.class_balance
+    )
 
 
 def _balance_note(split: Split, data: Data) -> list[str]:

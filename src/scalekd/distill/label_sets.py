@@ -33,9 +33,7 @@ class Counts(NamedTuple):
     images: Tensor  # images with the class
 
 
-def scores_of(
-    model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, device: torch.device
-) -> Scores:
+def scores_of(model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, device: torch.device) -> Scores:
     """The scores of all images, of all processes. The mode of the model is restored.
 
     mean, std: `(1, C, 1, 1)`, the normalisation of the model's input for pixels in [0, 1]. Raises `UserError` if none of

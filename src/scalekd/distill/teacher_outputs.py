@@ -67,7 +67,9 @@ class TeacherOutputs:
     def __init__(self, folder: Path, name: str, distiller: Distiller, records: int, losses: Iterable[str] = ()):
         self.path, self.distiller, self.records = folder / f"{name}{SUFFIX}", distiller, records
         teacher = distiller.only_teacher()
-        if teacher is not None and not teacher.view.refusal and teacher.top_k is None:  # with it, others have other files
+        if (
+            teacher is not None and not teacher.view.refusal and teacher.top_k is None
+        ):  # with it, others have other files
             for method in (METHODS[loss] for loss in losses if reads_teacher(loss)):
                 teacher.needs_maps |= getattr(method, "needs_maps", True)
                 teacher.needs_pooled |= getattr(method, "needs_pooled", False)

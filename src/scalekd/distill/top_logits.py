@@ -98,7 +98,9 @@ class TopK:
         if self.k == self.classes:
             return
         if not getattr(method, "takes_top_k", False):
-            raise UserError(f"{self.where}: losses.{loss} needs the logits of all classes; {all_classes}, or use plain kd")
+            raise UserError(
+                f"{self.where}: losses.{loss} needs the logits of all classes; {all_classes}, or use plain kd"
+            )
         self.users[loss] = float(getattr(method, "temperature", 1.0))
         if self.users[loss] != self.temperature:
             listed = " and ".join(f"losses.{name} has {value:g}" for name, value in self.users.items())

@@ -220,7 +220,9 @@ def cache_folder(backbone: Backbone, source: Source, name: str, cache: Path, bad
         summed.update(f"{stamp}\n".encode())
     sample = range(0, len(source), max(1, len(source) // 16))[:16]
     images = Images(source, sample, backbone.transform, None, bad)
-    images.alive |= {label for target in source.targets for label in classes_in(target)}  # the sample says nothing about a class
+    images.alive |= {
+        label for target in source.targets for label in classes_in(target)
+    }  # the sample says nothing about a class
     for batch in eval_batches(images, 16, 0, False):
         summed.update(batch.images.numpy().tobytes())
     return cache / summed.hexdigest()[:24]

@@ -72,7 +72,9 @@ class FM(nn.Module):
         check_choice("fm", "loss", loss, ("cosine_l1", "mse"))
         check_weights("fm", class_weight=class_weight, patch_weight=patch_weight)
         if images is not None and (images < 2 or standardise == "none"):
-            raise ValueError(f"fm: images is {images}; it must be 2 or more, and needs standardise 'phi-s' or 'channel'")
+            raise ValueError(
+                f"fm: images is {images}; it must be 2 or more, and needs standardise 'phi-s' or 'channel'"
+            )
         if hidden is not None and hidden < 0:
             raise ValueError(f"fm: hidden is {hidden} and must be 0 or more")
         if not 0 <= teacher_drop < 1:

@@ -60,7 +60,9 @@ def checked(features: Features) -> Features:
     if logits.ndim != 2:
         raise ValueError("its stage_features gives logits that are not (B, classes); without a classifier give (B, 0)")
     if len(features.prefix) not in (0, 4):
-        raise ValueError(f"its stage_features gives tokens of {len(features.prefix)} maps; give those of all four, or none")
+        raise ValueError(
+            f"its stage_features gives tokens of {len(features.prefix)} maps; give those of all four, or none"
+        )
     if pooled is not None and (pooled.ndim != 2 or (logits.shape[1] > 0 and features.classify is None)):
         raise ValueError("its stage_features gives `pooled`, which must be (B, P), and with logits needs `classify`")
     return features

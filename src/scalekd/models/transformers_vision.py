@@ -54,7 +54,9 @@ class TransformersVision(nn.Module):
         self.family = FAMILIES[kind]
         self.pool = pool or self.family.pools
         if self.pool not in (self.family.pools, self.family.classified):
-            raise ValueError(f"pool is {pool}; models of type {kind} pool {self.family.pools} or {self.family.classified}")
+            raise ValueError(
+                f"pool is {pool}; models of type {kind} pool {self.family.pools} or {self.family.classified}"
+            )
         if self.pool == "attention" and not config.get("vision_use_head", True):
             self.pool = "mean"
         self.backbone = _model(config, in_chans, self.family)

@@ -57,7 +57,11 @@ def write_run_report(
             pass
         elif run.has_classifier:
             try:
-                seen = look_at_sets(run, run.deployed, summary.get("threshold")) if run.multi_label else look(run, run.deployed)
+                seen = (
+                    look_at_sets(run, run.deployed, summary.get("threshold"))
+                    if run.multi_label
+                    else look(run, run.deployed)
+                )
             except Exception as error:
                 left_out = f"The evaluation on images failed: {first_line(error)}"
         else:

@@ -182,7 +182,9 @@ class Detection(TransferRecipe):
                 "detector.freeze_norms=false or backbone.weights"
             )
         detector, one_stage = self.detector, self.detector.kind != "mask-rcnn"
-        idle = [(one_stage, f"detector.{key}", detector, "detector.kind: mask-rcnn") for key in ("regions", "proposals")]
+        idle = [
+            (one_stage, f"detector.{key}", detector, "detector.kind: mask-rcnn") for key in ("regions", "proposals")
+        ]
         return problems + without_effect([*idle_in(schedule), *idle])
 
 

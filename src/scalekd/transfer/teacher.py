@@ -71,7 +71,9 @@ class TeacherTerm(nn.Module):
         ceil(h / stride) rows and ceil(w / stride) columns are those of the image."""
         target = self.see(images)
         rows, columns = (
-            torch.stack([area_shares(image.shape[side], self.stride, coarse.shape[side + 1], positions) for image in images])
+            torch.stack(
+                [area_shares(image.shape[side], self.stride, coarse.shape[side + 1], positions) for image in images]
+            )
             for side, positions in zip((1, 2), self.target[1:])
         )  # (B, positions, H) and (B, positions, W)
         with torch.autocast(coarse.device.type, enabled=False):
@@ -144,7 +146,9 @@ def build_teacher(
     if view.shapes.final is None:
         raise UserError(f"teacher.model: {str(view.refusal).splitlines()[0]} Use a ViT, such as DINOv2 or DINOv3.")
     if spec.projector == "cap" and view.shapes.final[1] * view.shapes.final[2] == 1:
-        raise UserError("teacher.projector: cap needs several positions; raise teacher.image_size, or use linear or mlp")
+        raise UserError(
+            "teacher.projector: cap needs several positions; raise teacher.image_size, or use linear or mlp"
+        )
     stats = statistics(model, named, channels, "teacher")
     level = pyramid.channels[-1], pyramid.strides[-1]
     return TeacherTerm(view, size, stats, *level, spec.projector, spec.weight), {"teacher": loaded}

@@ -68,7 +68,9 @@ def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, 
         raise UserError(f"{role}.model: {_about_file(folder, role)}")
     described = read_folder(folder, role)
     if described.model == OF_TRANSFORMERS and role != "teacher" and not role.startswith("teachers."):
-        raise UserError(f"{role}.model: {folder} is a model of transformers, which can only be a teacher; use a timm model")
+        raise UserError(
+            f"{role}.model: {folder} is a model of transformers, which can only be a teacher; use a timm model"
+        )
     if channels != described.channels:
         raise UserError(
             f"{role}.model: {folder} needs images with {described.channels} channel{'s' * (described.channels > 1)}, but "

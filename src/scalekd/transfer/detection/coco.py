@@ -57,9 +57,7 @@ class Coco:
         return lines
 
 
-def open_coco(
-    annotations: Path, images: Path, key: str, classes: list[str] | None = None, masks: bool = True
-) -> Coco:
+def open_coco(annotations: Path, images: Path, key: str, classes: list[str] | None = None, masks: bool = True) -> Coco:
     """Reads an instances file and looks for its images in a folder.
 
     Args:

@@ -77,9 +77,7 @@ class DetectionImages(Dataset):
     masks: whether targets have them.
     """
 
-    def __init__(
-        self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None, masks: bool = True
-    ):
+    def __init__(self, coco: Coco, scales: Scales, seed: int | None, bad: BadImages | None = None, masks: bool = True):
         self.coco, self.scales, self.seed, self.bad, self.masks = coco, scales, seed, bad, masks
         self.alive: set[int] = set()  # classes with bad images that have a readable one
         self.skippable = False  # whether there is a recipe that can say so, for the message

@@ -64,7 +64,9 @@ def _read(text: TableText, key: str, labelled: bool) -> dict[str, list[dict[str,
             raise UserError(f"{key}: {text.name} has no list `{name}`; it must have {', '.join(LISTS)} as COCO's files")
         odd = [e for e in entries for k in ("id", "image_id", "category_id") if not isinstance(e.get(k, 0), int | str)]
         if odd:
-            raise UserError(f"{key}: {text.name} has ids in `{name}` that are neither numbers nor text: {shortened(str(odd[0]), 100)}")
+            raise UserError(
+                f"{key}: {text.name} has ids in `{name}` that are neither numbers nor text: {shortened(str(odd[0]), 100)}"
+            )
     return content
 
 

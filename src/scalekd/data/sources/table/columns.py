@@ -46,14 +46,18 @@ def _csv(text: TableText, key: str, problems: Problems) -> Columns:
                     lines.append(line)
                     rows.append(row)
                 elif line:
-                    problems.add(f"rows with another number of columns than the header's {len(header)}", row, str(len(line)))
+                    problems.add(
+                        f"rows with another number of columns than the header's {len(header)}", row, str(len(line))
+                    )
     except UnicodeDecodeError:
         raise UserError(f"{key}: {text.name} is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{key}: {text.name} is not a table: {first_line(error)} in line {reader.line_num}") from None
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise UserError(f"{key}: {text.name} has two columns named `{shortened(twice)}`; the first row must name each once")
+        raise UserError(
+            f"{key}: {text.name} has two columns named `{shortened(twice)}`; the first row must name each once"
+        )
     values = zip(*lines) if lines else [()] * len(header)
     return Columns({name: [cell.strip() for cell in column] for name, column in zip(header, values)}, rows)
 

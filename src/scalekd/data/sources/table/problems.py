@@ -25,7 +25,9 @@ class Problems:
             return
         lines = [f"{key}: {shortened(name)} cannot be used; nothing was left out or changed"]
         for kind, rows in self.found.items():
-            listed = [f"{self.word} {row}{f' ({shortened(detail, 120)})' * bool(detail)}" for row, detail in rows[:MOST]]
+            listed = [
+                f"{self.word} {row}{f' ({shortened(detail, 120)})' * bool(detail)}" for row, detail in rows[:MOST]
+            ]
             more = f" and {len(rows) - MOST} others" if len(rows) > MOST else ""
             lines.append(f"{kind} ({len(rows)}): {', '.join(listed)}{more}")
         raise UserError("\n  ".join(lines))

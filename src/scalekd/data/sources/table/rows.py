@@ -228,7 +228,9 @@ def _of_split(
     else:  # `val` also names the rows of `valid`
         named = [value for value in distinct if split_of(value) == split_of(wanted) is not None]
     if not named:
-        raise UserError(f"{key}: {text.name} has no rows of the split `{shortened(wanted or '')}`.{nearest(wanted or '', distinct)}")
+        raise UserError(
+            f"{key}: {text.name} has no rows of the split `{shortened(wanted or '')}`.{nearest(wanted or '', distinct)}"
+        )
     return [i for i, value in enumerate(values) if value in named]
 
 
