@@ -92,23 +92,28 @@ def trained(config: Any, folder: Path) -> dict[str, Any]:
     return summary
 
 
+def stop_in_step(number: int, config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until Ctrl-C in a step, counted from 1."""
+    real, taken = engine.train_step, []
+
+    def failing(*args, **kwargs):
+        taken.append(0)
+        if len(taken) == number:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "train_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            trained(config, folder)
+
+
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(task, scenes, tmp_path, monkeypatch):
     config = config_of(task, tmp_path, recipe(task, scenes))
     whole = trained(config, tmp_path / "whole")
 
-    real, taken = engine.train_step, []
-
-    def failing(*args, **kwargs):
-        taken.append(0)
-        if len(taken) == 5:  # after the first validation, before the end
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(engine, "train_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        trained(config, tmp_path / "parts")
-    monkeypatch.setattr(engine, "train_step", real)
+    stop_in_step(5, config, tmp_path / "parts", monkeypatch)  # after the first validation, before the end
     parts = trained(config, tmp_path / "parts")
 
     figures = list(build(config, CPU).figures)
@@ -149,18 +154,7 @@ def test_a_run_with_a_teacher_goes_on_where_it_stopped(task, projector, scenes, 
         }
     config = config_of(task, tmp_path, values)
     whole = trained(config, tmp_path / "whole")
-    real, taken = engine.train_step, []
-
-    def failing(*args, **kwargs):
-        taken.append(0)
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(engine, "train_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        trained(config, tmp_path / "parts")
-    monkeypatch.setattr(engine, "train_step", real)
+    stop_in_step(3, config, tmp_path / "parts", monkeypatch)
     trained(config, tmp_path / "parts")
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")]
     for part in ("student", "projector", "optimizer"):

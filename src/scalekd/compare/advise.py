@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -57,11 +58,12 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
     config = load_recipe(recipe, texts)
     if not config.all_teachers:
         raise UserError("the teacher is off: name one; advice is about what to learn from it")
-    found = situation(config)
-    length = _length(config, found, steps) if steps else []
-    if length:
-        config = load_recipe(recipe, [*texts, *length])
-        found = situation(config)
+    found, length = situation(config), []
+    if steps is not None:
+        epochs = max(1, round(steps * config.train.epochs / found.steps))
+        warmup = config.schedule.warmup_epochs * epochs / config.train.epochs
+        length = [f"train.epochs={epochs}", f"schedule.warmup_epochs={warmup:g}"]  # the same part of the steps
+        found = replace(found, steps=found.steps // config.train.epochs * epochs)
     advice = _label_free() if found.teacher == FEATURES else _labelled(found)
     own = ["teacher.head=null"] if found.teacher == OWN and config.teacher and config.teacher.fits_head else []
     overrides = [*own, *length, *advice["overrides"]]
@@ -72,13 +74,6 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
         "situation": vars(found),
         "cost": _cost(load_recipe(recipe, [*texts, *overrides]), found, advice["losses"]),
     }
-
-
-def _length(config: Config, found: Situation, steps: int) -> list[str]:
-    """The overrides for a run of about so many steps, with the same part of them for the warm-up."""
-    epochs = max(1, round(steps * config.train.epochs / found.steps))
-    warmup = config.schedule.warmup_epochs * epochs / config.train.epochs
-    return [f"train.epochs={epochs}", f"schedule.warmup_epochs={warmup:g}"]
 
 
 # ---------------------------------------------------------------- images with labels
@@ -155,23 +150,23 @@ def gain_text(row: Mapping[str, Any]) -> str:
 
 def differences(cell: Mapping[str, Any], found: Situation) -> list[str]:
     """How the measured situation differs from this one, in words."""
-    return list(_differences(cell, found))
-
-
-def _differences(cell: Mapping[str, Any], found: Situation) -> Iterator[str]:
+    texts = []
     if cell["kind"] != found.kind:
-        yield f"a {cell['kind']} was trained, yours is a {found.kind}"
+        texts.append(f"a {cell['kind']} was trained, yours is a {found.kind}")
     if cell["start"] != found.start:
-        yield f"the student was {'trained from scratch' if cell['start'] == SCRATCH else 'pre-trained'}, yours is not"
+        texts.append(
+            f"the student was {'trained from scratch' if cell['start'] == SCRATCH else 'pre-trained'}, yours is not"
+        )
     if cell["teacher"] != found.teacher:
         words = {OWN: "was trained on the same classes", FITTED: "had a classifier fitted to its features"}
-        yield f"the teacher {words[cell['teacher']]}"
+        texts.append(f"the teacher {words[cell['teacher']]}")
     for name, here, there in (
         ("steps", found.steps, cell["steps"]),
         ("labelled images per class", found.labels_per_class, cell["labels"] / cell["classes"]),
     ):
         if max(here, there) > 2 * min(here, there):
-            yield f"{there:,.0f} {name}, yours are {here:,.0f}"
+            texts.append(f"{there:,.0f} {name}, yours are {here:,.0f}")
+    return texts
 
 
 # ---------------------------------------------------------------- images without labels

@@ -21,7 +21,7 @@ from scalekd.common.tables import fitted
 from scalekd.common.text import shortened
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.config.recipe_files import recipe_names
-from scalekd.models import mixer  # noqa: F401 - adds `mlp_mixer` to timm's names
+from scalekd.models import added  # noqa: F401 - adds models to timm
 from scalekd.models.stages import StageView
 from scalekd.models.unfilled import unfilled
 

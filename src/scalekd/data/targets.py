@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ def rarest(targets: Sequence[Target]) -> list[int]:
 
     An order or a sample that is balanced over these classes has images of all of them, however rare they are.
     """
+    if not are_sets(targets):
+        return list(cast("Sequence[int]", targets))
     images = count_of(targets)
     return [min(classes_in(t), key=lambda c: (images[c], c), default=-1) for t in targets]
 
@@ -67,4 +70,4 @@ def one_each(targets: Sequence[Target], what: str) -> list[int]:
             f"{what} needs one class per image, and these images have sets of labels. For multi-label data there are "
             "`scalekd train`, `evaluate`, `predict` and `export` (`scalekd docs labels`)"
         )
-    return [target for target in targets if isinstance(target, int)]
+    return list(cast("Sequence[int]", targets))

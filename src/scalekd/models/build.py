@@ -7,7 +7,7 @@ from torch import nn
 
 from scalekd.common.errors import UserError, first_line
 
-from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
+from . import added  # noqa: F401 - adds models to timm
 from .create import build_plain
 from .fitted_head import build_with_head
 from .names import models_like

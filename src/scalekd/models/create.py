@@ -14,7 +14,7 @@ from torch import nn
 from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import in_shell
 
-from . import mixer, transformers_vision, wide_last  # noqa: F401 - register models with timm
+from . import added  # noqa: F401 - adds models to timm
 from .licences import UNKNOWN, licence_of
 from .options import Model
 from .weights.folder import beside

@@ -15,7 +15,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import shortened
 
-from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
+from . import added  # noqa: F401 - adds models to timm
 from .create import build_plain, create, resolve
 from .inputs import statistics
 from .options import FIT, Model

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
 
-from . import mixer, wide_last  # noqa: F401 - register models with timm
+from . import added  # noqa: F401 - adds models to timm
 from .options import Model
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel

@@ -64,7 +64,7 @@ class Backbone(Section):
     def _known(cls, name: str) -> str:
         import timm
 
-        from . import mixer, transformers_vision, wide_last  # noqa: F401 - register models with timm
+        from . import added  # noqa: F401 - adds models to timm
         from .names import way_to
 
         if not timm.is_model(name):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scalekd.common.errors import UserError
 from scalekd.common.text import printable, shortened
 
-from . import mixer  # noqa: F401 - registers `mlp_mixer` in timm
+from . import added  # noqa: F401 - adds models to timm
 from .inputs import usual_size
 from .options import Model
 from .released_keys import EXTRAS, KWARGS, RULES, SIGNS, TIMM

@@ -18,7 +18,7 @@ from scalekd.models.names import ADDED
 from .curves import losses_text
 from .evaluate import STUDENT, Seen
 from .folder import RunFolder
-from .label_sets import SeenSets
+from .label_sets import SeenSets, class_cells
 from .page import NONE
 from .predictions import accuracies, worst_and_best
 from .svg import finite
@@ -207,8 +207,7 @@ def _class_rows(seen: SeenSets) -> list[str]:
     shown, note = worst_and_best(seen.classes, "Sorted by average precision (AP), the worst first.")
     lines = ["", "| class | images | AP % | precision % | recall % | F1 % |", "|---|--:|--:|--:|--:|--:|"]
     for row in shown:
-        cells = [NONE if row[key] is None else f"{row[key]:.1f}" for key in ("ap", "precision", "recall", "f1")]
-        lines.append(f"| {marked(shortened(row['class'], 40))} | {row['images']} | {' | '.join(cells)} |")
+        lines.append(f"| {marked(shortened(row['class'], 40))} | {row['images']} | {' | '.join(class_cells(row))} |")
     return [*lines, "", f"On {seen.images:,} validation images. {note}"]
 
 

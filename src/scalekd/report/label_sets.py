@@ -104,10 +104,16 @@ def _classes(seen: SeenSets) -> str:
     head = ["class", "images", "AP", "precision", "recall", "F1", *["teacher's AP"] * taught]
     rows = []
     for row in shown:
-        cells = [NONE if row[key] is None else f"{row[key]:.1f}" for key in ("ap", "precision", "recall", "f1")]
-        rows.append([row["class"], str(row["images"]), *cells, *[f"{row.get('teacher_ap', 0):.1f}"] * taught])
+        rows.append(
+            [row["class"], str(row["images"]), *class_cells(row), *[f"{row.get('teacher_ap', 0):.1f}"] * taught]
+        )
     note += f" Precision, recall and F1 at threshold {seen.threshold:g}."
     return section("Classes (%)", table(head, rows, "numbers"), note)
+
+
+def class_cells(row: Mapping[str, Any]) -> list[str]:
+    """AP, precision, recall and F1 of a class, in %."""
+    return [NONE if row[key] is None else f"{row[key]:.1f}" for key in ("ap", "precision", "recall", "f1")]
 
 
 def set_numbers(seen: SeenSets) -> dict[str, Any]:

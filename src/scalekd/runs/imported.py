@@ -17,7 +17,7 @@ from scalekd.common.provenance import command_line
 from scalekd.common.text import shortened
 from scalekd.common.version import __version__
 from scalekd.data.sources.open import open_source
-from scalekd.models import mixer  # noqa: F401 - registers a model with timm
+from scalekd.models import added  # noqa: F401 - adds models to timm
 from scalekd.models.build import build_model
 from scalekd.models.options import Model
 from scalekd.models.released_keys import REFUSED, TIMM

@@ -15,14 +15,13 @@ from scalekd.common.errors import UserError, nearest
 from scalekd.common.files import is_file
 from scalekd.common.text import printable
 
-from .names import told
+from .names import KINDS, told
 from .open import evaluated_part, open_unlabelled, parts_of
 from .source import Source
 from .table.text import is_table
 from .unlabelled import Joined, Loose, WithoutLabels
 
 KEY = "`inputs`"
-KINDS = ("folder", "tar", "wds", "idx", "hf", "torchvision", "fashion-mnist")
 
 
 def open_inputs(inputs: Sequence[str]) -> Source:

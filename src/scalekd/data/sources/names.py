@@ -10,6 +10,15 @@ from scalekd.common.errors import UserError
 from scalekd.common.text import printable
 from scalekd.data.images import is_image
 
+KINDS = (
+    "folder",
+    "tar",
+    "wds",
+    "idx",
+    "hf",
+    "torchvision",
+    "fashion-mnist",
+)  # in front of a colon; of tables: table/text.py
 SPLITS = {
     "train": "train",
     "training": "train",

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.text import printable, shortened
 
+from ..names import KINDS as SOURCES
+
 KINDS = ("csv", "tsv", "parquet", "coco")
 ENDINGS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".json": "coco"}
 SEPARATORS = {"comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "tab": "\t"}
@@ -47,7 +49,7 @@ def _parts(text: str) -> tuple[str, str, str] | None:
         return None
     kind = found[1] or ENDINGS.get(Path(found[2]).suffix.lower(), "")
     is_class_folders = not found[1] and Path(found[2]).expanduser().is_dir()
-    other = not found[1] and re.match(r"(folder|tar|wds|hf|idx|torchvision|fashion-mnist):", text)
+    other = text.partition(":")[0] in SOURCES
     return None if not kind or is_class_folders or other else (kind, found[2], found[3] or "")
 
 
