@@ -3,8 +3,9 @@
 python benchmarks/quantize.py --seeds 5 --out docs/results/quantize --runs runs/quantize
 
 Students: `demo`, the demo's CNN with its recipe; `mobilenetv3` and `vit`, a MobileNetV3 and a ViT-tiny with CE and KD.
-Each is trained, calibrated, and trained in int8 with labels only and with the teacher. The same command continues where
-it was stopped, and writes the table after every run. `--finished` trains nothing and writes the table of what is there.
+Each is trained, calibrated, and trained in int8 with labels only and with the teacher. What a run gave is kept in
+OUT/runs, and the table is written after every run. The same command continues where it was stopped; `--finished` trains
+nothing and writes the table of what is there.
 """
 
 from __future__ import annotations
@@ -29,19 +30,25 @@ STUDENTS = {
 WAYS = {"ptq": "calibrated", "qat-labels": "trained with labels only", "qat": "trained with the teacher"}
 
 
-def result_of(student: str, seed: int, runs: Path, epochs: int) -> dict[str, Any]:
+def finished(out: Path, student: str, seed: int) -> Path:
+    """The file of what a run gave; it is there once the run is finished."""
+    return out / "runs" / f"{student}-seed{seed}.json"
+
+
+def result_of(student: str, seed: int, runs: Path, out: Path, epochs: int) -> dict[str, Any]:
     """Trains and quantises a student with a seed, or reads what an earlier start finished."""
+    known = finished(out, student, seed)
+    if known.is_file():
+        return json.loads(known.read_text())
     run = runs / f"{student}-seed{seed}"
     if not (run / "summary.json").is_file():
         overrides = [] if student == "demo" else [f"name=demo-{student}"]
         scalekd.train(
             "demo", out=run, seed=seed, overrides=[*overrides, *STUDENTS[student]], verbose=True, device="cpu"
         )
-    known = run / "benchmark.json"
-    if known.is_file():
-        return json.loads(known.read_text())
     found = scalekd.quantize(run, qat=True, qat_labels=True, epochs=epochs, verbose=True, device="cpu")
-    known.write_text(json.dumps(found.details))
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(found.details) + "\n")
     return found.details
 
 
@@ -128,11 +135,10 @@ def main() -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in range(args.seeds):
         for student in args.students.split(","):
-            if args.finished and not (args.runs / f"{student}-seed{seed}" / "benchmark.json").is_file():
+            if args.finished and not finished(args.out, student, seed).is_file():
                 continue
-            results.setdefault(student, {})[seed] = result_of(student, seed, args.runs, args.epochs)
+            results.setdefault(student, {})[seed] = result_of(student, seed, args.runs, args.out, args.epochs)
             found = summary(results, args.epochs)
-            args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
             (args.out / "summary.md").write_text(markdown(found))
 
