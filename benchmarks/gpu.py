@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_models import FORMS, ORDER
+from gpu_models import FORMS, LEVERS, ORDER
 from row_worker import Worker
 
 PARTS = ("checks", "speed", "input", "timm")
@@ -31,6 +31,10 @@ COMPILED = 150.0  # seconds at most for a row that compiles; a compiler may take
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for torch.use_deterministic_algorithms, in the checks only
 EAGER_LEVERS = ("teacher", "streams", "teacher+streams", "contiguous", "checkpointing", "float32", "tf32")
 AGREEING = ["streams", "teacher+streams", "checkpointing", "compile", "streams+compile", "graphs", "teacher+graphs"]
+OF_FORM = {  # levers of forms that are not for training; the floor's teacher is plain, and has the student's precision
+    "floor": ("plain", "contiguous", "float32", "tf32", "compile"),
+    "literal": ("plain", "contiguous", "float32", "tf32", "compile"),
+}
 WORKERS = (16, 8, 4, 2, 1)
 BLOCK_SECONDS = 0.25
 SHORT = {"block_seconds": 0.0, "blocks": 2, "warm": 1}
@@ -47,8 +51,12 @@ class Row(NamedTuple):
 # ---------------------------------------------------------------- the rows
 
 
-def rows(tiny: bool) -> Iterator[Row]:
+def rows(tiny: bool) -> list[Row]:
     """All rows, in the order in which they are worth having."""
+    return list({(row.part, row.name): row for row in _rows(tiny)}.values())
+
+
+def _rows(tiny: bool) -> Iterator[Row]:
     yield from _checks(tiny)
     if tiny:
         yield from _tiny()
@@ -76,6 +84,10 @@ def rows(tiny: bool) -> Iterator[Row]:
     for pair in ORDER[1:]:
         yield from (_step(pair, "default", 128, levers) for levers in ("compile", "graphs", "streams+compile"))
         yield from (_step(pair, form, 128, "compile") for form in ("published", "floor", "kd"))
+    for batch in (128, 64):  # every other combination: hours, for `--missing` on a GPU of one's own
+        for pair in ORDER:
+            for form in FORMS:
+                yield from (_step(pair, form, batch, levers) for levers in OF_FORM.get(form, LEVERS))
 
 
 def _checks(tiny: bool) -> Iterator[Row]:

@@ -30,12 +30,12 @@ SHOWN = NEEDS_A_GPU | {
 def entries(tmp_path_factory):
     """The rows of the whole script, from its file."""
     out = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
-    gpu.run(list(gpu.rows(tiny=True)), "cpu", time.monotonic() + 280, out)
+    gpu.run(gpu.rows(tiny=True), "cpu", time.monotonic() + 280, out)
     return gpu.read(out)
 
 
 def test_every_part_runs_without_a_gpu(entries):
-    assert len(entries) == len(list(gpu.rows(tiny=True)))
+    assert len(entries) == len(gpu.rows(tiny=True))
     assert {entry["part"] for entry in entries} == set(gpu.PARTS)
     assert {entry["name"] for entry in entries if "error" in entry} == NEEDS_A_GPU
     for entry in entries:
@@ -82,8 +82,12 @@ def test_its_page(entries, tmp_path, monkeypatch, capsys):
 
 
 def test_the_real_rows_call_the_tested_functions_with_valid_options():
-    real, tiny = list(gpu.rows(tiny=False)), list(gpu.rows(tiny=True))
-    assert len({(row.part, row.name) for row in real}) == len(real)
+    real, tiny = gpu.rows(tiny=False), gpu.rows(tiny=True)
+    names = [row.name for row in real]
+    assert len(set(names)) == len(names) > 500
+    assert {f"swin-l-vit-s published 64 {levers}" for levers in LEVERS} < set(names) and "floor 64 teacher" not in str(
+        names
+    )
     assert {row.function for row in real} == {row.function for row in tiny}
     for row in {row.function: row for row in real}.values():
         module, _, name = row.function.rpartition(".")
