@@ -1,4 +1,4 @@
-"""Small images with sets of labels for tests: squares of one colour for each class, and tables that name them."""
+"""Small images with sets of labels for tests: squares of one colour for each class, and tables that name them; mAP, slowly."""
 
 from __future__ import annotations
 
@@ -27,3 +27,20 @@ def write_sets(folder: Path, images: int = 32, size: int = 40, seed: int = 0) ->
     lines = [f"{i}.png,{'|'.join(labels)}" for i, labels in enumerate(rows)]
     (folder / "labels.csv").write_text("\n".join(["path,labels", *lines]) + "\n")
     return rows
+
+
+def slow_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The area under the curve of precision over recall as steps, from its points at every threshold."""
+    area = recall = 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        found = scores >= threshold
+        hits = (found & truth).sum()
+        area += (hits / truth.sum() - recall) * hits / found.sum()
+        recall = hits / truth.sum()
+    return area
+
+
+def slow_map(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The mean of `slow_average_precision` over the classes that an image has, in %. scores, truth: (N, C)."""
+    classes = [c for c in range(truth.shape[1]) if truth[:, c].any()]
+    return 100 * float(np.mean([slow_average_precision(scores[:, c], truth[:, c]) for c in classes]))

@@ -328,7 +328,7 @@ def fit_head(
         limit: as in a recipe's section `data`.
         seed: as in a recipe's section `data`.
         crop_pct: as `augment.crop_pct`; timm's for that model by default.
-        draws: fit on this many sets of labels and keep the first one's head.
+        draws: fit on this many draws of the labels and keep the first one's head.
         val_limit: as for `probe`.
         cache: as for `probe`.
         device: as for `probe`.
@@ -355,7 +355,8 @@ def fit_head(
         cache=Path(cache) if cache else None,
         device_name=device,
     )
-    return Head(Path(out), card["validation"]["after"]["top1"], card)
+    figures = card["validation"]["after"]
+    return Head(Path(out), figures.get("top1"), card, figures.get("map"))
 
 
 def compare(

@@ -149,7 +149,6 @@ def test_sets_are_refused_where_one_class_is_needed_and_the_reverse(recipe, sets
         check_config(changed(recipe, losses={"asl": {}, "fd": {}}, augment={"mixup": 0.1}), "test")
     table = sets / "train" / TABLE
     for command in (
-        ("head", "test_vit", "--weights", "random", "--data", table, "--out", tmp_path / "head"),
         ("probe", "test_vit", "--data", table, "--out", tmp_path / "probe"),
         ("compare", "own-ladder", "--data", table, "--student", "test_resnet", "--teacher", "test_vit", "--out", tmp_path / "c"),
     ):  # fmt: skip

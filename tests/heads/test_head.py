@@ -35,7 +35,8 @@ from scalekd.heads import linear as head_solver
 from scalekd.heads import page as head_page
 from scalekd.heads.features import pooled
 from scalekd.heads.fit_head import Teacher, fit_head
-from scalekd.heads.linear import best_temperature, calibration_error, choose, fit, held_out_parts, scores
+from scalekd.heads.linear import choose, fit, held_out_parts
+from scalekd.heads.scores import best_temperature, calibration_error, scores
 from scalekd.models.build import build_model
 from scalekd.models.fitted_head import build_with_head
 from scalekd.models.options import Model

@@ -151,7 +151,9 @@ def teacher_accuracy(run: DistillationRun, taught: Taught) -> list[Check]:
         return []
     sample = sample_of(run, taught, SAMPLE)
     logits = logits_of(taught.teacher.view.model, sample, *_statistics(taught))
-    return [accuracy_on_sets(f"{taught.label} accuracy", logits, sample, logit_losses(run.config, taught.label))]
+    head = _head_card(taught)
+    known = head.validation["after"].get("map") if head else None
+    return [accuracy_on_sets(f"{taught.label} accuracy", logits, sample, logit_losses(run.config, taught.label), known)]
 
 
 def accuracy_by_logits(run: DistillationRun, taught: Taught) -> Check:
@@ -162,7 +164,7 @@ def accuracy_by_logits(run: DistillationRun, taught: Taught) -> Check:
     n, classes = len(logits), len(run.classes)
     top1 = 100 * (logits.argmax(1) == sample.targets).double().mean().item()
     head = _head_card(taught)
-    known = taught.spec.top1 or (head.validation["after"]["top1"] if head else None)
+    known = taught.spec.top1 or (head.validation["after"].get("top1") if head else None)
     text = f"{top1:.1f} % on {n} validation images" + (f" (known: {known:.1f} %)" if known else "")
     at_chance, doubt = _doubt(top1, known, n, 100 / classes)
     evidence = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from scalekd.distill.label_sets import Scores, mean_average_precision
+from scalekd.common.set_figures import Scores, mean_average_precision
 
 from .model import Check
 from .statistical_tests import Sample
@@ -13,13 +13,16 @@ from .statistical_tests import Sample
 SHUFFLES = 20  # orders of the labels that chance is judged by
 
 
-def accuracy_on_sets(name: str, logits: torch.Tensor, sample: Sample, reads_logits: list[str]) -> Check:
+def accuracy_on_sets(
+    name: str, logits: torch.Tensor, sample: Sample, reads_logits: list[str], known: float | None = None
+) -> Check:
     """The teacher's mAP on a sample, with a warning if it is at chance level or its probabilities are of no use.
 
     Args:
         name: of the check.
         logits: (N, classes) of the sample, whose targets are (N, classes) of 0 and 1.
         reads_logits: the losses that learn from its logits.
+        known: its mAP in % on all validation images, as `scalekd head` measured it.
     """
     truth = sample.targets > 0.5
     if not truth.any():
@@ -29,6 +32,7 @@ def accuracy_on_sets(name: str, logits: torch.Tensor, sample: Sample, reads_logi
     orders = [torch.randperm(len(truth), generator=generator) for _ in range(SHUFFLES)]
     chance = [mean_average_precision(Scores(logits, truth[order])) for order in orders]
     text = f"mAP {found:.1f} % on {len(truth)} validation images ({sum(chance) / SHUFFLES:.1f} % by chance)"
+    text += f" (known: {known:.1f} %)" if known is not None else ""
     if found <= max(chance):
         return Check(
             name, "warn", text, "It is not better than with shuffled labels: check its weights and class order"

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 STUDENT = "a run's folder, a .safetensors file or an .onnx file"
 WIDTH = 80  # of the table, in characters
 NAME, CLASS = 32, 20  # of its columns
-MOST_CLASSES = 30  # lines of a table by class
 STDOUT = "-"
 
 
@@ -112,7 +111,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result)))
     elif result.map is not None:
-        print("\n".join(class_lines(result.classes)))
+        from scalekd.common.set_figures import class_lines
+
+        print("\n".join(class_lines(result.classes, "`--json` has all")))
         print(
             f"mAP {result.map:.2f} %  macro F1 {result.f1_macro:.2f} %  micro F1 {result.f1_micro:.2f} %  at threshold "
             f"{result.threshold:g}  loss {result.loss:.4f}  on {result.images} images"
@@ -121,19 +122,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
         )
-
-
-def class_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of the classes, the worst average precision first, at most `MOST_CLASSES` of them."""
-    width = max(5, *(len(_cut(printable(row["class"]), NAME)) for row in rows[:MOST_CLASSES]))
-    lines = [f"{'class':{width}}  images    AP %  precision %  recall %    F1 %"]
-    for row in rows[:MOST_CLASSES]:
-        precision = "-" if row["precision"] is None else f"{row['precision']:.2f}"
-        lines.append(
-            f"{_cut(printable(row['class']), NAME):{width}}  {row['images']:6}  {row['ap']:6.2f}  {precision:>11}  "
-            f"{row['recall']:8.2f}  {row['f1']:6.2f}"
-        )
-    return lines + [f"... and {len(rows) - MOST_CLASSES} better ones (`--json` has all)"] * (len(rows) > MOST_CLASSES)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def _add_head(commands: Any) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="fit on K sets of labels; keep the head of the first (default: 1)",
+        help="fit on K draws of the labels; keep the head of the first (default: 1)",
     )
     sub.add_argument("--val-limit", type=int, metavar="N", help="use only N validation images")
     sub.add_argument(

@@ -112,10 +112,12 @@ class Head:
     """A linear classifier fitted on a frozen teacher. Set `teacher.head` in a recipe to `folder` to use it."""
 
     folder: Path
-    top1: float
-    """Top-1 accuracy of the teacher with this head on the validation images, in %."""
+    top1: float | None
+    """Top-1 accuracy of the teacher with this head on the validation images, in %; None with sets of labels."""
     card: dict[str, Any]
     """The content of head.json in `folder`."""
+    map: float | None = None
+    """With sets of labels, the mAP on the validation images, in %."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,13 @@ def multi_hot(target: tuple[int, ...], classes: int) -> Tensor:
     return row
 
 
+def as_tensor(targets: Sequence[Target], classes: int) -> Tensor:
+    """The targets of labelled images: classes (N,) int64, or sets of classes (N, classes) float32 of 0 and 1."""
+    if are_sets(targets):
+        return torch.stack([multi_hot(classes_in(target), classes) for target in targets])
+    return torch.tensor(targets)
+
+
 def rarest(targets: Sequence[Target]) -> list[int]:
     """For each image, that of its classes which has the fewest images; -1 if it has none.
 

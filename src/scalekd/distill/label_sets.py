@@ -1,9 +1,8 @@
-"""Validation on images with sets of labels: mAP, F1 at a threshold that is chosen on them, and a table by class."""
+"""The logits of a model for validation images with sets of labels; common/set_figures.py has their figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,26 +10,9 @@ from torch import Tensor, nn
 
 from scalekd.common import parallel
 from scalekd.common.errors import UserError
+from scalekd.common.set_figures import Scores
 from scalekd.data.batches import Batch
 from scalekd.models.inputs import scaled
-
-SET_FIGURES = {"map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1"}
-THRESHOLDS = torch.arange(1, 100, dtype=torch.float64) / 100
-
-
-class Scores(NamedTuple):
-    """What a model says of some images, on the CPU."""
-
-    logits: Tensor  # (N, classes) float32
-    truth: Tensor  # (N, classes) bool
-
-
-class Counts(NamedTuple):
-    """For each threshold and class, (thresholds, classes) float64."""
-
-    right: Tensor  # images with the class whose probability is at least the threshold
-    found: Tensor  # images whose probability is at least the threshold
-    images: Tensor  # images with the class
 
 
 def scores_of(model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, device: torch.device) -> Scores:
@@ -55,106 +37,3 @@ def scores_of(model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Ten
     if not truth.any():
         raise UserError("none of the validation images has a label, so there is no mAP; set another data.val")
     return Scores(logits, truth)
-
-
-def figures_of(scores: Scores, threshold: float | None = None) -> dict[str, float]:
-    """{"map": %, "f1_macro": %, "f1_micro": %, "threshold", "loss": nats, "images": count}.
-
-    mAP is the mean of the average precisions of the classes; it and macro F1 leave out classes that no image has. The
-    loss is the binary cross entropy, averaged over classes and images.
-
-    threshold: at or above this probability a class counts as predicted. By default that of `best_threshold`.
-    """
-    chosen = best_threshold(scores) if threshold is None else threshold
-    macro, micro = (figure.item() for figure in f1_of(counts_at(scores, torch.tensor([chosen]).double())))
-    truth = scores.truth.double()
-    loss = nn.functional.binary_cross_entropy_with_logits(scores.logits.double(), truth).item()
-    return {
-        "map": mean_average_precision(scores),
-        "f1_macro": 100 * macro,
-        "f1_micro": 100 * micro,
-        "threshold": chosen,
-        "loss": loss,
-        "images": len(truth),
-    }
-
-
-def mean_average_precision(scores: Scores) -> float:
-    """mAP in %, over the classes that an image has."""
-    return 100 * float(np.nanmean(average_precisions(scores)))
-
-
-def average_precisions(scores: Scores) -> list[float]:
-    """The average precision of each class, in [0, 1]; NaN for a class that no image has."""
-    logits, truth = scores.logits.numpy(), scores.truth.numpy()
-    return [average_precision(logits[:, c], truth[:, c]) for c in range(truth.shape[1])]
-
-
-def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The mean over the positives of the precision among all images that score at least as high as the positive.
-
-    This is the sum over thresholds of (the gain in recall) x (the precision), without interpolation, so equal scores
-    count as one threshold and the order of the images has no influence.
-
-    Args:
-        scores: (N,).
-        truth: (N,) bool. NaN is returned if all are False.
-    """
-    if not truth.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    ordered, hits = scores[order], truth[order]
-    ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)  # last image of each threshold
-    right = np.cumsum(hits)[ends]
-    gains = np.diff(right, prepend=0)
-    return float((gains * right / (ends + 1)).sum() / truth.sum())
-
-
-def counts_at(scores: Scores, thresholds: Tensor) -> Counts:
-    """The counts at these thresholds, ascending (K,) float64."""
-    passed = torch.bucketize(scores.logits.double().sigmoid(), thresholds, right=True)  # number of thresholds <= p
-    classes = passed.shape[1]
-    steps = len(thresholds) + 1
-    cells = passed + steps * torch.arange(classes)
-
-    def at_least(chosen: Tensor) -> Tensor:
-        counts = torch.bincount(chosen.flatten(), minlength=steps * classes).view(classes, steps)
-        return counts.flip(1).cumsum(1).flip(1)[:, 1:].T.double()
-
-    return Counts(at_least(cells[scores.truth]), at_least(cells), scores.truth.sum(0).double())
-
-
-def f1_of(counts: Counts) -> tuple[Tensor, Tensor]:
-    """Macro and micro F1 in [0, 1], (thresholds,) each. Macro F1 is the mean over the classes that an image has."""
-    by_class = f1_by_class(counts)[:, counts.images > 0]
-    right, found = counts.right.sum(1), counts.found.sum(1)
-    return by_class.mean(1), 2 * right / (found + counts.images.sum())
-
-
-def f1_by_class(counts: Counts) -> Tensor:
-    """F1 of each threshold and class in [0, 1]: 2 * right / (found + images); 0 if both are 0."""
-    return 2 * counts.right / (counts.found + counts.images).clamp(min=1)
-
-
-def best_threshold(scores: Scores) -> float:
-    """The threshold among 0.01, 0.02, ..., 0.99 with the largest macro F1; of several the middle one."""
-    macro, _ = f1_of(counts_at(scores, THRESHOLDS))
-    best = torch.nonzero(macro == macro.max()).flatten()
-    return round(THRESHOLDS[best[len(best) // 2]].item(), 2)
-
-
-def class_table(scores: Scores, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
-    """For each class that an image has: images, and ap, precision, recall and f1 in % at the threshold; the worst first.
-
-    The precision of a class that is never predicted is None.
-    """
-    counts = counts_at(scores, torch.tensor([threshold]).double())
-    precisions, f1 = average_precisions(scores), f1_by_class(counts)[0]
-    rows = []
-    for i, name in enumerate(classes):
-        images, found, right = (counts.images[i].item(), counts.found[0, i].item(), counts.right[0, i].item())
-        if images:
-            row = {"class": name, "images": int(images), "ap": 100 * precisions[i]}
-            row |= {"precision": 100 * right / found if found else None, "recall": 100 * right / images}
-            rows.append(row | {"f1": 100 * f1[i].item()})
-    return sorted(rows, key=lambda row: (row["ap"], row["class"]))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scalekd.common import parallel
 from scalekd.common.seeds import seed_everything
+from scalekd.common.set_figures import SET_FIGURES, figures_of
 from scalekd.common.stopwatch import Stopwatch
 from scalekd.config.losses import reads_logits, reads_teacher
 from scalekd.config.recipe import Config
@@ -37,7 +38,7 @@ from scalekd.train.run import AUTOCAST, Run
 from .balance import backbone_parameters
 from .distiller import Distiller
 from .evaluate import NEIGHBOURS, evaluate, evaluate_features
-from .label_sets import SET_FIGURES, figures_of, scores_of
+from .label_sets import scores_of
 from .teacher import Teacher
 from .teacher_outputs import TeacherOutputs
 

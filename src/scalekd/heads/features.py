@@ -27,7 +27,7 @@ from scalekd.data.images import BadImages
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.source import Source
 from scalekd.data.split import by_class
-from scalekd.data.targets import classes_in, one_each
+from scalekd.data.targets import as_tensor, classes_in
 from scalekd.data.transforms import eval_transform
 from scalekd.models.build import timm_model
 from scalekd.models.features import pooled
@@ -143,7 +143,9 @@ def features(
     console: Console,
     bad: BadImages | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D), float32, and targets (N,) of these images, in this order. Computes those missing in `cache`.
+    """Features (N, D), float32, and targets of these images, in this order: classes (N,), or sets of classes (N, C).
+
+    Features that are not in `cache` are computed.
 
     name: the user's name of the source. bad: records images that cannot be read, which are left out. Raises `UserError`
     for such an image without `bad`, for more of them than it allows, and for features that are not finite.
@@ -156,8 +158,8 @@ def features(
     done = 0
     workers = WORKERS if backbone.device.type == "cuda" and len(missing) > CHUNK else 0
     images = Images(source, missing, backbone.transform, None, bad)
-    targets = one_each(source.targets, "a classifier on frozen features")
-    images.alive |= {targets[i] for i in known}  # their classes have readable images
+    targets = source.targets
+    images.alive |= {label for i in known for label in classes_in(targets[i])}  # their classes have readable images
     batches = eval_batches(images, BATCH, workers, False)
     left_to_do = iter(missing)
     while first := next(batches, None):
@@ -179,7 +181,8 @@ def features(
         said = f"{name}: {counted(len(bad.found), 'unreadable image')} left out, such as {next(iter(bad.found))}"
         say(console, said)
     readable = [i for i in indices if i in known]
-    return torch.stack([known[i] for i in readable]), torch.tensor([targets[i] for i in readable])
+    found = as_tensor([targets[i] for i in readable], len(source.classes))
+    return torch.stack([known[i] for i in readable]), found
 
 
 def _next_readable(indices: Iterator[int], count: int, source: Source, bad: BadImages | None) -> list[int]:

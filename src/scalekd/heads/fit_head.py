@@ -29,13 +29,14 @@ from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
+from scalekd.common.set_figures import Scores, class_table
 from scalekd.common.text import printable, say
 from scalekd.data.batches import Images, bad_images, eval_batches
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import pair_of
 from scalekd.data.split import Split, open_split
-from scalekd.data.targets import one_each
+from scalekd.data.targets import are_sets, classes_in
 from scalekd.models.build import build_model
 from scalekd.models.fitted_head import put_head
 from scalekd.models.inputs import input_doubt, sensible_crop, statistics
@@ -46,8 +47,9 @@ from scalekd.models.weights.match import sha256_of
 from scalekd.models.weights.trained import Loaded, backbone_sha256, trained
 
 from .features import FEATURES, Backbone, features, some
-from .linear import Choice, Linear, choose, fit, scores
-from .page import tell, tell_use
+from .linear import Choice, Linear, choose, fit
+from .page import main_figure, tell, tell_use
+from .scores import before_and_after
 
 
 class Teacher(Backbone):
@@ -134,8 +136,8 @@ def fit_head(
         val_indices = some(split.val, split.val_indices, val_limit, data.seed)
         fits.append(_fit_split(teacher, split, val_indices, data, seed_from("head", data.seed + k), cache, console))
         if draws > 1:
-            top1 = fits[-1].validation["after"]["top1"]
-            say(console, f"draw {k + 1} of {draws}: top-1 {top1:.2f} %, strength {fits[-1].choice.strength:g}")
+            name, figure = main_figure(fits[-1].validation["after"])
+            say(console, f"draw {k + 1} of {draws}: {name} {figure:.2f} %, strength {fits[-1].choice.strength:g}")
 
     head, choice = fits[0].head, fits[0].choice
     tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
@@ -172,6 +174,7 @@ class Fit(NamedTuple):
     choice: Choice
     head: Linear
     validation: dict[str, dict[str, float]]  # `scores` before and after the temperature
+    classes: list[dict[str, Any]]  # with sets of classes the `class_table` of the validation images, else []
 
 
 def _fit_split(
@@ -183,23 +186,35 @@ def _fit_split(
     cache: Path,
     console: Console,
 ) -> Fit:
-    classes = len(split.classes)
+    classes, several = len(split.classes), are_sets(split.train.targets)
     bad = bad_images("train", data, len(split.train_indices))
     x, y = features(teacher, split.train, split.train_indices, str(data.train), cache, console, bad)
-    say(console, f"fitting {classes} classes to {len(y)} labels; the strength is chosen on held-out ones")
+    what = "labelled images" if several else "labels"
+    say(console, f"fitting {classes} classes to {len(y)} {what}; the strength is chosen on held-out ones")
+    if several and (always := [split.classes[c] for c in y.bool().all(0).nonzero().flatten().tolist()]):
+        say(
+            console,
+            f"warn: every labelled image has {printable(', '.join(always[:3]))}: the head will see it everywhere",
+        )
     choice = choose(x, y, classes, seed, partial(say, console))
     # all labels, with the chosen penalty: in a sum over the images it is the same prior
     plain = fit(x, y, classes, choice.strength)
     head = Linear(plain.weight / choice.temperature, plain.bias / choice.temperature)
     bad = bad_images("val", data, len(val_indices))
     x, y = features(teacher, split.val, val_indices, str(data.val or data.train), cache, console, bad)
-    return Fit(choice, head, {"before": scores(plain(x), y), "after": scores(head(x), y)})
+    if several and not y.any():
+        raise UserError("none of the validation images has a label, so there is no mAP; set another data.val")
+    validation = before_and_after(plain(x), y, choice.temperature, choice.threshold)
+    by_class = class_table(Scores(head(x), y > 0.5), split.classes, choice.threshold) if choice.threshold else []
+    return Fit(choice, head, validation, by_class)
 
 
 def _card(teacher: Teacher, split: Split, data: Data, fits: Sequence[Fit], head_sha256: str) -> dict[str, Any]:
     """The contents of head.json, without logit difference and provenance. split, fits[0]: of the head that is kept."""
     choice = fits[0].choice
-    top1 = [f.validation["after"]["top1"] for f in fits]
+    key = "map" if fits[0].choice.threshold else "top1"
+    figures = [f.validation["after"][key] for f in fits]
+    sets = {"multi_label": True, "threshold": choice.threshold, "by_class": fits[0].classes} if key == "map" else {}
     return teacher.card | {
         "prefix": teacher.loaded.prefix,
         "classes": split.classes,
@@ -214,11 +229,12 @@ def _card(teacher: Teacher, split: Split, data: Data, fits: Sequence[Fit], head_
         "validation": fits[0].validation,
         "draws": {
             "seeds": [data.seed + k for k in range(len(fits))],
-            "top1": top1,
-            "mean": stats.mean(top1),
-            "half_width_95": half_width(top1),
+            key: figures,
+            "mean": stats.mean(figures),
+            "half_width_95": half_width(figures),
             "strengths": [f.choice.strength for f in fits],
         },
+        **sets,
     }
 
 
@@ -281,11 +297,14 @@ def _untrained_doubt(loaded: Loaded, where: str) -> str:
 
 
 def _refuse_empty_classes(split: Split, data: Data) -> None:
-    targets = one_each(split.train.targets, "a fitted classifier (`scalekd head`, `teacher.head: fit`)")
-    empty = set(range(len(split.classes))) - {targets[i] for i in split.train_indices}
+    found = {c for i in split.train_indices for c in classes_in(split.train.targets[i])}
+    empty = set(range(len(split.classes))) - found
     if empty:
         names = ", ".join(split.classes[i] for i in sorted(empty)[:3]) + ", ..." * (len(empty) > 3)
-        fix = f"data.limit {data.limit} is fewer than the {len(split.classes)} classes" if data.limit else "label some"
+        few = f"data.limit {data.limit} is fewer than the {len(split.classes)} classes"
+        if data.limit and data.limit >= len(split.classes):  # sets of classes: an image may count for another class
+            few = f"data.limit {data.limit} leaves them out; raise it"
+        fix = few if data.limit else "label some"
         count = f"{len(empty)} of the {len(split.classes)} classes"
         raise UserError(f"data.train: no labelled images of {count}: {printable(names)}; {fix}")
 

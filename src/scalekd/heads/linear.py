@@ -1,11 +1,10 @@
-"""Fits a linear classifier on fixed features, chooses its strength and temperature on held-out images, and scores it.
+"""Fits a linear classifier on fixed features, and chooses its strength, temperature and threshold on held-out images.
 
 Everything is full-batch and in float64: the same features give the same head.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scalekd.common.errors import UserError
+from scalekd.data.targets import Target, classes_in, rarest
+
+from .scores import (
+    UNCHOSEN_THRESHOLD,
+    all_right,
+    are_sets,
+    before_and_after,
+    best_temperature,
+    cost,
+    rank,
+    scores,
+    threshold_for,
+)
 
 STRENGTHS = tuple(10 ** (k / 2) for k in range(8, -5, -1))  # L2 penalties tried, from 10^4 to 10^-2
 UNCHOSEN = 10.0  # the strength if no image can be held out: the middle of the grid
@@ -25,9 +36,7 @@ FLAT = 1e-6  # a fit has converged if no entry of the mean loss's gradient is la
 ROUGH = 1e-5  # the same for the fits that choose the strength
 FLATTER = 1e-8  # where the final fit stops if it gets there in `POLISH` steps; about the limit of rounding
 POLISH = 200  # steps beyond `FLAT`: with many classes and a weak penalty, `FLATTER` would take thousands
-TEMPERATURES = (1 / 20, 20.0)  # range of the search
 TELL_EVERY = 5.0  # seconds between lines on the progress
-BINS = 15  # bins of the calibration error
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Choice:
-    """The strength and temperature of a head, and the held-out scores behind them."""
+    """The strength and temperature of a head, for sets of classes its threshold, and the held-out scores behind them."""
 
     strength: float
     temperature: float
     held_out: dict[str, Any]  # `scores` before and after the temperature; {} if no image could be held out
-    tried: list[dict[str, float]]  # per strength: strength, held-out nll and top1
+    tried: list[dict[str, float]]  # per strength: strength, held-out nll and top1 or map
+    threshold: float | None = None  # the probability from which on an image has a class
+    all_right: bool = False  # no held-out image has a wrong answer, so the temperature is not chosen
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,13 @@ def fit(
 ) -> Linear:
     """Multinomial logistic regression: minimises  sum_i CE(W z_i + b, y_i) + strength / 2 * ||W||^2.
 
+    With sets of classes, logistic regression of each class: CE is the sum of the classes' binary cross entropies.
+
     z are the standardised features; the bias is not penalised. scikit-learn's C is 1 / strength.
 
     Args:
         features: (N, D), any float type.
-        targets: (N,), in 0 .. classes - 1.
+        targets: (N,), in 0 .. classes - 1, or (N, classes) of 0 and 1.
         start: a fit on the same features to start from.
         flat: largest gradient entry at which to stop.
 
@@ -124,7 +137,7 @@ def fit(
 def _loss(parameters: Tensor, z: Tensor, unit: Tensor, targets: Tensor, strength: float) -> Tensor:
     """The penalised loss over N, so that step sizes and gradients do not depend on N. parameters: (C, R + 1)."""
     weight, bias = parameters[:, :-1], parameters[:, -1]
-    return F.cross_entropy(z @ weight.T + bias, targets) + strength / (2 * len(z)) * (weight * unit).square().sum()
+    return cost(z @ weight.T + bias, targets) + strength / (2 * len(z)) * (weight * unit).square().sum()
 
 
 def _minimise(parameters: Tensor, loss: Callable[[], Tensor], flat: float) -> float:
@@ -165,26 +178,50 @@ def choose(
 ) -> Choice:
     """Chooses the strength, then the temperature, with the lowest held-out negative log-likelihood.
 
+    With sets of classes, the strength has the highest held-out mAP, and the threshold the highest macro F1.
+
     Up to `CROSS_VALIDATED` images every fold is held out once and the held-out logits of all folds are scored together;
     the temperature is fitted to the same logits. With one image per class no image can be held out: the result is
-    `UNCHOSEN` and temperature 1.
+    `UNCHOSEN`, temperature 1 and threshold 0.5.
 
-    The strengths are tried from the strongest on. The search ends when the likelihood gets worse: from there it only gets
-    worse, and weak penalties are slow to fit.
-
-    features: (N, D), targets: (N,), of labelled training images only. tell: gets a line on the progress every few seconds.
+    features: (N, D), targets: (N,) or (N, C), of labelled training images only. tell: gets a line on the progress every
+    few seconds.
     """
-    parts = held_out_parts(targets.tolist(), seed)
+    parts = held_out_parts(listed(targets), seed)
     parts = parts if len(targets) <= CROSS_VALIDATED else parts[:1]
-    if not parts:
-        return Choice(UNCHOSEN, 1.0, {}, [])
+    truth = targets[torch.tensor([i for part in parts for i in part], dtype=torch.long, device=targets.device)]
+    if not parts or (are_sets(targets) and not truth.any()):
+        return Choice(UNCHOSEN, 1.0, {}, [], UNCHOSEN_THRESHOLD if are_sets(targets) else None)
+    strength, logits, tried = _search(features, targets, truth, parts, classes, tell)
+    # if all are correct, the likelihood grows with 1/T without bound: the temperature is undefined
+    right = all_right(logits, truth)
+    temperature = 1.0 if right else best_temperature(logits, truth)
+    threshold = threshold_for(logits / temperature, truth)
+    held_out = before_and_after(logits, truth, temperature, threshold)
+    return Choice(strength, temperature, held_out, tried, threshold, right)
+
+
+def _search(
+    features: Tensor,
+    targets: Tensor,
+    truth: Tensor,
+    parts: list[list[int]],
+    classes: int,
+    tell: Callable[[str], None] | None,
+) -> tuple[float, Tensor, list[dict[str, float]]]:
+    """The best strength, its logits for the held-out images of all parts, and the scores of all strengths tried.
+
+    They are tried from the strongest on. The search ends when the likelihood, and with sets of classes also mAP, gets
+    worse: from there they only get worse, and weak penalties are slow to fit.
+
+    truth: the targets of the parts, one part after the other.
+    """
     fits: list[Linear | None] = [None] * len(parts)
     everything = torch.arange(len(targets), device=targets.device)
     helds = [torch.tensor(part, device=targets.device) for part in parts]
     rests = [everything[~torch.isin(everything, held)] for held in helds]
     axes = [principal_axes(features[rest]) for rest in rests]
-    truth = targets[torch.tensor([i for part in parts for i in part], device=targets.device)]
-    tried, best, best_logits = list[dict[str, float]](), math.inf, torch.empty(0)
+    tried, best, chosen, best_logits = list[dict[str, float]](), dict[str, float](), UNCHOSEN, torch.empty(0)
     shown = time.perf_counter()
     for number, strength in enumerate(STRENGTHS, 1):
         logits = []
@@ -193,77 +230,45 @@ def choose(
                 shown = time.perf_counter()
                 tell(
                     f"  strength {strength:.3g} ({number} of at most {len(STRENGTHS)}), fit {k + 1} of {len(parts)}"
-                    + f", best so far {best:.4f} nats" * math.isfinite(best)
+                    + (f", best so far {_told(best)}" if best else "")
                 )
             fits[k] = linear = fit(axes[k], targets[rest], classes, strength, fits[k], ROUGH)
             logits.append(linear(features[held]))
-        held_out_logits = torch.cat(logits)
-        score = scores(held_out_logits, truth)
-        tried.append({"strength": strength, "nll": score["nll"], "top1": score["top1"]})
-        if score["nll"] >= best:
+        score = scores(torch.cat(logits), truth)
+        likelier = not tried or score["nll"] < min(row["nll"] for row in tried)
+        tried.append({"strength": strength} | {key: score[key] for key in ("nll", "top1", "map") if key in score})
+        if not best or rank(score) > rank(best):
+            best, chosen, best_logits = score, strength, torch.cat(logits)
+        elif not likelier:
             break
-        best, best_logits = score["nll"], held_out_logits
-    chosen = min(tried, key=lambda row: row["nll"])["strength"]
-    # if all are correct, the likelihood grows with 1/T without bound: the temperature is undefined
-    all_right = bool((best_logits.argmax(1) == truth).all())
-    temperature = 1.0 if all_right else best_temperature(best_logits, truth)
-    after = scores(best_logits / temperature, truth)
-    return Choice(chosen, temperature, {"before": scores(best_logits, truth), "after": after}, tried)
+    return chosen, best_logits, tried
 
 
-def held_out_parts(targets: Sequence[int], seed: int) -> list[list[int]]:
-    """Up to `PARTS` disjoint, non-empty lists of indices, stratified by class.
+def _told(score: dict[str, float]) -> str:
+    return f"mAP {score['map']:.2f} %" if "map" in score else f"{score['nll']:.4f} nats"
 
-    One image of each class is in none of them, so every fit has images of every class.
+
+def listed(targets: Tensor) -> list[Target]:
+    """Targets (N,) or (N, C) as classes or sets of classes."""
+    if are_sets(targets):
+        return [tuple(row.nonzero().flatten().tolist()) for row in targets]
+    return list(targets.tolist())
+
+
+def held_out_parts(targets: Sequence[Target], seed: int) -> list[list[int]]:
+    """Up to `PARTS` disjoint, non-empty lists of indices, stratified by class, or by the rarest class of each image.
+
+    Of each class, the first image in the seed's order is in none of them, so every fit has images of every class.
     """
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+    strata = rarest(targets)
+    kept: set[int] = set()
     count: dict[int, int] = {}
     parts: list[list[int]] = [[] for _ in range(PARTS)]
     for i in order:
-        turn = count[targets[i]] = count.get(targets[i], -1) + 1
-        if turn:
-            parts[(turn - 1) % PARTS].append(i)
+        if not kept.issuperset(classes := classes_in(targets[i])):
+            kept.update(classes)
+            continue
+        turn = count[strata[i]] = count.get(strata[i], -1) + 1
+        parts[turn % PARTS].append(i)
     return [sorted(part) for part in parts if part]
-
-
-def best_temperature(logits: Tensor, targets: Tensor) -> float:
-    """The T in the range `TEMPERATURES` with the lowest negative log-likelihood of softmax(logits / T).
-
-    Guo et al., On Calibration of Modern Neural Networks, 2017. The likelihood is log-concave in 1/T, so there is one optimum.
-    """
-    from scipy.optimize import minimize_scalar
-
-    result = minimize_scalar(
-        lambda log_t: F.cross_entropy(logits / math.exp(log_t), targets).item(),
-        bounds=tuple(map(math.log, TEMPERATURES)),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return float(math.exp(result.x))
-
-
-def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Scores of logits (N, C): {"top1": %, "top5": %, "nll": mean in nats, "ece": %, "images": N}."""
-    logits = logits.double()
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    confidence = logits.softmax(1).amax(1)
-    return {
-        "top1": 100 * hits[:, 0].double().mean().item(),
-        "top5": 100 * hits.any(1).double().mean().item(),
-        "nll": F.cross_entropy(logits, targets).item(),
-        "ece": 100 * calibration_error(confidence, hits[:, 0]),
-        "images": len(targets),
-    }
-
-
-def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Expected calibration error (Guo et al., 2017) in [0, 1], with `BINS` bins of equal width, closed at the upper end.
-
-    The mean of |accuracy - mean confidence| over the bins, weighted by their numbers of images. confidence: (N,) in
-    [0, 1]; right: (N,) bool.
-    """
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    gaps = torch.zeros(BINS, dtype=torch.float64, device=confidence.device)
-    # |sum of right - sum of confidence| is the count times the gap
-    gaps.index_add_(0, bins, right.double() - confidence.double())
-    return (gaps.abs().sum() / len(confidence)).item()

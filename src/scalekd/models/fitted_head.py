@@ -42,6 +42,7 @@ class HeadCard(BaseModel):
     mean: list[float]
     std: list[float]
     classes: Annotated[list[str], Field(min_length=1)]
+    multi_label: bool = False  # whether an image may have several classes
     labels: int
     head_sha256: str  # of head.safetensors
     crop_pct: float

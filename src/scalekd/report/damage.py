@@ -13,7 +13,7 @@ from typing import Any
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file
-from scalekd.distill.label_sets import SET_FIGURES
+from scalekd.common.set_figures import SET_FIGURES
 from scalekd.models.weights.card import read_card
 from scalekd.transfer.exported_model import read_card as read_transfer_card
 from scalekd.transfer.tasks import TASKS, TaskName

@@ -16,11 +16,11 @@ from torch import nn
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.provenance import made_by
+from scalekd.common.set_figures import SET_FIGURES
 from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
 from scalekd.data.sources.open import evaluated_part
-from scalekd.distill.label_sets import SET_FIGURES
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics

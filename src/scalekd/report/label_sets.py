@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalekd.common.set_figures import SET_FIGURES, Scores, average_precisions, class_table, figures_of
 from scalekd.data.batches import eval_batches
-from scalekd.distill.label_sets import SET_FIGURES, Scores, average_precisions, class_table, figures_of
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import scaled
 from scalekd.models.normalised import Normalised

@@ -16,6 +16,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.sections import height_and_width
+from scalekd.common.set_figures import class_table, figures_of
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
@@ -24,7 +25,7 @@ from scalekd.data.split import same_classes
 from scalekd.data.targets import are_sets
 from scalekd.data.transforms import Transform, eval_transform
 from scalekd.distill.evaluate import evaluate
-from scalekd.distill.label_sets import class_table, figures_of, scores_of
+from scalekd.distill.label_sets import scores_of
 from scalekd.distill.rebuild import read_recipe
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from labelled_sets import slow_average_precision
 
-from scalekd.distill.label_sets import (
+from scalekd.common.set_figures import (
     Scores,
     average_precision,
     best_threshold,
@@ -15,17 +16,6 @@ from scalekd.distill.label_sets import (
     f1_of,
     figures_of,
 )
-
-
-def slow_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The area under the curve of precision over recall as steps, from its points at every threshold."""
-    area = recall = 0.0
-    for threshold in sorted(set(scores.tolist()), reverse=True):
-        found = scores >= threshold
-        hits = (found & truth).sum()
-        area += (hits / truth.sum() - recall) * hits / found.sum()
-        recall = hits / truth.sum()
-    return area
 
 
 def slow_f1(probabilities: np.ndarray, truth: np.ndarray, threshold: float) -> tuple[float, float]:
