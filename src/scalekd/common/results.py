@@ -127,7 +127,8 @@ class Comparison:
     folder: Path
     report: Path
     summary: dict[str, Any]
-    """The content of summary.json in `folder`; `students` has the top-1 and the paired gain of every row."""
+    """The content of summary.json in `folder`; `students` has the top-1, or with sets of labels the `map`,
+    and the paired gain of every row."""
     failed: list[dict[str, Any]] = field(default_factory=list)
     """The runs that failed, with their errors."""
 

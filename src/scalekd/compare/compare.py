@@ -20,11 +20,10 @@ from scalekd.common.provenance import command_line, versions
 from scalekd.common.stop import StopRequest
 from scalekd.common.text import counted, duration, printable, say
 from scalekd.data.description import KEY, tell_data
-from scalekd.data.split import open_split
-from scalekd.data.targets import one_each
 from scalekd.runs.heads import fit_into, with_heads
 from scalekd.train.hardware import resolved
 
+from .figure import NAMES, figure_in, open_data, refuse_other_figures
 from .ladder import Job, Ladder, fits_heads, jobs, ladder_text
 from .page import markdown
 from .plot import curve_plot, gain_plot
@@ -77,7 +76,7 @@ def compare(
         counts = f"{len(planned)} runs, {len(records)} of them already finished"
         where = f"{len(places)} at a time on {places[0].device}"
         say(console, f"{ladder.title or ladder.name}: {counts}; {where}; {_budget(planned)}")
-        described = _described(planned[0], out, bool(missing))
+        described, figure = _described(planned, records, out)
         if missing or known:
             check_finished(records, out)
         tell_data(console, described)
@@ -100,7 +99,8 @@ def compare(
                 about=_header(source),
                 command=command_line(),
                 versions=versions(),
-                teacher_top1=_teacher_top1(planned),
+                metric=f"{NAMES[figure]} %",
+                teacher_top1=_teacher_top1(planned) if figure == "top1" else None,
                 data_description=described,
                 wall_seconds=_total_wall_seconds(out, time.monotonic() - began if missing else 0.0),
                 failed=[_failure(job, error) for job, error in failed.items()],
@@ -139,19 +139,21 @@ def _run_missing(
         outputs.finish(board.console)
 
 
-def _described(job: Job, out: Path, running: bool) -> dict[str, Any]:
-    """The data of the first run, of which the others use the same; what an earlier call kept if no run is missing.
+def _described(planned: Sequence[Job], records: dict[Job, Record], out: Path) -> tuple[dict[str, Any], str]:
+    """The data of the first run, and the key of the figure of all runs; what an earlier call kept if no run is missing.
 
     Raises `UserError` for anything wrong with the data, before any run starts.
     """
-    if running:
-        split = open_split(job.config.data)
-        one_each(split.val.targets, "`scalekd compare`")
-        return dict(split.described)
+    if len(records) < len(planned):
+        split = open_data(planned)
+        refuse_other_figures(records, split.multi_label)
+        return dict(split.described), "map" if split.multi_label else "top1"
+    figure = figure_in(records[planned[0]])
+    refuse_other_figures(records, figure == "map")
     try:
-        return dict(json.loads((out / "summary.json").read_text())[KEY])
+        return dict(json.loads((out / "summary.json").read_text())[KEY]), figure
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {}, figure
 
 
 def _check_out(out: Path) -> None:

@@ -19,6 +19,7 @@ from .plot import (
     Panel,
     by_seed,
     curve_panels,
+    figures_in,
     gain_label,
     gain_panels,
     is_significant,
@@ -65,7 +66,8 @@ def html(summary: dict[str, Any], more: Sequence[str] = ()) -> str:
         note = "The baseline and the methods with the largest gains, averaged over the students. Means over seeds. "
         note += "Early points may lie below the axis."
         figures = _figures(curves, f"{summary['metric']} over samples seen")
-        sections.append(section("Accuracy over samples seen", figures, note))
+        name = "mAP" if summary["metric"].startswith("mAP") else "Accuracy"
+        sections.append(section(f"{name} over samples seen", figures, note))
     sections += [section(escape(table.title), _html_table(table), escape(table.note)) for table in details]
     if summary["failed"]:
         rows = [[which, error] for which, error in _failed(summary)]
@@ -110,13 +112,13 @@ def _tables(summary: dict[str, Any]) -> list[Table]:
         head += [student, f"{student}, gain"]
         for row in rows:
             cell = methods.get(row[0], {})
-            row += [_top1_text(cell, summary), _gain_text(cell, summary)]
+            row += [_mean_text(cell, summary), _gain_text(cell, summary)]
     main = Table(f"Results: {summary['metric']} and gain over {summary['baseline']}", head, rows)
     return [main, *(_details(name, methods, summary) for name, methods in summary["students"].items())]
 
 
-def _top1_text(cell: Cell, summary: dict[str, Any]) -> str:
-    return _measured(cell, "mean", "ci95", "", len(cell.get("top1", ())), summary)
+def _mean_text(cell: Cell, summary: dict[str, Any]) -> str:
+    return _measured(cell, "mean", "ci95", "", len(figures_in(cell)), summary)
 
 
 def _gain_text(cell: Cell, summary: dict[str, Any]) -> str:
@@ -135,14 +137,14 @@ def _measured(cell: Cell, mean: str, half: str, sign: str, seeds: int, summary: 
 
 
 def _details(student: str, methods: dict[str, Cell], summary: dict[str, Any]) -> Table:
-    """Top-1 of every seed, the test, and the steps and seconds of a run."""
+    """The figure of every seed, the test, and the steps and seconds of a run."""
     extra = (seed for cell in methods.values() for seed in cell["seeds"])
     seeds = list(dict.fromkeys([*summary["seeds"], *extra]))
     tested = any(finite(cell.get("p")) for cell in methods.values())
     rows = []
     for name, cell in methods.items():
-        top1 = by_seed(cell)
-        row = [name, *(f"{top1[seed]:.2f}" if seed in top1 else NONE for seed in seeds)]
+        figures = by_seed(cell)
+        row = [name, *(f"{figures[seed]:.2f}" if seed in figures else NONE for seed in seeds)]
         row += [_p_text(cell.get("p")), _p_text(cell.get("p_holm"))] if tested else []
         row.append(f"{cell['reach']:.0%}" if finite(cell.get("reach")) else NONE)
         row.append(str(cell["steps"]) if finite(cell.get("steps")) else NONE)
@@ -183,9 +185,9 @@ def _legend(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"With few seeds (here {wanted}) the test is weak: a method without the mark may still differ from the baseline."
         )
-    if any(len(cell["top1"]) not in (0, wanted) or cell.get("pairs") not in (None, 0, wanted) for cell in cells):
+    if any(len(figures_in(cell)) not in (0, wanted) or cell.get("pairs") not in (None, 0, wanted) for cell in cells):
         lines.append("n is the number of seeds (for a gain, pairs of runs) where some are missing.")
-    if any(not cell["top1"] for cell in cells):
+    if any(not figures_in(cell) for cell in cells):
         lines.append(f"{NONE} means no value, or none yet.")
     return lines
 

@@ -27,6 +27,8 @@ from scalekd.report.svg import (
     x_axis,
 )
 
+from .figure import figure_in
+
 Cell = dict[str, Any]  # one method on one student: summary["students"][student][method]
 
 ROW = 30  # height of a method's row in the gain plot
@@ -50,7 +52,7 @@ def gain_plot(summary: dict[str, Any]) -> str:
 
 
 def curve_plot(summary: dict[str, Any]) -> str | None:
-    """An SVG file with accuracy over samples seen, of the baseline and the best methods. None without curves."""
+    """An SVG file with the figure over samples seen, of the baseline and the best methods. None without curves."""
     panels = curve_panels(summary)
     return _file(panels, f"{summary['metric']} over samples seen", key_columns=2) if panels else None
 
@@ -65,7 +67,12 @@ def is_significant(cell: Cell) -> bool:
 
 
 def by_seed(cell: Cell) -> dict[int, float]:
-    return {seed: top1 for seed, top1 in zip(cell["seeds"], cell["top1"]) if finite(top1)}
+    return {seed: figure for seed, figure in zip(cell["seeds"], figures_in(cell)) if finite(figure)}
+
+
+def figures_in(cell: Cell) -> list[float]:
+    """Top-1, or mAP with sets of labels, of every finished seed; [] for an empty cell."""
+    return list(cell[figure_in(cell)]) if cell else []
 
 
 # ---------------------------------------------------------------- gains
@@ -100,7 +107,7 @@ def _rows(methods: dict[str, Cell], baseline: str) -> list[_Row]:
     rows = []
     for name, cell in methods.items():
         if name != baseline:
-            gains = [top1 - reference[seed] for seed, top1 in by_seed(cell).items() if seed in reference]
+            gains = [figure - reference[seed] for seed, figure in by_seed(cell).items() if seed in reference]
             rows.append(_Row(name, cell, gains))
     return rows
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from scalekd.common.text import duration, printable, say
 
+from .figure import figure_in, figure_text
 from .ladder import Job, Ladder
 from .results import Record
 
@@ -56,9 +57,7 @@ class Board:
             self.failed.add(job)
         if self.live:
             return
-        result = (
-            f"top-1 {record['top1']:.2f} %  {duration(record['seconds'])}" if record else failure or "stopped, saved"
-        )
+        result = f"{figure_text(record)}  {duration(record['seconds'])}" if record else failure or "stopped, saved"
         say(self.console, f"[{len(self.records)}/{len(self.planned)}] {job}: {result}{self._time_left()}")
 
     def show(self, running: dict[Job, float]) -> None:
@@ -86,7 +85,8 @@ class Board:
         return [table, Text(f"  {len(self.records)} of {len(self.planned)} runs{self._time_left()}")]
 
     def _cell(self, student: str, method: str) -> str:
-        values = [r["top1"] for job, r in self.records.items() if (job.student, job.method) == (student, method)]
+        records = (r for job, r in self.records.items() if (job.student, job.method) == (student, method))
+        values = [r[figure_in(r)] for r in records]
         if not values:
             return "-"
         spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""

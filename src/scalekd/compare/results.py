@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import write_text
@@ -23,6 +23,7 @@ from scalekd.train.hardware import held_in
 from scalekd.train.log import read_log
 from scalekd.train.resume import recipe_difference
 
+from .figure import figure_in
 from .ladder import Job, Ladder, plain
 
 Record = dict[str, Any]
@@ -46,12 +47,13 @@ def record_of(job: Job, folder: Path) -> Record | None:
 def _record(job: Job, folder: Path, result: dict[str, Any], made: dict[str, Any]) -> Record:
     batch = job.config.train.batch_size
     validations = [e for e in read_log(folder) if e["event"] == "validation"]
-    curve = {e["step"] * batch: e["top1"] for e in validations}  # a validation repeated after a resume counts once
+    figure = figure_in(result)
+    curve = {e["step"] * batch: e[figure] for e in validations}  # a validation repeated after a resume counts once
     return {
         "student": job.student,
         "method": job.method,
         "seed": job.seed,
-        "top1": result["top1"],
+        figure: result[figure],
         "seconds": result["seconds"],
         "steps": result["steps"],
         "curve": sorted(curve.items()),
@@ -129,13 +131,20 @@ class _Written(BaseModel):
     student: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=2**64)]
-    top1: Annotated[float, Field(ge=0, le=100)]
+    top1: Annotated[float, Field(ge=0, le=100)] | None = None
+    map: Annotated[float, Field(ge=0, le=100)] | None = None
     seconds: Annotated[float, Field(ge=0, lt=1e12)]
     steps: Annotated[int, Field(ge=0, lt=2**53)]
     curve: list[tuple[Annotated[int, Field(gt=0, lt=2**53)], Annotated[float, Field(ge=0, le=100)]]]
     made: _Made
     recipe: dict[str, Any]
     run: str = ""
+
+    @model_validator(mode="after")
+    def _has_a_figure(self) -> _Written:
+        if (self.top1 is None) == (self.map is None):
+            raise ValueError("it needs either top1 or map")
+        return self
 
 
 def read_records(out: Path) -> list[Record]:
@@ -197,9 +206,11 @@ def _same_recipe(recipe: dict[str, Any], job: Job) -> bool:
 def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **facts: Any) -> dict[str, Any]:
     """Means, 95 % intervals and paired t-tests of all finished runs.
 
-    facts: added to the summary, for the page: about, command, versions, teacher_top1, wall_seconds, failed.
+    facts: added to the summary, for the page: metric (top-1 % by default), about, command, versions, teacher_top1,
+        wall_seconds, failed.
     """
     students = list(dict.fromkeys(job.student for job in jobs))
+    key = figure_in(next(iter(records.values()), {"top1": None}))
     result: dict[str, Any] = {
         "name": ladder.name,
         "title": printable(ladder.title or ladder.name),
@@ -218,7 +229,7 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **f
             method: {job.seed: r for job, r in records.items() if (job.student, job.method) == (student, method)}
             for method in ladder.methods
         }
-        rows = {method: _alone(by_seed) for method, by_seed in by_method.items()}
+        rows = {method: _alone(by_seed, key) for method, by_seed in by_method.items()}
         base = by_method[ladder.baseline]
         for method, by_seed in by_method.items():
             if method != ladder.baseline:
@@ -230,27 +241,30 @@ def summary(ladder: Ladder, jobs: Sequence[Job], records: dict[Job, Record], **f
     return result
 
 
-def _alone(by_seed: dict[int, Record]) -> dict[str, Any]:
-    """A method's row of the summary without its difference to the baseline. Seed -> record."""
-    top1 = [r["top1"] for r in by_seed.values()]
+def _alone(by_seed: dict[int, Record], key: str) -> dict[str, Any]:
+    """A method's row of the summary without its difference to the baseline. Seed -> record. key: of the figure."""
+    figures = [r[key] for r in by_seed.values()]
     samples = [dict(r["curve"]) for r in by_seed.values()]
     shared = sorted(set.intersection(*(set(s) for s in samples))) if samples else []
     return {
         "seeds": list(by_seed),
-        "top1": top1,
-        "mean": statistics.mean(top1) if top1 else None,
-        "ci95": half_width(top1),
-        "seconds": statistics.median(r["seconds"] for r in by_seed.values()) if top1 else None,
+        key: figures,
+        "mean": statistics.mean(figures) if figures else None,
+        "ci95": half_width(figures),
+        "seconds": statistics.median(r["seconds"] for r in by_seed.values()) if figures else None,
         "steps": max((r["steps"] for r in by_seed.values()), default=None),
         "curve": [[n, statistics.mean(s[n] for s in samples)] for n in shared],
     }
 
 
 def against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
-    """Differences in top-1 (points) between runs of the same seed, their mean, and its paired t-test. Seed -> record."""
+    """Differences in top-1, or mAP, in points between runs of the same seed, their mean, and its paired t-test.
+
+    Seed -> record.
+    """
     from scipy.stats import ttest_1samp
 
-    gains = [r["top1"] - base[seed]["top1"] for seed, r in by_seed.items() if seed in base]
+    gains = [r[figure_in(r)] - base[seed][figure_in(r)] for seed, r in by_seed.items() if seed in base]
     testable = len(gains) > 1 and max(gains) > min(gains)
     return {
         "pairs": len(gains),
@@ -263,7 +277,7 @@ def against(by_seed: dict[int, Record], base: dict[int, Record]) -> dict[str, An
 
 
 def _reach(curve: list[list[float]], base: dict[str, Any]) -> float | None:
-    """The share of the baseline's samples after which `curve` reaches the baseline's final top-1; None if never.
+    """The share of the baseline's samples after which `curve` reaches the baseline's final value; None if never.
 
     Linear between validations. A curve that is there at its first validation gets that validation's share.
     """

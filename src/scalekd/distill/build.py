@@ -52,7 +52,8 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     seed_everything(config.seed, "models")  # models and methods draw their initial values in this order
     data, train = config.data, config.train
     split = open_split(data, strict)
-    _check_labels(config, split)
+    if faults := label_faults(config, split):
+        raise UserError("\n".join(faults))
     size, classes = height_and_width(data.image_size), len(split.classes)
     head = classes if any(map(reads_logits, config.losses)) else 0
     student, student_loaded = build_model(
@@ -92,8 +93,8 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     )
 
 
-def _check_labels(config: Config, split: Split) -> None:
-    """Raises `UserError` with all that does not suit the labels of the images: sets of classes, or one class each."""
+def label_faults(config: Config, split: Split) -> list[str]:
+    """A line for all that does not suit the labels of the images: sets of classes, or one class each."""
     problems = label_problems(config.losses, split.multi_label)
     if split.multi_label and not any(map(reads_logits, config.losses)):
         problems.append(
@@ -102,8 +103,7 @@ def _check_labels(config: Config, split: Split) -> None:
         )
     if split.multi_label and config.quantize:
         problems.append("quantize: needs one class per image, and the images have sets of labels")
-    if problems:
-        raise UserError("\n".join(problems))
+    return problems
 
 
 class _Teachers(NamedTuple):
