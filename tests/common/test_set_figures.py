@@ -15,6 +15,8 @@ from scalekd.common.set_figures import (
     counts_at,
     f1_of,
     figures_of,
+    map_change,
+    precision_influences,
 )
 
 
@@ -100,3 +102,42 @@ def test_the_table_by_class():
         and rows[0]["precision"] is None
         and rows[0]["f1"] == 0
     )
+
+
+def weighted_average_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """`slow_average_precision` with every image counted `weights` times."""
+    area = recall = 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        found = weights * (scores >= threshold)
+        hits = found[truth].sum()
+        if found.sum():
+            area += (hits / weights[truth].sum() - recall) * hits / found.sum()
+            recall = hits / weights[truth].sum()
+    return area
+
+
+@pytest.mark.parametrize("digits", [0, 6])  # with many ties, and without
+def test_influences_are_the_derivatives_in_the_weights(digits):
+    scores, truth = (t.numpy()[:, 0] for t in made(1, digits=digits))
+    found, step = precision_influences(scores, truth), 1e-6
+    assert found.sum() == pytest.approx(0, abs=1e-12)
+    for j in range(len(truth)):
+        up, down = (np.where(np.arange(len(truth)) == j, 1 + s, 1.0) for s in (step, -step))
+        slope = weighted_average_precision(scores, truth, up) - weighted_average_precision(scores, truth, down)
+        assert found[j] == pytest.approx(slope / (2 * step), abs=1e-7)
+
+
+def test_the_interval_of_a_change_in_map_is_that_of_a_bootstrap():
+    random = np.random.default_rng(0)
+    before = made(2, images=400, digits=6)
+    noise = torch.from_numpy(random.normal(size=before.logits.shape).astype(np.float32))
+    after = Scores(before.logits + 0.8 * noise, before.truth)
+    change, half = map_change(after, before)
+    draws = []
+    for _ in range(300):
+        rows = torch.from_numpy(random.integers(0, 400, 400))
+        drawn = [Scores(s.logits[rows], s.truth[rows]) for s in (after, before)]
+        draws.append(figures_of(drawn[0])["map"] - figures_of(drawn[1])["map"])
+    assert change == pytest.approx(figures_of(after)["map"] - figures_of(before)["map"])
+    assert half == pytest.approx(1.96 * np.std(draws), rel=0.15)
+    assert map_change(before, before) == (0, 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from exported_students import exported
+from quick_quantising import FAST, make_quick
 from rich.console import Console
 from small_images import write_images
 from whole_runs import CPU, TINY, Interrupted, assert_same, changed, events, final_state, start
@@ -21,13 +22,11 @@ from whole_runs import CPU, TINY, Interrupted, assert_same, changed, events, fin
 import scalekd
 from scalekd.common.stop import StopRequest
 from scalekd.config.recipe import check_config
-from scalekd.distill import quantised as in_training
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
-from scalekd.models.int8 import graph
 from scalekd.models.student_file import load_student
 from scalekd.report.evaluate import look
 from scalekd.report.quantized_section import quantized_block, quantized_rows, quantized_section
-from scalekd.runs import int8_speed, quantize
+from scalekd.runs import quantize
 from scalekd.runs.distillation import execute
 from scalekd.runs.quantized_recipe import quantized_recipe
 from scalekd.train import checkpoint, engine
@@ -47,31 +46,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_trace():
-    """Tracing takes seconds. Every start traces the run's student; a rebuilt run loads its weights afterwards.
-
-    Writing the file of the trained student traces it for itself.
-    """
-    traced: list[Any] = []
-    real = graph.graph_of
-
-    def graph_of(*args: Any) -> Any:
-        traced[:] = traced or [real(*args)]
-        return traced[0]
-
-    def teachers_file(model: Any, path: Path, card: Any) -> None:
-        path.write_bytes(bytes(1000))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "graph_of", graph_of)
-        patch.setattr(in_training, "graph_of", graph_of)
-        patch.setattr(int8_speed, "export_onnx", teachers_file)
-        patch.setattr(
-            int8_speed, "latencies", lambda files, **_: {name: dict.fromkeys(("1", "16"), FAST) for name in files}
-        )
+        make_quick(patch)
         yield
-
-
-FAST = {"median": 1.5, "low": 1.25, "high": 2.0, "rounds": 9}
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,8 @@ def _comparison(made: FormatFile) -> str:
     if made.largest_difference is None:
         return made.about
     text = f"largest difference of logits {made.largest_difference:.1e} on {made.about}"
+    if made.map is not None:
+        return f"{text}; mAP {made.map:.2f} % (student {made.student_map:.2f} %)"
     if made.top1 is None:
         return text
     return f"{text}; top-1 {made.top1:.2f} % (student {made.student_top1:.2f} %)"

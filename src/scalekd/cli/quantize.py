@@ -69,20 +69,21 @@ def table(found: Quantized) -> list[str]:
     """The rows, the teachers, what stays in float32, and the file that was written."""
     teachers = {key: printable(f"{key} {of['model']}") for key, of in found.details["teachers"].items()}
     width = max(len(label) for label in (*teachers.values(), *(row["label"] for row in found.rows.values())))
+    key, name, same = ("map", "mAP", "labels") if "map" in found.rows["float32"] else ("top1", "top-1", "class")
     lines = [
-        f"{'':{width}}  {'top-1 %':>7}  {'change':>13}  {'same class':>10}  {'MB':>6}  {'ms, 1':>7}  {'ms, 16':>7}"
+        f"{'':{width}}  {name + ' %':>7}  {'change':>13}  {'same ' + same:>11}  {'MB':>6}  {'ms, 1':>7}  {'ms, 16':>7}"
     ]
     for row in found.rows.values():
         measured = "change" in row
         change = f"{row['change']:+.2f} ± {row['change_interval']:.2f}" if measured else ""
         same = f"{row['agreement']:.2f} %" if measured else ""
-        lines.append(f"{row['label']:{width}}  {row['top1']:7.2f}  {change:>13}  {same:>10}  {_costs(row)}")
+        lines.append(f"{row['label']:{width}}  {row[key]:7.2f}  {change:>13}  {same:>11}  {_costs(row)}")
     for key, label in teachers.items():
         of = found.details["teachers"][key]
         costs = _costs(of) if "latency_ms" in of else printable(f"not measured: {of['not_measured']}")
-        lines.append(f"{label:{width}}  {'':7}  {'':13}  {'':10}  {costs}")
+        lines.append(f"{label:{width}}  {'':7}  {'':13}  {'':11}  {costs}")
     lines.append(
-        "top-1 on the validation images; change from float32 with its 95 % interval; ms of a batch, one thread"
+        f"{name} on the validation images; change from float32 with its 95 % interval; ms of a batch, one thread"
     )
     lines.append(f"in float32: {in_float(found.details['left_in_float'])}")
     written = printable(f"written: {found.file}  ({found.rows[found.way]['label']})")

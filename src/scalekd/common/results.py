@@ -149,7 +149,11 @@ class FormatFile:
     """Top-1 accuracy of the student on the same images, in %."""
     top1: float | None = None
     agreement: float | None = None
-    """Images with the student's class, in %."""
+    """Images with the student's class, in %; with sets of labels, answers that are equal at the threshold, one for each
+    image and class."""
+    student_map: float | None = None
+    """With sets of labels, the student's mAP on the same images, in %."""
+    map: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Quantized:
     """How it was made: `qat` (trained with the teacher), `qat-labels` or `ptq` (calibrated); the first of them that there
     is."""
     rows: dict[str, dict[str, Any]]
-    """For `float32` and each way: top1 and agreement with float32 in %, bytes, latency_ms by batch size, ..."""
+    """For `float32` and each way: top1 (or map) and agreement with float32 in %, bytes, latency_ms by batch size, ..."""
     details: dict[str, Any]
     """The content of quantize.json in the run's folder."""
 

@@ -101,8 +101,6 @@ def label_faults(config: Config, split: Split) -> list[str]:
             "losses: none uses the student's logits, so it would have no classifier; with sets of labels validation needs "
             "one: add bce or asl"
         )
-    if split.multi_label and config.quantize:
-        problems.append("quantize: needs one class per image, and the images have sets of labels")
     return problems
 
 

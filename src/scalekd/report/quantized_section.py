@@ -13,10 +13,17 @@ from .svg import escape, finite
 
 FILE = "quantize.json"
 COLUMNS = ["", "top-1 %", "change from float32", "same class %", "MB", "ms, 1 image", "ms, 16 images"]
+OF_SETS = ["", "mAP %", "change from float32", "same labels %", *COLUMNS[4:]]
+
+
+def columns(folder: Path) -> list[str]:
+    """The head of the table: with mAP for a student of sets of labels."""
+    rows = _mappings(read_json(folder / FILE).get("rows"))
+    return OF_SETS if any("map" in row for _, row in rows) else COLUMNS
 
 
 def quantized_rows(folder: Path) -> list[list[str]]:
-    """The rows of a table under `COLUMNS`; none if nothing was measured. Damaged values are left out."""
+    """The rows of a table under `columns`; none if nothing was measured. Damaged values are left out."""
     values = read_json(folder / FILE)
     rows = [_row(str(row.get("label", name)), row) for name, row in _mappings(values.get("rows"))]
     teachers = [_row(f"{key}, {of.get('model', '')}, float32", of) for key, of in _mappings(values.get("teachers"))]
@@ -26,7 +33,7 @@ def quantized_rows(folder: Path) -> list[list[str]]:
 def quantized_section(folder: Path) -> str:
     """The section of the report; '' if nothing was measured."""
     rows = quantized_rows(folder)
-    return section("Size and speed", table(COLUMNS, rows, "numbers"), escape(note(folder))) if rows else ""
+    return section("Size and speed", table(columns(folder), rows, "numbers"), escape(note(folder))) if rows else ""
 
 
 def quantized_block(folder: Path) -> str:
@@ -34,7 +41,8 @@ def quantized_block(folder: Path) -> str:
     rows = quantized_rows(folder)
     if not rows:
         return ""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
+    head = columns(folder)
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     lines += ["| " + " | ".join(marked(cell) for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", marked(note(folder))])
 
@@ -64,7 +72,7 @@ def _row(label: str, row: Mapping[str, Any]) -> list[str]:
     times = [_median(row.get("latency_ms"), images) for images in ("1", "16")]
     return [
         label,
-        _number(row.get("top1"), ".2f"),
+        _number(row.get("map", row.get("top1")), ".2f"),
         f"{change:+.2f} ± {spread:.2f}" if finite(change) and finite(spread) else NONE,
         _number(row.get("agreement"), ".2f"),
         _number(size / 1e6 if finite(size) else None, ".2f"),

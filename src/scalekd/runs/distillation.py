@@ -110,7 +110,7 @@ def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: b
     student = run.deployed
     if run.config.quantize:
         student, summary["int8_agreement"] = finish_quantised(run, folder, card)
-        card = {key: value for key, value in card.items() if key != "top1"}  # measured with rounding
+        card = {key: value for key, value in card.items() if key not in ("top1", "map")}  # measured with rounding
     summary["reload_difference"] = export_student(student, file, card)
     write_run_report(folder, summary, facts(run), run if look else None)
 

@@ -26,7 +26,7 @@ from scalekd.models.formats import FORMATS, Format, Source, check_installed, con
 from scalekd.models.inputs import card_statistics
 from scalekd.models.student_file import example_images, export_onnx, load_student
 
-from .int8 import compare_answers
+from .int8 import compare_answers, threshold_of
 from .students import validation_transform
 
 FILE = "formats.json"
@@ -90,8 +90,10 @@ def _images(folder: Path, card: dict[str, Any], data: str | None) -> tuple[Image
         return None, f"random inputs, because the validation images cannot be opened: {first_line(error)}"
     if card["classes"] and not same_classes(card["classes"], classes):
         raise UserError("`data`: its classes are not the student's; name images with the run's classes")
-    if are_sets(source.targets):  # top-1 needs one class per image; outputs are compared without labels
+    if not card["classes"]:  # only its features are compared
         source = WithoutLabels(source)
+    elif are_sets(source.targets) != bool(card.get("multi_label")):
+        raise UserError("`data`: its labels are not of the student's kind: sets, or one class per image")
     step = max(1, len(numbers) / MOST_IMAGES)
     chosen = [numbers[int(i * step)] for i in range(min(MOST_IMAGES, len(numbers)))]
     return Images(source, chosen, validation_transform(card), None), f"{len(chosen)} validation images"
@@ -108,13 +110,16 @@ def _compared(
         with torch.inference_mode():
             found = [model(example_images(card)).float() for model in models.values()]
         return FormatFile(file, size, True, about, (found[0] - found[1]).abs().max().item())
-    seen = compare_answers(models, eval_batches(images, 32, 0, False), *card_statistics(card, torch.device("cpu")))
+    batches, statistics = eval_batches(images, 32, 0, False), card_statistics(card, torch.device("cpu"))
+    seen = compare_answers(models, batches, *statistics, threshold_of(card))
     ours, theirs = seen["student"], seen[name]
     result = FormatFile(file, size, True, about, theirs.largest_difference)
     if not card["classes"]:
         return result
-    same = 100 * theirs.same / theirs.images
-    return replace(result, student_top1=ours.top1, top1=theirs.top1, agreement=same)
+    result = replace(result, agreement=theirs.agreement)
+    if card.get("multi_label"):
+        return replace(result, student_map=ours.figure, map=theirs.figure)
+    return replace(result, student_top1=ours.figure, top1=theirs.figure)
 
 
 def add_results(folder: Path, made: dict[str, FormatFile]) -> None:

@@ -23,7 +23,6 @@ from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, bad_images, eval_batches
 from scalekd.data.calibration import FEWEST_IMAGES, Calibration, calibration_split
 from scalekd.data.split import Split, open_split, same_classes
-from scalekd.data.targets import one_each
 from scalekd.distill.quantised import normalised
 from scalekd.models.inputs import card_statistics
 from scalekd.models.int8.file import INT8, write_int8
@@ -35,7 +34,7 @@ from scalekd.models.weights.match import sha256_of
 from scalekd.train.resume import recipe_difference
 
 from .distillation import execute
-from .int8 import Answers, compare_answers
+from .int8 import Answers, compare_answers, threshold_of
 from .int8_speed import costs
 from .quantized_recipe import LABELS, PTQ, TEACHER, WAYS, quantized_recipe, run_to_quantise
 from .students import validation_transform
@@ -86,7 +85,10 @@ def quantize(
     for way in ways:  # before anything takes time
         quantized_recipe(config, run, way, "minmax", images, epochs, overrides)
     split = open_split(config.data, strict=False)
-    one_each(split.val.targets, "`scalekd quantize`")
+    if split.multi_label != bool(card.get("multi_label")):
+        kinds = ("sets of labels", "one class per image")
+        theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
+        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
     if not same_classes(card["classes"], split.classes) or len(card["classes"]) != len(split.classes):
         raise UserError(
             f"`data`: its classes are not the student's: {printable(', '.join(split.classes[:4]))}, ... "
@@ -115,8 +117,8 @@ def calibrated(
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Writes the int8 file by the best of the calibration methods, or by the given one. Returns all results and its name.
 
-    The best has the highest accuracy on training images that were not calibrated with; equal ones differ in the squared
-    difference of their logits from the student's.
+    The best has the highest accuracy, or mAP, on training images that were not calibrated with; equal ones differ in the
+    squared difference of their logits from the student's.
     """
     mean, std = card_statistics(material.card, CPU)
     methods = list(METHODS) if calibration == "auto" else [calibration]
@@ -131,8 +133,8 @@ def calibrated(
             path.write_bytes(model.SerializeToString())
             opened[method] = OnnxStudent(path, CPU)
         images = material.images(material.split.train, material.numbers.comparison, "train")
-        seen = compare_answers(opened, eval_batches(images, 64, 0, False), mean, std)
-    best = max(methods, key=lambda method: (seen[method].right, -seen[method].squares))
+        seen = compare_answers(opened, eval_batches(images, 64, 0, False), mean, std, threshold_of(material.card))
+    best = max(methods, key=lambda method: (seen[method].figure or 0, -seen[method].squares))
     written = {"way": PTQ, "of": sha256_of(material.run / "student.safetensors"), "calibration": best}
     write_int8(models[best], file, material.card | {"quantized": written})
     say(console, f"calibration on {len(material.numbers.ranges)} training images: {_told(seen, best)}")
@@ -141,8 +143,7 @@ def calibrated(
 
 def _told(seen: dict[str, Answers], best: str) -> str:
     values = {
-        name: answers.top1 if answers.top1 is not None else 100 * answers.same / answers.images
-        for name, answers in seen.items()
+        name: answers.figure if answers.figure is not None else answers.agreement for name, answers in seen.items()
     }
     listed = ", ".join(f"{name} {value:.2f} %" for name, value in values.items())
     return f"{best} (on {seen[best].images} others: {listed})"
@@ -188,7 +189,8 @@ def _measured(
         say(console, f"accuracy on {len(material.split.val_indices)} validation images ...")
         models: dict[str, nn.Module] = {name: OnnxStudent(file, CPU) for name, file in every.items()}
         images = material.images(material.split.val, material.split.val_indices, "val")
-        seen = compare_answers(models, eval_batches(images, 64, 0, False), *card_statistics(card, CPU))
+        batches = eval_batches(images, 64, 0, False)
+        seen = compare_answers(models, batches, *card_statistics(card, CPU), threshold_of(card))
         say(console, "latency on this CPU ...")
         speed = costs(every, material.config, len(card["classes"]), Path(scratch))
     rows = {name: {"label": WAYS.get(name, name)} | seen[name].row() | speed["files"][name] for name in every}

@@ -16,6 +16,7 @@ from scalekd.config.recipe import Config, check_config
 from scalekd.config.recipe_files import override
 from scalekd.distill.rebuild import read_recipe
 from scalekd.models.student_file import load_student
+from scalekd.models.weights.card import read_card
 from scalekd.transfer.tasks import TASKS
 
 from .heads import with_heads
@@ -83,9 +84,14 @@ def quantized_recipe(
     if way == LABELS:
         kept = {loss: options for loss, options in values["losses"].items() if loss not in taught}
         values |= {"teacher": None, "teachers": {}, "balance": None}
-        values["losses"] = {loss: options | {"weight": 1.0} for loss, options in kept.items()} or {"ce": {}}
+        values["losses"] = {loss: options | {"weight": 1.0} for loss, options in kept.items()} or _on_labels(run)
         values["data"] |= {"unlabelled": None, "unlabelled_limit": None}
     return _with_values(values, overrides)
+
+
+def _on_labels(run: Path) -> dict[str, Any]:
+    """The loss on labels of a student that had none."""
+    return {"bce": {}} if read_card(run / "student.json").get("multi_label") else {"ce": {}}
 
 
 def _with(config: Config, overrides: Sequence[str]) -> Config:
