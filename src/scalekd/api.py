@@ -268,7 +268,8 @@ def probe(
         device: as for `train`.
         verbose: as for `train`.
     """
-    from scalekd.analyze.probe import parse_shots, probe_named
+    from scalekd.analyze.probe import probe_named
+    from scalekd.analyze.shots import parse_shots
 
     folder = Path(out)
     results = probe_named(
@@ -698,8 +699,8 @@ def advise(
     found = chosen(recipe, overrides_of(data, val, unlabelled, teacher, student, overrides), steps)
     options = {"data": data, "val": val, "unlabelled": unlabelled, "teacher": teacher, "student": student}
     given = [word for name, value in options.items() if value for word in (f"--{name}", fspath(value))]
-    details = found | commands(recipe, [*given, *overrides], found["overrides"])
-    return Advice(recipe, found["overrides"], details["command"], found["expected"], found["reasons"], details)
+    details = found | commands(found["recipe"], [*given, *overrides], found["overrides"])
+    return Advice(found["recipe"], found["overrides"], details["command"], found["expected"], found["reasons"], details)
 
 
 def load_student(folder: AnyPath) -> tuple[nn.Module, dict[str, Any]]:

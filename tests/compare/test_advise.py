@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+from labelled_sets import write_sets
 from scipy import stats
 
 import scalekd
@@ -21,6 +22,7 @@ from scalekd.compare import advise
 from scalekd.compare.situation import FEATURES, FITTED, OWN, PRETRAINED, SCRATCH, Situation, kind_of, situation
 from scalekd.config.losses import written_out
 from scalekd.config.recipe import load_recipe
+from scalekd.data.split import open_split
 from scalekd.models.unfilled import unfilled
 
 ROOT = Path(__file__).parents[2]
@@ -160,26 +162,30 @@ def test_kinds_of_students(name, kind):
         assert kind_of(timm.create_model(name)) == kind
 
 
+def read(config):
+    return situation(config, open_split(config.data))
+
+
 def test_a_situation_is_read_from_the_recipe_and_its_data(tiny_recipe, recipe_file):
-    found = situation(load_recipe(str(recipe_file)))
+    found = read(load_recipe(str(recipe_file)))
     assert (found.labels, found.unlabelled, found.classes, found.start) == (24, 0, 3, SCRATCH)
     assert found.steps == tiny_recipe["train"]["epochs"] * (24 // tiny_recipe["train"]["batch_size"])
     weights = load_recipe(str(recipe_file), ["student.weights=pretrained"])
-    assert situation(weights).start == PRETRAINED
+    assert read(weights).start == PRETRAINED
     without = load_recipe(str(recipe_file), ["teacher=null", "losses={ce: {}}"])
-    assert situation(without).teacher == FEATURES
+    assert read(without).teacher == FEATURES
 
 
 def test_a_teacher_that_was_trained_on_the_classes_is_seen(tmp_path, recipe_file):
     (tmp_path / "run").mkdir()
     weights = f"teacher.weights={tmp_path}/run/student.safetensors"
     fit = load_recipe(str(recipe_file), [weights, "teacher.head=fit"])
-    assert situation(fit).teacher == FITTED
+    assert read(fit).teacher == FITTED
     classes = sorted(p.name for p in (tmp_path / "images/train").iterdir())
     (tmp_path / "run/student.json").write_text(json.dumps({"classes": classes}))
-    assert situation(fit).teacher == OWN
+    assert read(fit).teacher == OWN
     (tmp_path / "run/student.json").write_text(json.dumps({"classes": classes[::-1]}))
-    assert situation(fit).teacher == FITTED
+    assert read(fit).teacher == FITTED
 
 
 OPTIONS = ["data.image_size=64", "train.batch_size=4"]
@@ -207,6 +213,25 @@ def test_python_gives_the_command_and_the_figures(image_folder):
     assert found.details["situation"]["steps"] == 100 * (24 // 4)
     cost = found.details["cost"]
     assert cost["times"] == 1 + cost["gmacs"]["teacher"] / cost["gmacs"]["student"]
+
+
+def test_advice_on_sets_of_labels_says_that_nothing_was_measured(cli, tmp_path):
+    write_sets(tmp_path / "sets", 24)
+    table = tmp_path / "sets" / "labels.csv:separator=pipe"
+    result = cli("advise", "--data", table, *TINY, "--steps", 20)
+    assert (result.code, result.err) == (0, "")
+    assert "no comparison on images with several labels was measured" in result.out
+    assert "unknown: no comparison measured this" in result.out and "Measured\n" not in result.out
+    assert "3 classes, several on an image" in result.out and "the features of a teacher" in result.out
+    lines = [line.strip() for line in result.out.splitlines()]
+    for start in ("scalekd train own-labels", "hours: scalekd plan own-labels", "scalekd compare own-labels-ladder"):
+        (line,) = (line for line in lines if line.startswith(start))
+        words = shlex.split(line.removeprefix("hours: "))[1:]
+        assert "train.epochs=4" in words  # 20 images, 4 held out, in batches of 4: 5 steps an epoch
+        dry = [] if words[0] == "plan" else ["--dry-run", "teacher.weights=random", "teacher.head=null"]
+        assert cli(*words, *dry).code in (0, 1), words
+    found = scalekd.advise(data=str(table), teacher="test_vit", student="test_resnet", overrides=OPTIONS)
+    assert (found.recipe, found.expected, found.details["measured"]) == ("own-labels", None, {})
 
 
 def test_advice_without_labels(cli, image_folder):

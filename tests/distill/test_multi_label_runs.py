@@ -148,10 +148,30 @@ def test_sets_are_refused_where_one_class_is_needed_and_the_reverse(recipe, sets
     with pytest.raises(UserError, match=r"augment.mixup and augment.cutmix mix them"):
         check_config(changed(recipe, losses={"asl": {}, "fd": {}}, augment={"mixup": 0.1}), "test")
     table = sets / "train" / TABLE
-    for command in (
-        ("probe", "test_vit", "--data", table, "--out", tmp_path / "probe"),
-        ("compare", "own-ladder", "--data", table, "--student", "test_resnet", "--teacher", "test_vit", "--out", tmp_path / "c"),
-    ):  # fmt: skip
+    wrong = (
+        "compare",
+        "own-ladder",
+        "--data",
+        table,
+        "--student",
+        "test_resnet",
+        "--teacher",
+        "test_vit",
+        "--out",
+        tmp_path / "c",
+    )
+    label_free = (
+        "advise",
+        "--unlabelled",
+        sets / "val",
+        "--val",
+        table,
+        "--student",
+        "test_resnet",
+        "--teacher",
+        "test_vit",
+    )
+    for command in (wrong, label_free):
         refused = cli(*command)
         assert refused.code == 2 and "needs one class per image" in refused.err, refused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -76,3 +77,16 @@ def test_invalid_arguments_are_rejected(options):
     x, y = images(options.pop("n", 3), seed=0)
     with pytest.raises(ValueError, match="must all be above 0"):
         knn_predict(x, y, x, **options, classes=4)
+
+
+def test_neighbours_vote_for_each_of_their_classes_and_rows_can_be_compared():
+    generator = torch.Generator().manual_seed(0)
+    known, asked = (torch.randn(n, 6, generator=generator) for n in (30, 9))
+    truth = (torch.rand(30, 4, generator=generator) < 0.4).float()
+    found = knn.knn_predict(known, truth, asked, k=5, temperature=0.2, classes=4)
+    x, q, y = known.double().numpy(), asked.double().numpy(), truth.numpy()
+    for row, one in zip(found.numpy(), q):
+        similarity = x @ one / np.linalg.norm(x, axis=1) / np.linalg.norm(one)
+        nearest = np.argsort(-similarity)[:5]
+        weights = np.exp(similarity[nearest] / 0.2)
+        np.testing.assert_allclose(row, weights @ y[nearest] / weights.sum(), rtol=1e-5)

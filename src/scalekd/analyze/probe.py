@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,37 +25,28 @@ from scalekd.common.parallel import pick_device
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.sections import height_and_width, section_of
 from scalekd.common.seeds import seed_from
-from scalekd.common.text import counted, duration, printable, say
+from scalekd.common.set_figures import Scores, mean_average_precision
+from scalekd.common.text import counted, duration, say
 from scalekd.data.description import KEY, tell_data
 from scalekd.data.options import Data
 from scalekd.data.sources.open import pair_of
-from scalekd.data.split import Split, by_class, open_split
-from scalekd.data.targets import one_each
+from scalekd.data.split import Split, open_split
+from scalekd.data.targets import count_of
 from scalekd.heads.features import FEATURES, Backbone, cache_folder, features, named_backbone, some
 from scalekd.heads.knn import knn_predict
-from scalekd.heads.linear import choose, fit, scores
+from scalekd.heads.linear import choose, fit
+from scalekd.heads.page import main_figure
+from scalekd.heads.scores import are_sets, before_and_after
 from scalekd.models.options import Model
 
 from .figures import figure_class, write_figure
-from .probe_page import ALL, Shots, drawing, markdown, show
+from .probe_page import drawing, markdown, show
+from .shots import ALL, NAMED, Set, Shots, labelled_sets
 
-Set = tuple[Shots, int]  # a set of labelled images: (images per class, index of the draw)
 Fit = dict[str, Any]  # the result of one model on one set
 
 FILE = "results.json"
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k nearest neighbours, as in DINO
-NAMED = 3  # classes listed in a message, at most
-
-
-def parse_shots(text: str) -> list[Shots]:
-    """'5,1,all' -> [1, 5, "all"], sorted. Raises `UserError`."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    wrong = [word for word in words if word != ALL and not (word.isdecimal() and 0 < int(word) < 2**31)]
-    if wrong or not words:
-        problem = f"'{wrong[0]}' is neither a positive number nor 'all'" if wrong else "empty"
-        raise UserError(f"`shots`: {problem}; use for example 1,5,10,25,all")
-    counts: list[Shots] = sorted({int(word) for word in words if word != ALL})
-    return counts + [ALL] * (ALL in words)
 
 
 def probe(
@@ -87,6 +77,8 @@ def probe(
     split = _split(data)
     sets = labelled_sets(split, shots, draws, data.seed)
     val = some(split.val, split.val_indices, val_limit, data.seed)
+    if split.multi_label and not count_of([split.val.targets[i] for i in val]):
+        raise UserError("none of the validation images has a label, so there is no mAP; name others with `val`")
     tell_data(console, split.described)
     _print_data(split, val, data, console)
     can_draw = _can_draw(console)
@@ -109,6 +101,7 @@ def probe(
     results = {text: {"card": backbones[text].card} | _result(fits[text], shots) for text in models}
     found = {
         "data": _data_facts(data, split, val),
+        "metric": "mAP %" if split.multi_label else "top-1 %",
         KEY: dict(split.described),
         "shots": list(shots),
         "draws": draws,
@@ -172,33 +165,6 @@ def _split(data: Data) -> Split:
     return open_split(data)
 
 
-def labelled_sets(split: Split, shots: Sequence[Shots], draws: int, seed: int) -> dict[Set, list[int]]:
-    """The images of every set as sorted indices of the training source. `all` has one draw.
-
-    Draw d is an order of all training images, seeded with `seed` + d. n shots are the first n images of each class in
-    it, so the images of 1 shot are among those of 5. Raises `UserError` if a class has fewer images than shots.
-    """
-    known = one_each(split.train.targets, "`scalekd probe`")
-    targets = [known[i] for i in split.train_indices]
-    counted_by = Counter(targets)
-    counts = [counted_by[c] for c in range(len(split.classes))]
-    most = max([1, *(n for n in shots if isinstance(n, int))])
-    if few := [f"{name} ({n})" for name, n in zip(split.classes, counts) if n < most]:
-        names = ", ".join(few[:NAMED]) + ", ..." * (len(few) > NAMED)
-        remedy = f"set `shots` to {min(counts)} at most, or all" if min(counts) else "add labelled images"
-        raise UserError(
-            f"`data`: {len(few)} of {len(counts)} classes have fewer than {counted(most, 'training image')}: "
-            f"{printable(names)}; {remedy}"
-        )
-    orders = [by_class(targets, seed + d) for d in range(draws)]
-    sets: dict[Set, list[int]] = {}
-    for n in shots:
-        for d in range(1 if n == ALL else draws):
-            chosen = range(len(targets)) if n == ALL else orders[d][: int(n) * len(counts)]
-            sets[n, d] = sorted(split.train_indices[i] for i in chosen)
-    return sets
-
-
 def _keys(
     backbone: Backbone, split: Split, val: Sequence[int], sets: dict[Set, list[int]], data: Data, cache: Path
 ) -> dict[Set, str]:
@@ -240,15 +206,16 @@ def _fits(
             known = x[rows].to(backbone.device), y[rows].to(backbone.device)
             fitted = fit_and_score(*known, queries, truth, len(split.classes), seed_from("probe", data.seed + s[1]))
             name = f"all {len(rows)} images" if s[0] == ALL else f"{s[0]} per class, draw {s[1] + 1}"
-            top1 = f"linear {fitted['linear']['top1']:.2f} %, {NEIGHBOURS}-nn {fitted['knn']['top1']:.2f} %"
-            say(console, f"  {name}: {top1}, {fitted['seconds']:.1f} s")
+            called, linear = main_figure(fitted["linear"])
+            figures = f"{called}: linear {linear:.2f} %, {NEIGHBOURS}-nn {main_figure(fitted['knn'])[1]:.2f} %"
+            say(console, f"  {name}: {figures}, {fitted['seconds']:.1f} s")
             yield s, fitted
 
 
 def fit_and_score(x: Tensor, y: Tensor, queries: Tensor, truth: Tensor, classes: int, seed: int) -> Fit:
-    """Fits both classifiers on features x (N, D) with labels y (N,), and tests them on `queries` (M, D), `truth` (M,).
+    """Fits both classifiers on features x (N, D) with labels y, and tests them on `queries` (M, D) with labels `truth`.
 
-    The test images choose no hyperparameter.
+    Labels are classes, (N,), or sets of classes, (N, classes) of 0 and 1. The test images choose no hyperparameter.
     """
     began = time.perf_counter()
     choice = choose(x, y, classes, seed)
@@ -259,10 +226,17 @@ def fit_and_score(x: Tensor, y: Tensor, queries: Tensor, truth: Tensor, classes:
         "features": x.shape[1],
         "strength": choice.strength,
         "tried": choice.tried,
-        "linear": scores(linear(queries), truth),
-        "knn": {"top1": 100 * (votes.argmax(1) == truth).double().mean().item()},
+        "linear": before_and_after(linear(queries), truth, choice.temperature, choice.threshold)["before"],
+        "knn": _of_votes(votes, truth),
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _of_votes(votes: Tensor, truth: Tensor) -> dict[str, float]:
+    """Top-1, or mAP with sets of classes, in %. votes: (M, classes)."""
+    if are_sets(truth):
+        return {"map": mean_average_precision(Scores(votes.cpu(), truth.cpu() > 0.5))}
+    return {"top1": 100 * (votes.argmax(1) == truth).double().mean().item()}
 
 
 # ---------------------------------------------------------------- results
@@ -270,31 +244,33 @@ def fit_and_score(x: Tensor, y: Tensor, queries: Tensor, truth: Tensor, classes:
 
 def _result(fits: dict[Set, Fit], shots: Sequence[Shots]) -> dict[str, Any]:
     """By shots: mean and interval over the draws, for the linear classifier and the nearest neighbours."""
-    result: dict[str, Any] = {"features": next(iter(fits.values()))["features"], "shots": {}}
+    first = next(iter(fits.values()))
+    result: dict[str, Any] = {"features": first["features"], "shots": {}}
+    key = "map" if "map" in first["linear"] else "top1"
     for n in shots:
         drawn = [fitted for s, fitted in fits.items() if s[0] == n]
         result["shots"][str(n)] = {
             "images": drawn[0]["images"],
             "strengths": [fitted["strength"] for fitted in drawn],
-            "linear": over_draws([fitted["linear"]["top1"] for fitted in drawn]),
-            "knn": over_draws([fitted["knn"]["top1"] for fitted in drawn]),
+            "linear": over_draws([fitted["linear"][key] for fitted in drawn], key),
+            "knn": over_draws([fitted["knn"][key] for fitted in drawn], key),
         }
     return result
 
 
 def _differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """By shots: `other` minus `first` on the same labelled images."""
-    return {
-        n: {
-            kind: over_draws([b - a for a, b in zip(cell[kind]["top1"], other["shots"][n][kind]["top1"])])
-            for kind in ("linear", "knn")
-        }
-        for n, cell in first["shots"].items()
-    }
+
+    def of(n: str, kind: str) -> dict[str, Any]:
+        mine, theirs = first["shots"][n][kind], other["shots"][n][kind]
+        key = "map" if "map" in mine else "top1"
+        return over_draws([b - a for a, b in zip(mine[key], theirs[key])], key)
+
+    return {n: {kind: of(n, kind) for kind in ("linear", "knn")} for n in first["shots"]}
 
 
-def over_draws(top1: list[float]) -> dict[str, Any]:
-    return {"top1": top1, "mean": statistics.fmean(top1), "half_width_95": half_width(top1)}
+def over_draws(figures: list[float], key: str = "top1") -> dict[str, Any]:
+    return {key: figures, "mean": statistics.fmean(figures), "half_width_95": half_width(figures)}
 
 
 def _known(out: Path) -> dict[str, Fit]:
@@ -343,10 +319,10 @@ def _print_data(split: Split, val: Sequence[int], data: Data, console: Console) 
     held = "" if data.val else " (held out)"
     images = counted(len(split.train_indices), "image")
     say(console, f"{len(split.classes)} classes, {images} for training, {len(val)} for testing{held}")
-    tested = {split.val.targets[i] for i in val}
+    tested = count_of([split.val.targets[i] for i in val])
     if untested := [name for c, name in enumerate(split.classes) if c not in tested]:
         names = ", ".join(untested[:NAMED]) + ", ..." * (len(untested) > NAMED)
-        say(console, f"{len(untested)} classes have no test image: {names}; accuracy is that of the others")
+        say(console, f"{len(untested)} classes have no test image: {names}; the figures are those of the others")
 
 
 def _print_model(text: str, backbone: Backbone, missing: int, total: int, console: Console) -> None:

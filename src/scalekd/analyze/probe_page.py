@@ -48,13 +48,18 @@ def _cell(over_draws: dict[str, Any], sign: str = "") -> str:
 def _notes(found: dict[str, Any]) -> list[str]:
     data, draws = found["data"], found["draws"]
     labels = f"{data['train_images']} labelled images of {data['classes']} classes, {data['train']}"
-    lines = [f"Top-1 % on {data['val_images']} images, {data['val']}; {labels}."]
+    metric = "Top-1 %" if found["metric"] == "top-1 %" else found["metric"]
+    lines = [f"{metric} on {data['val_images']} images, {data['val']}; {labels}."]
     if draws > 1 and found["shots"] != [ALL]:
         lines.append(
             f"Columns: labelled images per class. Mean of {draws} draws ± half of its 95 % interval; the draws are the same "
             "for all models."
         )
     return lines
+
+
+def _figure(found: dict[str, Any]) -> str:
+    return "mAP" if found["metric"] == "mAP %" else "Accuracy"
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -69,7 +74,7 @@ def markdown(found: dict[str, Any], figure: str | None) -> str:
     lines = ["# Probe", "", *_notes(found), ""]
     lines += [f"| model | | {' | '.join(map(str, found['shots']))} |", f"|---|---|{'---:|' * len(found['shots'])}"]
     lines += [table_row([text, kind, *cells]) for text, kind, cells in _rows(found)]
-    lines += ["", *([f"![Accuracy over labelled images per class]({figure})", ""] if figure else [])]
+    lines += ["", *([f"![{_figure(found)} over labelled images per class]({figure})", ""] if figure else [])]
     for text, model in found["models"].items():
         card = model["card"]
         size = "x".join(map(str, card["image_size"]))
@@ -83,7 +88,7 @@ def markdown(found: dict[str, Any], figure: str | None) -> str:
 
 
 def drawing(found: dict[str, Any]) -> Any:
-    """A matplotlib figure: accuracy over labelled images per class, with the intervals of the linear classifiers."""
+    """A matplotlib figure: top-1 or mAP over labelled images per class, with the intervals of the linear classifiers."""
     classes, models = found["data"]["classes"], found["models"]
     figure = figure_class()[0](figsize=(7.0, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -98,7 +103,11 @@ def drawing(found: dict[str, Any]) -> Any:
         halves = [f["half_width_95"] or 0.0 for f in linear]
         axes.errorbar(shifted, [f["mean"] for f in linear], halves, label=short(text), capsize=3, **style)
         axes.plot(counts, [f["mean"] for f in knn], ls=":", alpha=0.7, **style)
-    axes.set(xscale="log", xlabel="labelled images per class", ylabel="top-1 %, linear (dotted: nearest neighbours)")
+    axes.set(
+        xscale="log",
+        xlabel="labelled images per class",
+        ylabel=f"{found['metric']}, linear (dotted: nearest neighbours)",
+    )
     axes.set_xticks(list(ticks), labels=list(ticks.values()))
     axes.minorticks_off()
     axes.grid(True, which="major", color="#dddddd")

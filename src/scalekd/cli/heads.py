@@ -99,7 +99,8 @@ def _head(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from scalekd.analyze.probe import parse_shots, probe_named
+    from scalekd.analyze.probe import probe_named
+    from scalekd.analyze.shots import parse_shots
     from scalekd.common.yaml_file import parse_yaml
 
     as_options(probe_named)(

@@ -104,7 +104,8 @@ class Probe:
 
     folder: Path
     results: dict[str, Any]
-    """The content of results.json in `folder`: top-1 in % of each model by number of labels, with intervals."""
+    """The content of results.json in `folder`: top-1, or mAP with sets of labels, in % of each model by number of labels,
+    with intervals."""
 
 
 @dataclass(frozen=True)

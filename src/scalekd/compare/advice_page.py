@@ -8,7 +8,7 @@ from rich.console import Console
 
 from scalekd.common.text import in_shell, printable
 
-from .advise import DEFAULT, gain_text
+from .advise import DEFAULT, SETS, gain_text
 from .situation import FEATURES, FITTED, OWN
 
 TEACHERS = {
@@ -37,6 +37,7 @@ def show(advice: dict[str, Any], console: Console) -> None:
 
 def _situation(found: dict[str, Any]) -> str:
     images = f"{found['labels']:,} labelled images of {found['classes']:,} classes" if found["labels"] else ""
+    images += ", several on an image" * found["several"]
     more = f"{found['unlabelled']:,} images without labels" if found["unlabelled"] else ""
     return (
         f"{' and '.join(filter(None, (images, more)))}; a {found['kind']} {_start(found['start'])}; "
@@ -59,6 +60,8 @@ def _expected(advice: dict[str, Any]) -> list[str]:
 
 def _measured(advice: dict[str, Any]) -> list[str]:
     cell = advice["measured"]
+    if not cell:
+        return []
     lines = [cell["file"]]
     if "steps" in cell:
         lines.append(
@@ -94,7 +97,9 @@ def commands(recipe: str, given: list[str], overrides: list[str]) -> dict[str, s
     words = [in_shell(word) for word in (*given, *overrides)]
     shared = [in_shell(word) for word in (*given, *(o for o in overrides if not o.startswith(("losses=", "balance="))))]
     check = ["scalekd compare own-ladder", *shared, "--methods 'KD,DIST,DIST with FD'"]
-    if recipe != "own-data":
+    if recipe == SETS:
+        check = ["scalekd compare own-labels-ladder", *shared, "--methods 'KD,FD,KD with FD'"]
+    elif recipe != DEFAULT:
         check = [f"scalekd probe runs/{recipe} --data LABELLED --shots 1,10,all"]
     return {
         "command": " ".join(["scalekd train", recipe, *words]),

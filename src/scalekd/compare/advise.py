@@ -18,12 +18,15 @@ import yaml
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.cost.count import count_step
+from scalekd.data.split import open_split
+from scalekd.data.targets import one_each
 from scalekd.distill.build import untrained
 from scalekd.models.unfilled import unfilled
 
 from .situation import FEATURES, FITTED, OWN, SCRATCH, Situation, situation
 
 DEFAULT = "own-data"  # the row of a comparison that has the losses of the recipe own-data
+SETS = "own-labels"  # the recipe for images with sets of labels
 NONE = "no teacher"
 ALL_IMAGES, LABELS_ONLY = ", all images", ", labels only"  # ends of a row's name: what it trained on
 # How much less a measurement says if it differs in this; steps and labels count the logarithm of their ratio to base 4
@@ -41,14 +44,14 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
     """The advice for a run of own-data or own-images, as plain data; the page of `scalekd advise` shows it.
 
     Args:
-        recipe: own-data or own-images.
+        recipe: own-data or own-images; own-labels takes the place of own-data if the images have sets of labels.
         texts: overrides of the recipe, such as data.train=photos.
         steps: of the run; by default those of the recipe's epochs.
 
     Returns:
         `recipe`, `overrides` in addition to `texts`, `expected` (gain in points of top-1, `ci95`, half of its 95 % interval, and
         `seeds`; None if nothing was measured), `rows` (the same of each method that was measured there), `measured` (the
-        file and its situation), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
+        file and its situation; empty if nothing was measured), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
 
     Raises:
         UserError: for a mistake in the recipe or the data, and without a teacher.
@@ -58,13 +61,19 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
     config = load_recipe(recipe, texts)
     if not config.all_teachers:
         raise UserError("the teacher is off: name one; advice is about what to learn from it")
-    found, length = situation(config), []
+    split = open_split(config.data)
+    if recipe != DEFAULT:
+        one_each(split.val.targets, "validation by nearest neighbours, without labelled training images,")
+    elif split.multi_label:
+        recipe = SETS
+        config = load_recipe(recipe, texts)
+    found, length = situation(config, split), []
     if steps is not None:
         epochs = max(1, round(steps * config.train.epochs / found.steps))
         warmup = config.schedule.warmup_epochs * epochs / config.train.epochs
         length = [f"train.epochs={epochs}", f"schedule.warmup_epochs={warmup:g}"]  # the same part of the steps
         found = replace(found, steps=found.steps // config.train.epochs * epochs)
-    advice = _label_free() if found.teacher == FEATURES else _labelled(found)
+    advice = _advice(config, found)
     own = ["teacher.head=null"] if found.teacher == OWN and config.teacher and config.teacher.fits_head else []
     overrides = [*own, *length, *advice["overrides"]]
     return {
@@ -74,6 +83,12 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
         "situation": vars(found),
         "cost": _cost(load_recipe(recipe, [*texts, *overrides]), found, advice["losses"]),
     }
+
+
+def _advice(config: Config, found: Situation) -> dict[str, Any]:
+    if found.several:
+        return _of_sets(config)
+    return _label_free() if found.teacher == FEATURES else _labelled(found)
 
 
 # ---------------------------------------------------------------- images with labels
@@ -167,6 +182,26 @@ def differences(cell: Mapping[str, Any], found: Situation) -> list[str]:
         if max(here, there) > 2 * min(here, there):
             texts.append(f"{there:,.0f} {name}, yours are {here:,.0f}")
     return texts
+
+
+# ---------------------------------------------------------------- images with sets of labels
+
+
+def _of_sets(config: Config) -> dict[str, Any]:
+    return {
+        "losses": list(config.losses),
+        "overrides": [],
+        "expected": None,
+        "rows": {},
+        "measured": {},
+        "differs": [],
+        "reasons": [
+            "no comparison on images with several labels was measured, so nothing says which losses help or how much",
+            "own-labels is the recipe that the documentation recommends: binary cross entropy, and the teacher's features",
+            "the teacher's logits can teach too, with a classifier for your labels: teacher.head=fit "
+            "losses.kd.probabilities=sigmoid",
+        ],
+    }
 
 
 # ---------------------------------------------------------------- images without labels

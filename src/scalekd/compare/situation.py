@@ -10,8 +10,7 @@ from torch import nn
 
 from scalekd.common.errors import UserError
 from scalekd.config.recipe import Config
-from scalekd.data.split import Split, open_split
-from scalekd.data.targets import one_each
+from scalekd.data.split import Split
 from scalekd.distill.build import steps_of_an_epoch, untrained
 from scalekd.models.options import Model
 from scalekd.models.unfilled import unfilled
@@ -34,16 +33,16 @@ class Situation:
     """Training images without labels."""
     classes: int
     steps: int
+    several: bool = False
+    """Whether the images have sets of labels."""
 
     @property
     def labels_per_class(self) -> float:
         return self.labels / self.classes
 
 
-def situation(config: Config) -> Situation:
-    """The situation of a run. Opens its data and builds its student without weights. Raises `UserError`."""
-    split = open_split(config.data)
-    one_each(split.val.targets, "`scalekd advise`")
+def situation(config: Config, split: Split) -> Situation:
+    """The situation of a run on its data. Builds its student without weights. Raises `UserError`."""
     images = len(split.train_indices)
     steps, _ = steps_of_an_epoch(config, images, split.labelled)
     if not steps:
@@ -58,6 +57,7 @@ def situation(config: Config) -> Situation:
         unlabelled=images - split.labelled,
         classes=len(split.classes),
         steps=steps * config.train.epochs,
+        several=split.multi_label,
     )
 
 
@@ -73,6 +73,8 @@ def _teacher(config: Config, split: Split) -> str:
     if not split.labelled or not config.all_teachers:
         return FEATURES
     specs = config.all_teachers.values()
+    if split.multi_label and not any(spec.head or _has_classes(spec, split.classes) for spec in specs):
+        return FEATURES  # own-labels needs no classifier of its teacher
     if all(spec.head is None or _has_classes(spec, split.classes) for spec in specs):
         return OWN
     return FITTED

@@ -74,7 +74,6 @@ def one_each(targets: Sequence[Target], what: str) -> list[int]:
     """
     if are_sets(targets):
         raise UserError(
-            f"{what} needs one class per image, and these images have sets of labels. For multi-label data there are "
-            "`scalekd train`, `evaluate`, `predict` and `export` (`scalekd docs labels`)"
+            f"{what} needs one class per image, and these images have sets of labels (`scalekd docs labels`)"
         )
     return list(cast("Sequence[int]", targets))

@@ -26,12 +26,13 @@ def knn_predict(
 
     Args:
         train_features: (N, D), on the same device as the other tensors. If N < k, all images vote.
-        train_targets: (N,), in 0 .. classes - 1.
+        train_targets: (N,), in 0 .. classes - 1; or sets of classes, (N, classes) of 0 and 1: a neighbour votes for each.
         features: (M, D).
         leave_one_out: `features` are `train_features`; no image votes for itself.
 
     Returns scores (M, classes), float32, not negative; larger is more likely. Each row is divided by the weight of its
     nearest neighbour, which prevents overflow and underflow at small temperatures and keeps the order within the row.
+    With sets of classes it is divided by the weights of all neighbours: then rows can be compared, as mAP does.
     The result is deterministic. Raises ValueError if `k` or `temperature` is not above 0, or N is 0.
     """
     if k < 1 or temperature <= 0 or not len(train_features):
@@ -48,9 +49,12 @@ def knn_predict(
             similarity.diagonal(block * rows).fill_(-torch.inf)
         similarity, neighbours = similarity.topk(k, dim=1)  # (B, k), largest first
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = train_targets[neighbours]
-        for column in range(
-            k
-        ):  # one vote per row at a time: one scatter_add_ of all votes is not deterministic on a GPU
-            out.scatter_add_(1, votes[:, column : column + 1], weights[:, column : column + 1])
+        # one vote per row at a time: one scatter_add_ of all votes is not deterministic on a GPU
+        for column, weight in zip(neighbours.T, weights.T):
+            if train_targets.dim() == 2:
+                out += weight[:, None] * train_targets[column]
+            else:
+                out.scatter_add_(1, train_targets[column][:, None], weight[:, None])
+        if train_targets.dim() == 2:
+            out /= weights.sum(1, keepdim=True)
     return scores
