@@ -22,8 +22,7 @@ from scalekd.distill.rebuild import read_recipe
 from scalekd.models.open_student import open_student
 from scalekd.report.quantized_section import quantized_block, quantized_section
 from scalekd.runs.distillation import execute
-from scalekd.runs.formats import _images
-from scalekd.runs.int8 import Answers, compare_answers, threshold_of
+from scalekd.runs.int8 import threshold_of
 from scalekd.runs.quantized_recipe import quantized_recipe
 from scalekd.runs.students import validation_transform
 
@@ -111,16 +110,10 @@ def test_data_of_another_kind_are_refused(root, image_folder, cli):
         threshold_of({"multi_label": True})
 
 
-def test_other_formats_are_compared_by_map(root):
-    card = json.loads((root / "run" / "student.json").read_text())
-    images, _ = _images(root / "run", card, None)
-    student, _ = open_student(root / "run", CPU)
-    from scalekd.data.batches import eval_batches
-    from scalekd.models.inputs import card_statistics
-
-    both = {"student": student, "same": student}
-    seen = compare_answers(both, eval_batches(images, 7, 0, False), *card_statistics(card, CPU), threshold_of(card))
-    expected = scalekd.evaluate(root / "run", data=str(root / "val" / TABLE), device="cpu").map
-    assert seen["same"].figure == pytest.approx(expected, abs=1e-4)
-    assert seen["same"].agreement == 100 and seen["same"].figures["change_interval"] == 0
-    assert Answers().figure is None
+def test_another_format_is_compared_by_map_and_equal_labels(root, cli):
+    shown = cli("export", root / "run", "--format", "fp16")
+    assert shown.code == 0 and "top-1" not in shown.out, shown.err
+    made = json.loads((root / "run" / "formats.json").read_text())["formats"]["fp16"]
+    first, truth = answers(root / "run", root / "val")
+    assert made["student_map"] == pytest.approx(slow_map(first, truth), abs=1e-4) and "top1" not in made
+    assert made["agreement"] > 97 and f"mAP {made['map']:.2f} % (student {made['student_map']:.2f} %)" in shown.out
