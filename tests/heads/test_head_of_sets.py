@@ -21,6 +21,7 @@ from scalekd.heads import linear as head_solver
 from scalekd.heads.linear import choose, fit, held_out_parts, listed
 from scalekd.heads.page import warnings
 from scalekd.heads.scores import before_and_after, best_temperature, scores
+from scalekd.runs import heads as run_head
 from scalekd.train.log import read_log
 
 TABLE = "labels.csv:separator=pipe"
@@ -218,6 +219,9 @@ def test_a_run_fits_a_head_of_sets_itself(fitted, cli, recipe_file, tmp_path, mo
     shown = cli("train", recipe_file, *tables, *asked, "--out", "run", "--no-preflight")
     assert shown.code == 0, shown.err
     assert json.loads(Path("run/head/head.json").read_text())["multi_label"] is True
+    monkeypatch.setattr(run_head, "fit_head", None)  # losses that do not suit are told before the fit
+    shown = cli("train", recipe_file, *tables, *asked[:3], "losses={ce: {}, kd: {}}", "--out", "other")
+    assert shown.code == 2 and shown.err.count("needs one class per image") == 2 and not Path("other/head").exists()
 
 
 def test_the_card_s_figures_are_those_of_the_model_with_the_head(fitted):

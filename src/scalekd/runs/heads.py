@@ -16,10 +16,13 @@ import torch
 from rich.console import Console
 
 from scalekd.common import parallel
+from scalekd.common.errors import UserError
 from scalekd.common.files import in_use, is_file
 from scalekd.common.out_of_memory import explain_out_of_memory
 from scalekd.common.text import say
 from scalekd.config.recipe import Config
+from scalekd.data.split import open_split
+from scalekd.distill.build import label_faults
 from scalekd.heads.features import FEATURES
 from scalekd.heads.fit_head import fit_head
 from scalekd.models.options import FIT, Model
@@ -56,6 +59,8 @@ def fit_heads(
     if fitted == config:
         return config
     if parallel.rank() == 0 and not is_file(folder / "recipe.yaml"):
+        if faults := label_faults(config, open_split(config.data, strict=False)):  # before minutes of fitting
+            raise UserError("\n".join(faults))
         with in_use(folder):
             fit_into(folder, config, device, console, cache, most)
     # wait for the first process; over gloo, whose timeout of half an hour is longer than NCCL's ten minutes
