@@ -25,7 +25,7 @@ PLAIN = ["losses.scalekd=off", "student.mean=[0.286]", "student.std=[0.353]"]
 STUDENTS = {
     "demo": [],
     "mobilenetv3": ["student.model=mobilenetv3_small_100", "student.kwargs={}", *PLAIN],
-    "vit": ["student.model=vit_tiny_patch16_224", "student.kwargs={patch_size: 4}", "optim.lr=1e-3", *PLAIN],
+    "vit": ["student.model=vit_tiny_patch16_224", "student.kwargs={patch_size: 7}", "optim.lr=1e-3", *PLAIN],
 }
 WAYS = {"ptq": "calibrated", "qat-labels": "trained with labels only", "qat": "trained with the teacher"}
 
