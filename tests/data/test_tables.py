@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +16,7 @@ from scalekd.common.errors import UserError
 from scalekd.data.batches import Images, load_batch
 from scalekd.data.options import Data
 from scalekd.data.sources.inputs import open_inputs
-from scalekd.data.sources.open import open_source, open_unlabelled, pair_of
+from scalekd.data.sources.open import open_source, open_unlabelled, pair_of, parts_of
 from scalekd.data.split import by_class, open_split
 
 PATHS = [f"{name}/{i}.png" for name in ("ant", "bee", "cat") for i in range(4)]
@@ -186,6 +187,77 @@ def test_all_problems_are_told_together_with_their_rows(folder):
     assert "images without a label (1): row 6 (ant/1.png)" in problem
 
 
+def parquet(folder: Path, **columns: list) -> str:
+    count = len(next(iter(columns.values())))
+    pyarrow.parquet.write_table(pyarrow.table({"path": PATHS[:count]} | columns), folder / "labels.parquet")
+    return str(folder / "labels.parquet")
+
+
+def test_numbers_that_name_other_classes_are_no_indices(folder):
+    """`1` is the name of class 0: with `0` as a typing error, `2` and `3` both became class 2."""
+    (folder / "names.txt").write_text("1\n2\n3\n")
+    text = table(folder, "path,label", *(f"{p},{n}" for p, n in zip(PATHS, (1, 2, 3, 0))))
+    assert "labels that are none of the 3 classes (1): row 5 (`0`)" in problem_of(f"{text}:classes=names.txt")
+    table(folder, "path,label", *(f"{p},{n}" for p, n in zip(PATHS, (1, 2, 3, 3))))
+    assert list(open_source(f"{text}:classes=names.txt", "d").targets) == [0, 1, 2, 2]
+    ten = sorted(map(str, range(1, 11)))  # the folders of a data set: 1, 10, 2, ...
+    table(folder, "path,label", *(f"{p},{n}" for p, n in zip(PATHS, range(10))))
+    assert "none of the 10 classes (1): row 2 (`0`" in problem_of(text, classes=ten)
+    table(folder, "path,label", *(f"{p},{n:02}" for p, n in zip(PATHS, range(12))))
+    assert list(open_source(text, "d").targets) == list(range(12))
+
+
+@pytest.mark.parametrize("kind", ["list", "parquet", "columns", "coco"])
+def test_one_label_in_every_form_of_a_set(folder, kind):
+    one, two = [["ant"], ["bee"], ["ant"]], [["ant"], ["bee", "ant"], ["ant"]]
+
+    def text(rows: list[list[str]]) -> str:
+        if kind == "parquet":
+            return parquet(folder, label=rows)
+        if kind == "coco":
+            return coco(folder, [[("ant", "bee", "cat").index(name) for name in row] for row in rows] + [[0]] * 9)
+        if kind == "list":
+            return table(folder, "path,label", *(f'{p},"{row}"' for p, row in zip(PATHS, rows)))
+        lines = [f"{p},{int('ant' in row)},{int('bee' in row)}" for p, row in zip(PATHS, rows)]
+        return table(folder, "path,ant,bee", *lines) + ":label=rest"
+
+    option = ",labels=one" if kind == "columns" else ":labels=one"
+    assert list(open_source(text(one) + option, "d").targets)[:3] == [0, 1, 0]
+    assert "images with several labels, and `labels=one` is set (1)" in problem_of(text(two) + option)
+
+
+def test_options_that_a_table_cannot_use(folder):
+    lists = parquet(folder, label=[["ant"], ["bee"]])
+    assert "has lists of labels, which `separator` does not apply to" in problem_of(f"{lists}:separator=pipe")
+    columns = table(folder, "path,ant,bee", "ant/0.png,1,0", "bee/0.png,0,1")
+    assert "has a column for each class, which `separator`" in problem_of(f"{columns}:label=rest,separator=pipe")
+    single = table(folder, "path,label", "ant/0.png,ant", "bee/0.png,bee")
+    assert "`empty=keep` is for sets of labels" in problem_of(f"{single}:empty=keep")
+
+
+def test_rows_of_an_image_are_joined_although_a_cell_has_several_labels(folder):
+    text = table(folder, "path,label", "ant/0.png,ant|bee", "bee/0.png,bee", "ant/0.png,cat") + ":separator=pipe"
+    assert list(open_source(f"{text},labels=several", "d").targets) == [(0, 1, 2), (1,)]
+    assert "labels=several joins the rows of an image (1): row 4" in problem_of(text)
+
+
+def test_lists_without_a_name_or_with_something_else(folder):
+    source = open_source(parquet(folder, label=[["ant", None], ["bee", ""], ["ant"]]), "d")
+    assert list(source.classes) == ["ant", "bee"] and list(source.targets) == [(0,), (1,), (0,)]
+    source = open_source(table(folder, "path,label", "ant/0.png,\"['ant', None]\"", "bee/0.png,[7]"), "d")
+    assert list(source.classes) == ["7", "ant"] and list(source.targets) == [(1,), (0,)]
+    days = [[date(2020, 1, 2)], [date(2020, 1, 3)]]
+    assert "rows whose label is no list of names (2): row 1 ([datetime.date(2020, 1, 2)])" in problem_of(
+        parquet(folder, label=days)
+    )
+
+
+def test_a_column_of_splits_of_another_type(folder):
+    text = parquet(folder, label=["ant", "bee"], when=[[1], [2]])
+    assert parts_of(f"{text}:splits=when") == {}
+    assert "has rows of several splits: ['1'], ['2']" in problem_of(f"{text}:splits=when")
+
+
 def test_empty_sets_are_kept_if_asked_for(folder):
     text = table(folder, "path,label", "ant/0.png,ant|bee", "ant/1.png,", "ant/2.png,bee") + ":separator=pipe"
     assert "row 3 (ant/1.png)" in problem_of(text) and "empty=keep" in problem_of(text)
@@ -236,8 +308,34 @@ def test_coco_entries_that_do_not_fit(folder):
     content["annotations"] += [{"image_id": 5, "category_id": 0}, {"image_id": 100, "category_id": 9}]
     Path(text).write_text(json.dumps(content))
     problem = problem_of(text)
-    assert "image 12 (annotation: image_id 5), image 13 (annotation: category_id 9)" in problem
+    assert "annotation 12 (image_id 5), annotation 13 (category_id 9)" in problem
     assert "images without a label (1): image 12 (cat/3.png)" in problem
+
+
+def test_coco_entries_without_ids_and_with_equal_ones(folder):
+    def told(**lists: list) -> str:
+        content = {
+            "images": [{"id": 1, "file_name": "ant/0.png"}, {"id": 2, "file_name": "bee/0.png"}],
+            "annotations": [{"image_id": 1, "category_id": 0}, {"image_id": 2, "category_id": 1}],
+            "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
+        }
+        (folder / "labels.json").write_text(json.dumps(content | lists))
+        return problem_of(str(folder / "labels.json"))
+
+    assert "entries in `annotations` without a number or a text as image_id and category_id: {'category_id': 1}" in told(
+        annotations=[{"category_id": 1}]
+    )
+    assert "entries in `categories` without a number or a text as id: {'name': 'bee'}" in told(
+        categories=[{"id": 0, "name": "ant"}, {"name": "bee"}]
+    )
+    assert "categories with an id that another category has (2): category 1 (id 0: ant), category 2 (id 0: bee)" in told(
+        categories=[{"id": 0, "name": "ant"}, {"id": 0, "name": "bee"}]
+    )
+    assert "categories without a name of their own (1): category 1 (id 0)" in told(
+        categories=[{"id": 0, "name": ["ant"]}, {"id": 1, "name": "bee"}]
+    )
+    (folder / "labels.json").write_text(json.dumps({"images": [{"file_name": p} for p in PATHS]}))
+    assert len(open_unlabelled(str(folder / "labels.json"), "data.unlabelled")) == len(PATHS)
 
 
 def test_a_table_without_its_labels(folder):

@@ -136,6 +136,16 @@ def test_two_processes_write_one_file(run_of_top, tmp_path):
     assert [(of.computed, of.read) for of in both] == [(2, 2), (2, 2)]
 
 
+def test_all_classes_in_half_precision_are_read_back(recipe, tmp_path):
+    """Nothing says then which classes are kept: a tensor without elements, on which the second run ended in a traceback."""
+    top = {"top_k": 3}
+    run = build(check_config(recipe(teacher=top, losses={"ce": {}, "dist": {}}), "test"), CPU)
+    outputs = views(run, tmp_path)
+    first, again = (outputs.features(0, PIXELS) for _ in range(2))
+    assert outputs.read == 1 and first.top[0].shape == again.top[0].shape == (3, 0)
+    assert torch.equal(first.logits, again.logits) and len(first.logits.unique()) > 3
+
+
 def test_runs_on_maps_do_not_enlarge_the_file_of_the_largest_logits(run_of_top, tmp_path):
     outputs = TeacherOutputs(tmp_path, "name", run_of_top.distiller, 4, losses=["kd", "scalekd"])
     assert not outputs.features(0, PIXELS).maps
@@ -150,9 +160,11 @@ def test_a_batch_of_another_size_is_computed(run, tmp_path):
 
 
 def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
-    def name(sha256="a", head=None, **sections):
+    def name(sha256="a", head=None, device="cpu", tf32=False, **sections):
         config = check_config(recipe(**sections), "test")
-        return outputs_name(config, build(config, CPU).distiller, Loaded({}, "file", sha256, 1, 1, 0.0, head))
+        distiller = build(config, CPU).distiller
+        config = config.model_copy(update={"train": config.train.model_copy(update={"tf32": tf32})})
+        return outputs_name(config, distiller, Loaded({}, "file", sha256, 1, 1, 0.0, head), torch.device(device))
 
     first = name()
     assert name() == first == name(losses={"ce": {}, "fd": {}}) == name(optim={"lr": 0.5})
@@ -160,13 +172,16 @@ def test_what_changes_the_teacher_or_its_pixels_changes_the_name(recipe):
         name(sha256="b"),
         name(head="another"),
         name(seed=1),
+        name(device="cuda"),
+        name(tf32=True),
+        name(train={"precision": "bf16"}),
         name(augment={"flip": 0}),
         name(train={"batch_size": 4}),
         name(data={"image_size": 64}),
         name(teacher={"model": "test_vit2", "kwargs": {}, "weights": "random"}),
         *(name(teacher={"top_k": 2}, losses={"kd": {"temperature": t}}) for t in (1.0, 2.0)),
     ]
-    assert len({first, *others}) == 10
+    assert len({first, *others}) == len(others) + 1
 
 
 def test_a_full_disk_is_an_error_before_the_run(run, tmp_path, monkeypatch):

@@ -143,10 +143,10 @@ class TeacherOutputs:
         values: dict[str, Any] = {"maps": [], "prefix": [], "top": []}
         start = 0
         for kept in self.kept:
-            flat = torch.frombuffer(record, dtype=kept.dtype, count=torch.Size(kept.shape).numel(), offset=start)
-            start += kept.bytes
             tensor = torch.empty_strided(kept.shape, kept.strides, dtype=kept.dtype, device=device)
-            tensor.copy_(flat.view(kept.shape))
+            if count := tensor.numel():  # `frombuffer` refuses to read nothing
+                tensor.copy_(torch.frombuffer(record, dtype=kept.dtype, count=count, offset=start).view(kept.shape))
+            start += kept.bytes
             if kept.name in ("maps", "prefix", "top"):
                 tensors = values[kept.name]
                 tensors += [None] * (kept.place - len(tensors)) + [tensor]
@@ -161,8 +161,8 @@ class TeacherOutputs:
         return view.resumable(features) if maps and view.shapes.can_resume else features
 
 
-def outputs_name(config: Config, distiller: Distiller, teacher: Loaded) -> str:
-    """A file name that depends on everything that changes the teacher's outputs: weights, images, precision, torch."""
+def outputs_name(config: Config, distiller: Distiller, teacher: Loaded, device: torch.device) -> str:
+    """A file name that depends on everything that changes the teacher's outputs: weights, images, precision, device, torch."""
     assert config.teacher is not None
     only = distiller.only_teacher()
     depends_on = {
@@ -175,7 +175,8 @@ def outputs_name(config: Config, distiller: Distiller, teacher: Loaded) -> str:
             distiller.student_std.tolist(),
         ],  # random erasing fills areas with noise in these statistics
         "seed": config.seed,
-        "batch": [config.train.batch_size, config.train.accumulate, config.train.precision, config.train.channels_last],
+        "batch": [config.train.batch_size, config.train.accumulate],
+        "arithmetic": [device.type, config.train.precision, config.train.channels_last, config.train.tf32],
         "torch": torch.__version__,
         "temperature": only.top_k.temperature if only and only.top_k else None,
     }

@@ -79,7 +79,7 @@ def execute(
     config = fit_heads(config, folder, device, console)
     run = checked(config, device, console) if check else _built(config, device, console)
     if teacher_outputs and config.teacher:
-        name = outputs_name(config, run.distiller, run.loaded["teacher"])
+        name = outputs_name(config, run.distiller, run.loaded["teacher"], device)
         records = run.total_steps * config.train.accumulate
         run.teacher_outputs = TeacherOutputs(teacher_outputs, name, run.distiller, records, outputs_for)
     return run_into(

@@ -24,33 +24,31 @@ def coco_rows(text: TableText, key: str, problems: Problems, labelled: bool = Tr
     Adds to `problems`. Raises `UserError` for a file of another form.
     """
     content = _read(text, key, labelled)
-    names = _names(content["categories"], problems) if labelled else {}
     images = content["images"]
-    paths = [str(image.get("file_name", "")) for image in images]
-    for number, (path, image) in enumerate(zip(paths, images), 1):
+    paths = [str(image.get("file_name") or "") for image in images]
+    numbers = list(range(1, len(images) + 1))
+    for number, path, image in zip(numbers, paths, images):
         if not path:
             problems.add("images without a file_name", number, f"id {image.get('id')}")
+    if not labelled:
+        return Rows(paths, [()] * len(paths), numbers, False), []
+    names = _names(content["categories"], problems)
     found: dict[Any, dict[str, None]] = {}
-    for number, image in enumerate(images, 1):
-        if image.get("id") in found:
-            problems.add("images with an id that another image has", number, f"id {image.get('id')}")
-        found[image.get("id")] = {}
-    annotations = content["annotations"] if labelled else []
-    for number, annotation in enumerate(annotations, 1):
-        of_image, category = annotation.get("image_id"), annotation.get("category_id")
+    for number, image in zip(numbers, images):
+        if image["id"] in found:
+            problems.add("images with an id that another image has", number, f"id {image['id']}")
+        found[image["id"]] = {}
+    for number, annotation in enumerate(content["annotations"], 1):
+        of_image, category = annotation["image_id"], annotation["category_id"]
         if of_image not in found or category not in names:
+            kind = "annotations of an image or a category that is not in the file"
             what = f"image_id {of_image}" if of_image not in found else f"category_id {category}"
-            problems.add("annotations of an image or a category that is not in the file", number, f"annotation: {what}")
+            problems.add(kind, number, what, "annotation")
         else:
             found[of_image][names[category]] = None
-    labels = [tuple(found[image.get("id")]) for image in images]
-    several = any(len(row) > 1 for row in labels)
-    if text.options.get("labels") == "one" and several:
-        for number, row in enumerate(labels, 1):
-            if len(row) > 1:
-                problems.add("images with several labels, and `labels=one` is set", number, ", ".join(row))
-    several = several or text.options.get("labels") == "several"
-    return Rows(paths, labels, list(range(1, len(paths) + 1)), several), list(names.values())
+    labels = [tuple(found[image["id"]]) for image in images]
+    several = any(len(row) > 1 for row in labels) or text.options.get("labels") == "several"
+    return Rows(paths, labels, numbers, several), list(names.values())
 
 
 def _read(text: TableText, key: str, labelled: bool) -> dict[str, list[dict[str, Any]]]:
@@ -62,20 +60,24 @@ def _read(text: TableText, key: str, labelled: bool) -> dict[str, list[dict[str,
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
             raise UserError(f"{key}: {text.name} has no list `{name}`; it must have {', '.join(LISTS)} as COCO's files")
-        odd = [e for e in entries for k in ("id", "image_id", "category_id") if not isinstance(e.get(k, 0), int | str)]
-        if odd:
+        ids = ("image_id", "category_id") if name == "annotations" else ("id",)
+        odd = [e for e in entries for k in ids if not isinstance(e.get(k), int | str)]
+        if odd and labelled:
             raise UserError(
-                f"{key}: {text.name} has ids in `{name}` that are neither numbers nor text: {shortened(str(odd[0]), 100)}"
+                f"{key}: {text.name} has entries in `{name}` without a number or a text as {' and '.join(ids)}: "
+                f"{shortened(str(odd[0]), 100)}"
             )
     return content
 
 
 def _names(categories: list[dict[str, Any]], problems: Problems) -> Mapping[Any, str]:
     """id -> name, sorted by id."""
-    names = {c.get("id"): str(c.get("name", "")) for c in categories}
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    ids, given = Counter(c["id"] for c in categories), Counter(str(c.get("name")) for c in categories)
     for number, category in enumerate(categories, 1):
-        if not category.get("name") or category["name"] in twice:
-            problems.add("categories without a name of their own", number, f"category {category.get('id')}")
-    order = sorted(names, key=lambda i: (isinstance(i, str), i))
-    return {i: names[i] for i in order}
+        id, name = category["id"], category.get("name")
+        if not isinstance(name, str) or not name or given[name] > 1:
+            problems.add("categories without a name of their own", number, f"id {id}", "category")
+        elif ids[id] > 1:
+            problems.add("categories with an id that another category has", number, f"id {id}: {name}", "category")
+    names = {c["id"]: str(c.get("name")) for c in categories}
+    return {id: names[id] for id in sorted(names, key=lambda id: (isinstance(id, str), id))}

@@ -70,18 +70,18 @@ def _parquet(text: TableText, key: str) -> Columns:
         raise UserError(f"{key}: {PARQUET_MISSING}") from None
     try:
         table = pyarrow.parquet.read_table(text.file)
-        values = {name: list(map(_plain, table[name].to_pylist())) for name in table.column_names}
+        values = {name: list(map(plain, table[name].to_pylist())) for name in table.column_names}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{key}: {text.name} is not a Parquet file: {printable(first_line(error))}") from None
     return Columns(values, range(1, table.num_rows + 1))
 
 
-def _plain(cell: Any) -> Any:
+def plain(cell: Any) -> Any:
     """Text, a list of texts, or something else that is neither a path nor a label."""
     if cell is None or cell != cell:  # NaN
         return ""
     if isinstance(cell, list):
-        return [_plain(each) for each in cell]
+        return [plain(each) for each in cell]
     if isinstance(cell, bool):
         return str(int(cell))
     if isinstance(cell, float) and cell.is_integer():  # pandas stores whole numbers so if any cell is empty

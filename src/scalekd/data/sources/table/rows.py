@@ -11,7 +11,7 @@ from scalekd.common.errors import UserError, nearest
 from scalekd.common.text import shortened
 
 from ..names import split_of
-from .columns import Columns, read_columns
+from .columns import Columns, plain, read_columns
 from .problems import Problems
 from .text import SEPARATORS, TableText
 
@@ -48,14 +48,12 @@ def rows_of(text: TableText, key: str, problems: Problems, labelled: bool = True
     chosen = _chosen(text, columns, key, labelled)
     paths = _paths(text, columns, chosen, problems)
     if labelled:
-        labels, several = _labels(text, columns, chosen, problems)
+        labels, several = _labels(text, columns, chosen, key, problems)
     else:
         labels, several = [()] * len(paths), False
     kept = _of_split(text, columns, chosen, paths, key, problems)
     rows = Rows([paths[i] for i in kept], [labels[i] for i in kept], [columns.rows[i] for i in kept], several)
-    if several and "separator" not in text.options and "labels" in text.options:
-        return _joined(rows)
-    return rows
+    return _joined(rows) if several and text.options.get("labels") == "several" else rows
 
 
 def splits_of(text: TableText, key: str) -> dict[str, str]:
@@ -64,7 +62,7 @@ def splits_of(text: TableText, key: str) -> dict[str, str]:
         return {}
     columns = read_columns(text, key, Problems())
     name = _split_column(text, columns, key)
-    values = dict.fromkeys(columns.values[name]) if name else {}
+    values = dict.fromkeys(map(str, columns.values[name])) if name else {}
     return {split: value for value in values if (split := split_of(value))}
 
 
@@ -138,15 +136,19 @@ def _paths(text: TableText, columns: Columns, chosen: Chosen, problems: Problems
 
 
 def _labels(
-    text: TableText, columns: Columns, chosen: Chosen, problems: Problems
+    text: TableText, columns: Columns, chosen: Chosen, key: str, problems: Problems
 ) -> tuple[list[tuple[str, ...]], bool]:
-    """The labels of each row, and whether they are sets."""
+    """The labels of each row, and whether they are sets. Raises `UserError` for a separator that separates nothing."""
+    separator = text.options.get("separator")
+    cells = columns.values[chosen.labels[0]]
+    in_lists = any(isinstance(cell, list) for cell in cells)  # of a Parquet file
+    if separator and (in_lists or len(chosen.labels) > 1):
+        form = "has a column for each class" if len(chosen.labels) > 1 else "has lists of labels"
+        raise UserError(f"{key}: {text.name} {form}, which `separator` does not apply to; remove it")
     if len(chosen.labels) > 1:
         return _of_yes_and_no(columns, chosen.labels, problems), True
-    cells = columns.values[chosen.labels[0]]
-    separator = text.options.get("separator")
-    if any(isinstance(cell, list) for cell in cells):  # of a Parquet file
-        return [tuple(cell) if isinstance(cell, list) else () for cell in cells], True
+    if in_lists:
+        return _of_lists(columns, cells, problems), True
     if odd := [row for row, cell in zip(columns.rows, cells) if not isinstance(cell, str)]:
         for row in odd:
             problems.add("rows whose label is no text and no number", row)
@@ -171,16 +173,21 @@ def _of_yes_and_no(columns: Columns, names: Sequence[str], problems: Problems) -
     return rows
 
 
-def _of_lists(columns: Columns, cells: Sequence[str], problems: Problems) -> list[tuple[str, ...]]:
-    """The labels of rows such as `['cat', 'dog']`, as pandas writes lists."""
+def _of_lists(columns: Columns, cells: Sequence[Any], problems: Problems) -> list[tuple[str, ...]]:
+    """The labels of rows with a list of names, or a text such as `['cat', 'dog']`, as pandas writes lists.
+
+    Names that are empty or missing are left out.
+    """
     rows: list[tuple[str, ...]] = []
     for number, cell in zip(columns.rows, cells):
         try:
-            values: list[Any] = list(ast.literal_eval(cell))
+            values = [plain(value) for value in (ast.literal_eval(cell) if isinstance(cell, str) and cell else cell)]
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            problems.add("rows whose label is no list of names", number, cell)
+            values = [None]
+        if not all(isinstance(value, str) for value in values):
+            problems.add("rows whose label is no list of names", number, str(cell))
             values = []
-        rows.append(tuple(str(value).strip() for value in values))
+        rows.append(tuple(value for value in values if value))
     return rows
 
 

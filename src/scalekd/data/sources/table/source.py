@@ -41,8 +41,8 @@ class Table(InFiles):
         self.table, self.numbers, self.paths = table.name, rows.numbers, rows.paths
         self.word = problems.word
         self.files = _files(table, rows, problems)
-        _check_twice(rows, self.files, problems)
-        _check_empty(table, rows, problems)
+        _check_twice(table, rows, self.files, problems)
+        _check_empty(table, rows, key, problems)
         self.classes, number = _classes(table, rows, classes, known, key)
         _check_known(rows, number, self.classes, problems)
         problems.raise_if_any(key, table.name)
@@ -71,10 +71,14 @@ def table_parts(text: str) -> dict[str, str]:
 
 
 def _read(table: TableText, key: str, problems: Problems) -> tuple[Rows, list[str] | None]:
-    """The rows, and the names of the classes if the file lists them."""
-    if table.kind == "coco":
-        return coco_rows(table, key, problems)
-    return rows_of(table, key, problems), None
+    """The rows, and the names of the classes if the file lists them. With `labels=one`, lists of one label are no sets."""
+    rows, known = coco_rows(table, key, problems) if table.kind == "coco" else (rows_of(table, key, problems), None)
+    if not rows.several or table.options.get("labels") != "one":
+        return rows, known
+    for number, labels in zip(rows.numbers, rows.labels):
+        if len(set(labels)) > 1:
+            problems.add("images with several labels, and `labels=one` is set", number, ", ".join(labels))
+    return rows._replace(several=False), known
 
 
 def _files(table: TableText, rows: Rows, problems: Problems) -> list[str]:
@@ -101,18 +105,24 @@ def _names_in(folder: str) -> set[str]:
         return set()
 
 
-def _check_twice(rows: Rows, files: Sequence[str], problems: Problems) -> None:
+def _check_twice(table: TableText, rows: Rows, files: Sequence[str], problems: Problems) -> None:
+    kind = f"images that another {problems.word} has too"
+    kind += "; labels=several joins the rows of an image" * (table.kind != "coco")
     first: dict[str, int] = {}
     for i, file in enumerate(files):
         before = first.setdefault(file, i)
         if before != i and rows.paths[i]:
-            kind = "images that another row has too; labels=several joins the rows of an image"
             problems.add(kind, rows.numbers[i], f"{rows.paths[i]}, first in {problems.word} {rows.numbers[before]}")
 
 
-def _check_empty(table: TableText, rows: Rows, problems: Problems) -> None:
+def _check_empty(table: TableText, rows: Rows, key: str, problems: Problems) -> None:
     """Adds images without a label. In multi-label data `empty=keep` takes them as images of none of the classes."""
-    if rows.several and table.options.get("empty") == "keep":
+    if table.options.get("empty") == "keep":
+        if not rows.several:
+            raise UserError(
+                f"{key}: {table.name}: `empty=keep` is for sets of labels, and each image has one label here; remove it, or "
+                "add `labels=several`"
+            )
         return
     kind = "images without a label" + "; empty=keep takes them as images of none of the classes" * rows.several
     for number, path, labels in zip(rows.numbers, rows.paths, rows.labels):
@@ -126,7 +136,7 @@ def _classes(
     """The class names, and the index of each valid label.
 
     The names are those that are given, of the file `classes`, or of the labels, sorted. Labels that are all whole
-    numbers, and no names of classes, are indices.
+    numbers are indices, unless one of them is the name of another class than the one of that index.
     """
     if given is None and "classes" in table.options:
         given = _listed(table, key)
@@ -137,7 +147,7 @@ def _classes(
         given = [str(i) for i in range(min(max(numbers) + 1, MAX_CLASSES))]
     names = list(given if given is not None else known if known is not None else sorted(labels))
     number = {name: i for i, name in enumerate(names)}
-    if indices and not labels <= number.keys():
+    if indices and all(number.get(label, int(label)) == int(label) for label in labels):
         number |= {label: int(label) for label in labels if 0 <= int(label) < len(names)}
     return names, number
 
