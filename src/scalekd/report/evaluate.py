@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ from scalekd.analyze.cka import StageCKA
 from scalekd.analyze.distance import distances, statistics
 from scalekd.analyze.frequency import Spectrum
 from scalekd.analyze.runs import SEED, projector_calls
-from scalekd.data.batches import Images, Sample, eval_batches
+from scalekd.common.errors import UserError
+from scalekd.common.text import printable
+from scalekd.data.batches import Batch, Images, Sample, eval_batches
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.run import DistillationRun
 from scalekd.methods.shared import stage_map
@@ -74,6 +77,46 @@ def shown_student(run: DistillationRun, deployed: nn.Module) -> Normalised:
     return Normalised(view, d.image_size, d.student_mean, d.student_std)
 
 
+@dataclass
+class Compared:
+    """The models of a report, and the validation images on which they are compared."""
+
+    models: dict[str, list[Normalised]]  # STUDENT, the baselines and TEACHER; the logits of several are averaged
+    teachers: list[Normalised]  # also those whose predictions cannot be compared
+    images: Images
+    notes: list[str]
+
+    def batches(self, run: DistillationRun, seconds: float) -> Iterator[Batch]:
+        """The batches of the images, until `seconds` are over. Raises `UserError` if none of the images can be read."""
+        workers = workers_of(run.config) if len(self.images) > 10 * BATCH else 0  # few images: not worth starting workers
+        began, seen = time.monotonic(), 0
+        with contextlib.closing(eval_batches(self.images, BATCH, workers, run.device.type == "cuda")) as batches:
+            for batch in batches:
+                yield batch
+                seen += len(batch.images)
+                if time.monotonic() - began > seconds and seen < len(self.images):
+                    self.notes.append(f"Stopped after {seconds:.0f} s.")
+                    break
+        if not seen:
+            raise UserError("none of the validation images can be read")
+
+
+def compared(run: DistillationRun, deployed: nn.Module, baselines: Mapping[str, Normalised] | None, most: int) -> Compared:
+    """`deployed`, the run's teachers and the baselines, in eval mode, and `most` of the run's validation images."""
+    for module in (deployed, run.distiller):
+        module.eval()
+    models = {label: [model] for label, model in {STUDENT: shown_student(run, deployed), **(baselines or {})}.items()}
+    teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
+    odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != len(run.classes)]
+    notes = [
+        f"A teacher has {count} classes and the data {len(run.classes)}, so its predictions are left out." for count in odd[:1]
+    ]
+    if teachers and not odd:
+        models[TEACHER] = teachers
+    images = chosen_images(run, [model for group in (*models.values(), teachers) for model in group], most)
+    return Compared(models, teachers, images, notes)
+
+
 @torch.no_grad()
 def look(
     run: DistillationRun,
@@ -88,28 +131,11 @@ def look(
     All models get the same pixels, each at its own size and statistics. The pass ends after `seconds`, with the images
     so far. The maps of the first images are analysed if there is one teacher at most. The models stay in eval mode.
     """
-    for module in (deployed, run.distiller):
-        module.eval()
-    students = {STUDENT: shown_student(run, deployed), **(baselines or {})}
-    teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
-    notes = misfits(teachers, len(run.classes))
-    answers = {label: Answers() for label in students} | ({TEACHER: Answers()} if teachers and not notes else {})
-    maps = Maps(run, students[STUDENT], teachers[0] if len(teachers) == 1 else None)
-    images = chosen_images(run, [*students.values(), *teachers], most)
-    workers = workers_of(run.config) if len(images) > 10 * BATCH else 0  # few images: not worth starting workers
-    skipped: set[str] = set()
-    began, passed = time.monotonic(), 0
-    batches = eval_batches(images, BATCH, workers, run.device.type == "cuda")
-    for batch in batches:
-        skipped |= {bad.name for bad in batch.skipped}
-        passed += BATCH
-        if not len(batch.targets):
-            continue
-        pixels, targets = scaled(batch.images.to(run.device)), batch.targets.to(run.device)
-        _add_batch(pixels, targets, students, teachers, answers, maps)
-        if time.monotonic() - began > seconds:
-            batches.close()
-            break
+    found = compared(run, deployed, baselines, most)
+    answers = {label: Answers() for label in found.models}
+    maps = Maps(run, found.models[STUDENT][0], found.teachers[0] if len(found.teachers) == 1 else None)
+    for batch in found.batches(run, seconds):
+        _add_batch(scaled(batch.images.to(run.device)), batch.targets.to(run.device), found, answers, maps)
     columns = {label: model.columns() for label, model in answers.items()}
     seen = Seen(
         len(columns[STUDENT]["target"]),
@@ -117,42 +143,28 @@ def look(
         run.classes,
         columns,
         {label: model.result(label != TEACHER and TEACHER in answers) for label, model in answers.items()},
-        notes=notes,
+        notes=found.notes,
     )
-    if passed < len(images):
-        notes.append(f"Stopped after {seconds:.0f} s.")
     maps.into(seen)
-    places = [i for i in range(min(passed, len(images))) if images.source.where(images.indices[i]) not in skipped]
+    images, bad = found.images, found.images.bad.found if found.images.bad else {}
+    places = [i for i, k in enumerate(images.indices) if printable(images.source.where(k)) not in bad][: seen.images]
     seen.examples = wrong_examples(images, places, seen)
     return seen
 
 
-def _add_batch(
-    pixels: Tensor,
-    targets: Tensor,
-    students: Mapping[str, Normalised],
-    teachers: Sequence[Normalised],
-    answers: Mapping[str, Answers],
-    maps: Maps,
-) -> None:
+def _add_batch(pixels: Tensor, targets: Tensor, found: Compared, answers: Mapping[str, Answers], maps: Maps) -> None:
     wanted = maps.wanted
-    student = students[STUDENT].features(pixels, maps=wanted)
-    taught = [t.features(pixels, maps=wanted) for t in teachers] if TEACHER in answers or wanted else []
+    student = found.models[STUDENT][0].features(pixels, maps=wanted)
+    taught = [t.features(pixels, maps=wanted) for t in found.teachers] if TEACHER in answers or wanted else []
     teacher_logits = torch.stack([f.logits.float() for f in taught]).mean(0) if TEACHER in answers else None
     answers[STUDENT].add(student.logits, targets, teacher_logits)
     if teacher_logits is not None:
         answers[TEACHER].add(teacher_logits, targets)
-    for label, model in students.items():
-        if label != STUDENT:
+    for label, (model, *_) in found.models.items():
+        if label not in (STUDENT, TEACHER):
             answers[label].add(model.features(pixels, maps=False).logits, targets, teacher_logits)
     if wanted:
         maps.add(pixels, student, taught[0] if taught else None)
-
-
-def misfits(teachers: Sequence[Normalised], classes: int) -> list[str]:
-    """Why the teachers' predictions cannot be compared with the student's; empty if they can."""
-    odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != classes]
-    return [f"A teacher has {odd[0]} classes and the data {classes}, so its predictions are left out."] if odd else []
 
 
 def chosen_images(run: DistillationRun, models: Sequence[Normalised], most: int) -> Images:

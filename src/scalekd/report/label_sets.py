@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalekd.common.errors import UserError
 from scalekd.common.set_figures import SET_FIGURES, Scores, average_precisions, class_table, figures_of
-from scalekd.data.batches import eval_batches
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import scaled
 from scalekd.models.normalised import Normalised
-from scalekd.train.hardware import workers_of
 
-from .evaluate import BATCH, MOST_IMAGES, MOST_SECONDS, STUDENT, TEACHER, chosen_images, misfits, shown_student
+from .evaluate import MOST_IMAGES, MOST_SECONDS, STUDENT, TEACHER, compared
 from .page import NONE, section, table
 from .predictions import worst_and_best
 from .svg import escape
@@ -41,36 +39,29 @@ def look_at_sets(
     deployed: nn.Module,
     threshold: float | None,
     baselines: Mapping[str, Normalised] | None = None,
+    *,
     most: int = MOST_IMAGES,
     seconds: float = MOST_SECONDS,
 ) -> SeenSets:
-    """Evaluates `deployed`, the run's teachers (the mean of their logits) and the baselines on `most` validation images.
+    """As `look`, for images with sets of labels; without maps and examples.
 
-    The pass ends after `seconds`, with the images so far. threshold: of the student; by default, as for the others, the best on these images. The models stay in eval mode.
+    threshold: of the student; by default, as for the others, the best on these images. Raises `UserError` if none of them
+    has a label.
     """
-    for module in (deployed, run.distiller):
-        module.eval()
-    students = {STUDENT: shown_student(run, deployed), **(baselines or {})}
-    teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
-    notes = misfits(teachers, len(run.classes))
-    groups = {label: [model] for label, model in students.items()}
-    if teachers and not notes:
-        groups[TEACHER] = teachers
-    images = chosen_images(run, [*students.values(), *teachers], most)
-    workers = workers_of(run.config) if len(images) > 10 * BATCH else 0
-    logits: dict[str, list[Tensor]] = {label: [] for label in groups}
+    found = compared(run, deployed, baselines, most)
+    logits: dict[str, list[Tensor]] = {label: [] for label in found.models}
     truth: list[Tensor] = []
-    began = time.monotonic()
-    batches = eval_batches(images, BATCH, workers, run.device.type == "cuda")
-    for batch in batches:
+    for batch in found.batches(run, seconds):
         pixels = scaled(batch.images.to(run.device))
         truth.append(batch.targets > 0.5)
-        for label, models in groups.items():
-            found = [model.features(pixels, maps=False).logits.float() for model in models]
-            logits[label].append(torch.stack(found).mean(0).cpu())
-        if time.monotonic() - began > seconds:
-            batches.close()
-            break
+        for label, models in found.models.items():
+            each = [model.features(pixels, maps=False).logits.float() for model in models]
+            logits[label].append(torch.stack(each).mean(0).cpu())
+    if not any(part.any() for part in truth):
+        count = sum(map(len, truth))
+        raise UserError(
+            f"none of the {count} validation images of the report has a label, so there is no mAP; raise `images` for more"
+        )
     scores = {label: Scores(torch.cat(parts), torch.cat(truth)) for label, parts in logits.items()}
     figures = {label: figures_of(s, threshold if label == STUDENT else None) for label, s in scores.items()}
     rows = class_table(scores[STUDENT], run.classes, figures[STUDENT]["threshold"])
@@ -78,7 +69,7 @@ def look_at_sets(
         precisions = dict(zip(run.classes, average_precisions(scores[TEACHER])))
         rows = [row | {"teacher_ap": 100 * precisions[row["class"]]} for row in rows]
     seen = len(scores[STUDENT].truth)
-    return SeenSets(seen, len(run.val_images), figures[STUDENT]["threshold"], figures, rows, notes)
+    return SeenSets(seen, len(run.val_images), figures[STUDENT]["threshold"], figures, rows, found.notes)
 
 
 def set_sections(seen: SeenSets) -> list[str]:

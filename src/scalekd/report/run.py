@@ -133,10 +133,11 @@ def _evaluated(
     students: dict[str, Normalised] = {
         label: load_baseline(other, run.classes, device) for label, other in others.items()
     }
+    limits: dict[str, Any] = {"most": images, "seconds": float("inf")}
     with explain_out_of_memory(device, "Try `device` cpu, or close other programs that use it."):
         if run.multi_label:
-            return look_at_sets(run, deployed, found.card.get("threshold"), students, images, float("inf")), ""
-        return look(run, deployed, students, most=images, seconds=float("inf")), ""
+            return look_at_sets(run, deployed, found.card.get("threshold"), students, **limits), ""
+        return look(run, deployed, students, **limits), ""
 
 
 def count_parts(run: DistillationRun) -> list[dict[str, Any]]:
