@@ -28,4 +28,4 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
         done
     done
 done
-"$python" lab/transfer_teacher.py $all docs/results/transfer-teacher
+"$python" lab/transfer.py teachers $all docs/results/transfer-teacher

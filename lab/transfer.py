@@ -1,4 +1,4 @@
-"""Makes the table and pictures of the runs of lab/transfer.sh: `lab/transfer.py runs/transfer docs/results/transfer`."""
+"""Makes the tables, and pictures, of the runs of lab/transfer.sh and lab/transfer-teacher.sh, which call it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -20,10 +20,44 @@ from scalekd.transfer.exported_model import load
 from scalekd.transfer.segmentation.overlay import overlay
 from scalekd.transfer.segmentation.pairs import open_segments
 
-STARTS = ("distilled", "supervised", "scratch")
-FIGURES = {
-    "segment": {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %"},
-    "detect": {"mask_ap": "mask AP %", "box_ap": "box AP %"},
+SEGMENT, DETECT = {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %"}, {"mask_ap": "mask AP %", "box_ap": "box AP %"}
+
+
+class Study(NamedTuple):
+    """What the runs of a script compare."""
+
+    title: str
+    script: str
+    column: str  # what the starts differ in
+    starts: tuple[str, ...]
+    base: str  # the start from which the others' differences are told
+    note: str
+    tasks: dict[str, dict[str, str]]  # the metrics of each, with their names
+    pictures: bool
+
+
+STUDIES = {
+    "backbones": Study(
+        "A distilled backbone at work",
+        "lab/transfer.sh",
+        "backbone",
+        ("distilled", "supervised", "scratch"),
+        "supervised",
+        "the supervised backbone, seed by seed. In the pictures the rows are: distilled, supervised,\nscratch; below them, for "
+        "segmentation, the truth.",
+        {"segment": SEGMENT, "detect": DETECT},
+        True,
+    ),
+    "teachers": Study(
+        "A teacher in the loop of detectors and segmenters",
+        "lab/transfer-teacher.sh",
+        "teacher",
+        ("alone", "mlp", "cap"),
+        "alone",
+        "the run of the same seed without a teacher. mlp and cap are projectors.",
+        {"segment": SEGMENT, "detect": DETECT, "retinanet": {"box_ap": "box AP %"}},
+        False,
+    ),
 }
 PICTURES, TILE = 4, 256
 
@@ -64,14 +98,14 @@ def table(results: dict[str, Any], title: str, keys: dict[str, str], base: str) 
 
 
 @torch.no_grad()
-def pictures(runs: Path, task: str, out: Path) -> None:
+def pictures(runs: Path, task: str, starts: Sequence[str], out: Path) -> None:
     """Draws predictions of the first seed's models on a few validation scenes: a row per start, then the truth."""
     scenes = runs / "scenes"
     rows: list[list[Image.Image]] = []
     if task == "segment":
         _, pairs = open_segments(scenes, classes=scenes / "classes-with-background.txt")
         samples = [pairs[i] for i in range(PICTURES)]
-        for start in STARTS:
+        for start in starts:
             model, card = load(runs / f"segment-{start}-0", "segmentation")
             mean, std = (torch.tensor(card[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
             rows.append([])
@@ -83,7 +117,7 @@ def pictures(runs: Path, task: str, out: Path) -> None:
     else:
         coco = open_coco(scenes / "instances_val.json", scenes / "images", "validation")
         files = [p.path for p in coco.pictures[:PICTURES]]
-        for start in STARTS:
+        for start in starts:
             model, card = load(runs / f"detect-{start}-0", "detection")
             rows.append([])
             for file in files:
@@ -103,28 +137,23 @@ def coloured(image: Image.Image, classes: Any, names: Any) -> Image.Image:
     return overlay(image, classes, names, without=["background"]).crop((0, 0, TILE, TILE))
 
 
-def main(runs: Path, out: Path) -> None:
+def main(name: str, runs: Path, out: Path) -> None:
+    """name: of one of `STUDIES`."""
+    study, results = STUDIES[name], dict[str, Any]()
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        "# A distilled backbone at work",
+        f"# {study.title}",
         "",
-        "`lab/transfer.sh` made these. Mean ± half of the 95 % interval over seeds (Student's t), then the same of",
-        "the differences from the supervised backbone, seed by seed. In the pictures the rows are: distilled, supervised,",
-        "scratch; below them, for segmentation, the truth.",
+        f"`{study.script}` made these. Mean ± half of the 95 % interval over seeds (Student's t), then the same of",
+        f"the differences from {study.note}",
         "",
     ]
-    results = {}
-    for task in FIGURES:
-        results[task] = figures(runs, task, STARTS, FIGURES[task])
-        if any(results[task][start]["seconds"] for start in STARTS):
-            lines += table(results[task], f"{task}, backbone", FIGURES[task], "supervised")
-        if all((runs / f"{task}-{start}-0" / "summary.json").is_file() for start in STARTS):
-            pictures(runs, task, out)
-    write(runs, out, results, lines)
-
-
-def write(runs: Path, out: Path, results: dict[str, Any], lines: list[str]) -> None:
-    """Writes summary.md, and results.json with what made the runs."""
+    for task, keys in study.tasks.items():
+        results[task] = figures(runs, task, study.starts, keys)
+        if any(found["seconds"] for found in results[task].values()):
+            lines += table(results[task], f"{task}, {study.column}", keys, study.base)
+        if study.pictures and all((runs / f"{task}-{start}-0" / "summary.json").is_file() for start in study.starts):
+            pictures(runs, task, study.starts, out)
     made = next(iter(runs.glob("*/provenance.json")))
     results["made"] = {
         k: v for k, v in json.loads(made.read_text()).items() if k in ("machine", "torch", "timm", "git")
@@ -134,4 +163,4 @@ def write(runs: Path, out: Path, results: dict[str, Any], lines: list[str]) -> N
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -26,4 +26,4 @@ for seed in 0 1 2; do
         done
     done
 done
-"$python" lab/transfer.py runs/transfer docs/results/transfer
+"$python" lab/transfer.py backbones runs/transfer docs/results/transfer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
@@ -31,7 +32,10 @@ def make_optimizer(model: nn.Module, backbone: nn.Module, teacher: TeacherTerm |
     rest = [p for p in model.parameters() if p not in projector]
     groups = layer_groups(backbone, rest, optim.lr, optim.weight_decay, optim.stage_decay, optim.backbone_scale)
     if teacher:
-        groups += _projector_groups(list(projector), optim.lr * config.teacher.lr_scale, optim.weight_decay)
+        decayed = reversed(param_groups_weight_decay(teacher, optim.weight_decay))  # timm's last group is decayed
+        for name, group in zip((PROJECTOR, f"{PROJECTOR}, no decay"), decayed):
+            if group["params"]:
+                groups.append(group | {"lr": optim.lr * config.teacher.lr_scale, "name": name})
     slowest, schedule = min(groups, key=lambda group: group["lr"]), config.schedule
     named = {PROJECTOR: PROJECTOR, "rest": "other parts"}
     lowest, whose = slowest["lr"], named.get(slowest["name"].partition(",")[0], "first layer")
@@ -48,16 +52,6 @@ def make_optimizer(model: nn.Module, backbone: nn.Module, teacher: TeacherTerm |
 def projector_of(teacher: TeacherTerm | None) -> dict[str, nn.Module]:
     """The projector as an entry of `Run.parts`; {} without a teacher."""
     return {PROJECTOR: teacher.projector} if teacher else {}
-
-
-def _projector_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups as those of `layer_groups`: biases and norms have no weight decay."""
-    parts = {
-        PROJECTOR: ([p for p in parameters if p.ndim > 1], weight_decay),
-        f"{PROJECTOR}, no decay": ([p for p in parameters if p.ndim <= 1], 0.0),
-    }
-    groups = ((name, *part) for name, part in parts.items() if part[0])
-    return [{"params": some, "lr": lr, "weight_decay": decay, "name": name} for name, some, decay in groups]
 
 
 def steps_per_epoch(images: int, config: Any) -> int:
