@@ -20,7 +20,10 @@ from scalekd.transfer.exported_model import load
 from scalekd.transfer.segmentation.overlay import overlay
 from scalekd.transfer.segmentation.pairs import open_segments
 
-SEGMENT, DETECT = {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %"}, {"mask_ap": "mask AP %", "box_ap": "box AP %"}
+SEGMENT, DETECT = (
+    {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %"},
+    {"mask_ap": "mask AP %", "box_ap": "box AP %"},
+)
 
 
 class Study(NamedTuple):

@@ -322,14 +322,16 @@ def test_coco_entries_without_ids_and_with_equal_ones(folder):
         (folder / "labels.json").write_text(json.dumps(content | lists))
         return problem_of(str(folder / "labels.json"))
 
-    assert "entries in `annotations` without a number or a text as image_id and category_id: {'category_id': 1}" in told(
-        annotations=[{"category_id": 1}]
+    assert (
+        "entries in `annotations` without a number or a text as image_id and category_id: {'category_id': 1}"
+        in told(annotations=[{"category_id": 1}])
     )
     assert "entries in `categories` without a number or a text as id: {'name': 'bee'}" in told(
         categories=[{"id": 0, "name": "ant"}, {"name": "bee"}]
     )
-    assert "categories with an id that another category has (2): category 1 (id 0: ant), category 2 (id 0: bee)" in told(
-        categories=[{"id": 0, "name": "ant"}, {"id": 0, "name": "bee"}]
+    assert (
+        "categories with an id that another category has (2): category 1 (id 0: ant), category 2 (id 0: bee)"
+        in told(categories=[{"id": 0, "name": "ant"}, {"id": 0, "name": "bee"}])
     )
     assert "categories without a name of their own (1): category 1 (id 0)" in told(
         categories=[{"id": 0, "name": ["ant"]}, {"id": 1, "name": "bee"}]

@@ -74,7 +74,7 @@ def test_images_without_any_label_are_an_error_and_no_traceback(tmp_path):
     write_sets(tmp_path / "train", 32)
     write_sets(tmp_path / "val", 18, seed=1)
     table = tmp_path / "val" / "labels.csv"
-    head, first, *rows = table.read_text().splitlines()
+    head, _, *rows = table.read_text().splitlines()
     table.write_text("\n".join([head, "0.png,", *rows]))
     run = run_on(tmp_path, "labels.csv:separator=pipe,empty=keep")
     with pytest.raises(UserError, match=r"none of the 1 validation images of the report has a label.*raise `images`"):

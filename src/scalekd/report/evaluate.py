@@ -88,7 +88,9 @@ class Compared:
 
     def batches(self, run: DistillationRun, seconds: float) -> Iterator[Batch]:
         """The batches of the images, until `seconds` are over. Raises `UserError` if none of the images can be read."""
-        workers = workers_of(run.config) if len(self.images) > 10 * BATCH else 0  # few images: not worth starting workers
+        workers = (
+            workers_of(run.config) if len(self.images) > 10 * BATCH else 0
+        )  # few images: not worth starting workers
         began, seen = time.monotonic(), 0
         with contextlib.closing(eval_batches(self.images, BATCH, workers, run.device.type == "cuda")) as batches:
             for batch in batches:
@@ -101,7 +103,9 @@ class Compared:
             raise UserError("none of the validation images can be read")
 
 
-def compared(run: DistillationRun, deployed: nn.Module, baselines: Mapping[str, Normalised] | None, most: int) -> Compared:
+def compared(
+    run: DistillationRun, deployed: nn.Module, baselines: Mapping[str, Normalised] | None, most: int
+) -> Compared:
     """`deployed`, the run's teachers and the baselines, in eval mode, and `most` of the run's validation images."""
     for module in (deployed, run.distiller):
         module.eval()
@@ -109,7 +113,8 @@ def compared(run: DistillationRun, deployed: nn.Module, baselines: Mapping[str, 
     teachers = [Normalised(t.view, t.size, t.mean, t.std) for t in run.distiller.teachers.values()]
     odd = [t.view.shapes.classes for t in teachers if t.view.shapes.classes != len(run.classes)]
     notes = [
-        f"A teacher has {count} classes and the data {len(run.classes)}, so its predictions are left out." for count in odd[:1]
+        f"A teacher has {count} classes and the data {len(run.classes)}, so its predictions are left out."
+        for count in odd[:1]
     ]
     if teachers and not odd:
         models[TEACHER] = teachers

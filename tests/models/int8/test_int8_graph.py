@@ -13,11 +13,12 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from scalekd.models.int8.fake import FakeActivation, FakeBias, FakeQuantised, FakeWeight
+from scalekd.models.int8.fake import FakeActivation, FakeBias, FakeQuantised, FakeWeight, GraphView
 from scalekd.models.int8.fold import fold_batch_norms, unfold
 from scalekd.models.int8.graph import Graph, graph_of
 from scalekd.models.int8.onnx_quantiser import METHODS, Place, int8_nodes, places_of, quantised, ranges
 from scalekd.models.int8.shares import left_in_float, multiply_adds
+from scalekd.models.stages import StageView
 
 SIZE = 48
 
@@ -88,6 +89,20 @@ def test_the_int8_file_computes_what_the_fake_quantised_student_computes(case):
     assert np.abs(run(again, case.images, ["logits"])[0] - theirs).mean() < rounding / 5
     fake(case.images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fake.parameters())
+
+
+def test_its_view_gives_what_the_students_view_gives(case):
+    """`fm` reads the classifier's input: in a ViT the class token, which the view of a quantised student left out."""
+    fake = FakeQuantised(case.graph, places_of(quantised(case.graph, case.found)))
+    own = StageView(case.student, name="student", image_size=(SIZE, SIZE))
+    view = GraphView(fake, own.name, own.shapes, own.refusal)
+    with torch.no_grad():
+        found, exact = (v(case.images, classifier=True) for v in (view, own))
+    for ours, wanted in ((found.logits, exact.logits), (found.pooled, exact.pooled), *zip(found.maps, exact.maps)):
+        assert ours.shape == wanted.shape and 0 < (ours - wanted).norm() < 0.1 * wanted.norm()
+    if found.prefix[3] is not None:
+        assert (found.pooled - found.final.mean((2, 3))).norm() > 0.2 * found.pooled.norm()
+    assert found.pooled.shape[1] == view.shapes.pooled and view(case.images).pooled is None
 
 
 @pytest.mark.parametrize("method", METHODS)

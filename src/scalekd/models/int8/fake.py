@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalekd.models.stages import Features, Shapes
-from scalekd.models.student_file import LOGITS
+from scalekd.models.student_file import FEATURES, LOGITS
 
 from .graph import Graph
 from .onnx_quantiser import CONVOLUTIONS, Place, operator_of, with_int32_bias
@@ -182,5 +182,8 @@ class GraphView:
         if not maps:
             return Features(self.model(images))
         found = self.model.all_outputs(images)
-        prefix = [found.get(f"prefix{i}") for i in (1, 2, 3, 4)]
-        return Features(found[LOGITS], tuple(found[f"map{i}"] for i in (1, 2, 3, 4)), found["final"], tuple(prefix))
+        stages = tuple(found[f"map{i}"] for i in (1, 2, 3, 4))
+        prefix = tuple(found.get(f"prefix{i}") for i in (1, 2, 3, 4))
+        return Features(
+            found[LOGITS], stages, found["final"], prefix, pooled=found.get(FEATURES) if classifier else None
+        )
