@@ -36,6 +36,7 @@ class FM(nn.Module):
         standardise: `phi-s`, rotated and divided by one number (PHI-S, arXiv:2410.01680); `channel`, each channel divided by
             its standard deviation (as UNIC does); `none` (as Proteus does).
         images: number of images that are measured before the first step. None: 2048. The statistics do not change later.
+            For `phi-s` it should exceed the teacher's channels, or rounding chooses a part of the rotation.
         loss: `cosine_l1`: the mean of 1 - cosine similarity and of the smooth L1 distance (UNIC, arXiv:2408.05088); `mse`:
             the squared difference (Proteus, arXiv:2407.10366). Both are averaged over channels, positions and images.
         class_weight: weight of the term `class`; 0 leaves it out. Default 0.5, as in the code of UNIC.
