@@ -151,6 +151,18 @@ def test_a_step_waits_where_it_must_and_nowhere_else(log, tiny_recipe):
     assert waits(log) == given + side + side  # the copying, and the teacher, which waits for nothing
 
 
+def test_without_a_teacher_the_images_are_copied_beside_the_student(log, tiny_recipe):
+    """So that the rows of a comparison, of which one has no teacher, can have one setting."""
+    recipe = changed(tiny_recipe, train={"streams": True}, losses={"ce": {}}) | {"teacher": None}
+    run = build(check_config(recipe, "test"), CPU)
+    run.model.beside = SideStream(CPU)
+    log.clear()
+    batch = Batch(torch.randint(256, (8, 3, 48, 48), dtype=torch.uint8), torch.arange(8) % 3)
+    images, _ = run.inputs(batch)
+    copied = waits(log).index(("default", "waits for", "side"))
+    assert ("side", "begins") in waits(log)[:copied] and ("default", "uses", str(id(images))) in log
+
+
 def test_tensors_of_another_origin_are_waited_for(log):
     beside = SideStream(CPU)
     log.clear()
@@ -249,7 +261,6 @@ def test_tf32_is_set_for_every_run_on_a_gpu(tiny_recipe, monkeypatch, tf32, aske
         ({"train": {"cuda_graphs": True, "compile": True, "streams": True}}, r"train\.cuda_graphs: not with train\.streams"),
         ({"train": {"compile": True, "grad_checkpointing": True}}, r"train\.grad_checkpointing: not with train\.compile"),
         ({"train": {"tf32": True, "precision": "bf16"}}, r"train\.tf32: .*only with train\.precision: float32"),
-        ({"train": {"streams": True}, "teacher": None, "losses": {"ce": {}}}, r"train\.streams: .*only with a teacher"),
         ({"student": {"precision": "bf16"}}, r"student\.precision: has no effect here.*set train\.precision"),
         ({"teacher": {"precision": "int8"}}, r"teacher\.precision: .*'bf16' or 'fp16'"),
     ],

@@ -172,7 +172,6 @@ def _ignored(config: Recipe) -> list[str]:
             (augment.crop != "random_resized", "data.decoder", data, "augment.crop: random_resized"),
             (augment.crop != "pad", "augment.pad", augment, "augment.crop: pad"),
             (not config.train.compile, "train.cuda_graphs", config.train, "train.compile: true"),
-            (not config.all_teachers, "train.streams", config.train, "a teacher"),
             (config.train.precision in ("bf16", "fp16"), "train.tf32", config.train, "train.precision: float32"),
             (own_jitter, "augment.color_jitter", augment, "no augment.auto_augment, which has its own"),
             *idle_in(config.schedule),

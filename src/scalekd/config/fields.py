@@ -27,7 +27,7 @@ class DistillationTrain(Train):
     """With `compile`: record the kernels of a step as CUDA graphs, which start with one call of the host. For small
     models and batches, whose kernels are short. CUDA only, without `accumulate`; not with `streams`."""
     streams: bool = False
-    """Run the teachers, and copy their images, on a CUDA stream beside the student's. Same values; takes more memory. On
+    """Copy the images, and run the teachers, on a CUDA stream beside the student's. Same values; takes more memory. On
     a CPU it changes nothing."""
     tf32: bool = False
     """Compute products of float32 matrices in TF32, as PyTorch does for convolutions anyway: 10 bits of mantissa instead
