@@ -145,3 +145,27 @@ def test_losses_are_a_recipe_s(file, text):
     teacher = {"model": "test_vit"} if any(getattr(METHODS[n], "needs_teacher", True) for n in losses) else None
     values = {"name": "x", "data": {"train": "x"}, "student": {"model": "test_resnet"}, "teacher": teacher}
     check_config(values | {"losses": losses, "train": {"epochs": 1, "batch_size": 2}}, file)
+
+
+ON_LOGITS = {
+    m for m in METHODS if not getattr(METHODS[m], "needs_maps", True) and getattr(METHODS[m], "needs_teacher", True)
+}
+ONE_LABEL = {m for m in METHODS if getattr(METHODS[m], "one_label", "")}
+
+
+@pytest.mark.parametrize(
+    "file, text, names",
+    [
+        ("labels", r"\| (.*) \| yes; they need no classifier", set(METHODS) - ONE_LABEL - {"bce", "asl"}),
+        ("labels", r"\| (.*) \| no: they need one class", ONE_LABEL),
+        (
+            "unlabelled",
+            r"that read labels \(([^)]*)\)",
+            {m for m in METHODS if getattr(METHODS[m], "needs_targets", False)},
+        ),
+        ("several-teachers", r"Losses on logits alone \(([^)]*)\)", ON_LOGITS),
+    ],
+)
+def test_a_list_of_losses_is_complete(file, text, names):
+    listed = re.search(text, (ROOT / "docs" / "how-to" / f"{file}.md").read_text())
+    assert listed is not None and set(re.findall(r"`(\w+)`", listed[1])) == names
