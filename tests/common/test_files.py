@@ -59,6 +59,23 @@ def test_a_failed_write_gives_an_error_and_leaves_the_old_file(tmp_path, monkeyp
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["card.json"]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_takes_the_place_of_no_fifo_and_no_device(tmp_path, linked):
+    path = pipe = tmp_path / "answers.csv"
+    if linked:  # as /dev/stdout is a link
+        path, pipe = tmp_path / "link.csv", tmp_path / "pipe"
+        path.symlink_to(pipe)
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"cannot write .*{path.name}: it is a FIFO, not a plain file"):
+        write_text(path, "new")
+    assert pipe.is_fifo() and path.is_symlink() == linked and len(os.listdir(tmp_path)) == 1 + linked
+    device = tmp_path / "device"
+    device.symlink_to(os.devnull)
+    with pytest.raises(UserError, match="it is a device, not a plain file"):
+        write_text(device, "new")
+    assert device.is_symlink()
+
+
 FULL = """
 import resource, sys
 import scalekd.distill.build  # PyTorch writes files of its own when it is imported

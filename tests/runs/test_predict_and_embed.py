@@ -275,6 +275,7 @@ def test_features(root, tmp_path, cli, name):
         (["predict", "run", "val", "--workers", "-1"], "`--workers` -1"),
         (["predict", "run", "val", "--sheet", "x.gif"], r"`--sheet`: .*x.gif must end in \.png or \.jpg"),
         (["predict", "run", "val", "--csv", "no/x.csv"], "`--csv`: there is no folder .*no"),
+        (["predict", "run", "val", "--jsonl", "/dev/null"], "`--jsonl`: /dev/null is a device"),
         (["predict", "run", "val", "--csv", "-", "--jsonl", "-"], "only one of them"),
         (["embed", "run", "val", "--out", "x.txt"], r"`--out`: .*x.txt must end in \.npy or \.safetensors"),
         (["predict", "val", "val"], "has no student.safetensors"),

@@ -58,8 +58,11 @@ def unfinished(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
     """Yields a new file next to `path`, with its path, and removes it afterwards unless the block renamed it.
 
     Its name ends in `SCRATCH` and is always new, so an existing file or link of that name is never opened. A killed
-    process may leave the file behind; `remove_unfinished` removes it. Raises `OSError`.
+    process may leave the file behind; `remove_unfinished` removes it. Raises `OSError`, also if `path` is a FIFO, a
+    socket, a device, or a link to one: the file would take its place.
     """
+    if kind := odd_kind(path):
+        raise OSError(errno.EINVAL, f"it is {kind}, not a plain file", str(path))
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}{SCRATCH}")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
@@ -151,6 +154,14 @@ def kind_of(mode: int) -> str:
     """What a file is that is neither a plain file nor a link, by the mode that `os.stat` gives."""
     kinds = {"a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a folder": stat.S_ISDIR}
     return next((name for name, is_it in kinds.items() if is_it(mode)), "a device")
+
+
+def odd_kind(path: Path) -> str | None:
+    """What `path`, or what it links to, is if it is neither a plain file nor a folder; None also if there is nothing."""
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else kind_of(mode)
+    return None
 
 
 def make_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.lib.format import write_array
 from safetensors.numpy import save
 
 from scalekd.common.errors import UserError
-from scalekd.common.files import check_name, replacing, write_text
+from scalekd.common.files import check_name, odd_kind, replacing, write_text
 from scalekd.common.results import Embeddings, Prediction, Predictions
 from scalekd.common.text import counted
 from scalekd.data.sources.source import Source
@@ -32,8 +32,9 @@ def check_outputs(**files: Path | None) -> None:
         endings = ENDINGS.get(name, ())
         if endings and file.suffix.lower() not in endings:
             raise UserError(f"`{name}`: {file} must end in {' or '.join(endings)}")
-        if not file.parent.is_dir() or file.is_dir():
-            problem = f"{file} is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        kind = "a folder" if file.is_dir() else odd_kind(file)
+        if kind or not file.parent.is_dir():
+            problem = f"{file} is {kind}" if kind else f"there is no folder {file.parent}"
             raise UserError(f"`{name}`: {problem}; name a file in a folder that exists")
 
 
