@@ -47,14 +47,22 @@ def knn_predict(
         similarity = F.normalize(part.float(), dim=1) @ known
         if leave_one_out:
             similarity.diagonal(block * rows).fill_(-torch.inf)
-        similarity, neighbours = similarity.topk(k, dim=1)  # (B, k), largest first
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        # one vote per row at a time: one scatter_add_ of all votes is not deterministic on a GPU
-        for column, weight in zip(neighbours.T, weights.T):
-            if train_targets.dim() == 2:
-                out += weight[:, None] * train_targets[column]
-            else:
-                out.scatter_add_(1, train_targets[column][:, None], weight[:, None])
-        if train_targets.dim() == 2:
-            out /= weights.sum(1, keepdim=True)
+        add_votes(out, similarity, train_targets, k, temperature)
     return scores
+
+
+def add_votes(scores: Tensor, similarity: Tensor, targets: Tensor, k: int, temperature: float) -> None:
+    """Adds the votes of the `k` most similar images, as in `knn_predict`, to `scores` (B, classes), which are 0.
+
+    similarity: (B, N) float32. targets: as `train_targets`.
+    """
+    similarity, neighbours = similarity.topk(k, dim=1)  # (B, k), largest first
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    # one vote per row at a time: one scatter_add_ of all votes is not deterministic on a GPU
+    for column, weight in zip(neighbours.T, weights.T):
+        if targets.dim() == 2:
+            scores += weight[:, None] * targets[column]
+        else:
+            scores.scatter_add_(1, targets[column][:, None], weight[:, None])
+    if targets.dim() == 2:
+        scores /= weights.sum(1, keepdim=True)
