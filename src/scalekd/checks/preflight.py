@@ -8,7 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from scalekd.common.sections import height_and_width
+from scalekd.common.text import counted
 from scalekd.data.images import BadImage
+from scalekd.heads.retrieval import without_relevant
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
 
 from .gradients import gradient_check, length_check
@@ -25,7 +27,7 @@ def preflight(run: DistillationRun, console: Console) -> None:
     names = ", ".join(taught.teacher.view.name for taught in run.taught_by)
     teacher = f" <- {names}" if names else ""
     screen = Screen(f"{run.distiller.student_view.name}{teacher}  ({', '.join(run.config.losses)})", console)
-    for checks in (_weights, _classes, _unlabelled, _pixels, _inputs):
+    for checks in (_weights, _classes, _unlabelled, _queries, _pixels, _inputs):
         screen.show(checks(run))
     if not screen.failed:
         for taught in run.taught_by:
@@ -103,6 +105,18 @@ def _unlabelled(run: DistillationRun) -> list[Check]:
         reading = [name for name, m in run.distiller.methods.items() if getattr(m, "needs_targets", False)]
         text += f"; losses that use labels: {', '.join(reading) or 'none'}"
     return [Check("images", "ok", text)]
+
+
+def _queries(run: DistillationRun) -> list[Check]:
+    """How many validation images query each other, in a run with figures of retrieval."""
+    if not run.retrieves:
+        return []
+    images = run.val_images
+    alone = without_relevant([images.source.targets[i] for i in images.indices])
+    text = f"{len(images) - alone} validation images query each other"
+    if alone:
+        text += f"; {counted(alone, 'image')} of classes with one image left out of the figures"
+    return [Check("retrieval", "ok", text)]
 
 
 def _pixels(run: DistillationRun) -> list[Check]:

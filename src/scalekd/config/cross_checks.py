@@ -41,6 +41,11 @@ def cross_checks(config: Recipe) -> list[str]:
         for name, spec in config.all_teachers.items()
         if spec.classes is not None and spec.head is not None
     ]
+    if config.student.embedding is not None and "embed" not in config.losses:
+        problems.append(
+            "student.embedding: no loss trains it; add embed, which needs a teacher (losses.embed={}), or remove it "
+            "(student.embedding=null)"
+        )
     if config.train.batch_size % config.train.accumulate:
         problems.append(
             f"train.batch_size {config.train.batch_size} is not a multiple of train.accumulate {config.train.accumulate}"
@@ -90,8 +95,9 @@ def _quantize(config: Recipe) -> list[str]:
         "train.sync_batchnorm": train.sync_batchnorm,
         "train.precision": train.precision != "float32",
         "assistant": config.assistant is not None,
+        "student.embedding": config.student.embedding is not None,
     }
-    default = {"train.precision": "float32", "train.ema": "null", "assistant": "null"}
+    default = {"train.precision": "float32", "train.ema": "null", "assistant": "null", "student.embedding": "null"}
     return [f"{key}: not with `quantize`; set {key}={default.get(key, 'false')}" for key, set_ in odd.items() if set_]
 
 

@@ -112,6 +112,7 @@ def _cut(features: Features, cuts: list[tuple[Tensor, Tensor]]) -> Features:
         final=leaf(features.final),
         prefix=tuple(map(leaf, features.prefix)),
         pooled=leaf(features.pooled),
+        embedding=leaf(features.embedding),
         distilled=leaf(features.distilled),
     )
 

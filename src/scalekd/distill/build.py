@@ -14,7 +14,7 @@ from scalekd.common import parallel
 from scalekd.common.errors import UserError
 from scalekd.common.sections import height_and_width
 from scalekd.common.seeds import seed_everything
-from scalekd.common.text import printable
+from scalekd.common.text import counted, printable
 from scalekd.config.fields import Balance as BalanceOptions
 from scalekd.config.losses import label_problems, reads_logits, reads_pooled
 from scalekd.config.recipe import Config
@@ -25,11 +25,14 @@ from scalekd.data.batches import (
 from scalekd.data.samplers import Mix
 from scalekd.data.split import Split, drawing_weights, open_split
 from scalekd.data.transforms import make_mixup
+from scalekd.heads.retrieval import RANKS, without_relevant
 from scalekd.models.build import build_model
 from scalekd.models.class_order import put_in_order
 from scalekd.models.create import create, resolve
+from scalekd.models.embedding_head import add_embedding_head
 from scalekd.models.fitted_head import read_head
 from scalekd.models.inputs import Statistics, statistics
+from scalekd.models.stages import Shapes
 from scalekd.models.weights.trained import Loaded
 from scalekd.train.hardware import for_device
 from scalekd.train.optim import create_optimizer, make_schedule
@@ -40,7 +43,7 @@ from .compiled import compile_step
 from .distiller import Distiller
 from .levers import move, reshape_step
 from .quantised import calibration_images, fake_quantise, load_methods
-from .run import DistillationRun, gives_embeddings, logit_losses
+from .run import DistillationRun, gives_embeddings, logit_losses, retrieval_wanted
 
 
 def build(config: Config, device: torch.device, strict: bool = True) -> DistillationRun:
@@ -68,6 +71,7 @@ def build(config: Config, device: torch.device, strict: bool = True) -> Distilla
     images = training_images(split, pixels, config.augment, *student_stats, config.seed)
     steps_per_epoch, mix = steps_of_an_epoch(config, len(images), split.labelled)
     distiller = _build_distiller(config, student, student_stats, teachers, device)
+    _check_embedding(config, distiller.student_view.shapes, split, strict)
     if config.quantize:
         fake_quantise(distiller, config, config.quantize, calibration_images(split, config))
         if strict:
@@ -200,6 +204,29 @@ def _check_backbone(student: nn.Module, name: str) -> None:
         )
 
 
+def _check_embedding(config: Config, student: Shapes, split: Split, strict: bool) -> None:
+    """Raises `UserError` if the run is about embeddings and the student has none, or if too few images query each other.
+
+    strict: False for a run that was trained so.
+    """
+    if not retrieval_wanted(config):
+        return
+    if not student.pooled:
+        raise UserError(
+            f"student.model: {student.model} has no single vector of pooled features before one classifier, so it gives no "
+            "embedding; choose another student, such as a ResNet, a MobileNet or a ViT"
+        )
+    most, images = max(RANKS), len(split.val_indices)
+    if strict and not split.multi_label and images <= most:
+        raise UserError(
+            f"data.val has {counted(images, 'image')}, and recall@{most} needs {most + 1} or more that query each other; name more"
+        )
+    if strict and not split.multi_label and without_relevant([split.val.targets[i] for i in split.val_indices]) == images:
+        raise UserError(
+            "data.val has no class with two images, so no image can find another of its class; name more images"
+        )
+
+
 def steps_of_an_epoch(
     config: Config, images: int, labelled: int, processes: int | None = None
 ) -> tuple[int, Mix | None]:
@@ -275,6 +302,8 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
     inputs: dict[str, Any] = {"in_chans": channels}
     outputs = {"num_classes": classes if any(map(reads_logits, losses)) else 0}
     student, _ = create(config.student.model, size, False, inputs | outputs | config.student.kwargs, "student")
+    if config.student.embedding:
+        add_embedding_head(student, config.student.embedding)
     student_stats = statistics(student, config.student, channels, "student")
     if spec is None or not teacher:
         alone = Distiller(
@@ -286,6 +315,8 @@ def untrained(config: Config, classes: int, losses: Mapping[str, dict[str, Any]]
     outputs = {"num_classes": classes} if spec.weights != "pretrained" or spec.head else {}
     teacher_size = height_and_width(spec.image_size or size)
     model, _ = create(spec.model, teacher_size, False, inputs | outputs | spec.kwargs, "teacher")
+    if spec.embedding:
+        add_embedding_head(model, spec.embedding)
     distiller = Distiller(
         student,
         model,

@@ -28,6 +28,7 @@ from scalekd.data.batches import (
 from scalekd.data.samplers import Key, TrainSampler
 from scalekd.data.targets import are_sets
 from scalekd.data.transforms import mixed
+from scalekd.heads.retrieval import RETRIEVAL_FIGURES
 from scalekd.models.embeddings import is_embedding
 from scalekd.models.inputs import scaled
 from scalekd.models.options import Model
@@ -37,7 +38,7 @@ from scalekd.train.run import AUTOCAST, Run
 
 from .balance import backbone_parameters
 from .distiller import Distiller
-from .evaluate import NEIGHBOURS, evaluate, evaluate_features
+from .evaluate import NEIGHBOURS, evaluate, evaluate_features, evaluate_retrieval
 from .label_sets import scores_of
 from .teacher import Teacher
 from .teacher_outputs import TeacherOutputs
@@ -93,8 +94,15 @@ class DistillationRun(Run):
     def figures(self) -> dict[str, str]:
         if self.multi_label:
             return SET_FIGURES
+        if self.retrieves:
+            return ({"top1": "top-1", "top5": "top-5"} if self.has_classifier else {}) | RETRIEVAL_FIGURES
         neighbours = "" if self.has_classifier else f"{min(NEIGHBOURS, len(self.val_images) - 1)}-nn "
         return {"top1": f"{neighbours}top-1", "top5": "top-5"}
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether validation computes the figures of retrieval by the student's embedding."""
+        return not self.multi_label and retrieval_wanted(self.config)
 
     @property
     def eval_batch_size(self) -> int:
@@ -194,12 +202,23 @@ class DistillationRun(Run):
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The figures of the deployed student: for sets of labels `figures_of`; else `evaluate`, or `evaluate_features` if it
-        has no classifier."""
+        has no classifier. A run that retrieves has those of `evaluate_retrieval` too."""
         inputs = self.deployed, batches, self.model.student_mean, self.model.student_std, self.device
         if self.multi_label:
             return figures_of(scores_of(*inputs))
+        if self.retrieves:
+            return evaluate_retrieval(*inputs, self.has_classifier)
         measure = evaluate if self.has_classifier else evaluate_features
         return measure(*inputs)
+
+
+def retrieval_wanted(config: Config) -> bool:
+    """Whether a recipe is about embeddings: it has an embedding head or the loss `embed`, or asks for a figure of retrieval.
+
+    A quantised student is a classifier, whose graph gives no embedding.
+    """
+    wanted = config.student.embedding is not None or "embed" in config.losses
+    return config.quantize is None and (wanted or config.train.best_by in RETRIEVAL_FIGURES)
 
 
 def logit_losses(config: Config, teacher: str) -> list[str]:

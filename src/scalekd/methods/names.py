@@ -14,6 +14,7 @@ from .deit import DeiT
 from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
+from .embed import Embed
 from .fd import FD
 from .fm import FM
 from .logits import KD, Asymmetric, BinaryCrossEntropy, CrossEntropy
@@ -42,6 +43,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "deit": DeiT,
     "fd": FD,
     "fm": FM,
+    "embed": Embed,
     "cap": cap,
     "dfm": dfm,
     "tpp": tpp,

@@ -64,9 +64,18 @@ def relations(x: Tensor) -> tuple[Tensor, Tensor]:
     x, in which small differences would be lost to rounding.
     """
     with torch.autocast(x.device.type, enabled=False):
-        difference = x[None] - x[:, None]  # [j, i] is x_i - x_j
-        length = torch.linalg.vector_norm(difference, dim=2)
-        apart = length > 0
-        mean = length.sum() / apart.sum().clamp(min=1)
-        unit = difference / length.masked_fill(~apart, torch.inf)[:, :, None]
-        return length / mean.masked_fill(mean == 0, torch.inf), unit @ unit.transpose(1, 2)
+        difference, length = differences(x)
+        unit = difference / length.masked_fill(length == 0, torch.inf)[:, :, None]
+        return relative(length), unit @ unit.transpose(1, 2)
+
+
+def differences(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x_i - x_j` at `[j, i]`, and its length, of `(B, D)`."""
+    difference = x[None] - x[:, None]
+    return difference, torch.linalg.vector_norm(difference, dim=2)
+
+
+def relative(length: Tensor) -> Tensor:
+    """Distances `(B, B)` divided by the mean of those that are not 0."""
+    mean = length.sum() / (length > 0).sum().clamp(min=1)
+    return length / mean.masked_fill(mean == 0, torch.inf)

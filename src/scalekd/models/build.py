@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from scalekd.common.errors import UserError, first_line
 
 from . import added  # noqa: F401 - adds models to timm
-from .create import build_plain
+from .create import build_plain, resolve
+from .embedding_head import add_embedding_head, head_state
 from .fitted_head import build_with_head
 from .names import models_like
 from .options import Model
+from .weights.match import read_weights
 from .weights.trained import Loaded, Verdict, trained
 
 
@@ -30,7 +34,30 @@ def build_model(
     Raises `UserError` for unknown arguments and for weights that do not fit.
     """
     build = build_plain if spec.head is None else build_with_head
-    return build(spec, channels=channels, image_size=image_size, classes=classes, where=where)
+    model, loaded = build(spec, channels=channels, image_size=image_size, classes=classes, where=where)
+    if spec.embedding is not None:
+        _put_embedding_head(model, spec, loaded.prefix, where)
+    return model, loaded
+
+
+def _put_embedding_head(model: nn.Module, spec: Model, prefix: str, where: str) -> None:
+    """Gives a model of a recipe the head that `spec.embedding` describes, with the weights of its file if they fit.
+
+    A student without such weights starts with initial values. prefix: of the tensor names in the file. Raises
+    `UserError` for a teacher without them.
+    """
+    assert spec.embedding is not None
+    head, read = add_embedding_head(model, spec.embedding), dict[str, Tensor]()
+    if spec.weights not in (None, "random", "pretrained"):
+        read = head_state(read_weights(resolve(str(spec.weights)), where), prefix)
+    if {key: value.shape for key, value in read.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+        head.load_state_dict(read)
+    elif where != "student":
+        source = Path(str(spec.weights)).name if read else spec.weights
+        raise UserError(
+            f"{where}.embedding: {source} has no embedding head of {spec.embedding.dim} numbers and kind "
+            f"{spec.embedding.kind}; remove it, and the teacher's pooled features are the target"
+        )
 
 
 def timm_model(name: str, weights: str, size: tuple[int, int], remedy: str) -> tuple[nn.Module, Loaded, Verdict]:

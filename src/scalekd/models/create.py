@@ -15,6 +15,7 @@ from scalekd.common.errors import UserError, first_line, nearest
 from scalekd.common.text import in_shell
 
 from . import added  # noqa: F401 - adds models to timm
+from .embedding_head import without_head
 from .licences import UNKNOWN, licence_of
 from .options import Model
 from .weights.folder import beside
@@ -131,7 +132,7 @@ def _filled_by_file(
     A teacher is created again with the number of classes of the file.
     """
     path = resolve(str(spec.weights))
-    flat = read_weights(path, where)
+    flat = without_head(read_weights(path, where))
     sha256 = sha256_of(path)
     exported = _is_exported(path, sha256, where)
     prefix = find_prefix(model, flat, path, where) if spec.prefix is None else as_prefix(spec.prefix, flat)

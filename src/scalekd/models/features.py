@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from scalekd.common.errors import UserError
 
+from .embedding_head import embedding_of
+
 
 def pooled(model: Any, images: Tensor) -> Tensor:
     """Pooled features (B, D) of normalised images: timm's `forward_head(..., pre_logits=True)`.
@@ -17,6 +19,14 @@ def pooled(model: Any, images: Tensor) -> Tensor:
     """
     images = images.to(next(model.parameters(), images).dtype)  # a teacher may be held in half precision
     return _flat(model.forward_head(model.forward_features(images), pre_logits=True), model)
+
+
+def embedded(model: Any, images: Tensor) -> Tensor:
+    """Embeddings (B, E) of normalised images: of the model's embedding head, or its pooled features if it has none.
+
+    They are not normalised. Raises `UserError` as `pooled`.
+    """
+    return embedding_of(model, pooled(model, images))
 
 
 def _flat(x: Any, model: nn.Module) -> Tensor:
@@ -30,10 +40,11 @@ def _flat(x: Any, model: nn.Module) -> Tensor:
 
 
 def with_features(model: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that gives (logits, pooled features) of normalised images in one pass of a timm model."""
+    """A function that gives (logits, embeddings as of `embedded`) of normalised images in one pass of a timm model."""
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         maps = model.forward_features(images)
-        return model.forward_head(maps), _flat(model.forward_head(maps, pre_logits=True), model)
+        pooled = _flat(model.forward_head(maps, pre_logits=True), model)
+        return model.forward_head(maps), embedding_of(model, pooled)
 
     return forward

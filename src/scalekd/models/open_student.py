@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file, reject_links
 from scalekd.common.text import in_shell
 
-from .features import pooled
+from .features import embedded
 from .student_file import CARD, FEATURES, LOGITS, load_student, onnx_runtime
 from .weights.card import checked_card, read_card
 
@@ -52,7 +52,7 @@ class OnnxStudent(nn.Module):
         return self._run(LOGITS if LOGITS in self.outputs else FEATURES, images)
 
     def features(self, images: Tensor) -> Tensor:
-        """The pooled features of normalised images, float32. Raises `UserError` if the graph does not give them."""
+        """The embeddings of normalised images, float32, which are pooled features without an embedding head. Raises `UserError` if the graph does not give them."""
         if FEATURES not in self.outputs:
             raise UserError(
                 f"{self.file} gives logits only; use student.safetensors, or export ONNX again with `scalekd export RUN "
@@ -88,8 +88,9 @@ def open_student(path: Path, device: torch.device) -> tuple[nn.Module, dict[str,
 
 
 def features_of(student: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features (B, D), float32, of normalised images by a student of `open_student`. Raises `UserError`."""
-    return student.features(images) if isinstance(student, OnnxStudent) else pooled(student, images).float()
+    """Embeddings (B, E), float32, of normalised images by a student of `open_student`: of its embedding head, or else its
+    pooled features. Raises `UserError`."""
+    return student.features(images) if isinstance(student, OnnxStudent) else embedded(student, images).float()
 
 
 def _card_of(student: OnnxStudent) -> dict[str, Any]:

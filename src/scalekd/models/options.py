@@ -32,6 +32,13 @@ ClassOrder = Annotated[Literal["natural"] | tuple[str, ...], WrapValidator(_natu
 FIT = "fit"  # a value of `teacher.head`, instead of a folder
 
 
+class Embedding(Section):
+    dim: Annotated[int, Field(gt=0, le=2**14)] = 128
+    """Numbers of an embedding."""
+    kind: Literal["linear", "mlp"] = "linear"
+    """`linear`: one layer. `mlp`: two layers with a GELU between them, the first as wide as the pooled features."""
+
+
 class Backbone(Section):
     model: str
     """A timm model name, or the folder of a scalekd run or of a model in timm's format (docs/how-to/any-teacher.md)."""
@@ -90,6 +97,10 @@ class Model(Backbone):
     other classes together, so that stored outputs are small (docs/how-to/compare.md). For `kd`, `dkd` and `bkd`; with the
     number of all classes for every loss on logits."""
 
+    embedding: Embedding | None = None
+    """Students: a head after the pooled features whose output is the embedding of an image, for retrieval. The loss `embed`
+    trains it, and the exported files have it (docs/how-to/retrieval.md). {} for 128 numbers by a linear layer. A teacher
+    has one if its folder has: then the folder's is used."""
     precision: HalfPrecision | None = None
     """Teachers: hold the weights in `bf16` or `fp16` and compute the teacher in it, its last stage under a method too.
     Its features are converted to float32, or taken as they are under the autocast of `train.precision`; losses are

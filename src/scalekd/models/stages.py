@@ -20,6 +20,7 @@ import torch
 from timm.layers import LayerNorm2d, LayerNorm2dFp32, PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
+from .embedding_head import embedding_of, has_embedding_head
 from .inputs import input_channels
 from .own_stages import OwnStages, checked
 from .tails import TEACHER_TAILS
@@ -41,6 +42,7 @@ class Shapes:
     can_resume: bool = False  # `tails.py` has a tail for it, so `Features.resume` works
     pooled: int = 0  # channels of its classifier's input; 0 if its logits are not the output of one layer
     two_heads: bool = False  # it has a second classifier for the teacher's predictions (`two_heads.py`)
+    embedding: int = 0  # numbers of its embedding head's output; 0 without one
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Features:
     repeated n times."""
     pooled: Tensor | None = None
     """(B, P), the classifier's input: the class token or what the model pools. Only for methods that need it."""
+    embedding: Tensor | None = None
+    """(B, E), the output of the model's embedding head on `pooled`, for models that have one."""
     classify: Callable[[Tensor], Tensor] | None = None
     """With `pooled`: the frozen classifier, `(n, P)` to logits `(n, classes)`. Gradients flow to its input."""
     distilled: Tensor | None = None
@@ -74,6 +78,7 @@ class Features:
             final=None if self.final is None else self.final[:count],
             prefix=tuple(None if p is None else p[:count] for p in self.prefix),
             pooled=None if self.pooled is None else self.pooled[:count],
+            embedding=None if self.embedding is None else self.embedding[:count],
             classify=self.classify,
             distilled=None if self.distilled is None else self.distilled[:count],
         )
@@ -150,6 +155,7 @@ class StageView:
             classes=logits.shape[-1] if classes is None or classes > 0 else 0,
             can_resume=features is not None and (type(model) in TEACHER_TAILS or hasattr(model, "resume_stage")),
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
+            embedding=features.embedding.shape[1] if features and features.embedding is not None else 0,
             two_heads=has_two_heads(model),
         )
 
@@ -161,7 +167,7 @@ class StageView:
         Args:
             maps: False returns only the logits, from `model(images)`.
             resumable: adds `Features.resume`; for a frozen teacher in eval mode.
-            classifier: with maps, adds `pooled` and `classify` if the model has them (`Shapes.pooled`).
+            classifier: with maps, adds `pooled`, `embedding` and `classify` if the model has them (`Shapes.pooled`).
 
         Raises ValueError if the model has no maps or no tail but they are requested.
         """
@@ -221,6 +227,7 @@ class StageView:
             final=_normed(model, _final_map(model, x, grid=maps[-1].shape[-2:])),
             prefix=tuple(prefix),
             pooled=pooled,
+            embedding=embedding_of(model, pooled) if pooled is not None and has_embedding_head(model) else None,
             classify=classify,
         )
 

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import SCRATCH, cannot_write, reject_links, replacing, write_text
 from scalekd.common.text import printable
 
-from .features import with_features
+from .embedding_head import add_embedding_head, has_embedding_head
+from .features import embedded, with_features
+from .options import Embedding
 from .timm_folder import CONFIG, load_timm_folder, remove_timm_folder, write_timm_folder
 from .weights.card import read_card
 from .weights.match import sha256_of
@@ -35,7 +39,7 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
     """Writes `path` (.safetensors), the card as JSON next to it and timm's config.json, and loads them back with timm.
 
     card: model, kwargs, classes, mean, std, image_size, ... from `student_card`.
-    Returns the largest difference between the logits of the student and of the loaded file.
+    Returns the largest difference between the logits, and embeddings, of the student and of the loaded file.
     Raises `UserError` if the files cannot be written.
     """
     with replacing(path) as file:
@@ -43,9 +47,9 @@ def export_student(student: nn.Module, path: Path, card: dict[str, Any]) -> floa
     write_text(path.with_suffix(".json"), json.dumps(card | {"sha256": sha256_of(path)}, indent=2) + "\n")
     images = example_images(card)
     # from the file, because a student that was trained with `channels_last` may round otherwise
-    logits = _logits(load_student(path)[0], images)
-    _write_timm_folder(student, path, card, images, logits)
-    return _difference(_logits(student, images), logits)
+    loaded = load_student(path)[0]
+    _write_timm_folder(student, path, card, images, _logits(loaded, images))
+    return _difference(_answers(student, images), _answers(loaded, images))
 
 
 def _write_timm_folder(student: nn.Module, path: Path, card: dict[str, Any], images: Tensor, logits: Tensor) -> None:
@@ -99,7 +103,12 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def create_student(card: dict[str, Any], card_file: Path, weights: Path | None = None) -> nn.Module:
     """The timm model of a card, with the weights of a file if given. Raises `UserError`."""
     try:
-        return timm.create_model(card["model"], checkpoint_path=str(weights or ""), **card["kwargs"])
+        student = timm.create_model(card["model"], **card["kwargs"])
+        if card.get("embedding"):
+            add_embedding_head(student, Embedding.model_validate(card["embedding"]))
+        if weights is not None:
+            timm.models.load_checkpoint(student, str(weights))
+        return student
     except Exception as error:  # timm raises anything on wrong arguments or files
         raise UserError(f"{weights or card['model']} does not fit its card {card_file}: {first_line(error)}") from None
 
@@ -108,9 +117,9 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     """Writes ONNX with a dynamic batch size. Returns the largest logit difference under onnxruntime.
 
     The graph takes normalised images (B, C, H, W). Its outputs are `logits` and the pooled `features`, or only one of
-    them if the student has no classifier or no pooled features. The file holds the card, in its metadata. Raises
-    `UserError` if the packages of `scalekd[onnx]` are missing, and if the logits differ by more than `TOLERANCE`: then
-    the file is removed.
+    them if the student has no classifier or no pooled features. For a student with an embedding head, `features` is its
+    output. The file holds the card, in its metadata. Raises `UserError` if the packages of `scalekd[onnx]` are missing,
+    and if the outputs that are compared, logits and embeddings, differ by more than `TOLERANCE`: then the file is removed.
     """
     onnxruntime = onnx_runtime(exporting=True)
     images = example_images(card)
@@ -131,13 +140,16 @@ def export_onnx(student: nn.Module, path: Path, card: dict[str, Any]) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # not the exporter's batch size, to detect a graph with a fixed one
     again = torch.cat([images, images.flip(0)])
-    logits = _logits(student, again)
-    difference = _difference(logits, torch.from_numpy(session.run(None, {"images": again.numpy()})[0]))
-    if not is_close(difference, logits):
+    expected = _answers(student, again)
+    given = [torch.from_numpy(values) for values in session.run(None, {"images": again.numpy()})]
+    if not has_embedding_head(student):
+        del given[1:]
+    difference = _difference(expected, torch.cat(given, dim=1))
+    if not is_close(difference, expected):
         path.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: its logits under onnxruntime differ from the student's by {difference:.1e}, more than "
-            f"{TOLERANCE:g} x (1 + the largest logit); the file was removed. Use student.safetensors, or other versions of "
+            f"{path}: its outputs under onnxruntime differ from the student's by {difference:.1e}, more than "
+            f"{TOLERANCE:g} x (1 + the largest one); the file was removed. Use student.safetensors, or other versions of "
             "onnxruntime and onnxscript"
         )
     return difference
@@ -158,16 +170,27 @@ def save_onnx(program: Any, path: Path, card: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _outputs(student: Any, images: Tensor, card: dict[str, Any]) -> list[str]:
-    """The names of a graph's outputs. Makes `student` give (logits, features), if that does not change its logits."""
+    """The names of a graph's outputs. Makes `student` give (logits, features), if that does not change its logits.
+
+    Raises `UserError` if a student with an embedding head cannot give both.
+    """
+    # a function in place of `forward` and not a module around it, whose parameters would have other names
     if not card["classes"]:
+        if has_embedding_head(student):
+            student.forward = partial(embedded, student)
         return [FEATURES]
     both, logits = with_features(student), student(images)
     try:
         if torch.equal(both(images)[0], logits):
-            student.forward = both  # not a module around it, whose parameters would have other names
+            student.forward = both
             return [LOGITS, FEATURES]
     except Exception:  # models whose head does not take `pre_logits`, or does not pool
         pass
+    if has_embedding_head(student):
+        raise UserError(
+            f"{card['model']}: its logits change when its embedding is read too, so ONNX cannot have both; use "
+            "student.safetensors"
+        )
     return [LOGITS]
 
 
@@ -195,13 +218,27 @@ def example_images(card: dict[str, Any]) -> Tensor:
     return torch.randn(4, len(card["mean"]), height, width, generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return _in_eval_mode(model, model, images)
+
+
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    """What an exported file is compared by: the logits if there are any and, side by side, embeddings of an embedding head."""
+    if not has_embedding_head(model):
+        return _logits(model, images)
+    embeddings = _in_eval_mode(partial(embedded, model), model, images)
+    if not getattr(model, "num_classes", 0):
+        return embeddings
+    return torch.cat([_logits(model, images), embeddings], dim=1)
+
+
+@torch.no_grad()
+def _in_eval_mode(call: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Tensor:
     was_training = model.training
-    device = next(model.parameters()).device
-    logits = model.eval()(images.to(device)).float().cpu()
+    model.eval()
+    values = call(images.to(next(model.parameters()).device)).float().cpu()
     model.train(was_training)
-    return logits
+    return values
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors.torch import save
 from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # `save_for_hf` would write the weights a second time
 from torch import nn
 
-from scalekd.common.files import second_name, write_text
+from scalekd.common.files import replacing, second_name, write_text
 
+from .embedding_head import has_embedding_head, head_state, without_head
 from .weights.folder import is_drop_rate
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EMBEDDING = "embedding.safetensors"  # of an embedding head, for which timm's models have no place
 # what timm says of the weights that it has for the architecture, which are not the student's
 OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 
@@ -50,6 +53,8 @@ def timm_config(student: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
     if card.get("multi_label"):
         config["problem_type"] = "multi_label_classification"  # transformers then applies a sigmoid
         config["threshold"] = card.get("threshold")
+    if card.get("embedding"):
+        config["embedding"] = card["embedding"] | {"file": EMBEDDING}  # timm does not read it
     return config
 
 
@@ -66,16 +71,34 @@ def write_timm_folder(student: nn.Module, file: Path, card: dict[str, Any]) -> N
     """Writes config.json next to the exported weights `file`, and gives these their name in timm's format.
 
     model.safetensors is a hard link: a second name of the same file, which takes no space. On a file system without
-    hard links there is none; timm then takes the one .safetensors file of the folder. Raises `UserError` if the disk is
-    full or the folder is not writable.
+    hard links there is none; timm then takes the one .safetensors file of the folder. A student with an embedding head
+    has its weights in files of their own, see `write_parts`. Raises `UserError` if the disk is full or the folder is not
+    writable.
     """
     write_text(file.with_name(CONFIG), json.dumps(timm_config(student, card), indent=2) + "\n")
-    second_name(file, file.with_name(WEIGHTS))
+    if has_embedding_head(student):
+        write_parts(student, file.parent)
+    else:
+        second_name(file, file.with_name(WEIGHTS))
+
+
+def write_parts(student: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes timm's model and, if it has one, the embedding head of a student into files of their own.
+
+    timm loads all tensors of model.safetensors into its model, so those of the head are in embedding.safetensors. metadata:
+    of model.safetensors. Raises `UserError` as `write_timm_folder`.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+    with replacing(folder / WEIGHTS) as opened:
+        opened.write(save(without_head(state), metadata={"format": "pt"} | (metadata or {})))  # transformers needs the format
+    if head := head_state(state):
+        with replacing(folder / EMBEDDING) as opened:
+            opened.write(save(head, metadata={"format": "pt"}))
 
 
 def remove_timm_folder(folder: Path) -> None:
     """Removes what `write_timm_folder` wrote. The weights keep their own name."""
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, WEIGHTS, EMBEDDING):
         (folder / name).unlink(missing_ok=True)
 
 

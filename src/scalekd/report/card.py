@@ -11,9 +11,11 @@ import yaml
 
 from scalekd.common.files import is_file, write_text
 from scalekd.common.intervals import share_interval
-from scalekd.common.text import shortened
+from scalekd.common.text import counted, shortened
+from scalekd.heads.retrieval import RETRIEVAL_FIGURES
 from scalekd.models.licences import UNKNOWN, explained, licences_in
 from scalekd.models.names import ADDED
+from scalekd.models.timm_folder import EMBEDDING
 
 from .curves import losses_text
 from .evaluate import STUDENT, Seen
@@ -24,6 +26,7 @@ from .predictions import accuracies, worst_and_best
 from .svg import finite
 
 MARK = "<!-- Written by scalekd"
+SHARES_OF_QUERIES = RETRIEVAL_FIGURES.keys() - {"map_at_r"}
 OURS = f"{MARK}. The next report overwrites this file; remove this line to keep your changes. -->"
 
 
@@ -109,10 +112,11 @@ def front_matter(folder: RunFolder) -> dict[str, Any]:
         "tags": [task, "timm", "knowledge-distillation", "scalekd"],
         "license": UNKNOWN,
     }
-    if finite(score) and card["classes"]:
+    main = next(iter(folder.figures))
+    if finite(score) and (card["classes"] or main in RETRIEVAL_FIGURES):
         data = folder.recipe.get("data") or {}
         place = Path(str(data.get("val") or data.get("train"))).name or "validation images"
-        metric = "mAP" if card.get("multi_label") else "accuracy"
+        metric = {"top1": "accuracy", "map": "mAP"}.get(main, main)
         measured = {
             "type": metric,
             "value": round(score, 2),
@@ -134,6 +138,11 @@ def nature(card: Mapping[str, Any]) -> str:
     """A sentence on what is needed to load the student."""
     if module := ADDED.get(card["model"]):
         return f"It is a timm model of a kind that `import {module}` adds to timm."
+    if card.get("embedding"):
+        return (
+            f"It is a plain timm model with an embedding head beside it, in `{EMBEDDING}`: timm's models have no place for "
+            "one. Neither needs scalekd."
+        )
     return "It is a plain timm model and does not need scalekd."
 
 
@@ -143,6 +152,8 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
     name: `local-dir:FOLDER` or `hf-hub:USER/NAME`; None loads student.safetensors without timm's config.json.
     """
     mode = "L" if len(card["mean"]) == 1 else "RGB"
+    if card.get("embedding") and name is None:
+        return "import scalekd\n\nstudent, card = scalekd.load_student(\".\")"
     loading = [
         f'student = timm.create_model("{name}", pretrained=True).eval()',
         "pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(student))",
@@ -155,13 +166,16 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
             f"pixels = timm.data.create_transform({size!r}, interpolation={card['interpolation']!r}, "
             f"crop_pct={card['crop_pct']!r}, mean={tuple(card['mean'])!r}, std={tuple(card['std'])!r})",
         ]
+    image = f'pixels(Image.open("image.png").convert("{mode}"))[None]'
+    if card.get("embedding"):
+        return "\n".join(_embedding_lines(card, str(name), loading, image))
     lines = [
         "import timm",
         "from PIL import Image",
         *([f"import {ADDED[card['model']]}"] if card["model"] in ADDED else []),
         "",
         *loading,
-        f'{"logits" if card["classes"] else "features"} = student(pixels(Image.open("image.png").convert("{mode}"))[None])',
+        f"{'logits' if card['classes'] else 'features'} = student({image})",
     ]
     if card.get("threshold") is not None and name is not None:
         lines += [
@@ -169,6 +183,33 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
             f"labels = [name for name, p in zip(classes, logits[0].sigmoid()) if p >= {card['threshold']}]",
         ]
     return "\n".join(lines)
+
+
+def _embedding_lines(card: Mapping[str, Any], name: str, loading: list[str], image: str) -> list[str]:
+    """Code for a student with an embedding head. loading: lines that make `student` and `pixels`."""
+    dim, width, file = card["embedding"]["dim"], "student.head_hidden_size", f'"{EMBEDDING}"'
+    head = f"torch.nn.Linear({width}, {dim})"
+    if card["embedding"]["kind"] == "mlp":
+        head = f"torch.nn.Sequential(torch.nn.Linear({width}, {width}), torch.nn.GELU(), {head})"
+    on_hub = name.startswith("hf-hub:")
+    if on_hub:
+        file = f'hf_hub_download("{name.removeprefix("hf-hub:")}", {file})'
+    return [
+        "import timm",
+        "import torch",
+        *(["from huggingface_hub import hf_hub_download"] if on_hub else []),
+        "from PIL import Image",
+        "from safetensors.torch import load_file",
+        *([f"import {ADDED[card['model']]}"] if card["model"] in ADDED else []),
+        "",
+        *loading,
+        f"head = {head}.eval()",
+        f"head.load_state_dict(load_file({file}))",
+        f"images = {image}",
+        "features = student.forward_head(student.forward_features(images), pre_logits=True)",
+        "embedding = torch.nn.functional.normalize(head(features))",
+        *(["logits = student(images)"] if card["classes"] else []),
+    ]
 
 
 def _results(folder: RunFolder, seen: Seen | SeenSets | None) -> str:
@@ -179,7 +220,11 @@ def _results(folder: RunFolder, seen: Seen | SeenSets | None) -> str:
         text = f"{value:.2f}" if finite(value) else NONE
         if key == "top1" and finite(value) and images:
             text += " [{:.2f}, {:.2f}], {:,.0f} images".format(*share_interval(value, images), images)
+        elif key in SHARES_OF_QUERIES and finite(value) and last.get("queries"):
+            text += " [{:.2f}, {:.2f}]".format(*share_interval(value, last["queries"]))
         lines.append(f"| {name} | {text} |")
+    if "queries" in last:
+        lines += ["", f"{queries_line(last)}."]
     if folder.card.get("threshold") is not None:
         lines += ["", threshold_line(folder.card)]
     if isinstance(seen, SeenSets):
@@ -193,6 +238,14 @@ def _results(folder: RunFolder, seen: Seen | SeenSets | None) -> str:
     if any("[" in line for line in lines):
         lines += ["", "Brackets: 95 % intervals, which depend on the number of images."]
     return "\n".join(lines)
+
+
+def queries_line(validation: Mapping[str, Any]) -> str:
+    """How many images query each other for the figures of retrieval."""
+    text = f"Retrieval: {validation['queries']:,.0f} validation images query each other, by cosine similarity of their embeddings"
+    if alone := validation.get("left_out"):
+        text += f"; {counted(alone, 'image')} of classes with one image left out"
+    return text
 
 
 def threshold_line(card: Mapping[str, Any]) -> str:

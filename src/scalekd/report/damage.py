@@ -14,6 +14,7 @@ from typing import Any
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.files import is_file
 from scalekd.common.set_figures import SET_FIGURES
+from scalekd.heads.retrieval import RETRIEVAL_FIGURES
 from scalekd.models.weights.card import read_card
 from scalekd.transfer.exported_model import read_card as read_transfer_card
 from scalekd.transfer.tasks import TASKS, TaskName
@@ -22,7 +23,7 @@ from .curves import TOP1
 from .svg import finite
 
 Check = Callable[[Any], bool]
-FIGURES = TOP1 | SET_FIGURES | TASKS["detection"].figures | TASKS["segmentation"].figures
+FIGURES = TOP1 | RETRIEVAL_FIGURES | SET_FIGURES | TASKS["detection"].figures | TASKS["segmentation"].figures
 
 
 def _count(value: Any) -> bool:
@@ -74,6 +75,8 @@ RESULTS: dict[str, Check] = {
     **dict.fromkeys((f"best_{key}" for key in FIGURES), _number),
     **dict.fromkeys(("step", "steps", "epoch", "epochs", "seconds", "elapsed_s", "left_s", "pixels"), _count),
     **dict.fromkeys(("images", "neighbours"), _positive),
+    **dict.fromkeys(("queries", "left_out"), _count),
+    "ended_early": _text,
     **dict.fromkeys(("images_per_s", "data_share", "teacher_share", "bad_images", "classes_counted"), _count),
     **dict.fromkeys(("lr", "loss", "best"), _number),
     "losses": _mapping,

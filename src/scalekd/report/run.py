@@ -25,7 +25,7 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models.normalised import Normalised
 
 from .answer_sections import answer_sections, numbers
-from .card import load_lines, model_card, timm_name, write_card
+from .card import load_lines, model_card, queries_line, timm_name, write_card
 from .curves import bounds, figure_curves, loss_curves, losses_text, scores_table, time_bars
 from .evaluate import MOST_IMAGES, TEACHER, Seen, look
 from .feature_sections import cost_section, feature_sections, parts_section
@@ -183,8 +183,9 @@ def _write(
     facts = dict(facts) | (teacher_fact(folder) if folder.task else {})
     runs = [*(other.row(label) for label, other in (others or {}).items()), folder.row(name)]
     figures = folder.figures
-    teacher = (folder.recipe.get("teacher") or {}).get("top1") if "top1" in figures else None
-    if not finite(teacher):
+    main = next(iter(figures))
+    teacher = (folder.recipe.get("teacher") or {}).get("top1") if main == "top1" else None
+    if not finite(teacher) and main in ("top1", "map"):
         teacher = _teacher_score(seen)
     sections = [
         _opening(folder, facts, left_out),
@@ -247,6 +248,10 @@ def _opening(folder: RunFolder, facts: Mapping[str, str], left_out: Sequence[str
         which = "best" if folder.exports_best else "last"
         best = f"; the best were after step {folder.summary.get('best_step')}" * (which == "last")
         lines.append(f"Exported: the {which} weights, after step {folder.summary['exported_step']}{best}.")
+    if ended := folder.summary.get("ended_early"):
+        lines.append(f"Ended early (train.patience): {ended}.")
+    if "queries" in folder.last_validation:
+        lines.append(f"{queries_line(folder.last_validation)}.")
     if not folder.summary:
         step, steps = folder.step
         lines.append(f"Not finished: step {step}" + (f" of {steps}." if steps else "."))

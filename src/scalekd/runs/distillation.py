@@ -31,7 +31,7 @@ from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.hardware import for_device
-from scalekd.train.run import provenance
+from scalekd.train.run import check_choice, provenance
 from scalekd.train.trackers import check_trackers
 
 from .heads import fit_heads, heads_of, with_heads
@@ -105,7 +105,7 @@ def check_teacher_outputs(config: Config, folder: Path | None) -> None:
 def _finish(run: DistillationRun, folder: Path, summary: dict[str, Any], look: bool) -> None:
     file = folder / "student.safetensors"
     summary["student"] = str(file)
-    figures = (next(iter(run.figures)), "threshold", "exported", "exported_step")
+    figures = (next(iter(run.figures)), run.chooser, "threshold", "exported", "exported_step")
     card = student_card(run) | {key: summary[key] for key in figures if key in summary}
     student = run.deployed
     if run.config.quantize:
@@ -132,6 +132,7 @@ def _built(config: Config, device: torch.device, console: Console) -> Distillati
         keep_freed_memory()
     with explain_out_of_memory(device, smaller_steps(config)):
         run = build(config, device)
+    check_choice(run)
     tell_data(console, run.described)
     return run
 

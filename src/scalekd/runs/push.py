@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from scalekd.common.errors import UserError, first_line
-from scalekd.common.files import is_file, replacing, write_text
+from scalekd.common.files import is_file, write_text
 from scalekd.common.results import Pushed
-from scalekd.models.student_file import as_safetensors, example_images, same_logits
-from scalekd.models.timm_folder import CONFIG, WEIGHTS, load_timm_folder, timm_config
+from scalekd.models.student_file import CARD, example_images, same_logits
+from scalekd.models.timm_folder import CONFIG, load_timm_folder, timm_config, write_parts
 from scalekd.report.hub_card import hub_card
 
 from .students import opened
 
 # of the card, for the header of the uploaded weights: its provenance has the paths and the machine of the run
 PUBLIC = ("model", "kwargs", "classes", "image_size", "mean", "std", "interpolation", "crop_pct", "teacher", "top1",
-          "multi_label", "map", "threshold")  # fmt: skip
+          "multi_label", "map", "threshold", "embedding")  # fmt: skip
 
 
 def push(run: Path, repo: str, *, private: bool, dry_run: bool) -> Pushed:
@@ -48,8 +48,7 @@ def make_hub_folder(folder: Path, student: nn.Module, card: dict[str, Any], run:
     differs from `student`.
     """
     public = {key: card[key] for key in PUBLIC if key in card}
-    with replacing(folder / WEIGHTS) as file:
-        file.write(as_safetensors(student, public))
+    write_parts(student, folder, {CARD: json.dumps(public)})
     write_text(folder / CONFIG, json.dumps(timm_config(student, card), indent=2) + "\n")
     readme = run / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if is_file(readme) else None

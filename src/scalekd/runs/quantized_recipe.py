@@ -50,6 +50,11 @@ def run_to_quantise(run: Path, data_overrides: Sequence[str]) -> tuple[Config, n
             f"{run} has no classifier, because no loss of its run used logits, so the accuracy of an int8 file cannot be "
             f"measured. `scalekd export {in_shell(run)} --onnx` writes it in float32"
         )
+    if card.get("embedding"):
+        raise UserError(
+            f"{run} has an embedding head, and int8 files have the classifier only. `scalekd export {in_shell(run)} --onnx` "
+            "writes both in float32"
+        )
     return _with(config, data_overrides), student, card
 
 
@@ -74,6 +79,8 @@ def quantized_recipe(
         "epochs": epochs,
         "eval_every": 1,
         "ema": None,
+        "best_by": None,
+        "patience": None,
         "export": "last",
         "compile": False,
         "sync_batchnorm": False,

@@ -47,6 +47,7 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
         "kwargs": run.loaded["student"].kwargs,
         "classes": run.classes if run.has_classifier else [],
         **({"multi_label": True} if run.multi_label else {}),
+        **({"embedding": config.student.embedding.complete()} if config.student.embedding else {}),
         "image_size": list(height_and_width(config.data.image_size)),
         "mean": short_floats(run.distiller.student_mean),
         "std": short_floats(run.distiller.student_std),

@@ -23,7 +23,7 @@ from scalekd.models.weights.trained import Loaded
 from scalekd.report.run import write_run_report
 from scalekd.train.folder import Outcome, open_folder, run_into
 from scalekd.train.hardware import for_device
-from scalekd.train.run import provenance
+from scalekd.train.run import check_choice, provenance
 from scalekd.train.trackers import check_trackers
 from scalekd.transfer.config import Detection, LoopTeacher, Segmentation
 from scalekd.transfer.detection import run as detect
@@ -64,6 +64,7 @@ def train(
         say(console, "Opening the data and building the models ...")
     with explain_out_of_memory(device, remedy):
         run = build(config, device)
+        check_choice(run)
         preflight(run, console)
     if dry_run:
         return None

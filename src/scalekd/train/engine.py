@@ -105,8 +105,8 @@ def _forward_backward(model: nn.Module, batches: Sequence[Any], run: Run, step: 
 def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder` if there is one. Returns and logs the summary.
 
-    Writes last.pt every `train.save_minutes` and at every validation, and best.pt when the first of `run.figures`
-    improves.
+    Writes last.pt every `train.save_minutes` and at every validation, and best.pt when the metric `run.chooser` improves.
+    Ends early if it has not improved for `train.patience` validations.
 
     Raises:
         Stopped: if `stop` was requested; the checkpoint is written.
@@ -139,17 +139,37 @@ def train(run: Run, folder: Path, log: RunLog, stop: StopRequest | None = None) 
 
 
 def _summary(run: Run, progress: Progress, folder: Path) -> dict[str, Any]:
-    last, first = progress.history[-1], next(iter(run.figures))
+    last = progress.history[-1]
     summary = {
         **{key: last[key] for key in run.figures},
-        f"best_{first}": progress.best,
+        f"best_{run.chooser}": progress.best,
         "epochs": last["epoch"],
         "seconds": round(progress.elapsed, 1),
         "seed": run.config.seed,
         "steps": progress.step,
         "bad_images": len(read_list(folder)),
     }
+    if ended := ended_early(run, progress):
+        summary["ended_early"] = ended
     return summary | {key: last[key] for key in KEPT if key in last}
+
+
+def ended_early(run: Run, progress: Progress) -> str:
+    """Why the run ends at its last validation, before its last step; '' if it does not.
+
+    It follows from the validations that a checkpoint holds, so a resumed run ends where the other one does.
+    """
+    patience, done = run.config.train.patience, progress.history
+    if patience is None or not done or done[-1]["step"] < progress.step or progress.step == run.total_steps:
+        return ""
+    values = [validation[run.chooser] for validation in done]
+    since = len(values) - 1 - values.index(max(values))  # the first of equal ones is in best.pt
+    if since < patience:
+        return ""
+    return (
+        f"no better {run.figures[run.chooser]} in {counted(since, 'validation')} since step {done[-1 - since]['step']}; "
+        f"the run had {run.total_steps} steps"
+    )
 
 
 def looks_at_every_step(run: Run) -> bool:
@@ -179,6 +199,10 @@ def _train_from(run: Run, progress: Progress, folder: Path, log: RunLog, stop: S
                 parallel.wait_for_all()
                 meter.resume()
             if progress.step == run.total_steps:
+                break
+            if ended := ended_early(run, progress):
+                log.event("ended_early", step=progress.step, reason=ended)
+                log.say(f"{log.label} ends after step {progress.step} (train.patience): {ended}")
                 break
             with meter.data.timing(torch.device("cpu")):
                 fetched = fetch(batches, config.train.accumulate, stop)
@@ -242,27 +266,29 @@ def validate(run: Run, progress: Progress, folder: Path, log: RunLog, meter: Met
     rounds = math.ceil(math.ceil(images / size) / parallel.world())
     with contextlib.closing(run.eval_batches(size, run.config.data.workers)) as batches:
         result = run.validate(_until_stopped(batches, rounds, run, saver))
+    result = parallel.from_first(result)  # so that all processes agree on the best and on the end
     if not math.isfinite(result.get("loss", 0.0)):
         raise UserError(
             f"the validation loss is not finite after step {progress.step}. "
             f"The last checkpoint was saved before that.\n{health.ADVICE}"
         )
     progress.history.append({"epoch": run.epochs(progress.step), "step": progress.step} | result)
-    first = next(iter(run.figures))
-    improved, progress.best = result[first] > progress.best, max(progress.best, result[first])
+    chooser = run.chooser
+    improved, progress.best = result[chooser] > progress.best, max(progress.best, result[chooser])
     log.validation(
         run.figures,
         epochs=run.epochs(run.total_steps),
         steps=run.total_steps,
         best=progress.best,
+        best_by=chooser,
         elapsed_s=meter.elapsed(),
         skipped=progress.skipped,
         **progress.history[-1],
     )
     # before last.pt: a run that is killed between the two resumes from an earlier step and writes both again
     if improved and parallel.rank() == 0:
-        best = {"student": run.deployed.state_dict(), "step": progress.step, first: progress.best}
-        best |= {key: result[key] for key in KEPT if key in result}
+        best = {"student": run.deployed.state_dict(), "step": progress.step, "best_by": chooser}
+        best |= {key: result[key] for key in (*KEPT, *run.figures) if key in result}
         checkpoint.save(folder / "best.pt", best)
 
 

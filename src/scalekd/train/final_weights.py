@@ -18,7 +18,7 @@ def use_exported(run: Run, folder: Path, summary: dict[str, Any]) -> str:
     `summary` gets `exported` (last or best), `exported_step` and `best_step`. Call it on rank 0, at the end of the run.
     Raises `UserError` if best.pt is needed and cannot be used.
     """
-    key, name = next(iter(run.figures.items()))
+    key, name = run.chooser, run.figures[run.chooser]
     validations = {e["step"]: e for e in read_log(folder) if e["event"] == "validation" and key in e}
     best = max(validations, key=lambda step: (validations[step][key], -step), default=summary["steps"])
     summary |= {"exported": run.config.train.export, "exported_step": summary["steps"], "best_step": best}

@@ -118,15 +118,16 @@ class RunLog:
     def validation(self, figures: Mapping[str, str], **values: Any) -> None:
         """Logs a validation.
 
-        figures: key -> name of each metric in %. values: these metrics, step, steps, epoch, epochs, best, elapsed_s.
+        figures: key -> name of each metric in %. values: these metrics, step, steps, epoch, epochs, best, best_by, elapsed_s.
         """
         self.event("validation", **values)
         self._track(values["step"], {f"val/{name}": values[name] for name in (*figures, "loss") if name in values})
         metrics = [f"{name} {values[key]:.2f} %" for key, name in figures.items()]
         self.accuracy = metrics[0]
+        best_by = "" if values["best_by"] == next(iter(figures)) else f"{figures[values['best_by']]} "
         unit = "epoch" if values["epoch"] == int(values["epoch"]) else "step"
         self.say(
-            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(metrics)}  best {values['best']:.2f} %  "
+            f"{self.label} {unit} {values[unit]}/{values[unit + 's']}  {'  '.join(metrics)}  best {best_by}{values['best']:.2f} %  "
             f"{duration(values['elapsed_s'])}"
         )
 

@@ -25,8 +25,15 @@ class Steps(Section):
     channels_last: Switch = False
     """Use the channels-last memory format for models and images. auto: on CPUs and CUDA GPUs. A run's recipe.yaml holds
     what `auto` chose, and a resumed run keeps it."""
+    best_by: str | None = None
+    """The validation metric that chooses best.pt, by its key in log.jsonl: top1, top5, map, f1_macro, f1_micro, and of
+    retrieval recall_at_1, recall_at_5, recall_at_10, map_at_r and knn (docs/how-to/retrieval.md). By default the first that
+    the run computes: top1; map with sets of labels; of a detector or segmenter its main one."""
+    patience: Positive | None = None
+    """End the run after this many validations in a row without a better `best_by`. The learning rates are those of the
+    whole run: a run that ends early has not reached the end of its schedule. null: train to the end."""
     export: Literal["last", "best"] = "last"
-    """Which weights the run exports at its end: the last ones, or the best ones by the first validation metric."""
+    """Which weights the run exports at its end: the last ones, or the best ones by `best_by`."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Maximum norm of the gradient. By default it is not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -28,7 +28,7 @@ class Progress:
     """The state of a run besides weights and optimiser. Random numbers need none: they follow from seed and step."""
 
     step: int = 0
-    best: float = -1.0  # of the first of the run's `figures`
+    best: float = -1.0  # of the metric that chooses best.pt
     history: list[dict[str, Any]] = field(default_factory=list)  # the validations
     elapsed: float = 0.0  # seconds
     skipped: int = 0  # steps whose loss or gradient was not finite

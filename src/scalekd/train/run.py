@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalekd.common import parallel
-from scalekd.common.errors import UserError
+from scalekd.common.errors import UserError, nearest
 from scalekd.common.provenance import command_line, git_state, machine, versions
 from scalekd.common.stopwatch import Stopwatch
+from scalekd.common.text import counted, shortened
 from scalekd.data.samplers import Key, Mix, TrainSampler
 from scalekd.models.weights.trained import Loaded
 
-KEPT = ("neighbours", "threshold")  # values of a validation that its figures depend on
+# values of a validation that are kept with its figures: what these depend on, and the accuracy of nearest neighbours in a
+# run whose figures are those of retrieval
+KEPT = ("neighbours", "threshold", "top1", "top5", "queries", "left_out")
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,7 +77,12 @@ class Run(ABC):
     @property
     @abstractmethod
     def figures(self) -> dict[str, str]:
-        """The validation metrics, in %: key -> name on the screen. The first one chooses the best checkpoint."""
+        """The validation metrics, in %, of which more is better: key -> name on the screen, the main one first."""
+
+    @property
+    def chooser(self) -> str:
+        """The key of the metric that chooses the best checkpoint."""
+        return self.config.train.best_by or next(iter(self.figures))
 
     @property
     @abstractmethod
@@ -119,6 +128,11 @@ class Run(ABC):
     def eval_steps(self) -> int:
         """Steps between validations."""
         return max(1, round(self.steps_per_epoch * self.config.train.eval_every))
+
+    @property
+    def validations(self) -> int:
+        """How many validations the whole run has."""
+        return math.ceil(self.total_steps / self.eval_steps)
 
     def epochs(self, step: int) -> float:
         """Epochs done after `step` steps: an int at the end of an epoch, else rounded to 0.01."""
@@ -176,6 +190,22 @@ def scaler_and_average(train: Any, student: nn.Module, device: torch.device) -> 
         "scaler": torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
         "ema": ModelEmaV3(student, decay=train.ema, use_warmup=True, warmup_power=1.0) if train.ema else None,
     }
+
+
+def check_choice(run: Run) -> None:
+    """Raises `UserError` if `train.best_by` is no metric of the run, or `train.patience` can never end it."""
+    train, problems = run.config.train, []
+    if train.best_by is not None and train.best_by not in run.figures:
+        problems.append(
+            f"train.best_by: this run does not compute `{shortened(train.best_by)}`.{nearest(train.best_by, run.figures)}"
+        )
+    if train.patience is not None and train.patience >= run.validations:
+        problems.append(
+            f"train.patience: {counted(train.patience, 'validation')} without a better one cannot occur in a run of "
+            f"{counted(run.validations, 'validation')}; lower it or train.eval_every, or set train.patience=null"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_batch_size(train: Any, images: int | None, processes: int | None = None) -> None:

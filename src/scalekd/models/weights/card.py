@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scalekd.common.errors import UserError, first_line
 from scalekd.common.sections import CropShare, Interpolation, Pixels
 from scalekd.common.text import shortened
-from scalekd.models.options import Model
+from scalekd.models.options import Embedding, Model
 
 
 class Card(BaseModel):
@@ -27,6 +27,7 @@ class Card(BaseModel):
     std: list[Annotated[float, Field(gt=0)]]
     interpolation: Interpolation
     crop_pct: CropShare
+    embedding: Embedding | None = None  # the head that gives the embedding; None: the pooled features are it
     multi_label: bool = False  # whether an image may have several classes
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # probability from which on an image has a class
 

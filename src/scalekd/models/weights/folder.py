@@ -39,6 +39,7 @@ class Described(NamedTuple):
     classes: list[str] | None  # names in the order of the classifier's rows, if known
     sha256: str | None = None  # of `weights`, if known
     licence: str = UNKNOWN  # of `weights`
+    embedding: dict[str, Any] | None = None  # `Embedding`, if the weights have such a head
 
 
 def with_folders(values: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def written_out(section: dict[str, Any], role: str, channels: Any) -> dict[str, 
         )
     own: dict[str, Any] = {"image_size": list(described.image_size)} if role != "student" else {}
     own |= {"mean": described.mean, "std": described.std}
+    if described.embedding and weights != "random" and (role == "teacher" or role.startswith("teachers.")):
+        own |= {"embedding": described.embedding}  # a student has the head that its recipe asks for
     return (
         section
         | {"model": described.model, "weights": "random" if weights == "random" else str(described.weights)}
@@ -184,6 +187,7 @@ def _from_card(file: Path) -> Described:
         card["classes"],
         card.get("sha256"),
         licence_of(card) if "license" in card else derived(licences_in(card).values()),
+        card.get("embedding"),
     )
 
 
