@@ -29,6 +29,7 @@ from scalekd.common.results import (
     Quantized,
     Report,
     Result,
+    Retrieval,
 )
 from scalekd.common.stop import StopRequest
 from scalekd.config.arguments import overrides_of
@@ -129,6 +130,35 @@ def evaluate(student: AnyPath, *, data: AnyPath, device: str | None = None, verb
     return Evaluation(found.get("top1"), found.get("top5"), found["loss"], int(found["images"]), described, **more)
 
 
+def evaluate_retrieval(
+    student: AnyPath,
+    *,
+    data: AnyPath,
+    gallery: AnyPath | None = None,
+    sheet: AnyPath | None = None,
+    device: str | None = None,
+    verbose: bool = False,
+) -> Retrieval:
+    """Measures how well a student's embeddings find images of the same class; `scalekd evaluate --retrieval`.
+
+    Args:
+        student: as for `evaluate`; it needs no classifier.
+        data: the queries, in any form that `train` takes. Their classes may be others than the student's.
+        gallery: the images to search, with some of the classes of `data`; by default the images of `data` query each other.
+        sheet: draw some queries with their nearest images into this .png or .jpg file.
+        device: as for `train`.
+        verbose: print what the data are, and what is skipped.
+
+    Raises:
+        UserError: for sets of labels, a single class, a gallery without a class of the queries, and one with fewer than
+            ten images.
+    """
+    from scalekd.runs.retrieval import evaluate_retrieval as evaluated
+
+    texts = fspath(data), fspath(gallery) if gallery is not None else None
+    return evaluated(Path(student), *texts, Path(sheet) if sheet else None, device, _console(verbose))
+
+
 def predict(
     student: AnyPath,
     inputs: AnyPath | Sequence[AnyPath],
@@ -191,7 +221,9 @@ def embed(
     device: str | None = None,
     verbose: bool = False,
 ) -> Embeddings:
-    """The pooled features of images, the input of the student's classifier; `scalekd embed`.
+    """The embeddings of images, not normalised; `scalekd embed`.
+
+    They are the output of the student's embedding head or, without one, pooled features, the input of its classifier.
 
     Args:
         student: as for `predict`; it needs no classifier.

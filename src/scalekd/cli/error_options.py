@@ -12,7 +12,7 @@ from scalekd.common.errors import UserError
 # parameters of the Python functions that have an option but no recipe key
 POSSIBLE = {
     "analysis", "annotations", "backbone", "baseline", "batch", "cache", "classes", "csv", "data", "device", "draws", "format",
-    "dry_run", "gpu", "jsonl", "private", "qat", "qat_labels", "sheet", "top",
+    "dry_run", "gallery", "gpu", "jsonl", "private", "qat", "qat_labels", "sheet", "top",
     "gpus", "image_size", "images", "inference", "jobs", "kwargs", "known", "measure", "no_preflight", "out", "pictures", "random", "seeds",
     "share_teacher", "shots", "student", "students", "teacher", "teacher_outputs", "threshold", "together", "val_limit", "workers",
 }  # fmt: skip

@@ -130,9 +130,7 @@ def _train(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         if result.summary["exported_step"] != result.summary["best_step"]:
             print(printable(f"`scalekd export {result.folder} --checkpoint best` exports the best weights instead"))
-        from scalekd.train.log import main_figure
-
-        name, value = main_figure(result.summary)
+        name, value = result.summary["figure"], result.summary[result.summary["best_by"]]
         print(printable(f"{name} {value:.2f} %  student {result.student}  report {result.report}"))
 
 

@@ -49,6 +49,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """How well a student's embeddings find images of the same class, by cosine similarity."""
+
+    figures: dict[str, float]
+    """In %: recall_at_1, recall_at_5, recall_at_10, map_at_r, and knn, the accuracy of the 20 nearest images' vote."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals over the queries: of mAP@R by bootstrap, of the others Wilson's."""
+    queries: int
+    left_out: int
+    """Images that are not among the queries, because there is no image of their class to find."""
+    gallery: int
+    """Images that are searched."""
+    in_both: int
+    """Queries that are in a gallery of its own too; they do not find themselves."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The images that cannot be read, and why."""
+    data_description: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The classes that a student sees in one image, the most probable first.
 

@@ -16,7 +16,7 @@ from scalekd.common.files import check_name, odd_kind, replacing, write_text
 from scalekd.common.results import Embeddings, Prediction, Predictions
 from scalekd.common.text import counted
 from scalekd.data.sources.source import Source
-from scalekd.report.contact_sheet import Cell, chosen, contact_sheet
+from scalekd.report.contact_sheet import chosen, contact_sheet, predicted
 
 SHEETS, ARRAYS = (".png", ".jpg", ".jpeg"), (".npy", ".safetensors")
 ENDINGS = {"sheet": SHEETS, "out": ARRAYS}
@@ -48,11 +48,12 @@ def write_predictions(
         write_text(jsonl, as_json_lines(found.images))
     if sheet:
         shown = chosen(len(numbers))
-        cells = (Cell(source[numbers[i]][0], found.images[i]) for i in shown)
+        several = found.threshold is not None
+        cells = [predicted(source[numbers[i]][0], found.images[i], several) for i in shown]
         title = counted(len(numbers), "image")
         title = f"{len(shown)} of {title}" if len(shown) < len(numbers) else title
         with replacing(sheet) as file:
-            picture = contact_sheet(list(cells), title, found.threshold is not None)
+            picture = contact_sheet(cells, title)
             picture.save(file, "png" if sheet.suffix.lower() == ".png" else "jpeg", quality=92)
 
 

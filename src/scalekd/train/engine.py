@@ -143,6 +143,8 @@ def _summary(run: Run, progress: Progress, folder: Path) -> dict[str, Any]:
     summary = {
         **{key: last[key] for key in run.figures},
         f"best_{run.chooser}": progress.best,
+        "best_by": run.chooser,
+        "figure": run.figures[run.chooser],
         "epochs": last["epoch"],
         "seconds": round(progress.elapsed, 1),
         "seed": run.config.seed,

@@ -150,14 +150,6 @@ class RunLog:
             self.file = None
 
 
-def main_figure(result: Mapping[str, Any]) -> tuple[str, float]:
-    """The name and the value in % of a distillation's main figure: mAP with sets of labels, else top-1, which is that of the
-    student's classifier or of its features' nearest neighbours."""
-    if "map" in result:
-        return "mAP", result["map"]
-    return (f"{result['neighbours']}-nn top-1" if "neighbours" in result else "top-1"), result["top1"]
-
-
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first. If a resumed run repeated a step, only the last repetition is returned.
 
