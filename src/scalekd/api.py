@@ -472,13 +472,13 @@ def export(
 
     Args:
         run: the run's folder.
-        checkpoint: `last`, or `best` by top-1 (or mAP) on the validation images.
+        checkpoint: `last`, or `best` by `train.best_by` on the validation images: top-1, or mAP, unless the recipe says so.
         onnx: also write student.onnx. Needs the extra `onnx`.
         formats: also convert it for these runtimes: fp16, openvino, coreml, litert, executorch, tensorrt. Each needs its
             converter, which the error for a missing one names, and is compared with the student if it runs here.
         data: images to compare on, in place of the run's validation images. At most 1,000 are used.
     """
-    from scalekd.runs.students import export_run, several_labels
+    from scalekd.runs.students import export_run
 
     if data is not None and not formats:
         raise UserError("`data` goes with `formats`; without them nothing is compared on images")
@@ -486,13 +486,13 @@ def export(
         from scalekd.runs.formats import check_formats, export_formats
 
         check_formats(formats)
-    figure, differences = export_run(Path(run), checkpoint, onnx)
+    figures, best_by, differences = export_run(Path(run), checkpoint, onnx)
     files = list(differences)
     made = export_formats(Path(run), formats, fspath(data) if data else None) if formats else {}
-    onnx_file = files[1] if onnx else None
-    if several_labels(Path(run)):
-        return Export(files[0], None, differences, onnx_file, made, map=figure)
-    return Export(files[0], figure, differences, onnx_file, made)
+    chosen = (best_by, figures[best_by])
+    return Export(
+        files[0], figures.get("top1"), differences, files[1] if onnx else None, made, figures.get("map"), chosen
+    )
 
 
 def quantize(

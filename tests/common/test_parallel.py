@@ -90,6 +90,27 @@ def test_what_is_evaluated_is_what_is_exported(recipe, tmp_path):
     assert result == pytest.approx({key: logged[key] for key in result}, rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("recipe")  # many validation images
+def test_two_processes_end_early_together(plain_recipe, tmp_path):
+    """With a learning rate that changes nothing, no validation is better than the first one."""
+    recipe = changed(
+        plain_recipe,
+        losses={"embed": {}},
+        student={"embedding": {"dim": 8}},
+        train={"epochs": 4, "patience": 1, "best_by": "map_at_r", "accumulate": 2},
+        optim={"lr": 1e-12},
+    )
+    two, one = with_two(recipe, tmp_path), tmp_path / "one"
+    execute(check_config(recipe, "test"), one, torch.device("cpu"), Console(quiet=True), check=False)
+    for folder in (two, one):
+        log = read_log(folder)
+        assert [e["event"] for e in log][-3:] == ["validation", "ended_early", "finished"] and log[-1]["steps"] == 6
+    figures = [[e for e in read_log(folder) if e["event"] == "validation"][-1] for folder in (two, one)]
+    for key in ("recall_at_1", "map_at_r", "knn", "queries"):
+        assert figures[0][key] == pytest.approx(figures[1][key], abs=1e-3)
+
+
 def wait_for_step(folder: Path, step: int, running: launcher.Running) -> None:
     while running.poll() is None:
         if (folder / "log.jsonl").is_file() and any(e.get("step") == step for e in read_log(folder)):

@@ -130,6 +130,7 @@ def test_names_do_not_steer_the_terminal(tmp_path, terminal):
         top5=1.0,
         loss=1.0,
         best=1.0,
+        best_by="top1",
         elapsed_s=1.0,
     )
     log.close()

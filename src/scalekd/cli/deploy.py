@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
         "--checkpoint",
         choices=["best", "last"],
         default="last",
-        help="which weights: the best by top-1 or mAP on the validation images, or the last (default)",
+        help="which weights: the best by top-1, mAP or `train.best_by` on the validation images, or the last (default)",
     )
     sub.add_argument("--onnx", action="store_true", help="also write student.onnx and compare its outputs")
     sub.add_argument(
@@ -167,11 +167,13 @@ def _export(args: argparse.Namespace) -> None:
     result = api.export(
         args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx, formats=args.format, data=args.data
     )
-    figure = f"mAP {result.map:.2f}" if result.map is not None else f"top-1 {result.top1:.2f}"
-    print(f"exported: the {args.checkpoint} weights, {figure} % on the validation images")
+    from scalekd.report.damage import FIGURES
+
+    key, value = result.chosen_by
+    print(f"exported: the {args.checkpoint} weights, {FIGURES[key]} {value:.2f} % on the validation images")
     for file, difference in result.differences.items():
         reader = "onnxruntime" if file == result.onnx else "timm loads it back"
-        print(printable(f"{file}  {reader}: largest difference of logits {difference:.1e}"))
+        print(printable(f"{file}  {reader}: largest difference of outputs {difference:.1e}"))
     for name, made in result.formats.items():
         print(printable(f"{made.file}  {name}, {made.bytes / 1e6:.2f} MB, {_comparison(made)}"))
 

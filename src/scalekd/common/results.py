@@ -185,12 +185,15 @@ class Export:
     top1: float | None
     """Top-1 accuracy of the exported checkpoint at its last validation, in %; None with sets of labels."""
     differences: dict[Path, float]
-    """For each file, the largest absolute difference between its logits and the student's."""
+    """For each file, the largest absolute difference between its logits, and embeddings of an embedding head, and the
+    student's."""
     onnx: Path | None = None
     formats: dict[str, FormatFile] = field(default_factory=dict)
     """The files for other runtimes, by name of the format."""
     map: float | None = None
     """With sets of labels, the checkpoint's mAP in %."""
+    chosen_by: tuple[str, float] = ("top1", 0.0)
+    """The metric that chooses the run's best checkpoint (`train.best_by`), and its value in % at this one."""
 
 
 @dataclass(frozen=True)

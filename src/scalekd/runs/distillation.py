@@ -164,7 +164,8 @@ def _data_fact(run: DistillationRun) -> str:
     if rest := len(run.train_images) - labelled:
         parts.append(f"{rest} images without labels, {data.unlabelled}")
     if not run.has_classifier:
-        parts.append("the student has no classifier; validation by the nearest neighbours of its features")
+        by = "retrieval" if run.retrieves else "the nearest neighbours of its features"
+        parts.append(f"the student has no classifier; validation by {by}")
     return "; ".join([*parts, f"validation on {len(run.val_images)}"])
 
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scalekd.data.sources.unlabelled import WithoutLabels
 from scalekd.data.split import open_split, same_classes
 from scalekd.data.targets import are_sets
 from scalekd.distill.rebuild import read_recipe
+from scalekd.models.features import embedded
 from scalekd.models.formats import FORMATS, Format, Source, check_installed, converted, is_installed, size_of
 from scalekd.models.inputs import card_statistics
 from scalekd.models.student_file import example_images, export_onnx, load_student
@@ -31,6 +33,7 @@ from .students import validation_transform
 
 FILE = "formats.json"
 MOST_IMAGES = 1000
+FROM_ONNX = ("fp16", "openvino", "tensorrt")  # formats that are made from the ONNX file
 
 
 class Opened(nn.Module):
@@ -53,11 +56,18 @@ def export_formats(folder: Path, names: Sequence[str], data: str | None) -> dict
     """
     check_formats(names)
     student, card = load_student(folder)
+    if card.get("embedding") and not card["classes"]:
+        student.forward = partial(embedded, student)  # otherwise a converter would see the pooled features
+    elif card.get("embedding") and (others := [name for name in names if name not in FROM_ONNX]):
+        raise UserError(
+            f"`formats`: {others[0]} has one output, and this student has logits and an embedding; choose from "
+            f"{', '.join(FROM_ONNX)}, which have both"
+        )
     images, about = _images(folder, card, data)
     made: dict[str, FormatFile] = {}
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "student.onnx"
-        if any(name in ("fp16", "openvino", "tensorrt") for name in names):
+        if any(name in FROM_ONNX for name in names):
             export_onnx(student, plain, card)
         for name in names:
             file = converted(name, Source(student, card, plain), folder)

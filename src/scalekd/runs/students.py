@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -48,6 +48,7 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
         "classes": run.classes if run.has_classifier else [],
         **({"multi_label": True} if run.multi_label else {}),
         **({"embedding": config.student.embedding.complete()} if config.student.embedding else {}),
+        **({"best_by": run.chooser} if config.train.best_by else {}),
         "image_size": list(height_and_width(config.data.image_size)),
         "mean": short_floats(run.distiller.student_mean),
         "std": short_floats(run.distiller.student_std),
@@ -59,11 +60,18 @@ def student_card(run: DistillationRun) -> dict[str, Any]:
     }
 
 
-def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, float]]:
+class Exported(NamedTuple):
+    """What `export_run` wrote, and the checkpoint's figures."""
+
+    figures: dict[str, float]  # top1, or map with sets of labels; the one that chose best.pt; threshold
+    best_by: str  # the key of that one
+    differences: dict[Path, float]  # file -> largest absolute difference of its outputs from the student's
+
+
+def export_run(folder: Path, which: str, onnx: bool) -> Exported:
     """Writes student.safetensors, its card and optionally student.onnx from a run's `best` or `last` checkpoint.
 
-    Returns the checkpoint's top-1 in %, or its mAP with sets of labels, and for each file the largest absolute difference of
-    its logits from the student's. Needs neither the run's data nor its teacher. Raises `UserError`.
+    Needs neither the run's data nor its teacher. Raises `UserError`.
     """
     reject_links(folder)
     state_file, card_file = folder / f"{which}.pt", folder / "student.json"
@@ -80,7 +88,8 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     key = "map" if card.get("multi_label") else "top1"
     try:
         figures = state["progress"]["history"][-1] if which == "last" else state
-        made = {name: float(figures[name]) for name in ([key, "threshold"] if key == "map" else [key])}
+        best_by = str(card.get("best_by") or key)
+        made = {name: float(figures[name]) for name in (key, best_by, *["threshold"] * (key == "map"))}
         student.load_state_dict(state["deployed" if which == "last" else "student"])
         step = int(state["progress"]["step"] if which == "last" else state["step"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -93,12 +102,7 @@ def export_run(folder: Path, which: str, onnx: bool) -> tuple[float, dict[Path, 
     differences = {file: export_student(student, file, card)}
     if onnx:
         differences[folder / "student.onnx"] = export_onnx(student, folder / "student.onnx", card)
-    return made[key], differences
-
-
-def several_labels(folder: Path) -> bool:
-    """Whether the student of a run's folder was trained on sets of labels. Raises `UserError`."""
-    return bool(read_card(folder / "student.json").get("multi_label"))
+    return Exported(made, best_by, differences)
 
 
 def opened(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
