@@ -102,7 +102,9 @@ def test_figures_are_those_of_the_exported_student_and_of_its_embeddings(root, t
 def test_files_for_timm_give_the_embedding(root, name, monkeypatch):
     """By the code of the model card, in the run's folder."""
     student, card = load_student(root / name)
-    assert card["embedding"] == recipes(root)[name]["student"]["embedding"] | ({"kind": "linear"} if name == "both" else {})
+    assert card["embedding"] == recipes(root)[name]["student"]["embedding"] | (
+        {"kind": "linear"} if name == "both" else {}
+    )
     image = next((root / "images" / "val").rglob("*.png"))
     code = re.search(r"```python\n(.*?)```", (root / name / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(root / name)
@@ -156,7 +158,9 @@ def test_a_classifier_and_an_embedding_together(root, cli):
 
 def test_two_processes_see_the_figures_of_one(monkeypatch):
     torch.manual_seed(0)
-    batches = [Batch(torch.randint(0, 256, (7, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (7,))) for _ in range(5)]
+    batches = [
+        Batch(torch.randint(0, 256, (7, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (7,))) for _ in range(5)
+    ]
     model = timm.create_model("test_resnet", num_classes=0)
     add_embedding_head(model, Embedding(dim=6))
     inputs = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.2), CPU, False
@@ -173,7 +177,9 @@ def test_two_processes_see_the_figures_of_one(monkeypatch):
 
 
 def test_a_student_with_a_head_teaches_its_embedding(root, tmp_path, recipe):
-    taught = changed(recipe, student={"embedding": {"dim": 16}}, teacher=None) | {"teacher": {"model": str(root / "run")}}
+    taught = changed(recipe, student={"embedding": {"dim": 16}}, teacher=None) | {
+        "teacher": {"model": str(root / "run")}
+    }
     run = build(check_config(taught, "test"), CPU)
     assert run.config.teacher.embedding.dim == 16 and not list(run.distiller.methods["embed"].parameters())
     images = torch.rand(2, 3, 48, 48)
@@ -189,7 +195,11 @@ def test_a_student_with_a_head_teaches_its_embedding(root, tmp_path, recipe):
         student = build(check_config(changed(again, student={"embedding": embedding}), "test"), CPU).student
         assert torch.equal(student.conv1[0].weight, weights["conv1.0.weight"])
         state = {k: v for k, v in student.state_dict().items() if "embedding_head" in k}
-        assert all(torch.equal(v, weights[k]) for k, v in state.items()) if same else state["embedding_head.weight"].shape[0] == 4
+        assert (
+            all(torch.equal(v, weights[k]) for k, v in state.items())
+            if same
+            else state["embedding_head.weight"].shape[0] == 4
+        )
     with pytest.raises(UserError, match="teacher.embedding: .* has no embedding head of 4 numbers"):
         build(check_config(changed(taught, teacher={"embedding": {"dim": 4}}), "test"), CPU)
     plain = changed(taught, losses={"ce": {}, "fd": {}}, student={"embedding": None}, train={"best_by": None})
@@ -232,7 +242,7 @@ def test_wrong_recipes(recipe, tmp_path, cli, sections, message):
 
 def test_too_few_validation_images(recipe, tmp_path):
     write_images(tmp_path / "few", per_class=3, seed=7)
-    with pytest.raises(UserError, match=r"data.val has 9 images, and recall@10 needs 11 or more"):
+    with pytest.raises(UserError, match=r"9 validation images: recall@10 needs 11 or more"):
         build(check_config(changed(recipe, data={"val": str(tmp_path / "few")}), "test"), CPU)
 
 
@@ -264,7 +274,9 @@ def test_galleries(root, tmp_path, cli):
     assert "must end in .png" in told("--retrieval", "--sheet", tmp_path / "sheet.pdf")
 
     sheet = tmp_path / "sheet.png"
-    done = cli("evaluate", root / "run", "--data", val, "--gallery", tmp_path / "partly", "--retrieval", "--sheet", sheet)
+    done = cli(
+        "evaluate", root / "run", "--data", val, "--gallery", tmp_path / "partly", "--retrieval", "--sheet", sheet
+    )
     assert done.code == 0 and "10 queries among 15 images; 5 images without an image of the class to find" in done.out
     from PIL import Image
 

@@ -101,7 +101,9 @@ def test_terms_can_be_left_out(pair):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(pair, dtype):
-    check_half_precision(lambda: Embed(pair.student, dataclasses.replace(pair.teacher, pooled=0)), pair_without_pooled(pair), dtype)
+    check_half_precision(
+        lambda: Embed(pair.student, dataclasses.replace(pair.teacher, pooled=0)), pair_without_pooled(pair), dtype
+    )
 
 
 def pair_without_pooled(pair):

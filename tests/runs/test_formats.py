@@ -17,8 +17,8 @@ from scalekd.common.errors import UserError
 from scalekd.models import formats
 from scalekd.models.formats import FORMATS, Source, converted, size_of
 from scalekd.runs import students
-from scalekd.runs.students import Exported
 from scalekd.runs.formats import add_results, export_formats, listed
+from scalekd.runs.students import Exported
 
 HERE = [name for name, made in FORMATS.items() if name != "fp16" and formats.is_installed(name)]
 
@@ -34,7 +34,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_half_precision(root, cli, monkeypatch):
-    monkeypatch.setattr(students, "export_run", lambda folder, *_: Exported({"top1": 50.0}, "top1", {folder / "student.safetensors": 0.0}))
+    monkeypatch.setattr(
+        students,
+        "export_run",
+        lambda folder, *_: Exported({"top1": 50.0}, "top1", {folder / "student.safetensors": 0.0}),
+    )
     result = cli("export", root / "run", "--format", "fp16", "--data", root / "val")
     assert result.code == 0, result.err
     file = root / "run" / "student.fp16.onnx"
@@ -106,7 +110,11 @@ def test_mistakes(root, cli, monkeypatch):
     assert "export needs the folder of a run" in told()
     assert "`--data` goes with `--format`" in told(root / "run", "--data", root / "val")
     monkeypatch.setitem(FORMATS, "litert", FORMATS["litert"]._replace(package="json", convert=lambda *_: 1 / 0))
-    monkeypatch.setattr(students, "export_run", lambda folder, *_: Exported({"top1": 50.0}, "top1", {folder / "student.safetensors": 0.0}))
+    monkeypatch.setattr(
+        students,
+        "export_run",
+        lambda folder, *_: Exported({"top1": 50.0}, "top1", {folder / "student.safetensors": 0.0}),
+    )
     assert "json cannot convert test_resnet: division by zero" in told(
         root / "run", "--format", "litert", "--data", root / "val"
     )

@@ -294,6 +294,8 @@ def terms(name: str) -> set[str]:
         return {"kd"}
     if name == "own-images":
         return SCALEKD_TERMS
+    if name == "own-retrieval":
+        return {"embed.cosine", "embed.relational"}
     if name == "own-labels":
         return {"bce", "fd.s4"}
     if name == "own-data":
@@ -359,7 +361,7 @@ def small(name: str, folder: Path) -> list[str]:
     if name.startswith("demo"):
         overrides += ["student.weights=random"]
         return [*overrides, "data.train=fashion-mnist:train", "data.val=fashion-mnist:test", "data.limit=10"]
-    write_images(folder, per_class=4)
+    write_images(folder, per_class=20 if name == "own-retrieval" else 4)
     config = load(name)
     teacher = config.teacher.model if config.teacher else ""
     size = 56 if "beit-l" in name or "14" in name else 64  # patches of 14 pixels, or of 16
@@ -368,6 +370,8 @@ def small(name: str, folder: Path) -> list[str]:
         overrides += [f"data.unlabelled={folder.with_name('pool')}", f"data.val={folder}", "student.weights=random"]
     else:
         overrides += [f"data.train={folder}", "data.val=null", "student.weights=random"]
+    if name == "own-retrieval":
+        overrides.append("data.val_fraction=0.2")  # 12 images query each other
     if teacher.startswith("vit_small"):
         overrides += ["teacher.kwargs={depth: 4}", "teacher.image_size=56"]
     if config.student.model in ("resnet50", "resnet50d") and name != WHOLE:
@@ -402,7 +406,7 @@ def test_a_recipe_is_built_and_stepped(name, tmp_path, cheap_initial_values):
     assert all(value.isfinite() for value in losses.values())
     student = run.distiller.student
     first, head = next(student.parameters()), getattr(student.get_classifier(), "weight", None)
-    assert (head is None) == (name == "own-images")
+    assert (head is None) == (name in ("own-images", "own-retrieval"))
     if (
         "-baseline-mixer" in name
     ):  # timm's Mixers start with a head of zeros: nothing comes through it at the first step

@@ -10,8 +10,8 @@ from rich.console import Console
 from scalekd.common.sections import height_and_width
 from scalekd.common.text import counted
 from scalekd.data.images import BadImage
-from scalekd.heads.retrieval import without_relevant
 from scalekd.distill.run import DistillationRun, Taught, gives_embeddings
+from scalekd.heads.retrieval import without_relevant
 
 from .gradients import gradient_check, length_check
 from .model import Check, from_source, licence_check, shown, unseen_pixels, untrained_teacher

@@ -26,7 +26,9 @@ STDOUT = "-"
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(commands, "evaluate", _evaluate, "measure top-1 and top-5, mAP and F1, or retrieval, of an exported student")
+    sub = command(
+        commands, "evaluate", _evaluate, "measure top-1 and top-5, mAP and F1, or retrieval, of an exported student"
+    )
     sub.add_argument("student", type=Path, help=STUDENT)
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
@@ -38,7 +40,10 @@ def add_commands(commands: Any) -> None:
         "--gallery", metavar="SOURCE", help="with --retrieval: the images to search (default: those of --data)"
     )
     sub.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="with --retrieval: draw queries with their nearest images, as .png or .jpg"
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="with --retrieval: draw queries with their nearest images, as .png or .jpg",
     )
     sub.add_argument("--device", help=DEVICE)
     sub.add_argument("--json", action="store_true")
@@ -150,7 +155,9 @@ def _evaluate_retrieval(args: argparse.Namespace) -> None:
     for key, name in RETRIEVAL_FIGURES.items():
         low, high = found.intervals[key]
         print(f"{name:9}  {found.figures[key]:6.2f} %  [{low:.2f}, {high:.2f}]")
-    alone = f"; {counted(found.left_out, 'image')} without an image of the class to find left out" * (found.left_out > 0)
+    alone = f"; {counted(found.left_out, 'image')} without an image of the class to find left out" * (
+        found.left_out > 0
+    )
     print(f"{found.queries} queries among {counted(found.gallery, 'image')}{alone}{_skipped(found.skipped)}")
     if args.sheet:
         print(printable(f"written: {args.sheet}"))

@@ -219,11 +219,16 @@ def _check_embedding(config: Config, student: Shapes, split: Split, strict: bool
     most, images = max(RANKS), len(split.val_indices)
     if strict and not split.multi_label and images <= most:
         raise UserError(
-            f"data.val has {counted(images, 'image')}, and recall@{most} needs {most + 1} or more that query each other; name more"
+            f"{counted(images, 'validation image')}: recall@{most} needs {most + 1} or more that query each other; name more with "
+            "data.val, or raise data.val_fraction"
         )
-    if strict and not split.multi_label and without_relevant([split.val.targets[i] for i in split.val_indices]) == images:
+    if (
+        strict
+        and not split.multi_label
+        and without_relevant([split.val.targets[i] for i in split.val_indices]) == images
+    ):
         raise UserError(
-            "data.val has no class with two images, so no image can find another of its class; name more images"
+            "no class has two validation images, so none can find another of its class; name more with data.val"
         )
 
 

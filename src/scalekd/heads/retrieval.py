@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -119,7 +120,6 @@ def figures_of_scores(scores: dict[str, Tensor]) -> dict[str, float]:
     return figures | {"queries": queries, "left_out": len(used) - queries}
 
 
-def without_relevant(query_classes: Sequence[int]) -> int:
+def without_relevant(query_classes: Sequence[Hashable]) -> int:
     """How many images that query each other have no other image of their class."""
-    counts = torch.tensor(query_classes).unique(return_counts=True)[1]
-    return int((counts == 1).sum())
+    return sum(count == 1 for count in Counter(query_classes).values())

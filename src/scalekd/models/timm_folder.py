@@ -90,7 +90,9 @@ def write_parts(student: nn.Module, folder: Path, metadata: dict[str, str] | Non
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     with replacing(folder / WEIGHTS) as opened:
-        opened.write(save(without_head(state), metadata={"format": "pt"} | (metadata or {})))  # transformers needs the format
+        opened.write(
+            save(without_head(state), metadata={"format": "pt"} | (metadata or {}))
+        )  # transformers needs the format
     if head := head_state(state):
         with replacing(folder / EMBEDDING) as opened:
             opened.write(save(head, metadata={"format": "pt"}))

@@ -153,7 +153,7 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
     """
     mode = "L" if len(card["mean"]) == 1 else "RGB"
     if card.get("embedding") and name is None:
-        return "import scalekd\n\nstudent, card = scalekd.load_student(\".\")"
+        return 'import scalekd\n\nstudent, card = scalekd.load_student(".")'
     loading = [
         f'student = timm.create_model("{name}", pretrained=True).eval()',
         "pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(student))",

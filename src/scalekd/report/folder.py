@@ -89,7 +89,9 @@ class RunFolder:
         neighbours = f"{logged['neighbours']}-nn " if "neighbours" in logged else ""
         few = 0 < len(self.card.get("classes") or []) <= 5  # every answer is among the first five
         default = SET_FIGURES if self.card.get("multi_label") else TOP1
-        covered = TOP1 if "neighbours" in logged and "knn" in logged else ("top5",) * few  # the k-NN figure is the top-1
+        covered = (
+            TOP1 if "neighbours" in logged and "knn" in logged else ("top5",) * few
+        )  # the k-NN figure is the top-1
         keys = [key for key in FIGURES if key in logged and key not in covered]
         main = (self.recipe.get("train") or {}).get("best_by")
         keys.sort(key=lambda key: key != main)  # the others keep their order
