@@ -200,7 +200,7 @@ def test_a_student_with_a_head_teaches_its_embedding(root, tmp_path, recipe):
             if same
             else state["embedding_head.weight"].shape[0] == 4
         )
-    with pytest.raises(UserError, match="teacher.embedding: .* has no embedding head of 4 numbers"):
+    with pytest.raises(UserError, match=r"teacher.embedding: .* has no embedding head of 4 numbers"):
         build(check_config(changed(taught, teacher={"embedding": {"dim": 4}}), "test"), CPU)
     plain = changed(taught, losses={"ce": {}, "fd": {}}, student={"embedding": None}, train={"best_by": None})
     assert build(check_config(plain, "test"), CPU).has_classifier

@@ -12,11 +12,11 @@ from scalekd.common.stop import Stopped, StopRequest
 from scalekd.common.text import printable
 from scalekd.common.version import __version__
 
-from . import advise, analyze, compare, cost, deploy, heads, lists, quantize, train, transfer
+from . import advise, analyze, compare, cost, deploy, evaluate, heads, lists, quantize, train, transfer
 from .error_options import with_options
 from .hints import Parser, key_hint
 
-COMMANDS = (train, deploy, quantize, advise, compare, heads, transfer, analyze, cost, lists)
+COMMANDS = (train, evaluate, deploy, quantize, advise, compare, heads, transfer, analyze, cost, lists)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

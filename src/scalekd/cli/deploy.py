@@ -1,12 +1,10 @@
-"""`scalekd evaluate`, `export`, `predict`, `embed` and `push`: the student of a run in use."""
+"""`scalekd export`, `predict`, `embed` and `push`: the student of a run in use."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,28 +24,6 @@ STDOUT = "-"
 
 
 def add_commands(commands: Any) -> None:
-    sub = command(
-        commands, "evaluate", _evaluate, "measure top-1 and top-5, mAP and F1, or retrieval, of an exported student"
-    )
-    sub.add_argument("student", type=Path, help=STUDENT)
-    sub.add_argument(
-        "--data", required=True, metavar="SOURCE", help="a folder with one sub-folder per class, or a named source"
-    )
-    sub.add_argument(
-        "--retrieval", action="store_true", help="measure recall@k, mAP@R and k-NN of its embeddings instead"
-    )
-    sub.add_argument(
-        "--gallery", metavar="SOURCE", help="with --retrieval: the images to search (default: those of --data)"
-    )
-    sub.add_argument(
-        "--sheet",
-        type=Path,
-        metavar="FILE",
-        help="with --retrieval: draw queries with their nearest images, as .png or .jpg",
-    )
-    sub.add_argument("--device", help=DEVICE)
-    sub.add_argument("--json", action="store_true")
-
     sub = command(commands, "export", _export, "export a run's student as safetensors for timm, and as ONNX")
     sub.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="the run's folder")
     sub.add_argument(
@@ -120,49 +96,6 @@ def workers(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    if args.retrieval:
-        _evaluate_retrieval(args)
-        return
-    if args.gallery is not None or args.sheet is not None:
-        raise UserError(f"--{'gallery' if args.gallery is not None else 'sheet'} goes with --retrieval")
-    result = api.evaluate(args.student, data=args.data, device=args.device, verbose=not args.json)
-    if args.json:
-        print(json.dumps(asdict(result)))
-    elif result.map is not None:
-        from scalekd.common.set_figures import class_lines
-
-        print("\n".join(class_lines(result.classes, "`--json` has all")))
-        print(
-            f"mAP {result.map:.2f} %  macro F1 {result.f1_macro:.2f} %  micro F1 {result.f1_micro:.2f} %  at threshold "
-            f"{result.threshold:g}  loss {result.loss:.4f}  on {result.images} images"
-        )
-    else:
-        print(
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.images} images"
-        )
-
-
-def _evaluate_retrieval(args: argparse.Namespace) -> None:
-    from scalekd.heads.retrieval import RETRIEVAL_FIGURES
-
-    found = api.evaluate_retrieval(
-        args.student, data=args.data, gallery=args.gallery, sheet=args.sheet, device=args.device, verbose=not args.json
-    )
-    if args.json:
-        print(json.dumps(asdict(found)))
-        return
-    for key, name in RETRIEVAL_FIGURES.items():
-        low, high = found.intervals[key]
-        print(f"{name:9}  {found.figures[key]:6.2f} %  [{low:.2f}, {high:.2f}]")
-    alone = f"; {counted(found.left_out, 'image')} without an image of the class to find left out" * (
-        found.left_out > 0
-    )
-    print(f"{found.queries} queries among {counted(found.gallery, 'image')}{alone}{_skipped(found.skipped)}")
-    if args.sheet:
-        print(printable(f"written: {args.sheet}"))
-
-
 def _export(args: argparse.Namespace) -> None:
     if args.list:
         from scalekd.runs.formats import listed
@@ -227,7 +160,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 def table(rows: list[Prediction]) -> list[str]:
     """A line for each image, at most `WIDTH` characters: its name, the best class with its probability, the others."""
-    names = [_cut(row.image, NAME, from_end=True) for row in rows]
+    names = [cut(row.image, NAME, from_end=True) for row in rows]
     width = max(5, *map(len, names))
     first = max(5, *(len(_cut(printable(_first(row)), CLASS)) for row in rows))
     lines = [f"{'image':{width}}  {'class':{first}}      %  next".rstrip()]
@@ -263,10 +196,11 @@ def _summary(found: Predictions) -> str:
         classes += [("without a label", empty)] * (empty > 0)
     listed = ", ".join(f"{number} {name}" for name, number in classes[:5]) + ", ..." * (len(classes) > 5)
     at = "" if found.threshold is None else f", labels from probability {found.threshold:g}"
-    return f"{counted(len(found.images), 'image')}{at}: {listed}{_skipped(found.skipped)}"
+    return f"{counted(len(found.images), 'image')}{at}: {listed}{skipped(found.skipped)}"
 
 
-def _skipped(skipped: dict[str, str]) -> str:
+def skipped(skipped: dict[str, str]) -> str:
+    """The end of a sentence on images that could not be read."""
     return f"; {counted(len(skipped), 'image')} skipped" if skipped else ""
 
 
@@ -281,7 +215,7 @@ def _embed(args: argparse.Namespace) -> None:
         verbose=True,
     )
     count, width = found.features.shape
-    print(printable(f"{args.out}  {count} x {width}, float32{_skipped(found.skipped)}"))
+    print(printable(f"{args.out}  {count} x {width}, float32{skipped(found.skipped)}"))
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def evaluate_retrieval(
         _write_sheet(sheet, queries, known, itself, used_ones)
     twice = int((itself >= 0).sum()) if gallery is not None else 0
     if twice:
-        say(console, f"{counted(twice, 'query').replace('querys', 'queries')} in the gallery too: none finds itself")
+        say(console, f"{_queries(twice)} in the gallery too: none finds itself")
     intervals = {
         key: bootstrap_interval(100 * values[~values.isnan()].numpy())
         if key == "map_at_r"
@@ -156,10 +156,14 @@ def _write_sheet(file: Path, queries: Embedded, gallery: Embedded, itself: Tenso
         for value, place in zip(values, places):
             colour = BAR if theirs[place] == ours[i] else OTHER
             cells.append(_cell(gallery, place, theirs[place], f"{value:.2f}", max(0.0, value), colour))
-    title = f"{counted(len(chosen), 'query').replace('querys', 'queries')}, each with its nearest images"
+    title = f"{_queries(len(chosen))}, each with its nearest images"
     with replacing(file) as opened_file:
         picture = contact_sheet(cells, title, 1 + nearest.indices.shape[1])
         picture.save(opened_file, "png" if file.suffix.lower() == ".png" else "jpeg", quality=92)
+
+
+def _queries(count: int) -> str:
+    return "1 query" if count == 1 else f"{count} queries"
 
 
 def _cell(images: Embedded, i: int, title: str, number: str, share: float, colour: str) -> Cell:

@@ -134,7 +134,7 @@ def evaluate_student(
     if not card["classes"]:
         raise UserError(
             f"{path} has no classifier, because no loss of its run used logits. "
-            "Measure its features with `scalekd probe` instead"
+            "Measure its embeddings with `scalekd evaluate --retrieval`, or its features with `scalekd probe`"
         )
     if len(parts_of(source_text)) > 1:
         raise UserError(
