@@ -160,7 +160,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 def table(rows: list[Prediction]) -> list[str]:
     """A line for each image, at most `WIDTH` characters: its name, the best class with its probability, the others."""
-    names = [cut(row.image, NAME, from_end=True) for row in rows]
+    names = [_cut(row.image, NAME, from_end=True) for row in rows]
     width = max(5, *map(len, names))
     first = max(5, *(len(_cut(printable(_first(row)), CLASS)) for row in rows))
     lines = [f"{'image':{width}}  {'class':{first}}      %  next".rstrip()]
