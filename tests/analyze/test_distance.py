@@ -288,7 +288,7 @@ def test_errors(cli, trained, tmp_path):
     assert "`--images` 0: must be 1 or more" in error(cap, "--images", 0)
     assert "`--images`: must be 2 or more" in error(cap, "--images", 1)
     assert "none of these runs has a teacher" in error(trained["plain"])
-    assert "10 classes" in error(cap, "--data", "fashion-mnist:test")
+    assert "and 6 more and lacks ant, bee, cat" in error(cap, "--data", "fashion-mnist:test")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "recipe.yaml").write_text((cap / "recipe.yaml").read_text())
     assert "no last.pt" in error(tmp_path / "empty")

@@ -299,4 +299,6 @@ def test_a_run_on_archives(cli, recipe_file, image_folder, tmp_path):
     assert json.loads(output)["images"] == 13
     shards = make_shards(image_folder / "val", tmp_path)
     result = cli("evaluate", tmp_path / "run", "--data", shards)
-    assert result.code == 2 and "`--data` has other classes than the student: 0, 1, 2" in result.err
+    assert (
+        result.code == 2 and "`--data` has other classes than the student: it has 0, 1, 2 and lacks ant" in result.err
+    )

@@ -327,7 +327,9 @@ def test_a_run_of_images_alone_exports_a_backbone(
     assert student(torch.rand(1, 3, *card["image_size"])).shape[1] == student.num_features
     refused = cli("evaluate", str(tmp_path / "run"), "--data", only_images["data"]["val"])
     assert refused.code == 2 and "has no classifier" in refused.err
-    assert cli("export", str(tmp_path / "run")).code == 0
+    exported = cli("export", str(tmp_path / "run"))
+    assert exported.code == 0 and "weights, nearest-neighbour top-1 " in exported.out
+    assert "predicts one of" not in (tmp_path / "run" / "README.md").read_text()
     assert "validation by the nearest neighbours" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -23,7 +23,7 @@ from scalekd.data.images import EXTENSIONS, BadImage, decode, decode_size, decod
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.names import split_of
 from scalekd.data.sources.open import open_source, open_unlabelled, pair_of
-from scalekd.data.split import open_split
+from scalekd.data.split import class_difference, open_split
 from scalekd.data.transforms import eval_transform
 
 
@@ -216,6 +216,20 @@ def test_the_description_says_what_is_used(image_folder):
     assert lines_of(found)[2].startswith("3 classes: ant, bee, cat; smallest ")
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("ant bee cow", "it has cow and lacks cat"),
+        ("ant bee", "it lacks cat"),
+        ("ant bee cat dog", "it has dog"),
+        ("bee ant cat", "it has them in another order"),
+        ("f e d c b a", "it has f, e, d, c and 2 more and lacks ant, bee, cat"),
+    ],
+)
+def test_the_difference_of_classes(other, told):
+    assert class_difference(["ant", "bee", "cat"], other.split()) == told
+
+
 def test_commands_print_and_keep_the_description(cli, light_recipe, image_folder, tmp_path):
     (image_folder / "train" / "ant" / "notes.txt").write_text("text")
     recipe = tmp_path / "light.yaml"
@@ -225,7 +239,7 @@ def test_commands_print_and_keep_the_description(cli, light_recipe, image_folder
     lines = (
         f"training: 24 images from {image_folder}/train",
         f"validation: 12 images from {image_folder}/val (data.val)",
-        "3 classes: ant, bee, cat; smallest ant (8 images), largest ant (8 images)",
+        "3 classes: ant, bee, cat; 8 images each",
         "left out of training: 1 files without an image extension, such as ant/notes.txt",
     )
     assert all(line in shown.out for line in lines), shown.out

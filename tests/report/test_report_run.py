@@ -6,6 +6,7 @@ import io
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from scalekd.distill.run import DistillationRun
 from scalekd.models.student_file import export_student, load_student
 from scalekd.report import evaluate as looking
 from scalekd.report import run as reporting
+from scalekd.report.answer_sections import answer_sections
+from scalekd.report.card import FILES
 from scalekd.report.evaluate import STUDENT, TEACHER, Seen, look, wrong_examples
+from scalekd.report.hub_card import hub_card
 from scalekd.report.predictions import by_class, confusion_matrix, confusions, difference
 from scalekd.report.run import write_run_report
 from scalekd.report.svg import escape
@@ -107,6 +111,19 @@ def test_answers_classes_and_confusions(runs):
         assert pair["images"] == sum((t, s) == (i, j) for t, s in zip(targets, student)) > 0
         assert pair["teacher"] == sum((t, s) == (i, j) for t, s in zip(targets, teacher))
     assert sum(pair["images"] for pair in confusions(seen, 20)) == sum(student != targets) > 0
+
+
+def test_few_images_per_class_and_calibration(runs):
+    run = runs[1]["scalekd"]
+    seen = look(run, run.deployed)
+    for result in seen.results.values():
+        result["bins"] = [b | {"images": min(b["images"], 9)} for b in result["bins"]]
+    page = "".join(answer_sections(seen))
+    assert "4 images per class are few." in page and "no curve" in page and "perfect calibration" not in page
+    page = "".join(answer_sections(replace(seen, of_images=13)))
+    assert "4 images per class are few; `scalekd report --images` uses more." in page
+    seen.results[STUDENT]["bins"][0] |= {"images": 10, "confidence": 0.4, "accuracy": 0.3}
+    assert "perfect calibration" in "".join(answer_sections(seen))
 
 
 def test_the_matrix_has_a_row_for_each_class():
@@ -276,7 +293,7 @@ def test_data_that_are_gone_and_others_in_their_place(cli, runs, tmp_path, witho
     assert told.code == 0 and json.loads((folder / "report.json").read_text())["of_images"] == 6
     (tmp_path / "others" / "cat").rename(tmp_path / "others" / "dog")
     told = cli("report", folder, "--data", tmp_path / "others")
-    assert told.code == 2 and "they must be the same" in told.err
+    assert told.code == 2 and "has other classes than the run: it has dog and lacks cat" in told.err
 
 
 def test_a_comparison(cli, tmp_path):
@@ -336,7 +353,9 @@ def test_the_card_loads_the_student(runs, tmp_path, monkeypatch):
     model, card = load_student(folder)
     shown = timm.data.create_transform((3, 48, 48), interpolation=card["interpolation"], crop_pct=card["crop_pct"],
                                        mean=card["mean"], std=card["std"])  # fmt: skip
-    assert torch.equal(names["logits"], model(shown(image)[None]))
+    logits = model(shown(image)[None])
+    assert torch.equal(names["logits"], logits) and names["label"] == card["classes"][logits[0].argmax()]
+    assert FILES in text and FILES not in hub_card(card, "ada/birds", (folder / "README.md").read_text())
 
 
 def test_a_card_that_a_person_wrote_is_kept(runs, tmp_path):

@@ -269,7 +269,9 @@ def test_features(root, tmp_path, cli, name):
     "arguments, told",
     [
         (["predict", "bare", "val"], "has no classifier.*`scalekd embed` gives its features"),
-        (["predict", "run", "nothing"], "no image or folder .*nothing"),
+        (["predict", "run", "nothing"], "inputs: there is no image or folder nothing"),
+        (["predict", "nowhere", "val"], "nowhere does not exist; name a run's folder"),
+        (["predict", "run/student.json", "val"], "run/student.json is no exported student"),
         (["predict", "run", "val", "--top", "0"], "`--top` 0: must be 1 or more"),
         (["predict", "run", "val", "--batch", "0"], "`--batch` 0: must be 1 or more"),
         (["predict", "run", "val", "--workers", "-1"], "`--workers` -1"),

@@ -138,7 +138,12 @@ def test_a_card_that_a_person_wrote_is_sent(run):
 @pytest.mark.parametrize("name", ["birds", "ada/bir ds", "a/b/c", "ada/..", "ada/-x-"])
 def test_a_name_that_is_no_name(run, hub, cli, name):
     result = cli("push", run, name)
-    assert result.code == 2 and "is no name on the Hub" in result.err and len(result.err.splitlines()) <= 2
+    assert (
+        result.code == 2
+        and "is no name on the Hub. Write USER/NAME" in result.err
+        and ".." not in result.err.replace(name, "")
+    )
+    assert len(result.err.splitlines()) <= 2
     assert hub.calls == []
 
 

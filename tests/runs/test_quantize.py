@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,17 @@ def test_the_result(root, found, capsys):
     left = {kind["operator"]: kind["count"] for kind in found.details["left_in_float"]}
     assert left == {"AveragePool": 3, "ReduceMean": 1}
 
-    from scalekd.cli.quantize import table
+    from scalekd.cli.quantize import notes, table
 
     lines = table(found)
     assert "int8, trained with the teacher" in lines[3] and f"{found.rows['qat']['top1']:.2f}" in lines[3]
     assert lines[4].startswith("teacher test_vit") and lines[4].split()[-2:] == ["1.50", "1.50"]
     assert lines[6] == "in float32: AveragePool x 3, ReduceMean x 1"
+    where, few = notes(found, Path("run/quantize"))
+    assert where == "all int8 files are in run/quantize: ptq.onnx is the calibrated one"
+    assert few.startswith("12 validation images show large changes only")
+    many = {"float32": found.rows["float32"] | {"images": 200}, "ptq": found.rows["ptq"]}
+    assert notes(replace(found, rows=many), Path("run/quantize")) == []
 
 
 def test_int8_files_in_use(root, found, cli, tmp_path):
@@ -204,7 +210,7 @@ def test_recipes(root):
 # ------------------------------------------------ mistakes
 
 
-def test_mistakes(root, tmp_path, cli, monkeypatch):
+def test_mistakes(root, found, tmp_path, cli, monkeypatch):
     def told(*arguments: Any) -> str:
         before = {p: p.stat().st_mtime_ns for p in (root / "run").rglob("*")}
         result = cli("quantize", *arguments)
@@ -217,11 +223,16 @@ def test_mistakes(root, tmp_path, cli, monkeypatch):
     assert "`--images` 16: calibration needs 32 or more" in told(run, "--images", 16)
     write_images(few, per_class=10)
     few_images = told(run, "--data", few, "--val", root / "images" / "val")
-    assert "`--data`: 30 training images are too few to calibrate with; 32 are needed" in few_images
+    assert "30 training images are too few to calibrate with: more than 32 are needed. Name more" in few_images
     (few / "ant").rename(few / "dog")
     others = told(run, "--data", few)
-    assert "`--data`: its classes are not the student's: bee, cat, dog" in others
+    assert (
+        f"{few} has other classes than the student: it has dog and lacks ant. Name" in others
+        and "with `--data`" in others
+    )
     assert "train.epochs" in told(run, "--qat", "--epochs", 0)
+    longer = told(run, "--qat", "--epochs", 7)  # before ptq.onnx is written again, which `told` checks
+    assert "holds a run of another recipe" in longer and "another folder with `--out`" in longer
     assert "optim.lrr" in told(run, "--qat", "optim.lrr=1")
 
     for name, changes in (("alone", {"losses": {"ce": {}}, "teacher": None}), ("bare", {"losses": {"fd": {}}})):

@@ -21,7 +21,7 @@ from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.sources.source import Source
-from scalekd.data.split import same_classes
+from scalekd.data.split import class_difference, same_classes
 from scalekd.data.transforms import eval_transform
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
@@ -149,8 +149,7 @@ def _opened(place: str, run: Trained) -> Source:
     source = open_source(place, "`data`")
     if not same_classes(run.classes, source.classes):
         raise UserError(
-            f"`data`: {place} has {len(source.classes)} classes ({', '.join(source.classes[:4])}, ...) and the runs "
-            f"{len(run.classes)} ({', '.join(run.classes[:4])}, ...); they must be the same"
+            f"`data`: {place} has other classes than the runs: {class_difference(run.classes, source.classes)}"
         )
     return source
 

@@ -7,6 +7,7 @@ import os
 import resource
 from typing import Any
 
+from scalekd.common.text import counted
 from scalekd.data.workers import count, tensors_of
 from scalekd.train.run import Run
 
@@ -33,7 +34,9 @@ def workers_check(run: Run, batch: Any) -> list[Check]:
     validation = size * min(run.eval_batch_size, len(run.val_images)) / max(1, images)
     rounds = min(PREFETCH * workers, math.ceil(len(run.val_images) / run.eval_batch_size))
     surely, most = (here * (ahead * size + n * validation) for n in (1, rounds))
-    told = f"{workers} need {surely / 2**20:.0f} to {most / 2**20:.0f} MiB of shared memory"
+    need = counted(workers, "worker") + (" needs" if workers == 1 else " need")
+    low, high = (f"{math.ceil(size / 2**20)}" for size in (surely, most))
+    told = f"{need} {low if low == high else f'{low} to {high}'} MiB of shared memory"
     fix = "Set data.workers=0 or fewer, or provide more: docker run --shm-size=8g, or --ipc=host"
     free = _free()
     if free is not None and free < most:
@@ -43,7 +46,7 @@ def workers_check(run: Run, batch: Any) -> list[Check]:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit != resource.RLIM_INFINITY and limit < files:
         fix = "Raise it in the shell (`ulimit -n 4096`), or set data.workers=0"
-        return [Check("workers", "fail", f"{workers} need up to {files} open files, and the limit is {limit}", fix)]
+        return [Check("workers", "fail", f"{need} up to {files} open files, and the limit is {limit}", fix)]
     return [Check("workers", "ok", told)]
 
 

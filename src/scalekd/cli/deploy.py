@@ -104,13 +104,16 @@ def _export(args: argparse.Namespace) -> None:
         return
     if args.run_folder is None:
         raise UserError("export needs the folder of a run; `scalekd export --list` lists the formats")
+    from scalekd.models.weights.card import read_card
+    from scalekd.report.damage import FIGURES
+
     result = api.export(
         args.run_folder, checkpoint=args.checkpoint, onnx=args.onnx, formats=args.format, data=args.data
     )
-    from scalekd.report.damage import FIGURES
-
     key, value = result.chosen_by
-    print(f"exported: the {args.checkpoint} weights, {FIGURES[key]} {value:.2f} % on the validation images")
+    neighbours = key == "top1" and not read_card(result.student.with_suffix(".json"))["classes"]
+    name = "nearest-neighbour top-1" if neighbours else FIGURES[key]
+    print(f"exported: the {args.checkpoint} weights, {name} {value:.2f} % on the validation images")
     for file, difference in result.differences.items():
         reader = "onnxruntime" if file == result.onnx else "timm loads it back"
         print(printable(f"{file}  {reader}: largest difference of outputs {difference:.1e}"))

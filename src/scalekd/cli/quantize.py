@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from scalekd import api
 from scalekd.common import stop
-from scalekd.common.text import printable
+from scalekd.common.text import counted, printable
 
 from .options import DEVICE, add_sources, command, keeps_result
 
 if TYPE_CHECKING:
     from scalekd.common.results import Quantized
+
+FEW_IMAGES = 200  # with fewer, half the 95 % interval of a change is some points
 
 
 def add_commands(commands: Any) -> None:
@@ -62,7 +64,21 @@ def _quantize(args: argparse.Namespace) -> None:
         stop=stop.current(),
         verbose=True,
     )
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), *notes(found, args.out or args.run_folder / "quantize")]))
+
+
+def notes(found: Quantized, folder: Path) -> list[str]:
+    """Where the int8 files of all ways are, if there are several, and whether the validation images are few."""
+    lines = []
+    if len(found.rows) > 2:
+        lines.append(printable(f"all int8 files are in {folder}: ptq.onnx is the calibrated one"))
+    images = found.rows["float32"]["images"]
+    if images < FEW_IMAGES:
+        lines.append(
+            f"{counted(images, 'validation image')} show large changes only; `scalekd evaluate FILE --data SOURCE` measures "
+            "a file on others"
+        )
+    return lines
 
 
 def table(found: Quantized) -> list[str]:

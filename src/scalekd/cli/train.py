@@ -128,7 +128,8 @@ def _train(args: argparse.Namespace) -> None:
         verbose=True,
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        if result.summary["exported_step"] != result.summary["best_step"]:
+        key = result.summary["best_by"]
+        if result.summary[f"best_{key}"] > result.summary[key]:
             print(printable(f"`scalekd export {result.folder} --checkpoint best` exports the best weights instead"))
         name, value = result.summary["figure"], result.summary[result.summary["best_by"]]
         print(printable(f"{name} {value:.2f} %  student {result.student}  report {result.report}"))

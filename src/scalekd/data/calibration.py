@@ -31,8 +31,8 @@ def calibration_split(split: Split, images: int, seed: int) -> Calibration:
     pool = labelled or list(split.train_indices)
     if len(pool) <= FEWEST_IMAGES:
         raise UserError(
-            f"`data`: {len(pool)} training images are too few to calibrate with; {FEWEST_IMAGES} are needed for the ranges "
-            "and more to compare methods on. Name more images, with or without the run's"
+            f"{len(pool)} training images are too few to calibrate with: more than {FEWEST_IMAGES} are needed. Name more "
+            "images of the same classes with `data`"
         )
     if labelled:
         order = by_class([split.train.targets[i] for i in pool], seed)

@@ -84,8 +84,12 @@ def _classes_line(classes: Mapping[str, Any]) -> str:
     names = ", ".join(classes["first"]) + ", ..." * (classes["count"] > len(classes["first"]))
     text = f"{counted(classes['count'], 'class').replace('classs', 'classes')}: {shortened(names, 200)}"
     if smallest := classes.get("smallest"):
-        sizes = [f"{shortened(c['name'], 40)} ({_number_of(c)})" for c in (smallest, classes["largest"])]
-        text += f"; smallest {sizes[0]}, largest {sizes[1]}"
+        sizes = [_number_of(c) for c in (smallest, classes["largest"])]
+        names = [shortened(c["name"], 40) for c in (smallest, classes["largest"])]
+        if sizes[0] == sizes[1]:
+            text += f"; {sizes[0]} each"
+        else:
+            text += f"; smallest {names[0]} ({sizes[0]}), largest {names[1]} ({sizes[1]})"
     if (labels := classes.get("labels_per_image")) is not None:
         text += f"; several labels per image, {labels:g} on average"
     return text

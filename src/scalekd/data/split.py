@@ -243,6 +243,17 @@ def same_classes(known: Sequence[str], other: Sequence[str]) -> bool:
     return list(other) == list(known[: len(other)] if _numbered(known) else known)
 
 
+def class_difference(known: Sequence[str], other: Sequence[str]) -> str:
+    """How `other` differs from the `known` classes, for an error: `it has Blouse and lacks Shirt`."""
+    had, lacked = (_some([name for name in a if name not in set(b)]) for a, b in ((other, known), (known, other)))
+    told = " and ".join(f"{verb} {names}" for verb, names in (("has", had), ("lacks", lacked)) if names)
+    return f"it {told}" if told else "it has them in another order"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+
+
 def _numbered(classes: Sequence[str]) -> bool:
     return list(classes) == [str(i) for i in range(len(classes))]
 

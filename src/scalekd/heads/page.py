@@ -94,7 +94,7 @@ def tell_use(console: Console, spec: Model, card: dict[str, Any], out: Path) -> 
     words = ["--teacher", card["model"], *(f"{key}={value}" for key, value in values.items() if value)]
     say(console, f"Use it in `scalekd train` with: {shlex.join(words)}")
     crop = f"augment.crop_pct={card['crop_pct']:g} augment.interpolation={card['interpolation']}"
-    say(console, f"Fitted with: {crop}")
+    say(console, f"Fitted with this crop; train with the same: {crop}")
 
 
 def _yaml(text: str) -> str:

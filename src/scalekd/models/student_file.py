@@ -84,10 +84,14 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The student in eval mode and its card, from an exported .safetensors file or a run's folder. Raises `UserError`."""
     if path.is_dir():
         reject_links(path)
+    elif not path.exists():
+        raise UserError(f"{path} does not exist; name a run's folder, or a .safetensors or .onnx file of a student")
+    elif path.suffix != ".safetensors":
+        raise UserError(f"{path} is no exported student; name its run's folder, or a .safetensors or .onnx file")
     file = path / "student.safetensors" if path.is_dir() else path
     card_file = file.with_suffix(".json")
     # only safetensors: other weights files may contain code
-    if file.suffix != ".safetensors" or not file.is_file() or not card_file.is_file():
+    if not file.is_file() or not card_file.is_file():
         raise UserError(
             f"{path} has no student.safetensors with its .json; create them with `scalekd export RUN_FOLDER`"
         )

@@ -83,7 +83,8 @@ COLUMNS = {"agreement": ".2f", "kl": ".4f", "nll": ".4f", "ece": ".2f"}
 def _classes(seen: Seen) -> str:
     rows, note = worst_and_best(by_class(seen), "Sorted by the student's accuracy, the worst first.")
     if seen.images < FEW * len(seen.classes):
-        note += f" {seen.images / len(seen.classes):.1f} images per class are few; `scalekd report --images` uses more."
+        note += f" {seen.images / len(seen.classes):.3g} images per class are few"
+        note += "; `scalekd report --images` uses more." if seen.images < seen.of_images else "."
     others = [label for label in seen.columns if label != STUDENT]
     head = ["class", "images", "this student", *others]
     cells = [
@@ -166,6 +167,9 @@ def _calibration(seen: Seen) -> str:
         points = [(100 * b["confidence"], 100 * b["accuracy"]) for b in filled]
         if points:
             curves.append(Curve(points, f"{label}: ECE {result['ece']:.2f} %", i))
+    if not curves:
+        few = f"<p>None of the fifteen bins of the largest probability has {LEAST_IN_BIN} images, so there is no curve.</p>"
+        return section("Calibration", few)
     diagonal = Curve([(0.0, 0.0), (100.0, 100.0)], "perfect calibration", INK)
     x = Axis(nice_ticks(0, 100), LEFT, RIGHT)
     figure = chart([*curves, diagonal], x, value_axis([0.0, 100.0]), "mean confidence (%)", "accuracy (%)")

@@ -27,6 +27,7 @@ from .svg import finite
 
 MARK = "<!-- Written by scalekd"
 SHARES_OF_QUERIES = RETRIEVAL_FIGURES.keys() - {"map_at_r"}
+FILES = "`recipe.yaml` has all settings; `report.html` has the curves and the errors by class."
 OURS = f"{MARK}. The next report overwrites this file; remove this line to keep your changes. -->"
 
 
@@ -54,15 +55,15 @@ def model_card(folder: RunFolder, facts: Mapping[str, str], seen: Seen | SeenSet
         *(["## Size and speed", speed] if speed else []),
         "## Training",
         facts_list({"losses": losses_text(card.get("losses") or {})} | dict(facts)),
-        "`recipe.yaml` has all settings; `report.html` has the curves and the errors by class.",
+        FILES,
     ]
     if classes:
         blocks += ["## Classes", classes_line(classes, "student.json")]
     answer = "may predict no class or several" if card.get("multi_label") else "predicts one of these classes"
-    limits = (
-        f"Measured only on the validation images above. The model {answer} for any image. It may have learned the "
-        "teacher's errors."
-    )
+    limits = "Measured only on the validation images above. "
+    if classes:
+        limits += f"The model {answer} for any image. "
+    limits += "It may have learned the teacher's errors."
     licences = licence_lines(licences_in(card))
     return "\n\n".join([*blocks, "## Licences", licences, "## Limits", limits, OURS]) + "\n"
 
@@ -182,6 +183,8 @@ def load_lines(card: Mapping[str, Any], name: str | None) -> str:
             'classes = student.pretrained_cfg["label_names"]',
             f"labels = [name for name, p in zip(classes, logits[0].sigmoid()) if p >= {card['threshold']}]",
         ]
+    elif card["classes"] and name is not None:
+        lines.append('label = student.pretrained_cfg["label_names"][int(logits[0].argmax())]')
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from scalekd.common.text import counted
 from scalekd.common.yaml_file import parse_yaml
 from scalekd.config.recipe import Config
 from scalekd.data.sources.open import evaluated_part
+from scalekd.data.split import class_difference
 from scalekd.distill.rebuild import load_trained, read_recipe, rebuild
 from scalekd.distill.run import DistillationRun
 from scalekd.models.inputs import card_statistics
@@ -199,10 +200,7 @@ def rebuilt(folder: RunFolder, data: str | None, device: torch.device) -> tuple[
     run = rebuild(config if data is None else _with_data(config, data), device)
     classes = folder.card.get("classes")
     if classes and data is not None and list(classes) != list(run.classes):
-        raise UserError(
-            f"`data`: {data} has {len(run.classes)} classes ({', '.join(run.classes[:4])}, ...) and the run "
-            f"{len(classes)} ({', '.join(classes[:4])}, ...); they must be the same"
-        )
+        raise UserError(f"`data`: {data} has other classes than the run: {class_difference(classes, run.classes)}")
     student, last = run.distiller.student, folder.path / "last.pt"
     try:
         state = checkpoint.load(last)

@@ -10,7 +10,7 @@ import yaml
 
 from scalekd.models.licences import UNKNOWN, licences_in
 
-from .card import OURS, classes_line, front, licence_lines, load_lines, marked, nature
+from .card import FILES, OURS, classes_line, front, licence_lines, load_lines, marked, nature
 
 FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 CODE = re.compile(
@@ -23,9 +23,13 @@ def hub_card(card: Mapping[str, Any], repo: str, text: str | None) -> str:
 
     text: the run's README.md, which a person may have written; None writes a short one from the student's card. Its own
     front matter counts; what the Hub needs and it lacks is added. Code that loads the student from the folder loads it
-    from the Hub.
+    from the Hub, and the line on files that are not sent is left out.
     """
-    text = short_card(card, repo) if text is None else text.replace(f"{OURS}\n", "").rstrip() + "\n"
+    text = (
+        short_card(card, repo)
+        if text is None
+        else text.replace(f"{OURS}\n", "").replace(f"{FILES}\n\n", "").rstrip() + "\n"
+    )
     found = FRONT.match(text)
     try:
         given = yaml.safe_load(found[1]) if found else {}

@@ -127,7 +127,10 @@ def _evaluated(
     except UserError as error:
         if data is not None:
             raise
-        return None, f"No evaluation on images: {first_line(error)} `scalekd report --data SOURCE` uses others."
+        return (
+            None,
+            f"No evaluation on images: {first_line(error).rstrip('.')}. `scalekd report --data SOURCE` uses others.",
+        )
     if not run.has_classifier:
         return None, "The student has no classifier, so it makes no predictions."
     students: dict[str, Normalised] = {

@@ -20,7 +20,7 @@ from scalekd.common.results import FormatFile
 from scalekd.data.batches import Images, eval_batches
 from scalekd.data.sources.open import evaluated_part, open_source
 from scalekd.data.sources.unlabelled import WithoutLabels
-from scalekd.data.split import open_split, same_classes
+from scalekd.data.split import class_difference, open_split, same_classes
 from scalekd.data.targets import are_sets
 from scalekd.distill.rebuild import read_recipe
 from scalekd.models.features import embedded
@@ -88,18 +88,22 @@ def _images(folder: Path, card: dict[str, Any], data: str | None) -> tuple[Image
     """Validation images, evenly spaced if there are many, and what they are; None if they cannot be opened."""
     try:
         if data is not None:
-            source = open_source(evaluated_part(data), "`data`")
+            place, source = data, open_source(evaluated_part(data), "`data`")
             numbers: Sequence[int] = range(len(source))
             classes = source.classes
         else:
-            split = open_split(read_recipe(folder).data, strict=False)
+            of = read_recipe(folder).data
+            place, split = str(of.val or of.train), open_split(of, strict=False)
             source, numbers, classes = split.val, split.val_indices, split.classes
     except UserError as error:
         if data is not None or not is_file(folder / "recipe.yaml"):
             raise
         return None, f"random inputs, because the validation images cannot be opened: {first_line(error)}"
     if card["classes"] and not same_classes(card["classes"], classes):
-        raise UserError("`data`: its classes are not the student's; name images with the run's classes")
+        raise UserError(
+            f"{place} has other classes than the student: {class_difference(card['classes'], classes)}. "
+            "Name images of the student's classes with `data`"
+        )
     if not card["classes"]:  # only its features are compared
         source = WithoutLabels(source)
     elif are_sets(source.targets) != bool(card.get("multi_label")):

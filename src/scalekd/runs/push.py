@@ -72,10 +72,11 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
-            raise HFValidationError("it must have the form USER/NAME")
-    except HFValidationError as error:
+            raise HFValidationError("no USER/NAME")
+    except HFValidationError:
         raise UserError(
-            f"{repo!r} is no name on the Hub: {first_line(error)}. Write USER/NAME, such as ada/birds"
+            f"{repo!r} is no name on the Hub. Write USER/NAME, such as ada/birds, with letters, digits, `-`, `_` and `.` "
+            "only, and 96 characters at most"
         ) from None
 
 

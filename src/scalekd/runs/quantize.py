@@ -18,12 +18,13 @@ from scalekd.common.files import is_file, make_folder, replacing, write_text
 from scalekd.common.provenance import command_line, machine, versions
 from scalekd.common.results import Quantized
 from scalekd.common.stop import StopRequest
-from scalekd.common.text import in_shell, printable, say
+from scalekd.common.text import in_shell, say
 from scalekd.config.recipe import Config
 from scalekd.data.batches import Images, bad_images, eval_batches
 from scalekd.data.calibration import FEWEST_IMAGES, Calibration, calibration_split
-from scalekd.data.split import Split, open_split, same_classes
+from scalekd.data.split import Split, class_difference, open_split, same_classes
 from scalekd.distill.quantised import normalised
+from scalekd.distill.rebuild import read_recipe
 from scalekd.models.inputs import card_statistics
 from scalekd.models.int8.file import INT8, write_int8
 from scalekd.models.int8.graph import Graph, graph_of
@@ -31,6 +32,7 @@ from scalekd.models.int8.onnx_quantiser import METHODS, quantised, ranges
 from scalekd.models.int8.shares import left_in_float
 from scalekd.models.open_student import OnnxStudent
 from scalekd.models.weights.match import sha256_of
+from scalekd.train.folder import open_folder
 from scalekd.train.resume import recipe_difference
 
 from .distillation import execute
@@ -82,8 +84,11 @@ def quantize(
         raise UserError(f"`images` {images}: calibration needs {FEWEST_IMAGES} or more")
     config, student, card = run_to_quantise(run, data_overrides)
     folder = out or run / "quantize"
-    for way in ways:  # before anything takes time
-        quantized_recipe(config, run, way, "minmax", images, epochs, overrides)
+    for way in ways:  # before anything takes time or is written
+        method = _held(folder / way) if calibration == "auto" else calibration
+        recipe = quantized_recipe(config, run, way, method, images, epochs, overrides)
+        if _differs(folder / way, recipe):
+            open_folder(folder / way, recipe)  # which says how
     split = open_split(config.data, strict=False)
     if split.multi_label != bool(card.get("multi_label")):
         kinds = ("sets of labels", "one class per image")
@@ -91,8 +96,8 @@ def quantize(
         raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
     if not same_classes(card["classes"], split.classes) or len(card["classes"]) != len(split.classes):
         raise UserError(
-            f"`data`: its classes are not the student's: {printable(', '.join(split.classes[:4]))}, ... "
-            f"({len(split.classes)}) instead of {printable(', '.join(card['classes'][:4]))}, ... ({len(card['classes'])})"
+            f"{config.data.train} has other classes than the student: {class_difference(card['classes'], split.classes)}. "
+            "Name images of the student's classes with `data`"
         )
     numbers = calibration_split(split, images, config.data.seed)
     graph = graph_of(student, card, config.student.cuts)
@@ -151,12 +156,23 @@ def _told(seen: dict[str, Answers], best: str) -> str:
 
 def _trained(recipe: Config, folder: Path, device: torch.device, console: Console, stop: StopRequest) -> None:
     """Runs or resumes a quantised run, unless this same run is finished."""
-    known = folder / "recipe.yaml"
     finished = all(is_file(folder / name) for name in ("summary.json", INT8, "recipe.yaml"))
-    if finished and not recipe_difference(known.read_text(), recipe):
+    if finished and not _differs(folder, recipe):
         say(console, f"{folder} is finished already")
         return
     execute(recipe, folder, device, console, check=False, stop=stop, look=False)
+
+
+def _held(folder: Path) -> str:
+    """The calibration method of the quantised run in `folder`; any, if there is none."""
+    known = read_recipe(folder).quantize if is_file(folder / "recipe.yaml") else None
+    return known.calibration if known else "minmax"
+
+
+def _differs(folder: Path, recipe: Config) -> bool:
+    """Whether `folder` holds a run of another recipe."""
+    known = folder / "recipe.yaml"
+    return is_file(known) and bool(recipe_difference(known.read_text(), recipe))
 
 
 def _files(folder: Path, material: Material, ways: Sequence[str], console: Console) -> dict[str, Path]:

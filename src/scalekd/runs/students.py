@@ -21,7 +21,7 @@ from scalekd.data.batches import Images, eval_batches
 from scalekd.data.description import of_source, tell_data
 from scalekd.data.options import Augment, Data
 from scalekd.data.sources.open import evaluated_part, open_source, parts_of
-from scalekd.data.split import same_classes
+from scalekd.data.split import class_difference, same_classes
 from scalekd.data.targets import are_sets
 from scalekd.data.transforms import Transform, eval_transform
 from scalekd.distill.evaluate import evaluate
@@ -147,8 +147,7 @@ def evaluate_student(
         raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
     if not same_classes(card["classes"], source.classes):
         raise UserError(
-            f"`data` has other classes than the student: {', '.join(source.classes[:4])}, ... ({len(source.classes)}) "
-            f"instead of {', '.join(card['classes'][:4])}, ... ({len(card['classes'])})"
+            f"`data` has other classes than the student: {class_difference(card['classes'], source.classes)}"
         )
     images = Images(source, range(len(source)), validation_transform(card), None)
     mean, std = card_statistics(card, device)

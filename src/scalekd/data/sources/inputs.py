@@ -21,7 +21,7 @@ from .source import Source
 from .table.text import is_table
 from .unlabelled import Joined, Loose, WithoutLabels
 
-KEY = "`inputs`"
+KEY = "inputs"
 
 
 def open_inputs(inputs: Sequence[str]) -> Source:
@@ -57,7 +57,7 @@ def _open(text: str) -> Source:
     if kind not in KINDS and ":" not in text and not is_table(text) and not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"{KEY}: no image or folder {text}.{printable(nearest(path.name, siblings)) if siblings else ''}"
+            f"{KEY}: there is no image or folder {text}.{printable(nearest(path.name, siblings)) if siblings else ''}"
         )
     return open_unlabelled(text, KEY)
 
