@@ -267,7 +267,7 @@ CHECKPOINTS = [
      UNFIT),
     ("weights with one bit changed", student_file("student.safetensors", flipped), UNFIT),
     ("weights cut off", student_file("student.safetensors", lambda raw: raw[: len(raw) // 2]), UNFIT),
-    ("student that is a .pth with code", as_pth, "no student.safetensors with its .json"),
+    ("student that is a .pth with code", as_pth, "is no exported student"),
     ("folder without a student", lambda p: ["evaluate", p.folder, "--data", p.images], "no student.safetensors"),
 ]  # fmt: skip
 

@@ -93,7 +93,7 @@ def test_files_of_a_students_run_hold_no_code(cli, student, image_folder, trace)
         (student / name).with_suffix(".json").write_text(card.read_text())
         result = cli("evaluate", student / name, "--data", image_folder / "val")
         # timm 1.0.20 would run the code of a .pth
-        why = "no student.safetensors" if name.endswith("pth") else "does not fit its card"
+        why = "is no exported student" if name.endswith("pth") else "does not fit its card"
         assert result.code == 2 and why in result.err
     for content in (pickle.dumps(Payload(trace)), pickle.dumps(Payload(trace), 0)):
         (student / "last.pt").write_bytes(content)
