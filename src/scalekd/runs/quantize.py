@@ -128,6 +128,7 @@ def calibrated(
     mean, std = card_statistics(material.card, CPU)
     methods = list(METHODS) if calibration == "auto" else [calibration]
     models: dict[str, Any] = {}
+    say(console, f"calibrating: {', '.join(methods)} ...")
     for method in methods:
         images = material.images(material.split.train, material.numbers.ranges, "train")
         models[method] = quantised(material.graph, ranges(material.graph, normalised(images, mean, std), method))
