@@ -31,6 +31,7 @@ from scalekd.models.int8.graph import Graph, graph_of
 from scalekd.models.int8.onnx_quantiser import METHODS, quantised, ranges
 from scalekd.models.int8.shares import left_in_float
 from scalekd.models.open_student import OnnxStudent
+from scalekd.models.student_file import onnx_runtime
 from scalekd.models.weights.match import sha256_of
 from scalekd.train.folder import open_folder
 from scalekd.train.resume import recipe_difference
@@ -82,6 +83,7 @@ def quantize(
     """
     if images < FEWEST_IMAGES:
         raise UserError(f"`images` {images}: calibration needs {FEWEST_IMAGES} or more")
+    onnx_runtime(exporting=True)  # an error without the extra, before anything is written
     config, student, card = run_to_quantise(run, data_overrides)
     folder = out or run / "quantize"
     for way in ways:  # before anything takes time or is written
