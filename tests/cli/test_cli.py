@@ -15,9 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from scalekd import api
 from scalekd.cli.app import parse
 from scalekd.cli.options import recipe_overrides
 from scalekd.common.processor import bf16_instructions
+from scalekd.common.results import Result
 from scalekd.common.version import __version__
 from scalekd.config.recipe import load_recipe
 from scalekd.config.recipe_files import recipe_names
@@ -210,3 +212,20 @@ def test_ctrl_c_says_how_to_resume(cli, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "train_step", interrupted)
     result = cli("train", recipe_file, "--out", tmp_path / "run")
     assert result.code == 130 and "there is no checkpoint yet" in result.err
+
+
+@pytest.mark.parametrize(("best", "told"), [(65.0, False), (70.0, True)])
+def test_better_weights_than_the_exported_ones_are_told(cli, monkeypatch, tmp_path, best, told):
+    summary = {
+        "top1": 65.0,
+        "best_top1": best,
+        "best_by": "top1",
+        "figure": "top-1",
+        "exported_step": 9,
+        "best_step": 8,
+    }
+    result = Result(tmp_path, 65.0, {}, tmp_path / "student.safetensors", tmp_path / "report.html", summary)
+    monkeypatch.setattr(api, "train", lambda *_, **__: result)
+    shown = cli("train", "own-data")
+    assert shown.code == 0 and "top-1 65.00 %" in shown.out
+    assert ("--checkpoint best` exports the best weights instead" in shown.out) == told
