@@ -107,8 +107,9 @@ def write_student(recipe: dict[str, Any], folder: Path) -> Path:
 def test_missing_file(tiny_recipe, tmp_path, missing):
     write_student(tiny_recipe, tmp_path)
     (tmp_path / missing).unlink()
-    for path in (tmp_path, tmp_path / "student.safetensors"):
-        with pytest.raises(UserError, match=r"has no student\.safetensors with its \.json"):
+    lacking = r"has no student\.safetensors with its \.json"
+    for path, told in ((tmp_path, lacking), (tmp_path / "student.safetensors", f"{lacking}|does not exist")):
+        with pytest.raises(UserError, match=told):
             load_student(path)
 
 

@@ -128,7 +128,7 @@ def test_every_parameter_is_in_one_group_and_what_is_deployed_holds_all():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "lr", "steps"), [("mask-rcnn", 1e-3, 60), ("retinanet", 5e-3, 120)])
+@pytest.mark.parametrize(("kind", "lr", "steps"), [("mask-rcnn", 1e-3, 60), ("retinanet", 2e-3, 120)])
 def test_it_learns_where_a_square_is(kind, lr, steps):
     options = {"anchors": (16, 32, 64, 128, 256), "freeze_norms": False, "width": 64}
     model = detector("test_resnet", classes=1, kind=kind, **options).train()
