@@ -294,12 +294,12 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def write(ladder: dict[str, Any]) -> None:
+def write(ladder: dict[str, Any], by: str = "ladders") -> None:
     name = ladder["name"]
     header = (
         f"# {ladder['title']}, in the laboratory.\n"
         f"# command:  scalekd compare lab/{name}.yaml --out docs/results/lab/{name} --share-teacher\n"
-        "# written by lab/ladders.py\n"
+        f"# written by lab/{by}.py\n"
     )
     text = yaml.dump(json.loads(json.dumps(ladder)), Dumper=_Plain, sort_keys=False, width=120, default_flow_style=None)
     (HERE / f"{name}.yaml").write_text(header + text)

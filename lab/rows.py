@@ -12,6 +12,13 @@ OWN_RATE = 3e-3
 FACTORS = (0.3, 1, 3, 10)
 BEYOND = {FACTORS[0]: (0.03, 0.1), FACTORS[-1]: (30, 100)}
 KD = {"half": (0.5, 0.5, 1), "T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 4": (0.1, 0.9, 4)}
+KD_FORMS: dict[str, tuple[Losses, dict[str, tuple[float, float, float]]]] = {  # label -> options of kd, its four tries
+    "KD standardised": (
+        {"standardize": True},
+        {"T 1": (0.1, 0.9, 1), "T 2": (0.1, 0.9, 2), "T 2 x10": (0.1, 9, 2), "T 4": (0.1, 0.9, 4)},
+    ),
+    "WTTM": ({"variant": "wttm"}, {"T 2": (1, 1, 2), "T 2 x3": (1, 3, 2), "T 4": (1, 1, 4), "T 4 x3": (1, 3, 4)}),
+}
 NO_TEACHER: dict[str, Any] = {"teacher": None, "losses": {"ce": {}}}
 OWN_DATA: dict[str, Any] = {  # the losses of the recipe own-data, without label smoothing; not searched
     "losses": {"ce": {}, "dist": {"weight": 2}, "fd": {"weight": 0.5}},
@@ -45,6 +52,13 @@ OTHERS: dict[str, Losses] = {  # Tables 7 and 13, and vanillaKD's variants
     "MGD": {"mgd": {}},
     "DiffKD": {"diffkd": {}},
     "OFA": {"ofa": {}},
+}
+NEWER: dict[str, Losses] = {  # methods since ScaleKD, and those for foundation models
+    "WKD-L": {"wkd_l": {}},
+    "WKD-F": {"wkd_f": {}},
+    "VkD": {"vkd": {}},
+    "RSD": {"rsd": {}},
+    "FM": {"fm": {}},
 }
 
 EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # those of Table 7 and the best known
@@ -80,6 +94,26 @@ STUDENTS: dict[str, Any] = {
         }
     },
 }  # fmt: skip
+WIDE = {"student": {"model": "vit_wide_last", "kwargs": {"last_dim": 96, "last_heads": 3}}}
+LIFT = {"student": {"model": "vit_lift", "kwargs": {"last_dim": 96}}}
+DISTILLED = {
+    "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"class_token": True, "global_pool": "token"}}
+}
+VIT_FORMS: dict[str, dict[str, Any]] = {
+    "WideLast": WIDE,
+    "Lift": LIFT,
+    "DeiT": DISTILLED,
+}  # methods that change the ViT
+VIT_TRIES: dict[str, dict[str, Losses]] = {
+    "WideLast": {f"x{factor:g}": {"ce": {}, "mse": {"weight": factor}} for factor in FACTORS},
+    "Lift": {f"x{factor:g}": {"ce": {}, "mse": {"weight": factor, "lifted": True}} for factor in FACTORS},
+    "DeiT": {
+        "hard, half": {"ce": {"weight": 0.5}, "deit": {"weight": 0.5}},
+        "hard, 0.9": {"ce": {"weight": 0.1}, "deit": {"weight": 0.9}},
+        "soft, half": {"ce": {"weight": 0.5}, "deit": {"weight": 0.5, "kind": "soft"}},
+        "soft, T 3": {"ce": {"weight": 0.9}, "deit": {"weight": 0.1, "kind": "soft", "temperature": 3}},
+    },
+}
 LONG = {"ViT": STUDENTS["ViT"] | {"data": {"limit": 8000}}}  # four times the samples; with fewer the ViT hardly learns
 
 PITFALL = {  # label -> images and augmentation, 24,000 samples in each

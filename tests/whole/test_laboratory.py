@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 LAB, RESULTS = ROOT / "lab", ROOT / "docs" / "results" / "lab"
 sys.path += [str(LAB), str(ROOT / "benchmarks")]
 import ladders  # noqa: E402
+import newer  # noqa: E402
 import order  # noqa: E402
 from tables import shown_part  # noqa: E402
 
@@ -32,6 +33,40 @@ def test_the_ladder_files_follow_from_the_results(monkeypatch, tmp_path):
     written = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert written == {name: (LAB / name).read_text() for name in written}
     assert sorted(name.removesuffix(".yaml") for name in written) == RUN
+
+
+def test_the_ladders_of_newer_methods_follow_from_the_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(ladders, "HERE", tmp_path)
+    newer.main()
+    written = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert written.keys() >= {"newer-search.yaml", "vit-search.yaml"}
+    assert written == {name: (LAB / name).read_text() for name in written}
+
+
+def test_the_newer_methods_stand_at_their_best_tries(monkeypatch, tmp_path):
+    monkeypatch.setattr(ladders, "HERE", tmp_path)
+    shutil.copy(LAB / "base.yaml", tmp_path)
+    newer.main()
+    recorded = {}
+    for name in ("newer-search", "vit-search"):
+        labels = list(load_ladder(str(tmp_path / f"{name}.yaml")).methods)
+        recorded[name] = {
+            label: 50.0 + number for number, label in enumerate(labels)
+        }  # the last try of each is the best
+    recorded["newer-edges"] = {"WKD-F x30": 99.0}
+    known = newer.top1
+    monkeypatch.setattr(newer, "top1", lambda name: recorded.get(name) or known(name))
+    newer.main()
+    edges, students, vit = (
+        load_ladder(str(tmp_path / f"{name}.yaml")) for name in ("newer-edges", "newer", "newer-vit")
+    )
+    assert {"WKD-L x30", "WKD-L x100", "FM x30"} < set(edges.methods) and "WKD-L x10" not in edges.methods
+    assert students.methods["WKD-F"]["losses"]["wkd_f"] == {"weight": 30.0}
+    assert students.methods["VkD"]["losses"]["vkd"] == {"weight": 10.0}
+    assert students.methods["WTTM"]["losses"]["kd"] == {"weight": 3, "temperature": 4, "variant": "wttm"}
+    assert vit.methods["Lift"]["losses"]["mse"] == {"weight": 10, "lifted": True}
+    assert vit.methods["Lift, no teacher"]["teacher"] is None
+    assert len(jobs(vit)) == 5 * len(vit.methods) and len(jobs(students)) == 15 * len(students.methods)
 
 
 @pytest.mark.parametrize("name", RUN)
