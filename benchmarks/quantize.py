@@ -66,6 +66,7 @@ def summary(results: dict[str, dict[int, dict[str, Any]]], epochs: int) -> dict[
         top1 = {name: [row[name]["top1"] for row in rows] for name in rows[0]}
         students[student] = {
             "seeds": list(by_seed),
+            "machines": sorted({details["machine"] for details in by_seed.values()}),
             "top1": top1,
             "change_from_float32": {way: paired([a - b for a, b in zip(top1[way], top1["float32"])]) for way in WAYS},
             "change_interval_by_image": {way: [row[way]["change_interval"] for row in rows] for way in WAYS},
@@ -80,7 +81,7 @@ def summary(results: dict[str, dict[int, dict[str, Any]]], epochs: int) -> dict[
         }
     first = next(iter(next(iter(results.values())).values()))
     seeds = max(len(by_seed) for by_seed in results.values())
-    how = {key: first[key] for key in ("machine", "versions", "latency_of")}
+    how = {key: first[key] for key in ("versions", "latency_of")}
     command = f"python benchmarks/quantize.py --seeds {seeds} --students {','.join(results)}"
     return {"command": command, "epochs": epochs, **how, "students": students}
 
@@ -106,8 +107,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"{name}, teacher minus labels: {_change(of['teacher_minus_labels'])}" for name, of in found["students"].items()
     ]
     seeds = ", ".join(f"{name} {len(of['seeds'])}" for name, of in found["students"].items())
+    machines = "; ".join(f"{name}: {', '.join(of['machines'])}" for name, of in found["students"].items())
     over = "seeds; for one seed over validation images"
-    end = f"± of top-1: standard deviation over seeds; of changes: 95 % interval, paired, over {over}. Seeds: {seeds}. {'; '.join(told)}. {found['machine']}. Command: `{found['command']}`."
+    end = f"± of top-1: standard deviation over seeds; of changes: 95 % interval, paired, over {over}. Seeds: {seeds}. {'; '.join(told)}. Machines: {machines}. Command: `{found['command']}`."
     return "\n".join([*lines, "", end]) + "\n"
 
 
