@@ -49,9 +49,23 @@ def weighted(losses: Losses, factor: float) -> Losses:
     return {"losses": {"ce": {}} | {name: {"weight": factor} | options for name, options in losses.items()}}
 
 
-def kd(setting: str) -> Losses:
-    task, weight, temperature = KD[setting]
-    return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature}}}
+def kd(tried: tuple[float, float, float], **options: Any) -> Losses:
+    task, weight, temperature = tried
+    return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature} | options}}
+
+
+def beyond(methods: dict[str, Losses], top1: dict[str, float]) -> dict[str, Losses]:
+    """Two more tries for each method whose best factor is at an end of its four."""
+    return {
+        f"{label} x{factor:g}": weighted(losses, factor)
+        for label, losses in methods.items()
+        for factor in BEYOND.get(float(best(top1, f"{label} x")), ())
+    }
+
+
+def at_best(methods: dict[str, Losses], top1: dict[str, float]) -> dict[str, Losses]:
+    """The methods with their best factors. top1: of every try, by its label."""
+    return {label: weighted(losses, float(best(top1, f"{label} x"))) for label, losses in methods.items()}
 
 
 def rates(name: str, title: str, by_label: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +93,7 @@ def optim(lr: float) -> dict[str, float]:
 
 
 def search(lrs: dict[str, float]) -> dict[str, Any]:
-    methods = {"no teacher": NO_TEACHER} | {f"KD {setting}": kd(setting) for setting in KD}
+    methods = {"no teacher": NO_TEACHER} | {f"KD {setting}": kd(tried) for setting, tried in KD.items()}
     for label, losses in (LADDER | OTHERS).items():
         methods |= {f"{label} x{factor:g}": weighted(losses, factor) for factor in FACTORS}
     return {
@@ -96,16 +110,10 @@ def search(lrs: dict[str, float]) -> dict[str, Any]:
 
 def edges(top1: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]:
     """The search beyond its ends, for the methods that were best there."""
-    best_of_four = {label: float(best(top1, f"{label} x")) for label in OTHERS}
-    tries = {
-        f"{label} x{factor:g}": weighted(OTHERS[label], factor)
-        for label, end in best_of_four.items()
-        for factor in BEYOND.get(end, ())
-    }
     return search(lrs) | {
         "name": "edges",
         "title": "The search beyond its ends",
-        "methods": {"no teacher": NO_TEACHER} | tries,
+        "methods": {"no teacher": NO_TEACHER} | beyond(OTHERS, top1),
     }
 
 
@@ -143,11 +151,8 @@ class Tuned:
 
 def tuned(top1: dict[str, float]) -> Tuned:
     """top1: of every try of the search, by its label."""
-    factors = {label: float(best(top1, f"{label} x")) for label in LADDER | OTHERS}
-    ladder = {label: weighted(losses, factors[label]) for label, losses in LADDER.items()}
-    best_kd = kd(best(top1, "KD "))
-    compared = {label: weighted(losses, factors[label]) for label, losses in OTHERS.items()}
-    return Tuned(best_kd, ladder, {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | compared)
+    ladder, best_kd = at_best(LADDER, top1), kd(KD[best(top1, "KD ")])
+    return Tuned(best_kd, ladder, {"KD": best_kd, "FitNet": ladder["FD (s4)"]} | at_best(OTHERS, top1))
 
 
 def others(top1: dict[str, float], lrs: dict[str, float], long: dict[str, float]) -> list[dict[str, Any]]:
@@ -337,8 +342,8 @@ def main() -> None:
     if not set(searched) >= set(search(lrs)["methods"]):
         return
     write(edges(searched, lrs))
-    beyond = {r["method"]: r["top1"] for r in records("edges")}
-    for ladder in others(searched | beyond, lrs, long):
+    edge = {r["method"]: r["top1"] for r in records("edges")}
+    for ladder in others(searched | edge, lrs, long):
         write(ladder)
 
 

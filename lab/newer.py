@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ladders import best, best_rates, records, search, students, tuned, weighted, write
+from ladders import at_best, best, best_rates, beyond, kd, records, search, students, tuned, weighted, write
 from rows import (
-    BEYOND,
     FACTORS,
     KD_FORMS,
     LONG,
@@ -33,7 +32,7 @@ BESIDE = ("KD", "DIST", "FitNet")
 def newer_search(lrs: dict[str, float]) -> dict[str, Any]:
     methods = {"no teacher": NO_TEACHER}
     for label, (options, tries) in KD_FORMS.items():
-        methods |= {f"{label} {setting}": kd_form(options, tried) for setting, tried in tries.items()}
+        methods |= {f"{label} {setting}": kd(tried, **options) for setting, tried in tries.items()}
     for label, losses in NEWER.items():
         methods |= {f"{label} x{factor:g}": weighted(losses, factor) for factor in FACTORS}
     title = "The search for the methods since ScaleKD: four tries for every method"
@@ -56,30 +55,24 @@ def vit_search(lrs: dict[str, float], long: dict[str, float]) -> dict[str, Any]:
 
 def newer_edges(top1: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]:
     """The search beyond its ends, for the methods that were best there."""
-    tries = {
-        f"{label} x{factor:g}": weighted(losses, factor)
-        for label, losses in NEWER.items()
-        for factor in BEYOND.get(float(best(top1, f"{label} x")), ())
-    }
     title = "The search for the methods since ScaleKD beyond its ends"
-    return search(lrs) | {"name": "newer-edges", "title": title, "methods": {"no teacher": NO_TEACHER} | tries}
+    return search(lrs) | {
+        "name": "newer-edges",
+        "title": title,
+        "methods": {"no teacher": NO_TEACHER} | beyond(NEWER, top1),
+    }
 
 
-def at_best(top1: dict[str, float]) -> dict[str, Losses]:
+def newer_rows(top1: dict[str, float]) -> dict[str, Losses]:
     """The methods since ScaleKD at their best tries."""
-    forms = {label: kd_form(options, tries[best(top1, f"{label} ")]) for label, (options, tries) in KD_FORMS.items()}
-    return forms | {label: weighted(losses, float(best(top1, f"{label} x"))) for label, losses in NEWER.items()}
+    forms = {label: kd(tries[best(top1, f"{label} ")], **options) for label, (options, tries) in KD_FORMS.items()}
+    return forms | at_best(NEWER, top1)
 
 
 def of_other_vits(top1: dict[str, float]) -> dict[str, Losses]:
     """The methods that change the ViT at their best tries, and the wider ViTs without a teacher."""
     found = {label: VIT_FORMS[label] | {"losses": tries[best(top1, f"{label} ")]} for label, tries in VIT_TRIES.items()}
     return {f"{label}, no teacher": VIT_FORMS[label] | NO_TEACHER for label in ("WideLast", "Lift")} | found
-
-
-def kd_form(options: Losses, tried: tuple[float, float, float]) -> Losses:
-    task, weight, temperature = tried
-    return {"losses": {"ce": {"weight": task}, "kd": {"weight": weight, "temperature": temperature} | options}}
 
 
 def main() -> None:
@@ -90,14 +83,14 @@ def main() -> None:
     if not searched:
         return
     put(newer_edges(searched, lrs))
-    beyond, of_vits = top1("newer-edges"), top1("vit-search")
-    if not beyond or not of_vits:
+    edge, of_vits = top1("newer-edges"), top1("vit-search")
+    if not edge or not of_vits:
         return
     known = tuned(top1("search") | top1("edges"))
     beside = {"no teacher": NO_TEACHER} | {label: known.compared[label] for label in BESIDE}
     beside |= {"ScaleKD": known.scalekd, "ScaleKD with KD": known.with_kd, "own-data": OWN_DATA}
     shared = {"recipe": "base.yaml", "baseline": "no teacher", "seeds": [0, 1, 2, 3, 4]}
-    rows = beside | at_best(searched | beyond)
+    rows = beside | newer_rows(searched | edge)
     title = "The methods since ScaleKD and those for foundation models"
     put(shared | {"name": "newer", "title": title, "students": students(STUDENTS, lrs), "methods": rows})
     rows |= of_other_vits(of_vits)
