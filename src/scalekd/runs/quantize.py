@@ -40,7 +40,7 @@ from .distillation import execute
 from .int8 import Answers, compare_answers, threshold_of
 from .int8_speed import costs
 from .quantized_recipe import LABELS, PTQ, TEACHER, WAYS, quantized_recipe, run_to_quantise
-from .students import validation_transform
+from .students import check_kind, validation_transform
 
 FILE = "quantize.json"
 CPU = torch.device("cpu")
@@ -92,10 +92,7 @@ def quantize(
         if _differs(folder / way, recipe):
             open_folder(folder / way, recipe)  # which says how
     split = open_split(config.data, strict=False)
-    if split.multi_label != bool(card.get("multi_label")):
-        kinds = ("sets of labels", "one class per image")
-        theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
-        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
+    check_kind(card, split.multi_label)
     if not same_classes(card["classes"], split.classes) or len(card["classes"]) != len(split.classes):
         raise UserError(
             f"{config.data.train} has other classes than the student: {class_difference(card['classes'], split.classes)}. "

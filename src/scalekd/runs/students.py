@@ -121,6 +121,14 @@ def validation_transform(card: Mapping[str, Any]) -> Transform:
     return eval_transform(data, Augment(interpolation=card["interpolation"], crop_pct=card["crop_pct"]))
 
 
+def check_kind(card: dict[str, Any], several: bool) -> None:
+    """Raises `UserError` if the labels of `data`, sets if `several`, are not of the kind that the student was trained on."""
+    if several != bool(card.get("multi_label")):
+        kinds = ("sets of labels", "one class per image")
+        theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
+        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
+
+
 def evaluate_student(
     path: Path, source_text: str, device_name: str | None, console: Console
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,10 +149,7 @@ def evaluate_student(
             f"`data`: {source_text} has several splits; name one of them, such as {evaluated_part(source_text)}"
         )
     source = open_source(source_text, "`data`", card["classes"])
-    if are_sets(source.targets) != bool(card.get("multi_label")):
-        kinds = ("sets of labels", "one class per image")
-        theirs, ours = kinds if card.get("multi_label") else kinds[::-1]
-        raise UserError(f"`data` has {ours}, and the student was trained on {theirs} (`scalekd docs labels`)")
+    check_kind(card, are_sets(source.targets))
     if not same_classes(card["classes"], source.classes):
         raise UserError(
             f"`data` has other classes than the student: {class_difference(card['classes'], source.classes)}"
