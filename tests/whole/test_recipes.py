@@ -20,6 +20,7 @@ from scalekd.cli.app import main
 from scalekd.config.listing import IMAGENET_IMAGES, entry, listed, table
 from scalekd.config.recipe import Config, load_recipe
 from scalekd.config.recipe_files import header, recipe_names, recipe_text
+from scalekd.cost.pairs import PaperModel, measure
 from scalekd.distill.build import build, make_optimizer
 from scalekd.models.unfilled import unfilled
 from scalekd.train.optim import make_schedule
@@ -171,7 +172,9 @@ def test_every_row_has_its_recipe():
     others = {n for n in NAMES if n.startswith("imagenet-")} - set(SCALEKD.values())
     released = {n for n in others if n.endswith("-released")}
     assert {n.removesuffix("-released") for n in released} < set(SCALEKD.values())
-    assert others - released == vanilla | {"imagenet-beitv2-b-resnet50-a2-1gpu", "imagenet-bit-resnet50-funmatch"}
+    dino = {f"imagenet-{t}-a2" for t in ("dinov2-l-vit-small", "dinov3-7b-vit-small", "dinov3-7b-resnet50")}
+    more = {"imagenet-beitv2-b-resnet50-a2-1gpu", "imagenet-bit-resnet50-funmatch"}
+    assert others - released == vanilla | dino | more
 
 
 @pytest.mark.parametrize("row", SCALEKD, ids=SCALEKD.get)
@@ -233,6 +236,17 @@ def test_a_recipe_for_one_gpu_differs_in_accumulation_only(name):
     assert one == full.model_copy(update={"name": name, "train": train}) and one.train.accumulate > 1
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if "-dinov" in n])
+def test_a_dino_teacher_has_its_size_and_the_strategy_of_vanillakd(name):
+    config = load(name)
+    found = measure(PaperModel(config.teacher.model, {"img_size": 224}))
+    label = next(label for label in TEACHER_GMACS if f"-{label}-" in name)
+    assert f"{found['gmacs']:.2f}" == f"{TEACHER_GMACS[label]:.2f}"
+    same = load("imagenet-beitv2-b-" + name.partition(f"-{label}-")[2])
+    other = {"name", "teacher"}
+    assert config.model_dump(exclude=other) == same.model_dump(exclude=other)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if "-beitv2-b-" in n])
 def test_a_recipe_of_vanillakd_is_its_command(name):
     config, first = load(name), "-a1" in name
@@ -247,7 +261,10 @@ def test_a_recipe_of_vanillakd_is_its_command(name):
 
 
 # GMACs of one image, as `scalekd pairs` measures them (tests/cost/test_pairs.py), and Table 15's days on 8 V100
-TEACHER_GMACS = {"swin-s": 8.74, "swin-b": 15.43, "swin-l": 34.48, "beit-l": 81.01, "beitv2-b": 17.56, "bit": 45.81, "baseline": 0}  # fmt: skip
+TEACHER_GMACS = {
+    "swin-s": 8.74, "swin-b": 15.43, "swin-l": 34.48, "beit-l": 81.01, "beitv2-b": 17.56, "bit": 45.81, "dinov2-l": 81.01,
+    "dinov3-7b": 1362.74, "baseline": 0,
+}  # fmt: skip
 STUDENT_GMACS = {
     "mobilenetv1": 0.57, "resnet50": 4.09, "convnext-tiny": 4.46, "mixer-s": 3.78, "mixer-b": 12.60, "vit-small": 4.57,
     "swin-tiny": 4.49, "vit-base": 17.47, "mixer-b14": 16.42, "vit-base14": 23.07, "eva02-small": 15.45,
@@ -268,7 +285,7 @@ def test_the_cost_is_scaled_as_the_docs_say(name):
         assert float(about[1]) == round(8 * 2.10) and "8 x the 2.10 days" in cost
         return
     teacher, student = re.match(
-        r"imagenet-(baseline|swin-\w|beit-l|beitv2-b|bit)-(.+?)-(?:adv|trad|a1|a2|fun)", name
+        r"imagenet-(baseline|swin-\w|beit-l|beitv2-b|bit|dinov2-l|dinov3-7b)-(.+?)-(?:adv|trad|a1|a2|fun)", name
     ).groups()
     work = TEACHER_GMACS[teacher] + 3 * STUDENT_GMACS[student]
     row = TEACHER_GMACS[scaled[2].lower()] + 3 * STUDENT_GMACS["resnet50"]
@@ -284,7 +301,7 @@ SCALEKD_TERMS = {"scalekd.ori", "scalekd.alt", "scalekd.proxy_ori", "scalekd.pro
 def terms(name: str) -> set[str]:
     if name in ("demo-teacher", "demo-teacher-finish", "own-teacher") or "-baseline-" in name:
         return {"ce"}
-    if "-beitv2-b-" in name:
+    if "-beitv2-b-" in name or "-dinov" in name:
         return {"bce", "kd"}
     if name.endswith("resnet50-advanced-released"):
         return {"bce", "kd"} | SCALEKD_TERMS
@@ -388,7 +405,24 @@ def small(name: str, folder: Path) -> list[str]:
         ]
     if teacher.startswith("beitv2"):
         overrides.append("teacher.kwargs={depth: 2}")
+    if "dinov" in teacher and name.startswith("imagenet-"):
+        return overrides + published_teacher(config.teacher.model, folder)
     return overrides + (["teacher.weights=random", "teacher.head=null"] if teacher else [])  # so it has our classes
+
+
+def published_teacher(model: str, folder: Path) -> list[str]:
+    """Overrides: a narrow teacher of the family, and a classifier in a file, as it is published, for our classes."""
+    size = 56 if "14" in model else 64
+    kwargs = {"depth": 4, "embed_dim": 32, "num_heads": 2}
+    weights, head = folder.with_name("backbone.pth"), folder.with_name("linear_head.pth")
+    torch.save(timm.create_model(model, img_size=size, **kwargs).state_dict(), weights)
+    torch.save(nn.Linear(2 * 32, len(list(folder.iterdir()))).state_dict(), head)
+    return [
+        f"teacher.kwargs={kwargs}",
+        f"teacher.image_size={size}",
+        f"teacher.weights={weights}",
+        f"teacher.head={head}",
+    ]
 
 
 @pytest.mark.parametrize("name", STEPPED)

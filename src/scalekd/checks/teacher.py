@@ -49,7 +49,8 @@ def card_of(taught: Taught) -> Described | None:
 
 def _head_card(taught: Taught) -> HeadCard | None:
     """The card of the teacher's head, if `scalekd head` fitted it."""
-    return read_head(resolve(taught.spec.head), f"{taught.place}.head")[0] if taught.spec.head else None
+    spec = taught.spec
+    return read_head(resolve(str(spec.head)), f"{taught.place}.head")[0] if spec.has_head_folder else None
 
 
 def class_names(run: DistillationRun, taught: Taught, text: str) -> Check:
@@ -204,7 +205,7 @@ def _names_known(run: DistillationRun, taught: Taught) -> bool:
     """Whether the names next to the weights are in the data's order. Those of a fitted head always are."""
     card = card_of(taught)
     in_order = card is not None and taught.spec.classes is None and card.classes == list(run.classes)
-    return taught.spec.head is not None or in_order
+    return taught.spec.has_head_folder or in_order
 
 
 def _right_order(run: DistillationRun, taught: Taught, logits: torch.Tensor, targets: torch.Tensor) -> str:

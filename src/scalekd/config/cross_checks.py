@@ -39,7 +39,7 @@ def cross_checks(config: Recipe) -> list[str]:
     problems += [
         f"{config.key_of(name)}.classes: has no effect with a fitted head, whose classes are the data's; remove it"
         for name, spec in config.all_teachers.items()
-        if spec.classes is not None and spec.head is not None
+        if spec.classes is not None and spec.has_head_folder
     ]
     if config.student.embedding is not None and "embed" not in config.losses:
         problems.append(

@@ -15,6 +15,7 @@ from .embedding_head import add_embedding_head, head_state
 from .fitted_head import build_with_head
 from .names import models_like
 from .options import Model
+from .published_head import build_with_published_head
 from .weights.match import read_weights
 from .weights.trained import Loaded, Verdict, trained
 
@@ -24,7 +25,7 @@ def build_model(
 ) -> tuple[nn.Module, Loaded]:
     """The timm model of `spec` with its weights, and where they came from.
 
-    With `spec.head` the classifier is the one that `scalekd head` fitted. If the weights have another number of classes,
+    With `spec.head` the classifier is the one that `scalekd head` fitted, or a published one. If the weights have another number of classes,
     a student gets a new head, described in `Loaded.head`; a teacher keeps the head of its file, if the file has one.
 
     Args:
@@ -33,7 +34,8 @@ def build_model(
 
     Raises `UserError` for unknown arguments and for weights that do not fit.
     """
-    build = build_plain if spec.head is None else build_with_head
+    with_head = build_with_head if spec.has_head_folder else build_with_published_head
+    build = with_head if spec.head else build_plain
     model, loaded = build(spec, channels=channels, image_size=image_size, classes=classes, where=where)
     if spec.embedding is not None:
         _put_embedding_head(model, spec, loaded.prefix, where)

@@ -17,6 +17,8 @@ from pydantic import (
 from scalekd.common.sections import HalfPrecision, ImageSize, Section
 from scalekd.common.text import printable
 
+from .weights.file import ENDINGS
+
 
 def _natural_or_names(value: Any, handler: Callable[[Any], Any]) -> Any:
     try:
@@ -88,7 +90,8 @@ class Model(Backbone):
     """Teachers: known top-1 accuracy in % on the validation images. The pre-flight warns if a sample is far below it."""
     head: str | None = None
     """Teachers: the folder of a classifier that `scalekd head` fitted on this backbone. It replaces the model's own.
-    `fit`: before training, fit a classifier on the run's labelled images and save it in the run's folder."""
+    `fit`: before training, fit a classifier on the run's labelled images and save it in the run's folder. Or a file with
+    the linear classifier that was published for a DINOv2 or DINOv3 (docs/how-to/any-teacher.md)."""
     classes: ClassOrder | None = None
     """Teachers: the order of the teacher's classes, if it differs from the data's: `natural` for the order that timm's
     train.py uses, or the names of all classes."""
@@ -105,6 +108,11 @@ class Model(Backbone):
     """Teachers: hold the weights in `bf16` or `fp16` and compute the teacher in it, its last stage under a method too.
     Its features are converted to float32, or taken as they are under the autocast of `train.precision`; losses are
     computed in float32. By default the weights stay in float32, and `train.precision` says how the teacher computes."""
+
+    @property
+    def has_head_folder(self) -> bool:
+        """Whether `head` names a folder of `scalekd head`, and not a published file."""
+        return self.head is not None and not self.head.endswith(ENDINGS)
 
     @property
     def fits_head(self) -> bool:

@@ -43,8 +43,8 @@ def with_heads(config: Config, folder: Path) -> Config:
 
 
 def heads_of(config: Config) -> list[Path]:
-    """The folders of the teachers' heads."""
-    return [Path(spec.head) for spec in config.all_teachers.values() if spec.head]
+    """The folders of the teachers' fitted heads."""
+    return [Path(str(spec.head)) for spec in config.all_teachers.values() if spec.has_head_folder]
 
 
 def fit_heads(
