@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scalekd.common.errors import UserError, nearest
 from scalekd.common.stopwatch import Stopwatch
@@ -120,6 +121,7 @@ class Distiller(nn.Module):
             self._add(name, options)
         self.needs_maps = any(getattr(m, "needs_maps", True) for m in self.methods.values())
         self.needs_pooled = any(getattr(m, "needs_pooled", False) for m in self.methods.values())
+        self.needs_again = any(getattr(m, "needs_again", False) for m in self.methods.values())
         train_apart(student, any(getattr(m, "needs_two_heads", False) for m in self.methods.values()))
         self.teacher_clock = Stopwatch()
         self.pixels_checked = False
@@ -173,6 +175,11 @@ class Distiller(nn.Module):
             built = method(self.student_view.shapes, shapes, **options)
         except (ValueError, TypeError) as error:
             raise UserError(f"losses.{key}: {error}") from None
+        if getattr(built, "needs_again", False) and has_batch_norms(self.student):
+            raise UserError(
+                f"losses.{key}: masked images would enter the statistics of the batch norms of {_name(self.student)}; "
+                "use a student without batch norms, such as a ViT, Mixer or ConvNeXt, or train without masked images"
+            )
         for teacher in teachers:
             if teacher.top_k is not None:
                 teacher.top_k.serve(key, built)
@@ -262,6 +269,8 @@ class Distiller(nn.Module):
         features = self.student_view(normalised, maps=self.needs_maps, classifier=self.needs_pooled)
         if not self.student_view.shapes.classes:
             features.logits = features.logits[:, :0]  # without a classifier timm returns pooled features
+        if self.needs_again:
+            features.images, features.again = normalised, self.student_view
         return features
 
     @property
@@ -386,6 +395,10 @@ def _view(role: str, model: nn.Module, size: tuple[int, int], cuts: Sequence[int
         return StageView(model, name=_name(model), image_size=size, cuts=cuts)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from None
+
+
+def has_batch_norms(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _name(model: nn.Module) -> str:

@@ -33,7 +33,7 @@ def check_weights(method: str, **weights: float) -> None:
     """Raises ValueError unless no weight is negative and at least one is positive."""
     if not (all(weight >= 0 for weight in weights.values()) and sum(weights.values()) > 0):
         values = " and ".join(f"{name} is {weight}" for name, weight in weights.items())
-        raise ValueError(f"{method}: {values}; neither may be negative, and one must be positive")
+        raise ValueError(f"{method}: {values}; none may be negative, and one must be positive")
 
 
 def check_choice(method: str, option: str, value: str, choices: Iterable[str]) -> None:

@@ -43,6 +43,7 @@ class Shapes:
     pooled: int = 0  # channels of its classifier's input; 0 if its logits are not the output of one layer
     two_heads: bool = False  # it has a second classifier for the teacher's predictions (`two_heads.py`)
     embedding: int = 0  # numbers of its embedding head's output; 0 without one
+    image: MapShape = (0, 0, 0)  # its input
 
 
 @dataclass
@@ -67,11 +68,15 @@ class Features:
     distilled: Tensor | None = None
     """Students with two heads, in train mode, for methods that need it: the logits `(B, classes)` of the second head.
     `logits` are then those of the first; without it they are the mean of both."""
+    images: Tensor | None = None
+    """Students only, for methods that need it: the normalised images `(B, C, H, W)`, the model's input."""
+    again: Callable[[Tensor], Features] | None = None
+    """With `images`: another forward pass of the student, in its current mode, on normalised images of the same shape."""
     top: tuple[Tensor, ...] = ()
     """Teachers with `top_k` only: what is kept of the logits (`distill/top_logits.py`), from which `logits` were rebuilt."""
 
     def first(self, count: int) -> Features:
-        """The features of the first `count` images, without `resume` and `top`."""
+        """The features of the first `count` images, without `resume`, `again` and `top`."""
         return Features(
             logits=self.logits[:count],
             maps=tuple(m[:count] for m in self.maps),
@@ -157,6 +162,7 @@ class StageView:
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
             embedding=features.embedding.shape[1] if features and features.embedding is not None else 0,
             two_heads=has_two_heads(model),
+            image=tuple(size[1:]),
         )
 
     def __call__(
