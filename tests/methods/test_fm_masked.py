@@ -161,7 +161,7 @@ def test_rejected_options(second, chosen, message):
 
 
 def test_images_that_do_not_divide_into_the_grid(second):
-    with pytest.raises(ValueError, match="13x8 pixels do not into 3x2; change data.image_size or teacher.image_size"):
+    with pytest.raises(ValueError, match=r"13x8 pixels do not into 3x2; change data.image_size or teacher.image_size"):
         FM(replace(second.student, image=(3, 13, 8)), second.teacher, masked_weight=1.0)
 
 
@@ -188,7 +188,7 @@ def test_a_step_runs_the_student_twice():
 
 def test_a_student_with_batch_norms_is_refused():
     with pytest.raises(
-        UserError, match="losses.fm: masked images would enter the statistics of the batch norms of .*resnet"
+        UserError, match=r"losses.fm: masked images would enter the statistics of the batch norms of .*resnet"
     ):
         distiller(timm.create_model("test_resnet", num_classes=0))
 
