@@ -2,10 +2,11 @@
 
     python lab/newer.py
 
-writes lab/newer-search.yaml and lab/vit-search.yaml, with four tries for each method as in ladders.py; when
-docs/results/lab/newer-search exists, also lab/newer-edges.yaml; and when all three exist, lab/newer.yaml for the three
-students and lab/newer-vit.yaml for the ViT on 8,000 canvases. The rows beside which the methods stand have the losses of
-the first search.
+writes lab/newer-search.yaml and lab/vit-search.yaml, with four tries for each method as in ladders.py, and
+lab/label-free.yaml, whose losses on features need no search: they stand alone. When docs/results/lab/newer-search exists,
+also lab/newer-edges.yaml; with its results lab/newer.yaml for the three students; and with those of vit-search
+lab/newer-vit.yaml for the ViT on 8,000 canvases. The rows beside which the methods stand have the losses of the first
+search.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ladders import at_best, best, best_rates, beyond, kd, records, search, stud
 from rows import (
     FACTORS,
     KD_FORMS,
+    LABEL_FREE,
     LONG,
     NEWER,
     NO_TEACHER,
@@ -75,16 +77,31 @@ def of_other_vits(top1: dict[str, float]) -> dict[str, Losses]:
     return {f"{label}, no teacher": VIT_FORMS[label] | NO_TEACHER for label in ("WideLast", "Lift")} | found
 
 
+def label_free(lrs: dict[str, float]) -> dict[str, Any]:
+    """Two students on images whose labels are not read; their top-1 is by nearest neighbours."""
+    return {
+        "name": "label-free",
+        "title": "Features without labels",
+        "recipe": "base.yaml",
+        "set": {"data": {"train": None, "unlabelled": "idx:runs/lab/data/train", "unlabelled_limit": 2000, "limit": None}},
+        "students": {label: student for label, student in students(STUDENTS, lrs).items() if label != "ViT"},
+        "methods": {label: {"losses": losses} for label, losses in LABEL_FREE.items()},
+        "baseline": "FitNet",
+        "seeds": [0, 1, 2],
+    }
+
+
 def main() -> None:
     lrs, long = best_rates("rates", STUDENTS), best_rates("vit-rates", LONG)
     put(newer_search(lrs))
     put(vit_search(lrs, long))
+    put(label_free(lrs))
     searched = top1("newer-search")
     if not searched:
         return
     put(newer_edges(searched, lrs))
-    edge, of_vits = top1("newer-edges"), top1("vit-search")
-    if not edge or not of_vits:
+    edge = top1("newer-edges")
+    if not edge:
         return
     known = tuned(top1("search") | top1("edges"))
     beside = {"no teacher": NO_TEACHER} | {label: known.compared[label] for label in BESIDE}
@@ -93,6 +110,9 @@ def main() -> None:
     rows = beside | newer_rows(searched | edge)
     title = "The methods since ScaleKD and those for foundation models"
     put(shared | {"name": "newer", "title": title, "students": students(STUDENTS, lrs), "methods": rows})
+    of_vits = top1("vit-search")
+    if not of_vits:
+        return
     rows |= of_other_vits(of_vits)
     put(shared | {"name": "newer-vit", "title": title, "students": students(LONG, long), "methods": rows})
 

@@ -60,6 +60,18 @@ NEWER: dict[str, Losses] = {  # methods since ScaleKD, and those for foundation 
     "RSD": {"rsd": {}},
     "FM": {"fm": {}},
 }
+LABEL_FREE: dict[str, Losses] = {  # each alone, at its default weight
+    "FitNet": {"fd": {}},
+    "CAP": {"cap": {"heads": 3}},
+    "ScaleKD": {"scalekd": {"heads": HEADS} | PUBLISHED},
+    "RKD": {"rkd": {}},
+    "VkD": {"vkd": {}},
+    "RSD": {"rsd": {}},
+    "FM": {"fm": {}},
+    "FM, per channel": {"fm": {"standardise": "channel"}},
+    "FM, as Proteus": {"fm": {"standardise": "none", "loss": "mse", "class_weight": 1, "patch_weight": 1, "hidden": 0}},
+    "Embed": {"embed": {}},
+}
 
 EVERY_STUDENT = ("KD", "FitNet", "DKD", "DIST", "AT", "RKD", "DiffKD", "OFA")  # those of Table 7 and the best known
 VARIANTS = ("KD", "DKD", "DIST")  # the methods that vanillaKD compares over the amount of data
