@@ -20,6 +20,11 @@ for ladder in rates vit-rates search edges ladder forms narrow grouped precision
     "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
     known+=(--known "docs/results/lab/$ladder")
 done
+for ladder in newer-search newer-edges newer label-free vit-search newer-vit; do
+    "$python" lab/newer.py
+    "$run" compare "lab/$ladder.yaml" --out "docs/results/lab/$ladder" --share-teacher "${known[@]}"
+    known+=(--known "docs/results/lab/$ladder")
+done
 "$python" lab/measure.py docs/results/lab/ladder
 for ladder in ladder beta methods cnn-methods pitfall sizes vit; do
     "$python" lab/order.py "docs/results/lab/$ladder"

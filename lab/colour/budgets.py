@@ -62,6 +62,22 @@ METHODS: dict[str, dict[str, Any]] = {  # with the weights of their papers, as i
     },
 }
 ALL = tuple(METHODS)
+NEWER: dict[str, dict[str, Any]] = {  # methods since ScaleKD and for foundation models, with the weights of their papers
+    "no teacher": METHODS["no teacher"],
+    "own-data": METHODS["own-data"],
+    "KD standardised": {
+        "losses": {"ce": {"smoothing": 0.1, "weight": 0.5}, "kd": {"weight": 0.5, "temperature": 2, "standardize": True}}
+    },
+    "WTTM": {"losses": {"ce": {"smoothing": 0.1}, "kd": {"temperature": 2, "variant": "wttm"}}},
+    **{
+        label: {"losses": {"ce": {"smoothing": 0.1}, name: {}}}
+        for label, name in {"WKD-L": "wkd_l", "WKD-F": "wkd_f", "VkD": "vkd", "RSD": "rsd", "FM": "fm"}.items()
+    },
+    "own-data with FM": {
+        "losses": {"ce": {"smoothing": 0.1}, "dist": {"weight": 2}, "fm": {"weight": 0.5}},
+        "balance": {},
+    },
+}
 PAPER = METHODS["ScaleKD with KD"] | {"balance": {"adjust": False, "every": 10}}  # also logs who pulls at the student
 BALANCED = METHODS["ScaleKD with KD"] | {"balance": {"every": 10}}
 TRIALS: dict[str, dict[str, Any]] = {  # one change each: what makes ScaleKD's short run worse than no teacher
@@ -87,6 +103,7 @@ class Budget(NamedTuple):
 
 LADDERS = {
     "steps-300": Budget(300, ("CNN", "ViT"), ALL),
+    "newer-300": Budget(300, ("CNN", "ViT"), tuple(NEWER), NEWER),
     "pre-trained-300": Budget(300, ("pre-trained CNN",), ALL),
     "steps-1500": Budget(1500, ("CNN", "ViT"), ("no teacher", "KD", "DIST", "FD", "ScaleKD with KD", "own-data")),
     "pre-trained-1500": Budget(1500, ("pre-trained CNN",), ("no teacher", "KD", "DIST", "own-data")),
