@@ -119,16 +119,16 @@ class FM(nn.Module):
     def forward(self, student: Features, teacher: Features | None, targets: Tensor) -> dict[str, Tensor]:
         """`class`, `patch` and `masked`, weights applied: scalars, or with `teacher_drop` one value per image, `(B,)`."""
         assert teacher is not None
-        ours, theirs = self._vectors(student, resample=True), self._vectors(teacher)
-        targets = {name: self.targets[name](x.detach()) for name, x in theirs.items()}
+        ours = self._vectors(student, resample=True)
+        theirs = {name: self.targets[name](x.detach()) for name, x in self._vectors(teacher).items()}
         if self.hide is not None:
             assert student.images is not None and student.again is not None
             images, masked = self.hide(student.images)
             unseen = self._vectors(student.again(images), resample=True)["patch"]
-            ours["masked"], targets["masked"] = (at(x, masked) for x in (unseen, targets["patch"]))
+            ours["masked"], theirs["masked"] = (at(x, masked) for x in (unseen, theirs["patch"]))
         losses = {}
         for term, project in self.projectors.items():
-            each = self.weights[term] * distance(project(ours[term]), targets[term], self.loss)
+            each = self.weights[term] * distance(project(ours[term]), theirs[term], self.loss)
             losses[term] = each if self.teacher_drop else each.mean()
         return losses
 

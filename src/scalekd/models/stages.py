@@ -162,7 +162,7 @@ class StageView:
             pooled=features.pooled.shape[1] if features and features.pooled is not None else 0,
             embedding=features.embedding.shape[1] if features and features.embedding is not None else 0,
             two_heads=has_two_heads(model),
-            image=tuple(size[1:]),
+            image=(size[1], size[2], size[3]),
         )
 
     def __call__(
