@@ -22,6 +22,7 @@ from rows import (
     NEWER,
     NO_TEACHER,
     OWN_DATA,
+    SOFT_DIST,
     STUDENTS,
     VIT_FORMS,
     VIT_TRIES,
@@ -66,9 +67,9 @@ def newer_edges(top1: dict[str, float], lrs: dict[str, float]) -> dict[str, Any]
 
 
 def newer_rows(top1: dict[str, float]) -> dict[str, Losses]:
-    """The methods since ScaleKD at their best tries."""
+    """The methods since ScaleKD at their best tries, and DIST at the temperature that was best in trials (docs/log.md)."""
     forms = {label: kd(tries[best(top1, f"{label} ")], **options) for label, (options, tries) in KD_FORMS.items()}
-    return forms | at_best(NEWER, top1)
+    return SOFT_DIST | forms | at_best(NEWER, top1)
 
 
 def of_other_vits(top1: dict[str, float]) -> dict[str, Losses]:
@@ -83,7 +84,9 @@ def label_free(lrs: dict[str, float]) -> dict[str, Any]:
         "name": "label-free",
         "title": "Features without labels",
         "recipe": "base.yaml",
-        "set": {"data": {"train": None, "unlabelled": "idx:runs/lab/data/train", "unlabelled_limit": 2000, "limit": None}},
+        "set": {
+            "data": {"train": None, "unlabelled": "idx:runs/lab/data/train", "unlabelled_limit": 2000, "limit": None}
+        },
         "students": {label: student for label, student in students(STUDENTS, lrs).items() if label != "ViT"},
         "methods": {label: {"losses": losses} for label, losses in LABEL_FREE.items()},
         "baseline": "FitNet",

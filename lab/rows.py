@@ -24,6 +24,10 @@ OWN_DATA: dict[str, Any] = {  # the losses of the recipe own-data, without label
     "losses": {"ce": {}, "dist": {"weight": 2}, "fd": {"weight": 0.5}},
     "balance": {},
 }
+SOFT_DIST: dict[str, dict[str, Any]] = {
+    "DIST T 4": {"losses": {"ce": {}, "dist": {"weight": 2, "tau": 4}}},
+    "own-data T 4": {"losses": {"ce": {}, "dist": {"weight": 2, "tau": 4}, "fd": {"weight": 0.5}}, "balance": {}},
+}
 
 PUBLISHED = {"shared": False, "expansion": 4}
 LADDER: dict[str, Losses] = {  # ScaleKD paper, Tables 1 and 9: label -> the method's losses at factor 1

@@ -26,6 +26,7 @@ FEW = {"teacher": "fitted classifier", "start": "from scratch", "classes": 10}
 SITUATIONS: dict[str, dict[str, Any]] = {
     "lab/ladder": {"all": PAIRS, "students": {label: {"kind": kind} for label, kind in STUDENTS.items()}},
     "lab/methods": {"all": PAIRS, "students": {label: {"kind": kind} for label, kind in STUDENTS.items()}},
+    "lab/newer": {"all": PAIRS, "students": {label: {"kind": kind} for label, kind in STUDENTS.items()}},
     "lab/vit": {"all": PAIRS | {"labels": 8000}, "students": {"ViT": {"kind": "ViT"}}},
     "labels": {
         "all": FEW,

@@ -62,11 +62,16 @@ METHODS: dict[str, dict[str, Any]] = {  # with the weights of their papers, as i
     },
 }
 ALL = tuple(METHODS)
-NEWER: dict[str, dict[str, Any]] = {  # methods since ScaleKD and for foundation models, with the weights of their papers
+NEWER: dict[
+    str, dict[str, Any]
+] = {  # methods since ScaleKD and for foundation models, with the weights of their papers
     "no teacher": METHODS["no teacher"],
     "own-data": METHODS["own-data"],
     "KD standardised": {
-        "losses": {"ce": {"smoothing": 0.1, "weight": 0.5}, "kd": {"weight": 0.5, "temperature": 2, "standardize": True}}
+        "losses": {
+            "ce": {"smoothing": 0.1, "weight": 0.5},
+            "kd": {"weight": 0.5, "temperature": 2, "standardize": True},
+        }
     },
     "WTTM": {"losses": {"ce": {"smoothing": 0.1}, "kd": {"temperature": 2, "variant": "wttm"}}},
     **{
