@@ -54,7 +54,7 @@ Class attributes, with the value that a method has if it does not set them:
   them, the student is built without a classifier.
 - `needs_again = False`: set it to True to run the student once more in a step, on other images: `student.images` are its
   normalised images, and `student.again(images)` are its features of others. At construction, `student.image` is their
-  shape. Students with batch norms are refused, because their statistics would change.
+  shape. Students with batch norms are rejected, because their statistics would change.
 - `needs_two_heads = False`: set it to True to get the logits of the student's second head, `student.distilled`, in train
   mode. `student.logits` are then those of the first head, for all losses. At construction, `student.two_heads` says
   whether the student has one.
