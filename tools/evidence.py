@@ -8,6 +8,7 @@ Run it after a comparison of lab/ was finished or repeated. A test checks that t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -47,14 +48,14 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 
 
 def evidence() -> dict[str, Any]:
-    """`gains`, one entry for each student of each comparison; `label_free`, of students that saw no label; and `costs`, of
-    each method in each file of step times."""
-    gains = [
+    """`gains`, one entry for each situation; `label_free`, of students that saw no label; and `costs`, of each method in
+    each file of step times."""
+    gains = _together(
         entry
         for folder, about in SITUATIONS.items()
         if (file := ROOT / "docs/results" / folder / "summary.json").is_file()
         for entry in _gains(file, about)
-    ]
+    )
     costs = [_cost(file) for file in sorted((ROOT / "docs/results/performance").glob("steps-*.json"))]
     return {"gains": gains, "label_free": _label_free(), "costs": costs}
 
@@ -63,6 +64,7 @@ def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     summary = json.loads(file.read_text())
     records = [json.loads(line) for line in file.with_name("results.jsonl").read_text().splitlines()]
     losses = {(r["student"], r["method"]): short(r["recipe"]["losses"]) for r in records}
+    balanced = {(r["student"], r["method"]): r["recipe"].get("balance") is not None for r in records}
     found = []
     for label, student in about["students"].items():
         rows = summary["students"].get(label, {})
@@ -73,6 +75,8 @@ def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
                 "ci95": round(row["gain_ci95"], 2),
                 "seeds": row["pairs"],
                 "losses": losses[label, name],
+                "balanced": balanced[label, name],
+                "file": str(file.relative_to(ROOT)),
             }
             for name, row in rows.items()
             if row.get("pairs", 0) > 1
@@ -80,7 +84,6 @@ def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         if baseline and gains:
             found.append(
                 {
-                    "file": str(file.relative_to(ROOT)),
                     **about["all"],
                     "label": label,
                     **student,
@@ -90,6 +93,16 @@ def _gains(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _together(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for those of the same situation; of a row in several files the first. The baseline is that of the first."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        situation = json.dumps({key: value for key, value in entry.items() if key not in ("rows", "baseline")})
+        first = found.setdefault(situation, entry)
+        first["rows"] = entry["rows"] | first["rows"]
+    return list(found.values())
 
 
 def short(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -56,14 +56,12 @@ def test_the_evidence_follows_from_the_results():
 
 def test_every_gain_is_that_of_its_runs():
     checked = 0
-    for cell in CELLS:
-        records = [
-            json.loads(line) for line in (ROOT / cell["file"]).with_name("results.jsonl").read_text().splitlines()
-        ]
-        of_student = [r for r in records if r["student"] == cell["label"]]
-        baseline = json.loads((ROOT / cell["file"]).read_text())["baseline"]
+    for cell, file in [(cell, file) for cell in CELLS for file in {row["file"] for row in cell["rows"].values()}]:
+        lines = (ROOT / file).with_name("results.jsonl").read_text().splitlines()
+        of_student = [r for r in map(json.loads, lines) if r["student"] == cell["label"]]
+        baseline = json.loads((ROOT / file).read_text())["baseline"]
         alone = {r["seed"]: r["top1"] for r in of_student if r["method"] == baseline}
-        for name, row in cell["rows"].items():
+        for name, row in [(name, row) for name, row in cell["rows"].items() if row["file"] == file]:
             gains = [r["top1"] - alone[r["seed"]] for r in of_student if r["method"] == name]
             half = stats.sem(gains) * stats.t.ppf(0.975, len(gains) - 1)
             assert row["gain"] == pytest.approx(np.mean(gains), abs=0.0051) and row["seeds"] == len(gains)
@@ -93,7 +91,29 @@ def test_a_person_gets_the_closest_measurement(person):
             assert {k: v for k, v in options.items() if k not in ("heads", "width")} == {
                 k: v for k, v in ours.items() if k in options and k not in ("heads", "width")
             }
-        assert config.balance is None
+        assert (config.balance is not None) == (runs[0]["recipe"].get("balance") is not None)
+
+
+def test_comparisons_of_one_situation_are_one():
+    evidence = script()
+    one = {"kind": "CNN", "steps": 300, "baseline": 50.0, "rows": {"KD": row(1) | {"file": "a"}}}
+    more = one | {"baseline": 51.0, "rows": {"KD": row(2) | {"file": "b"}, "DIST": row(3) | {"file": "b"}}}
+    (found,) = evidence._together([one, more])
+    assert {name: r["file"] for name, r in found["rows"].items()} == {"KD": "a", "DIST": "b"} and found[
+        "baseline"
+    ] == 50
+    assert len(evidence._together([one | {"steps": 600}, more])) == 2
+    keys = [json.dumps({k: v for k, v in cell.items() if k not in ("rows", "baseline")}) for cell in CELLS]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_balance_is_that_of_the_chosen_row(monkeypatch, balanced):
+    losses = {"ce": {}, "dist": {"weight": 2.0}, "fd": {}}
+    rows = {"own-data": row(1), "other": row(9)}
+    rows = {name: r | {"losses": losses, "balanced": balanced, "file": "f"} for name, r in rows.items()}
+    monkeypatch.setattr(advise, "nearest", lambda found: CELLS[0] | {"rows": rows})
+    assert ("balance=null" in advise._labelled(PEOPLE["a Mixer"])["overrides"]) != balanced
 
 
 def test_the_same_situation_is_at_distance_0():

@@ -62,14 +62,15 @@ def _measured(advice: dict[str, Any]) -> list[str]:
     cell = advice["measured"]
     if not cell:
         return []
-    lines = [cell["file"]]
+    ranked = sorted(advice["rows"], key=lambda name: -advice["rows"][name]["gain"])
+    shown = ranked[:MOST_ROWS] + [DEFAULT] * (DEFAULT in ranked[MOST_ROWS:])
+    lines = list(dict.fromkeys([cell["file"], *(advice["rows"][name]["file"] for name in shown)]))
     if "steps" in cell:
         lines.append(
             f"a {cell['kind']} {_start(cell['start'])}, {cell['labels']:,} labelled images of {cell['classes']} classes, "
             f"{TEACHERS[cell['teacher']]}, {cell['steps']:,} steps; no teacher {cell['baseline']:.1f} %"
         )
-    ranked = sorted(advice["rows"], key=lambda name: -advice["rows"][name]["gain"])
-    for name in ranked[:MOST_ROWS] + [DEFAULT] * (DEFAULT in ranked[MOST_ROWS:]):
+    for name in shown:
         lines.append(f"{name:20} {gain_text(advice['rows'][name])}")
     return lines
 

@@ -50,8 +50,8 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
 
     Returns:
         `recipe`, `overrides` in addition to `texts`, `expected` (gain in points of top-1, `ci95`, half of its 95 % interval, and
-        `seeds`; None if nothing was measured), `rows` (the same of each method that was measured there), `measured` (the
-        file and its situation; empty if nothing was measured), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
+        `seeds`; None if nothing was measured), `rows` (the same of each method that was measured there, with its file),
+        `measured` (that file and its situation; empty if nothing was measured), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
 
     Raises:
         UserError: for a mistake in the recipe or the data, and without a teacher.
@@ -98,13 +98,13 @@ def _labelled(found: Situation) -> dict[str, Any]:
     cell = nearest(found)
     rows = rows_for(cell, found)
     chosen, reasons = choose(rows)
-    losses = rows[chosen]["losses"]
+    losses, plain = rows[chosen]["losses"], [] if rows[chosen]["balanced"] else ["balance=null"]
     return {
         "losses": list(losses),
-        "overrides": [] if chosen == DEFAULT else [f"losses={in_yaml(losses)}", "balance=null"],
+        "overrides": [] if chosen == DEFAULT else [f"losses={in_yaml(losses)}", *plain],
         "expected": rows.get(chosen),
         "rows": rows,
-        "measured": {key: value for key, value in cell.items() if key != "rows"},
+        "measured": {"file": rows[chosen]["file"]} | {key: value for key, value in cell.items() if key != "rows"},
         "differs": differences(cell, found),
         "reasons": reasons,
     }
@@ -212,7 +212,7 @@ def _label_free() -> dict[str, Any]:
     supervised = {
         f"{cell['labels'] / cell['classes']:.0f}": cell["baseline"]
         for cell in evidence()["gains"]
-        if cell["file"].startswith("docs/results/labels/")
+        if any(row["file"].startswith("docs/results/labels/") for row in cell["rows"].values())
     }
     compared = ", ".join(
         f"{shots} per class {top1:.1f} % ({supervised[shots]:.1f} %)"
