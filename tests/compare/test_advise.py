@@ -56,7 +56,8 @@ def test_the_evidence_follows_from_the_results():
 
 def test_every_gain_is_that_of_its_runs():
     checked = 0
-    for cell, file in [(cell, file) for cell in CELLS for file in {row["file"] for row in cell["rows"].values()}]:
+    by_file = [(cell, file) for cell in CELLS for file in {row["file"] for row in cell["rows"].values()}]
+    for cell, file in by_file:
         lines = (ROOT / file).with_name("results.jsonl").read_text().splitlines()
         of_student = [r for r in map(json.loads, lines) if r["student"] == cell["label"]]
         baseline = json.loads((ROOT / file).read_text())["baseline"]
