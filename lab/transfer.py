@@ -97,7 +97,7 @@ def table(results: dict[str, Any], title: str, keys: dict[str, str], base: str) 
     """Lines of the Markdown table of a task. title: of the first column. keys: metrics and their names."""
     heads = " | ".join(f"{name} | over {base}" for name in keys.values())
     lines = [f"| {title} | {heads} | seeds |", "|---" * (2 + 2 * len(keys)) + "|"]
-    return [*lines, *(row(results, start, keys, base) for start in results), ""]
+    return [*lines, *(row(results, start, keys, base) for start in results if results[start]["seconds"]), ""]
 
 
 @torch.no_grad()
