@@ -188,7 +188,8 @@ def test_a_step_runs_the_student_twice():
 
 def test_a_student_with_batch_norms_is_refused():
     with pytest.raises(
-        UserError, match=r"losses.fm: masked images would enter the statistics of the batch norms of .*resnet"
+        UserError,
+        match=r"losses.fm: it runs the student again.*statistics of the batch norms of .*resnet.*masked_weight=0",
     ):
         distiller(timm.create_model("test_resnet", num_classes=0))
 
@@ -199,6 +200,32 @@ def test_two_teachers_hide_different_cells():
         name: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, embed_dim=32, num_heads=2)
         for name in "ab"
     }
-    built = Distiller(student, teachers, LOSSES, image_size=(64, 64))
-    losses = built(torch.rand(2, 3, 64, 64), torch.zeros(0, dtype=torch.long))
+    built, seen = Distiller(student, teachers, LOSSES, image_size=(64, 64)), []
+    student.patch_embed.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    losses = built(torch.rand(4, 3, 64, 64), torch.zeros(0, dtype=torch.long))
     assert {"fm@a.masked", "fm@b.masked"} < set(losses)
+    whole, one, other = seen
+    assert ((one != whole) != (other != whole)).any()
+
+
+class Again(nn.Module):
+    """A method on logits that looks at the images from the other side, for labelled images only."""
+
+    needs_again, needs_targets, needs_maps, needs_teacher = True, True, False, False
+
+    def __init__(self, student, teacher):
+        super().__init__()
+
+    def forward(self, student, teacher, targets):
+        other = student.again(student.images.flip(3))
+        assert len(other.logits) == len(student.logits) == len(targets)
+        return {"again": (student.logits - other.logits).square().mean()}
+
+
+def test_a_method_on_logits_can_run_a_student_without_maps_again():
+    student = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=24, num_heads=2, num_classes=3)
+    built = Distiller(student, None, {"again": Again}, image_size=(64, 64))
+    images = torch.rand(4, 3, 64, 64)
+    assert built(images, torch.tensor([0, 2]))["again"] > 0
+    images[:2] = (images[:2] + images[:2].flip(3)) / 2
+    assert built(images, torch.tensor([0, 2]))["again"].item() == pytest.approx(0, abs=1e-9)

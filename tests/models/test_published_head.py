@@ -120,10 +120,13 @@ def test_it_is_told_with_its_sha256_and_what_it_reads(backbone: tuple[nn.Module,
         ({"weight": torch.zeros(6, 64), "bias": torch.zeros(7)}, {}, r"is not one linear layer"),
         (layer(64) | {"more.weight": torch.zeros(2)}, {}, r"is not one linear layer"),
         (layer(64), {"model": "swin_tiny_patch4_window7_224"}, r"a file works with timm's ViTs"),
+        ({0: torch.zeros(6, 64), 1: torch.zeros(6)}, {}, r"is not one linear layer"),
+        (layer(64), {"kwargs": SMALL | {"num_classes": 9}}, r"teacher.kwargs: num_classes must be 6"),
         (None, {}, r"teacher.head: .*no file"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, contents: dict | None, changes: dict, message: str) -> None:
+    changes = dict(changes)
     name = changes.pop("model", "vit_small_patch14_dinov2")
     kwargs = {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]} if "swin" in name else SMALL
     size = 64 if "swin" in name else 56
@@ -132,4 +135,28 @@ def test_what_is_refused(tmp_path: Path, contents: dict | None, changes: dict, m
     if contents is not None:
         torch.save(contents, tmp_path / "linear_head.pth")
     with pytest.raises(UserError, match=message):
-        built(section(name, tmp_path, kwargs=kwargs, **changes))
+        built(section(name, tmp_path, **{"kwargs": kwargs} | changes))
+
+
+def test_the_file_of_a_fitted_head_and_other_endings_are_refused(tmp_path: Path) -> None:
+    for name in ("head.safetensors", "head.json", "head.pkl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"belongs to a fitted head; name its folder, teacher.head={tmp_path}$"):
+        built(section("vit_small_patch14_dinov2", tmp_path, "head.safetensors"))
+    with pytest.raises(UserError, match=r"head.pkl is a file; a published classifier must end in .safetensors or .pth"):
+        built(section("vit_small_patch14_dinov2", tmp_path, "head.pkl"))
+
+
+def test_a_backbone_file_with_a_classifier_of_its_own_loses_it(tmp_path: Path) -> None:
+    name = "vit_small_patch14_dinov2"
+    save_file(
+        randomised(timm.create_model(name, num_classes=9, img_size=56, **SMALL)).state_dict(),
+        tmp_path / "backbone.safetensors",
+    )
+    save_file(layer(64), tmp_path / "head.safetensors")
+    model = built(section(name, tmp_path, "head.safetensors"))
+    assert torch.equal(model.head.bias, layer(64)["bias"])
+
+
+def test_an_empty_head_is_none() -> None:
+    assert not Model(model="vit_small_patch14_dinov2", head="").has_head_folder

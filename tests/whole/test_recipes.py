@@ -371,7 +371,8 @@ WHOLE = "imagenet-swin-l-resnet50-advanced"
 def small(name: str, folder: Path) -> list[str]:
     """Overrides: few small images, random weights, and large teachers with fewer blocks.
 
-    Widths, heads, stages and the blocks of a ViT teacher's last stage are the recipe's. ResNet teachers are whole.
+    Widths, heads, stages and the blocks of a ViT teacher's last stage are the recipe's, but DINO teachers with a published
+    classifier are small. ResNet teachers are whole.
     ResNet-50 as student is whole in `WHOLE`, which has its projectors; in the others it has a quarter of the widths.
     """
     overrides = ["train.batch_size=2", "data.workers=0", "train.sync_batchnorm=false"]

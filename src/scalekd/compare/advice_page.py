@@ -64,14 +64,16 @@ def _measured(advice: dict[str, Any]) -> list[str]:
         return []
     ranked = sorted(advice["rows"], key=lambda name: -advice["rows"][name]["gain"])
     shown = ranked[:MOST_ROWS] + [DEFAULT] * (DEFAULT in ranked[MOST_ROWS:])
-    lines = list(dict.fromkeys([cell["file"], *(advice["rows"][name]["file"] for name in shown)]))
+    files = list(dict.fromkeys([cell["file"], *(advice["rows"][name]["file"] for name in shown)]))
+    lines = [f"{file} ({k})" for k, file in enumerate(files, 1)] if len(files) > 1 else list(files)
     if "steps" in cell:
         lines.append(
             f"a {cell['kind']} {_start(cell['start'])}, {cell['labels']:,} labelled images of {cell['classes']} classes, "
             f"{TEACHERS[cell['teacher']]}, {cell['steps']:,} steps; no teacher {cell['baseline']:.1f} %"
         )
     for name in shown:
-        lines.append(f"{name:20} {gain_text(advice['rows'][name])}")
+        mark = f" ({files.index(advice['rows'][name]['file']) + 1})" * (len(files) > 1)
+        lines.append(f"{name:20} {gain_text(advice['rows'][name])}{mark}")
     return lines
 
 

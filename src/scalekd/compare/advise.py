@@ -51,7 +51,7 @@ def advise(recipe: str, texts: Sequence[str], steps: int | None = None) -> dict[
     Returns:
         `recipe`, `overrides` in addition to `texts`, `expected` (gain in points of top-1, `ci95`, half of its 95 % interval, and
         `seeds`; None if nothing was measured), `rows` (the same of each method that was measured there, with its file),
-        `measured` (that file and its situation; empty if nothing was measured), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
+        `measured` (the file of the chosen row and the situation; empty if nothing was measured), `differs` (from this one), `reasons`, `situation`, `cost` and `hours`.
 
     Raises:
         UserError: for a mistake in the recipe or the data, and without a teacher.

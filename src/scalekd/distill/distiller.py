@@ -177,8 +177,8 @@ class Distiller(nn.Module):
             raise UserError(f"losses.{key}: {error}") from None
         if getattr(built, "needs_again", False) and has_batch_norms(self.student):
             raise UserError(
-                f"losses.{key}: masked images would enter the statistics of the batch norms of {_name(self.student)}; "
-                "use a student without batch norms, such as a ViT, Mixer or ConvNeXt, or train without masked images"
+                f"losses.{key}: it runs the student again on other images, which would enter the statistics of the batch norms "
+                f"of {_name(self.student)}; use a ViT, Mixer or ConvNeXt, or for fm set masked_weight=0"
             )
         for teacher in teachers:
             if teacher.top_k is not None:
@@ -266,11 +266,16 @@ class Distiller(nn.Module):
     def student_features(self, pixels: Tensor) -> Features:
         """The student's features that the methods need, for pixels `(B, C, H, W)` in [0, 1] of its input size."""
         normalised = (pixels - self.student_mean) / self.student_std
-        features = self.student_view(normalised, maps=self.needs_maps, classifier=self.needs_pooled)
+        features = self._student_pass(normalised)
+        if self.needs_again:
+            features.images, features.again = normalised, self._student_pass
+        return features
+
+    def _student_pass(self, images: Tensor) -> Features:
+        """The same for normalised images."""
+        features = self.student_view(images, maps=self.needs_maps, classifier=self.needs_pooled)
         if not self.student_view.shapes.classes:
             features.logits = features.logits[:, :0]  # without a classifier timm returns pooled features
-        if self.needs_again:
-            features.images, features.again = normalised, self.student_view
         return features
 
     @property

@@ -19,6 +19,7 @@ from . import added  # noqa: F401 - adds models to timm
 from .create import build_plain, create, resolve
 from .inputs import statistics
 from .options import FIT, Model
+from .weights.file import ENDINGS
 from .weights.match import (
     State,
     classifier,
@@ -57,6 +58,8 @@ def read_head(folder: Path, where: str) -> tuple[HeadCard, State]:
             f"{where}: `{FIT}` works only in `scalekd train`; set it to the folder of a fitted head, from a run or from "
             "`scalekd head`"
         )
+    if is_file(folder):
+        raise UserError(f"{where}: {folder} is a file; a published classifier must end in {' or '.join(ENDINGS[:2])}")
     file, card_file = folder / "head.safetensors", folder / "head.json"
     if not is_file(file) or not is_file(card_file):
         raise UserError(

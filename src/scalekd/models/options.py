@@ -112,7 +112,7 @@ class Model(Backbone):
     @property
     def has_head_folder(self) -> bool:
         """Whether `head` names a folder of `scalekd head`, and not a published file."""
-        return self.head is not None and not self.head.endswith(ENDINGS)
+        return bool(self.head) and not str(self.head).endswith(ENDINGS)
 
     @property
     def fits_head(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scalekd.common.errors import UserError
+from scalekd.common.files import is_file
 
 from .create import build_plain, resolve
 from .options import Model
@@ -32,20 +33,26 @@ def build_with_published_head(
     without weights.
     """
     path = resolve(str(spec.head))
+    if is_file(path.with_name("head.json")):
+        raise UserError(f"{where}.head: {path} belongs to a fitted head; name its folder, {where}.head={path.parent}")
     weight, bias = read_linear(path, where)
-    if classes not in (None, len(weight)):
-        raise UserError(f"{where}.head: {path.name} has {len(weight)} classes and the data {classes}")
-    backbone = spec.model_copy(update={"head": None, "kwargs": spec.kwargs | {"num_classes": 0}})
-    model, loaded = build_plain(backbone, channels=channels, image_size=image_size, classes=None, where=where)
+    count = len(weight)
+    if classes not in (None, count):
+        raise UserError(f"{where}.head: {path.name} has {count} classes and the data {classes}")
+    if spec.kwargs.get("num_classes", 0) not in (0, count):
+        raise UserError(f"{where}.kwargs: num_classes must be {count}, as in {path.name}; remove it")
+    kwargs = {key: value for key, value in spec.kwargs.items() if key != "num_classes"}
+    backbone = spec.model_copy(update={"head": None, "kwargs": kwargs})
+    model, loaded = build_plain(backbone, channels=channels, image_size=image_size, classes=0, where=where)
     if loaded.source == "random":
         raise UserError(
             f"{where}.head: it needs the weights of its backbone; set {where}.weights to `pretrained` or a file"
         )
     reads = _fit_pooling(model, weight.shape[1], spec.model, path, where)
-    model.head = nn.Linear(weight.shape[1], len(weight))
-    model.num_classes = len(weight)  # type: ignore[assignment]
+    model.head = nn.Linear(weight.shape[1], count)
+    model.num_classes = count  # type: ignore[assignment]
     model.head.load_state_dict({"weight": weight, "bias": bias})
-    text = f"head {path.name} (sha256 {sha256_of(path)[:12]}) for {len(weight)} classes, on {reads}"
+    text = f"head {path.name} (sha256 {sha256_of(path)[:12]}) for {count} classes, on {reads}"
     return model, replace(loaded, head=text)
 
 
@@ -55,7 +62,7 @@ def read_linear(path: Path, where: str) -> tuple[Tensor, Tensor]:
         contents = read_file(path)
     except UserError as error:
         raise UserError(f"{where}.head: {error}") from None
-    tensors = {name.rpartition(".")[2]: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+    tensors = {str(name).rpartition(".")[2]: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
     weight, bias = tensors.get("weight"), tensors.get("bias")
     fits = weight is not None and bias is not None and weight.ndim == 2 and bias.shape == weight.shape[:1]
     if not fits or len(contents) != 2:

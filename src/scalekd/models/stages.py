@@ -71,12 +71,13 @@ class Features:
     images: Tensor | None = None
     """Students only, for methods that need it: the normalised images `(B, C, H, W)`, the model's input."""
     again: Callable[[Tensor], Features] | None = None
-    """With `images`: another forward pass of the student, in its current mode, on normalised images of the same shape."""
+    """With `images`: another forward pass of the student, in its current mode, on normalised images of that size. It gives
+    what the methods need, but neither `images` nor `again`."""
     top: tuple[Tensor, ...] = ()
     """Teachers with `top_k` only: what is kept of the logits (`distill/top_logits.py`), from which `logits` were rebuilt."""
 
     def first(self, count: int) -> Features:
-        """The features of the first `count` images, without `resume`, `again` and `top`."""
+        """The features of the first `count` images, without `resume` and `top`."""
         return Features(
             logits=self.logits[:count],
             maps=tuple(m[:count] for m in self.maps),
@@ -86,6 +87,8 @@ class Features:
             embedding=None if self.embedding is None else self.embedding[:count],
             classify=self.classify,
             distilled=None if self.distilled is None else self.distilled[:count],
+            images=None if self.images is None else self.images[:count],
+            again=self.again,
         )
 
 
