@@ -188,6 +188,25 @@ def test_stopped_workers_end_the_wait(image_folder, monkeypatch):
     assert not worker.is_alive()  # or it would hold up the end of the process
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_worker_that_ends_while_others_are_killed_raises_nothing(image_folder, monkeypatch):
+    """PyTorch's handler of SIGCHLD raises wherever this process is, for example while it is being replaced."""
+    images, before, raised = images_of(image_folder), signal.signal, []
+
+    def interrupted(number, handler):
+        if number == signal.SIGCHLD and handler == signal.SIG_DFL and not raised:
+            raised.append(number)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return before(number, handler)
+
+    batches = train_batches(images, TrainSampler(24, 8, 3, 60), 1, pin=False)
+    next(batches)
+    (worker,), handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal, "signal", interrupted)
+    batches.close()
+    assert raised and not worker.is_alive() and signal.getsignal(signal.SIGCHLD) is handler
+
+
 def test_a_wait_answers_signals(image_folder, monkeypatch):
     images = images_of(image_folder)
     with StopRequest() as stop:

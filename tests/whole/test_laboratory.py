@@ -23,6 +23,7 @@ import order  # noqa: E402
 from tables import shown_part  # noqa: E402
 
 RUN = sorted(folder.name for folder in RESULTS.iterdir() if (LAB / f"{folder.name}.yaml").is_file())
+NEWER = {"newer-search", "newer-edges", "newer", "label-free", "vit-search", "newer-vit"}  # written by newer.py
 
 IGNORED_FACTS = {"about": [], "command": "", "versions": {}, "teacher_top1": None, "wall_seconds": 0, "failed": []}
 
@@ -32,7 +33,7 @@ def test_the_ladder_files_follow_from_the_results(monkeypatch, tmp_path):
     ladders.main()
     written = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert written == {name: (LAB / name).read_text() for name in written}
-    assert sorted(name.removesuffix(".yaml") for name in written) == RUN
+    assert sorted(name.removesuffix(".yaml") for name in written) == [name for name in RUN if name not in NEWER]
 
 
 def test_the_ladders_of_newer_methods_follow_from_the_results(monkeypatch, tmp_path):
@@ -40,6 +41,7 @@ def test_the_ladders_of_newer_methods_follow_from_the_results(monkeypatch, tmp_p
     newer.main()
     written = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert written.keys() >= {"newer-search.yaml", "vit-search.yaml"}
+    assert {name.removesuffix(".yaml") for name in written} <= NEWER
     assert written == {name: (LAB / name).read_text() for name in written}
 
 
@@ -66,7 +68,7 @@ def test_the_newer_methods_stand_at_their_best_tries(monkeypatch, tmp_path):
     assert students.methods["WTTM"]["losses"]["kd"] == {"weight": 3, "temperature": 4, "variant": "wttm"}
     assert vit.methods["Lift"]["losses"]["mse"] == {"weight": 10, "lifted": True}
     assert vit.methods["Lift, no teacher"]["teacher"] is None
-    assert len(jobs(vit)) == 5 * len(vit.methods) and len(jobs(students)) == 15 * len(students.methods)
+    assert len(jobs(vit)) == 3 * len(vit.methods) and len(jobs(students)) == 9 * len(students.methods)
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -76,6 +76,8 @@ def loaded(
     except (Exception, Stopped, GeneratorExit) as end:  # the last: whoever took the batches wants no more
         _kill(processes)  # PyTorch would wait for each of them
         _abandon(_begun(end) if iterator is None else iterator)
+        if watch and watch.reason and isinstance(end, RuntimeError):  # PyTorch's, of a worker that the watch killed
+            raise watch.reason from None
         raise
     finally:
         if watch:
@@ -163,7 +165,13 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
     processes = [process for process in processes if process in own]
     if not processes or threading.current_thread() is not threading.main_thread():
         return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    handler = None
+    while handler is None:
+        try:
+            handler = signal.getsignal(signal.SIGCHLD)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:  # that handler's, for a worker that ended just now
+            handler = None
     try:
         for process in processes:
             process.kill()
