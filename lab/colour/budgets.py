@@ -62,9 +62,8 @@ METHODS: dict[str, dict[str, Any]] = {  # with the weights of their papers, as i
     },
 }
 ALL = tuple(METHODS)
-NEWER: dict[
-    str, dict[str, Any]
-] = {  # methods since ScaleKD and for foundation models, with the weights of their papers
+# methods since ScaleKD and for foundation models, with the weights of their papers
+NEWER: dict[str, dict[str, Any]] = {
     "no teacher": METHODS["no teacher"],
     "own-data": METHODS["own-data"],
     "KD standardised": {

@@ -38,10 +38,15 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 def backbone(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, Model]:
     """A small model of the family with its weights in a file, and the recipe section of a teacher with both files."""
     size, _ = SIZES[request.param]
-    model = randomised(timm.create_model(request.param, num_classes=0, img_size=size, **SMALL))
-    save_file(model.state_dict(), tmp_path / "backbone.safetensors")
+    model = saved_backbone(tmp_path, request.param, size)
     torch.save(layer(2 * SMALL["embed_dim"]), tmp_path / "linear_head.pth")
     return model, section(request.param, tmp_path)
+
+
+def saved_backbone(folder: Path, name: str, size: int = 56, classes: int = 0, **kwargs: object) -> nn.Module:
+    model = randomised(timm.create_model(name, num_classes=classes, img_size=size, **kwargs or SMALL))
+    save_file(model.state_dict(), folder / "backbone.safetensors")
+    return model
 
 
 def layer(width: int, classes: int = CLASSES) -> dict[str, Tensor]:
@@ -91,10 +96,7 @@ def test_its_classes_can_be_put_in_another_order(backbone: tuple[nn.Module, Mode
 
 def test_a_classifier_of_what_the_backbone_pools(tmp_path: Path) -> None:
     name = "vit_small_patch14_dinov2"
-    save_file(
-        randomised(timm.create_model(name, num_classes=0, img_size=56, **SMALL)).state_dict(),
-        tmp_path / "backbone.safetensors",
-    )
+    saved_backbone(tmp_path, name)
     save_file(layer(32), tmp_path / "head.safetensors")
     model, images = built(section(name, tmp_path, "head.safetensors")), torch.randn(2, 3, 56, 56)
     with torch.no_grad():
@@ -129,9 +131,7 @@ def test_what_is_refused(tmp_path: Path, contents: dict | None, changes: dict, m
     changes = dict(changes)
     name = changes.pop("model", "vit_small_patch14_dinov2")
     kwargs = {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]} if "swin" in name else SMALL
-    size = 64 if "swin" in name else 56
-    model = timm.create_model(name, num_classes=0, img_size=size, **kwargs)
-    save_file(randomised(model).state_dict(), tmp_path / "backbone.safetensors")
+    saved_backbone(tmp_path, name, 64 if "swin" in name else 56, **kwargs)
     if contents is not None:
         torch.save(contents, tmp_path / "linear_head.pth")
     with pytest.raises(UserError, match=message):
@@ -149,10 +149,7 @@ def test_the_file_of_a_fitted_head_and_other_endings_are_refused(tmp_path: Path)
 
 def test_a_backbone_file_with_a_classifier_of_its_own_loses_it(tmp_path: Path) -> None:
     name = "vit_small_patch14_dinov2"
-    save_file(
-        randomised(timm.create_model(name, num_classes=9, img_size=56, **SMALL)).state_dict(),
-        tmp_path / "backbone.safetensors",
-    )
+    saved_backbone(tmp_path, name, classes=9)
     save_file(layer(64), tmp_path / "head.safetensors")
     model = built(section(name, tmp_path, "head.safetensors"))
     assert torch.equal(model.head.bias, layer(64)["bias"])

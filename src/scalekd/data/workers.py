@@ -165,13 +165,7 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
     processes = [process for process in processes if process in own]
     if not processes or threading.current_thread() is not threading.main_thread():
         return
-    handler = None
-    while handler is None:
-        try:
-            handler = signal.getsignal(signal.SIGCHLD)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except RuntimeError:  # that handler's, for a worker that ended just now
-            handler = None
+    handler = _without_handler()
     try:
         for process in processes:
             process.kill()
@@ -179,6 +173,17 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
             process.join(5)
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _without_handler() -> Any:
+    """Sets the default handler of SIGCHLD and returns the one before."""
+    while True:
+        try:
+            handler = signal.getsignal(signal.SIGCHLD)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return handler
+        except RuntimeError:  # PyTorch's handler, for a worker that ended just now
+            continue
 
 
 def _begun(error: BaseException) -> Any:

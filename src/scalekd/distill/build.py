@@ -122,8 +122,8 @@ def _build_teachers(config: Config, classes: list[str]) -> _Teachers:
     teachers = _Teachers({}, {}, {}, {})
     for name, spec in config.all_teachers.items():
         key = config.key_of(name)
-        if spec.head and spec.has_head_folder:
-            _check_head(spec.head, classes, key)
+        if spec.has_head_folder:
+            _check_head(str(spec.head), classes, key)
         own = None if spec.weights == "pretrained" else len(classes)
         teachers.sizes[name] = height_and_width(spec.image_size or size)
         model, teachers.loaded[key] = build_model(
